@@ -1,0 +1,54 @@
+# make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='lr=0.1 seed=2' other values
+# make test   the tests; make check: linters and types; make fix: mend what the linter can; make bench: the benchmarks
+# make stop   end the SuperLink that Flower leaves running for the next `make run`
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+CONF ?=
+SET ?=
+RESULTS ?= $(CURDIR)/runs
+SITES := $(shell cat $(CONF) pyproject.toml 2>/dev/null | sed -n 's/^num-sites *= *\([0-9]*\).*/\1/p' | head -n 1)
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+# Each site's share of a GPU; 0 on a machine without one.
+GPU_SHARE ?= $(shell awk 'BEGIN { share = $(GPUS) / $(SITES); print (share > 1 ? 1 : int(share * 100) / 100) }')
+
+# Every checkout has a SuperLink of its own, on a port of its own, started in a folder without Python packages: Ray's workers look
+# for packages there first, and an older checkout's SuperLink would run the older checkout's programs.
+export PATH := $(BIN):$(PATH)
+export FLWR_HOME := $(CURDIR)/.flwr
+export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT := $(shell printf '%s' '$(CURDIR)' | cksum | awk '{ print 20000 + $$1 % 20000 }')
+export FLWR_TELEMETRY_ENABLED ?= 0
+export FLWR_DISABLE_UPDATE_CHECK ?= 1
+
+.PHONY: run test check fix bench stop
+.DEFAULT_GOAL := run
+
+# flwr comes first since it brings the version of uv that it installs each run's packages with: one cache for both.
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check 'flwr>=1.41,<2'
+	.venv/bin/python -m uv sync --quiet --group dev --python .venv/bin/python
+	@touch $@
+
+run: .venv/installed
+	@mkdir -p .flwr
+	cd .flwr && flwr run .. --stream $(if $(CONF),--run-config '$(abspath $(CONF))') \
+		--run-config 'results-dir="$(RESULTS)" $(SET)' \
+		--federation-config 'num-supernodes=$(SITES) client-resources-num-cpus=1 client-resources-num-gpus=$(GPU_SHARE)'
+	@cd .flwr && flwr ls --limit 1 --format json | grep -q 'finished:completed' || { echo 'The run failed: see above.' >&2; exit 1; }
+
+test: .venv/installed
+	python -m pytest
+
+check: .venv/installed
+	ruff check . && ruff format --check . && mypy . && lint-imports
+
+fix: .venv/installed
+	ruff check --fix . && ruff format .
+
+bench: .venv/installed
+	python -m benchmarks.aggregation && python -m benchmarks.local_training
+
+stop:
+	-pkill -f "flower-superlink.*--port $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)"

@@ -1,0 +1,204 @@
+"""Local training: where a gradient comes from, and the loop that follows it.
+
+A gradient is a function of a model and a batch, so that plain, proximal and sharpness-aware training differ in one argument of the
+same loop, and every strategy can use any of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets.site import Part
+from models.flat import FlatModel
+
+Batch = tuple[Tensor, Tensor]  # x [n, ...], y [n]
+EVALUATION_BATCH = 1024
+
+
+class Gradient(Protocol):
+    """The loss [] and the gradient [d] at a model ``x`` [d], which may be overwritten by the next call.
+
+    ``track`` is False where BatchNorm's running statistics must stay as they are.
+    """
+
+    def __call__(self, x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]: ...
+
+
+def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
+    """The gradient by backpropagation. ``loss`` computes the mean loss [] of the network that ``model`` is bound to."""
+    buffers = model.all_buffers()
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        saved_x = None if x is model.x else model.x.clone()
+        saved_buffers = None if track else [buffer.clone() for buffer in buffers]
+        if saved_x is not None:
+            model.x.copy_(x)
+        model.grad.zero_()
+        value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        if saved_buffers is not None:
+            for buffer, saved in zip(buffers, saved_buffers, strict=True):
+                buffer.copy_(saved)
+        if saved_x is not None:
+            model.x.copy_(saved_x)
+        return value.detach(), model.grad
+
+    return gradient
+
+
+def sharpness_aware(base: Gradient, rho: float) -> Gradient:
+    """The gradient at the worst point near by: at ``x + rho g / |g|``, where ``g`` is the gradient at ``x`` on the same batch.
+
+    Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equations 2 and 3; one norm over all parameters; the second
+    pass leaves BatchNorm statistics alone, as in the authors' code. The loss returned is that of the first pass.
+    Special case: rho = 0 is the base gradient.
+    """
+    if rho == 0:
+        return base
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        value, g = base(x, batch, track=track)
+        worst = x + g * (rho / (torch.linalg.vector_norm(g) + 1e-12))
+        return value, base(worst, batch, track=False)[1]
+
+    return gradient
+
+
+def proximal(base: Gradient, anchor: Tensor, mu: float) -> Gradient:
+    """The gradient of ``f(x) + mu/2 |x - anchor|^2`` (FedProx: Li et al., MLSys 2020, equation 2). mu = 0 is the base gradient."""
+    if mu == 0:
+        return base
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        value, g = base(x, batch, track=track)
+        return value, g.add_(x - anchor, alpha=mu)
+
+    return gradient
+
+
+def prepare(x: Tensor) -> Tensor:
+    """Examples as the network takes them: float32; pictures (bytes) from 0..255 to -2..2, the same for every site."""
+    return x.float().div_(63.75).sub_(2) if x.dtype == torch.uint8 else x.float()
+
+
+def flip_crop(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures [n, c, h, w], each flipped with probability 1/2 and cropped anew from a border of an eighth of its size."""
+    n, _, height, width = x.shape
+    pad = max(1, height // 8)
+    # Drawn on the CPU, so that every device sees the same numbers.
+    draws = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
+    flips = torch.randint(0, 2, (n, 1), generator=generator, dtype=torch.bool)
+    rows = draws[0] + torch.arange(height)  # [n, h]
+    columns = draws[1] + torch.arange(width)  # [n, w]
+    columns = torch.where(flips, columns.flip(1), columns)
+    rows, columns = rows.to(x.device), columns.to(x.device)
+    padded = F.pad(x, (pad, pad, pad, pad))
+    each = torch.arange(n, device=x.device)[:, None, None]
+    return padded.movedim(1, 3)[each, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """Batches of an epoch, the last ones being one example smaller where it does not come out even."""
+    return math.ceil(num_examples / batch_size)
+
+
+def batches(
+    part: Part, batch_size: int, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
+) -> Iterator[Batch]:
+    """One epoch in random order, in batches of nearly equal size: no batch of one example, on which BatchNorm would fail."""
+    order = torch.randperm(len(part.y), generator=generator).to(part.y.device)
+    for chosen in order.tensor_split(num_batches(len(order), batch_size)):
+        x = part.x[chosen]
+        yield prepare(augment(x, generator) if augment else x), part.y[chosen]
+
+
+def optimizer(
+    name: str, model: FlatModel, lr: float, momentum: float, nesterov: bool, weight_decay: float
+) -> torch.optim.Optimizer:
+    """torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1."""
+    whole = nn.Parameter(model.x)
+    assert whole.data_ptr() == model.x.data_ptr()
+    whole.grad = model.grad
+    if name == "adamw":
+        return torch.optim.AdamW([whole], lr, (momentum, 0.999), weight_decay=weight_decay, fused=True)
+    return torch.optim.SGD([whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+
+
+def train(
+    model: FlatModel,
+    gradient: Gradient,
+    step: torch.optim.Optimizer,
+    epochs: Callable[[], Iterator[Batch]],
+    num_epochs: int,
+    rate: Callable[[int], float],
+    clip_norm: float,
+) -> tuple[float, int]:
+    """Follow the gradient for ``num_epochs`` epochs.
+
+    Args:
+        model: trained in place.
+        gradient: at ``model.x``.
+        step: an optimizer over ``model.x``.
+        epochs: the batches of an epoch, anew for each.
+        num_epochs: how many epochs.
+        rate: learning rate of batch 0, 1, 2, ... of the round.
+        clip_norm: the gradient's largest Euclidean norm; 0 for no limit.
+
+    Returns:
+        The mean loss over all batches of the round, and how many batches there were.
+    """
+    total = torch.zeros((), device=model.x.device)
+    whole = step.param_groups[0]["params"][0]
+    count = 0
+    for _ in range(num_epochs):
+        for batch in epochs():
+            step.param_groups[0]["lr"] = rate(count)
+            value, _ = gradient(model.x, batch)
+            if clip_norm:
+                nn.utils.clip_grad_norm_([whole], clip_norm)
+            step.step()
+            total += value
+            count += 1
+    return total.item() / count, count
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor], model: FlatModel, xs: Tensor, statistics: Tensor, part: Part
+) -> dict[str, float]:
+    """Loss and accuracy of the mean prediction of one or several models.
+
+    Args:
+        predict: examples [n, ...] to logits [n, classes], by the network that ``model`` is bound to.
+        model: left with the last of the models.
+        xs: [k, d], the models.
+        statistics: [k, b], their BatchNorm statistics.
+        part: the examples to test on.
+
+    Returns:
+        ``loss`` (negative log of the mean probability) and ``accuracy``; of several models also ``accuracy-vote`` (majority)
+        and ``accuracy-single`` (mean over the models).
+    """
+    n, k = len(part.y), len(xs)
+    logs = []  # of each model: log-probabilities [n, classes]
+    model.network.eval()
+    for x, stats in zip(xs, statistics, strict=True):
+        model.load(x, stats)
+        outputs = [predict(prepare(chunk)).float() for chunk in part.x.split(EVALUATION_BATCH)]
+        logs.append(torch.cat(outputs).log_softmax(1))
+    model.network.train()
+    together = torch.stack(logs)  # [k, n, classes]
+    mean = together.logsumexp(0) - math.log(k)
+    result = {
+        "loss": F.nll_loss(mean, part.y).item(),
+        "accuracy": (mean.argmax(1) == part.y).sum().item() / n,
+    }
+    if k > 1:
+        each = together.argmax(2)
+        result["accuracy-vote"] = (each.mode(0).values == part.y).sum().item() / n
+        result["accuracy-single"] = (each == part.y).sum().item() / (n * k)
+    return result

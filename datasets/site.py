@@ -1,0 +1,150 @@
+"""One site's examples: its training part and its test part, ready to compute with."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from datasets.partitions import FEWEST, Indices, partition
+from datasets.sources import Examples
+
+
+class Part(NamedTuple):
+    """Examples of one purpose: ``x`` [n, ...] as the source left it, ``y`` [n] int64."""
+
+    x: Tensor
+    y: Tensor
+
+
+class SiteData(NamedTuple):
+    """What a site holds.
+
+    Attributes:
+        train, test: its examples.
+        classes: the names that ``y`` counts.
+        columns: names of a table's features.
+        notes: what a person should know about the data, such as filled-in values.
+    """
+
+    train: Part
+    test: Part
+    classes: tuple[str, ...]
+    columns: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Split(NamedTuple):
+    """Indices of one site's training and test examples in the data set."""
+
+    train: Indices
+    test: Indices
+
+
+def deal(
+    examples: Examples,
+    num_sites: int,
+    generator: Generator,
+    *,
+    kind: str,
+    alpha: float,
+    classes_per_site: int,
+    size_ratio: float,
+    test_part: str,
+    test_fraction: float,
+) -> list[Split]:
+    """Everybody's examples in a simulation: each goes to one site, and there to its training or to its test part.
+
+    Raises:
+        PartitionError: the data cannot be dealt out so.
+    """
+    pool, official = _candidates(examples, test_part)
+    parts = partition(
+        kind,
+        examples.y.numpy()[pool],
+        None if examples.group is None else examples.group.numpy()[pool],
+        examples.groups,
+        num_sites,
+        generator,
+        alpha=alpha,
+        classes_per_site=classes_per_site,
+        size_ratio=size_ratio,
+    )
+    if official is not None:
+        tests = np.array_split(generator.permutation(official), num_sites)
+        return [Split(pool[part], test) for part, test in zip(parts, tests, strict=True)]
+    return [_split(pool[part], test_fraction, generator) for part in parts]
+
+
+def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
+    """The split of a real site, which holds nothing but its own examples."""
+    pool, official = _candidates(examples, test_part)
+    if len(pool) < FEWEST:
+        raise ValueError(f"{len(pool)} examples are too few: one is needed to train on and one to test on")
+    return Split(pool, official) if official is not None else _split(pool, test_fraction, generator)
+
+
+def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | None]:
+    """Examples to be dealt out, and the official test part where it is asked for; without it, test pictures are not used."""
+    if examples.test is None:
+        if test_part == "official":
+            raise ValueError("test-part = 'official': the data have no official test part; allowed: 'own'")
+        return np.arange(len(examples.y)), None
+    test = examples.test.numpy()
+    return np.flatnonzero(~test), np.flatnonzero(test) if test_part == "official" else None
+
+
+def _split(indices: Indices, test_fraction: float, generator: Generator) -> Split:
+    shuffled = generator.permutation(indices)
+    num_test = min(max(1, round(test_fraction * len(indices))), len(indices) - 1)
+    return Split(shuffled[num_test:], shuffled[:num_test])
+
+
+def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
+    """The examples of one split, or of several put together."""
+    train, test = (torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True))
+    x_train, x_test = examples.x[train], examples.x[test]
+    notes: tuple[str, ...] = ()
+    if examples.columns:
+        x_train, x_test, notes = _standardise(x_train, x_test, examples.columns)
+    return SiteData(
+        Part(x_train, examples.y[train]), Part(x_test, examples.y[test]), examples.classes, examples.columns, notes
+    )
+
+
+def _standardise(train: Tensor, test: Tensor, columns: tuple[str, ...]) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Each column with mean 0 and deviation 1 on this site's training part; a missing value becomes that mean, which is 0.
+
+    Sites share no statistics: each uses its own.
+    """
+    known = ~train.isnan()
+    count = known.sum(0).clamp(min=1)
+    mean = train.nan_to_num().sum(0) / count
+    deviation = (((train - mean).nan_to_num() ** 2).sum(0) / count).sqrt()
+    deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+    missing = train.isnan().sum(0) + test.isnan().sum(0)
+    total = len(train) + len(test)
+    said = [
+        f"{name} ({'all' if n == total else n})" for name, n in zip(columns, missing.tolist(), strict=True) if n
+    ]
+    notes = (f"of {total} rows, missing values in {', '.join(said)}: filled with the site's mean",) if said else ()
+    return ((train - mean) / deviation).nan_to_num(), ((test - mean) / deviation).nan_to_num(), notes
+
+
+def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
+    """The same examples with ``y`` counting ``classes``, the list that all sites agreed on.
+
+    Raises:
+        ValueError: a class of this site is not in the list.
+    """
+    if tuple(classes) == data.classes:
+        return data
+    place = {name: index for index, name in enumerate(classes)}
+    if lost := [name for name in data.classes if name not in place]:
+        raise ValueError(f"classes {', '.join(lost)} of this site are not among the run's: {', '.join(classes)}")
+    index = torch.tensor([place[name] for name in data.classes])
+    return data._replace(
+        train=Part(data.train.x, index[data.train.y]), test=Part(data.test.x, index[data.test.y]), classes=tuple(classes)
+    )

@@ -1,0 +1,75 @@
+"""A network whose parameters are one vector.
+
+The algorithms work on ``x`` [d]; the network works on tensors of many shapes. Both look at the same memory, so that nothing is
+copied between a step of training and a step of an algorithm, and an optimizer sees one tensor instead of a hundred.
+"""
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+class FlatModel:
+    """A network bound to a vector ``x`` [d] of its trainable parameters and a vector ``grad`` [d] of their gradients.
+
+    Floating-point buffers (BatchNorm's running statistics) are read and written as a vector ``stats`` [b]; integer buffers are
+    no part of a model. The order of the parts is that of ``network.parameters()`` and ``network.buffers()``.
+
+    Attributes:
+        network: the module; its parameters are views into ``x``.
+        x: [d], float32.
+        grad: [d], float32; ``backward`` adds to it.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
+        self.network = network.to(device)
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("the network has no trainable parameters")
+        self.x = torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).float()
+        self.grad = torch.zeros_like(self.x)
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part, grad in zip(parameters, self.x.split(sizes), self.grad.split(sizes), strict=True):
+            parameter.data = part.view(parameter.shape)
+            parameter.grad = grad.view(parameter.shape)
+        # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
+        self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
+        self.num_stats = sum(buffer.numel() for buffer in self._buffers)
+
+    @property
+    def stats(self) -> Tensor:
+        """A copy of the floating-point buffers, [b]."""
+        if not self._buffers:
+            return torch.empty(0, device=self.x.device)
+        return torch.cat([buffer.reshape(-1) for buffer in self._buffers]).float()
+
+    def load(self, x: Tensor, stats: Tensor | None = None) -> None:
+        """Copy a model into the network; integer buffers go back to where they started.
+
+        Raises:
+            ValueError: the vectors are not of this network's size.
+        """
+        if x.shape != self.x.shape or (stats is not None and stats.shape != (self.num_stats,)):
+            got = f"{tuple(x.shape)} and {tuple(stats.shape) if stats is not None else None}"
+            raise ValueError(f"expected x {tuple(self.x.shape)} and stats ({self.num_stats},), got {got}")
+        self.x.copy_(x)
+        for counter, start in self._counters:
+            counter.copy_(start)
+        if stats is not None:
+            sizes = [buffer.numel() for buffer in self._buffers]
+            for buffer, part in zip(self._buffers, stats.split(sizes), strict=True):
+                buffer.copy_(part.view(buffer.shape))
+
+    def state_dict(self, x: Tensor, stats: Tensor) -> dict[str, Tensor]:
+        """A model as a state dict of the network, on the CPU, for people who know nothing of vectors."""
+        mine, my_stats = self.x.clone(), self.stats
+        self.load(x, stats)
+        copies = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        self.load(mine, my_stats)
+        return copies
+
+    def all_buffers(self) -> list[Tensor]:
+        """Every buffer of the network, integers too."""
+        return list(chain.from_iterable(module.buffers(recurse=False) for module in self.network.modules()))

@@ -1,0 +1,143 @@
+"""The sites of a run: who is there, what they hold, and whether it fits together."""
+
+import time
+from collections.abc import Mapping
+from logging import WARNING
+from typing import NamedTuple
+
+from flwr.app import Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from server_app.exchange import exchange, why
+from strategies.config import Config
+from strategies.records import CONFIG, code_version
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+class Site(NamedTuple):
+    """One data center.
+
+    Attributes:
+        number: counts from 0.
+        node: Flower's id.
+        name: for people.
+        num_train, num_test: its examples.
+        counts: its examples of each class; empty for a deployed site, which keeps that to itself.
+    """
+
+    number: int
+    node: int
+    name: str
+    num_train: int
+    num_test: int
+    counts: tuple[int, ...]
+
+
+class Federation(NamedTuple):
+    """The sites that take part, by number, and what they have in common.
+
+    Attributes:
+        sites: in the order of their numbers.
+        classes: of all sites.
+        shape: of one example.
+        notes: what sites say about their data, each with the site's name before it.
+    """
+
+    sites: tuple[Site, ...]
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def take_census(grid: Grid, config: Config) -> Federation:
+    """Wait for the sites, ask each what it holds, and make sure that they fit together.
+
+    A site that cannot answer is left out with a warning as long as ``min-sites`` remain.
+
+    Raises:
+        RunError: too few sites, two with the same number, examples that differ in shape, or other code than the server's.
+    """
+    nodes = _wait_for(grid, config)
+    if len(nodes) > config.num_sites:
+        raise RunError(f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number")
+    answers: dict[int, Mapping[str, object]] = {}
+    failures = []
+    for node, reply in exchange(grid, [Message(RecordDict(), node, "query.site") for node in nodes], config.timeout_s):
+        if reply.has_error():
+            failures.append(why(reply))
+        else:
+            answers[node] = reply.content.config_records[CONFIG]
+    for failure in sorted(set(failures)):
+        log(WARNING, "%d of %d sites cannot take part: %s", failures.count(failure), len(nodes), failure)
+    if len(answers) < config.min_sites:
+        reasons = "; ".join(sorted(set(failures)))
+        raise RunError(f"{len(answers)} sites can take part, min-sites = {config.min_sites}. {reasons}")
+    return _fit_together(answers, config)
+
+
+def _wait_for(grid: Grid, config: Config) -> list[int]:
+    start, said = time.monotonic(), -1
+    while len(nodes := list(grid.get_node_ids())) < config.num_sites:
+        # A simulation's sites come up together, so where some are missing for long, nobody will come.
+        if time.monotonic() - start > min(config.timeout_s, 15) and nodes and _is_simulation(grid, nodes[0], config):
+            raise RunError(
+                f"num-sites = {config.num_sites}, but the simulation has {len(nodes)} sites: "
+                f'add --federation-config "num-supernodes={config.num_sites}"'
+            )
+        if time.monotonic() - start > config.timeout_s:
+            if len(nodes) >= config.min_sites:
+                log(WARNING, "%d of %d sites are connected after %g s: going on", len(nodes), config.num_sites, config.timeout_s)
+                break
+            raise RunError(f"{len(nodes)} of {config.num_sites} sites are connected after timeout-s = {config.timeout_s:g}")
+        if len(nodes) != said:
+            said = len(nodes)
+            log(WARNING, "waiting for sites: %d of %d are connected", said, config.num_sites)
+        time.sleep(0.5)
+    return nodes
+
+
+def _is_simulation(grid: Grid, node: int, config: Config) -> bool:
+    [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
+    return not reply.has_error() and bool(reply.content.config_records[CONFIG]["sites"])
+
+
+def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -> Federation:
+    ordered = sorted(answers.items(), key=lambda item: item[1]["site"])  # type: ignore[arg-type, return-value]
+    numbers = [answer["site"] for _, answer in ordered]
+    if len(set(numbers)) < len(numbers):
+        raise RunError(f"two sites have the same number: {numbers}; give each its own site=... in --node-config")
+    reference_name, reference = ordered[0][1]["name"], ordered[0][1]
+    for _, answer in ordered:
+        if answer["code"] != code_version():
+            raise RunError(
+                f"{answer['name']} runs other code than the server. In a simulation the SuperLink was started in a folder with "
+                "packages of the same names: stop it and start it elsewhere; in a deployment update the site"
+            )
+        for key, what in (("shape", "shape of an example"), ("columns", "columns")):
+            if answer[key] != reference[key]:
+                raise RunError(
+                    f"the {what} differ: {reference_name} has {reference[key]}, {answer['name']} has {answer[key]}"
+                )
+    classes = sorted({str(name) for _, answer in ordered for name in answer["classes"]})  # type: ignore[attr-defined]
+    known = [str(name) for name in reference["classes"]]  # type: ignore[attr-defined]
+    if set(known) == set(classes):
+        classes = known  # numbers before letters and the like: a source's own order is the better one
+    sites = tuple(
+        Site(
+            int(answer["site"]),  # type: ignore[call-overload]
+            node,
+            str(answer["name"]),
+            int(answer["train"]),  # type: ignore[call-overload]
+            int(answer["test"]),  # type: ignore[call-overload]
+            tuple(answer.get("counts", ())),  # type: ignore[arg-type]
+        )
+        for node, answer in ordered
+    )
+    if config.strategy == "centralized":
+        sites = sites[:1]  # the one place that holds everybody's data
+    notes = tuple(f"{answer['name']}: {note}" for _, answer in ordered for note in answer["notes"])  # type: ignore[attr-defined]
+    return Federation(sites, tuple(classes), tuple(reference["shape"]), notes)  # type: ignore[arg-type]

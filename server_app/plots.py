@@ -1,0 +1,106 @@
+"""Pictures of a run, for a slide or a report: labelled axes with units, colours that colour-blind people tell apart."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999"  # Okabe and Ito
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    partial.replace(path)
+
+
+def _plain(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def curves(metrics: pd.DataFrame, title: str) -> Figure:
+    """Accuracy and loss on the sites' test parts, against rounds, seconds and bytes; the band spans the sites."""
+    tested = metrics[metrics["split"] == "test"].copy()
+    tested["megabytes"] = (tested["bytes_up"] + tested["bytes_down"]) / 1e6
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    grid = figure.subplots(2, 3, sharey="row")
+    means = tested[tested["site"] == "all"]
+    each = tested[tested["site"] != "all"]
+    axis = {"round": "round", "seconds": "time (s)", "megabytes": "sent and received (MB)"}
+    for row, (metric, label) in zip(grid, (("accuracy", "test accuracy"), ("loss", "test loss")), strict=True):
+        mean = means[means["metric"] == metric]
+        spread = each[each["metric"] == metric].groupby("round")["value"].agg(["min", "max"])
+        trained = metrics[(metrics["metric"] == metric) & (metrics["site"] == "all") & (metrics["split"] == "train")]
+        for axes, (column, unit) in zip(row, axis.items(), strict=True):
+            axes.fill_between(
+                mean[column], spread["min"], spread["max"], color=BLUE, alpha=0.15, lw=0, label="worst to best site"
+            )
+            axes.plot(mean[column], mean["value"], color=BLUE, marker="o", ms=3, label="all sites, test")
+            if not trained.empty and column == "round":
+                axes.plot(trained[column], trained["value"], color=ORANGE, ls="--", label="training")
+            _plain(axes, unit, label if column == "round" else "")
+        row[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        if not mean.empty:
+            last = mean.iloc[-1]
+            row[2].annotate(
+                f"{last['value']:.3f}",
+                (last["megabytes"], last["value"]),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=BLUE,
+                annotation_clip=False,
+            )
+        row[0].legend(frameon=False, fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def schedule(metrics: pd.DataFrame) -> Figure:
+    """Learning rate, local epochs and how far the model moved, round by round."""
+    trained = metrics[(metrics["split"] == "train") & (metrics["site"] == "all")]
+    table = trained.pivot_table(index="round", columns="metric", values="value", aggfunc="last")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    rates, epochs, change = figure.subplots(3, 1, sharex=True)
+    for round_number, row in table.iterrows():
+        rates.plot([round_number - 0.5, round_number + 0.5], [row["lr-first"], row["lr-last"]], color=BLUE)
+    rates.set_ylim(bottom=0)
+    _plain(rates, "", "learning rate\n(start to end of round)")
+    epochs.bar(table.index, table["local-epochs"], color=GREEN, width=0.9)
+    epochs.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(epochs, "", "local epochs")
+    if "model-change" in table:
+        change.plot(table.index, table["model-change"], color=RED, marker="o", ms=3)
+        change.set_ylim(bottom=0)
+    _plain(change, "round", "relative change\nof the model")
+    change.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def who_has_what(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> Figure:
+    """Sites by classes: the darker, the more examples."""
+    table = np.array(list(counts.values()))  # [sites, classes]
+    num_sites, num_classes = table.shape
+    figure = Figure(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2, 1.2 + 0.35 * num_sites)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
+    axes.set_yticks(range(num_sites), list(counts))
+    step = max(1, num_classes // 40)
+    labels = [str(name) if len(str(name)) <= 12 else f"{str(name)[:11]}…" for name in classes]
+    axes.set_xticks(range(0, num_classes, step), labels[::step], rotation=45 if max(map(len, labels)) > 3 else 0)
+    if num_classes <= 20:
+        for (site, label), count in np.ndenumerate(table):
+            colour = "white" if count > 0.6 * table.max() else "black"
+            axes.text(label, site, f"{count:,}" if count else "·", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xlabel("class")
+    figure.colorbar(image, label="examples", shrink=0.9)
+    axes.set_title("Who has what (training and test examples)")
+    return figure

@@ -1,0 +1,65 @@
+"""Weighted mean of vectors that arrive one by one, the same bit for bit in whatever order they arrive.
+
+    mean = sum_k s_k x_k / sum_k s_k
+
+Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is therefore rounded to a
+multiple of 2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum to at most 1, so the sum cannot overflow while
+``|x| < 2^22``, which :func:`refusal` makes sure. A mean differs from the exact one by at most K 2^-41, then it is rounded to
+float32, whose own step is larger for every value above 1.5e-5.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+ONE = 2.0**40
+LARGEST = 2.0**22
+_BLOCK = 1 << 18  # elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why ``x`` (any shape, on the CPU) cannot be averaged, or None where it can."""
+    if not x.numel():
+        return None
+    smallest, largest = (bound.item() for bound in torch.aminmax(x))
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        return "the model holds NaN or infinite values"
+    if max(-smallest, largest) >= LARGEST:
+        return f"the model diverged: it holds {max(-smallest, largest):.3g}, the largest value taken is {LARGEST:.3g}"
+    return None
+
+
+class StreamingMean:
+    """Keeps one 64-bit integer a coordinate: with the vector being added, the memory of three float32 models."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._sum = torch.zeros(shape.numel(), dtype=torch.int64)
+        self._shares: list[float] = []
+        self._shape = shape
+
+    def add(self, x: Tensor, share: float) -> None:
+        """Add ``x`` (float32, the shape of the mean) with a share in (0, 1]; all shares together at most 1."""
+        flat = x.reshape(-1)
+        scaled = torch.empty(_BLOCK, dtype=torch.float64)
+        rounded = torch.empty(_BLOCK, dtype=torch.int64)
+        for start in range(0, flat.numel(), _BLOCK):
+            block = flat[start : start + _BLOCK]
+            n = block.numel()
+            scaled[:n].copy_(block).mul_(share * ONE).round_()
+            self._sum[start : start + n].add_(rounded[:n].copy_(scaled[:n]))
+        self._shares.append(share)
+
+    def result(self) -> Tensor:
+        """The mean of what was added, float32.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._shares:
+            raise ValueError("the mean of nothing")
+        mean = torch.empty(self._sum.numel(), dtype=torch.float32)
+        total = math.fsum(sorted(self._shares)) * ONE
+        for start in range(0, mean.numel(), _BLOCK):
+            mean[start : start + _BLOCK] = self._sum[start : start + _BLOCK].double().div_(total)
+        return mean.reshape(self._shape)

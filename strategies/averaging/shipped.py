@@ -1,0 +1,85 @@
+"""Any strategy that Flower ships, run on our records.
+
+Two things differ from ours. Flower's strategies treat every array alike, and an adaptive or robust rule makes no sense of
+BatchNorm statistics: these are taken out, plainly averaged, and put back. And they add floating-point numbers in the order of
+arrival: replies are handed over in the order of the sites, so that the same seed gives the same model.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from strategies.averaging.average import CHANGE, relative_change
+from strategies.averaging.mean import StreamingMean
+from strategies.records import ARRAYS, STATS, X, pack, unpack
+
+
+class Shipped(Strategy):
+    """A strategy of Flower, with BatchNorm statistics carried beside it.
+
+    Args:
+        strategy: the one to run.
+        shares: each node's share in the mean of the statistics, in the order of the sites.
+    """
+
+    def __init__(self, strategy: Strategy, shares: Mapping[int, float]) -> None:
+        self._strategy = strategy
+        self._shares = shares
+        self._order = {node: place for place, node in enumerate(shares)}
+        self._sent = ArrayRecord()
+        self._stats: Tensor | None = None
+
+    def summary(self) -> None:
+        """The strategy's own."""
+        self._strategy.summary()
+
+    def _with_stats(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
+        messages = list(messages)
+        for message in messages:
+            message.content[ARRAYS] = arrays
+        return messages
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The strategy's messages, with the statistics."""
+        self._sent = arrays
+        plain = ArrayRecord({X: arrays[X]})
+        return self._with_stats(self._strategy.configure_train(server_round, plain, config, grid), arrays)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the strategy makes of the models, and the mean of the statistics."""
+        stats = dict.fromkeys(self._sent, None).keys() & {STATS}
+        mean = StreamingMean(unpack(self._sent[STATS]).shape) if stats else None
+
+        def without_stats() -> Iterator[Message]:
+            for reply in replies:
+                record = reply.content.array_records[ARRAYS]
+                if mean is not None:
+                    mean.add(unpack(record.pop(STATS)), self._shares[reply.metadata.src_node_id])
+                yield reply
+
+        ordered = sorted(without_stats(), key=lambda reply: self._order[reply.metadata.src_node_id])
+        arrays, metrics = self._strategy.aggregate_train(server_round, ordered)
+        if arrays is None:
+            return None, metrics
+        x = unpack(arrays[X]).float()
+        if metrics is not None:
+            metrics[CHANGE] = relative_change(x, unpack(self._sent[X]))
+        return pack({X: x} | ({STATS: mean.result()} if mean else {})), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The strategy's messages, with the statistics."""
+        plain = ArrayRecord({X: arrays[X]})
+        return self._with_stats(self._strategy.configure_evaluate(server_round, plain, config, grid), arrays)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The strategy's mean of the sites' metrics."""
+        return self._strategy.aggregate_evaluate(server_round, replies)

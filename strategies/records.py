@@ -1,0 +1,70 @@
+"""Vectors as Flower records, and back.
+
+A model crosses the wire as one float32 vector ``x`` and, where it has BatchNorm, one of statistics ``stats``: Flower's cost is
+per array, not per byte.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from torch import Tensor
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records of a message; Flower's strategies use these names
+X, STATS = "x", "stats"  # the arrays of a model
+
+
+def pack(vectors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Vectors as a record; empty ones (``stats`` of a network without BatchNorm) are left out."""
+    return ArrayRecord({name: Array(vector.detach().cpu().numpy()) for name, vector in vectors.items() if vector.numel()})
+
+
+def unpack(array: Array) -> Tensor:
+    """The array as a tensor that shares the message's memory: read it, never write into it.
+
+    ``Array.numpy`` would copy, which is most of the time of averaging a large model.
+    """
+    stream = BytesIO(array.data[:4096])
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(stream)
+    if fortran and len(shape) > 1 or dtype.hasobject:
+        raise ValueError("only plain arrays in C order")
+    flat = np.frombuffer(array.data, dtype, offset=stream.tell())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(flat).reshape(shape)
+
+
+def num_bytes(message: Message) -> int:
+    """Bytes of a message's content as it is sent: arrays, metrics and configuration, without Flower's envelope."""
+    if not message.has_content():
+        return 0
+    total = 0
+    for record in message.content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+        elif isinstance(record, MetricRecord | ConfigRecord):
+            total += len(record.deflate())
+    return total
+
+
+@cache
+def code_version() -> str:
+    """A hash of the code that sites run.
+
+    Ray's workers look for packages in the directory in which the SuperLink was started before they look in the app: a hash
+    that a site sends tells whether it runs this code or something else of the same name.
+    """
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for folder in ("client_app", "datasets", "models", "strategies"):
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

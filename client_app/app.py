@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from client_app import training
 from datasets import sources
-from datasets.site import Part, SiteData, Split, deal, own, relabel, take
+from datasets.site import Moments, Part, SiteData, Split, deal, moments, own, relabel, standardise, take
 from models.flat import FlatModel
 from models.networks import build
 from strategies.config import Config
@@ -108,26 +108,28 @@ def _splits(config: Config, num_sites: int) -> list[Split]:
     )
 
 
+def _raw_data(config: Config, place: Place) -> SiteData:
+    if place.num_sites is not None:
+        splits = _splits(config, place.num_sites)
+        chosen = splits if config.strategy == "centralized" else [splits[place.number]]
+        return take(_pool(config, config.data_path), chosen)
+    if config.strategy == "centralized":
+        raise ValueError("strategy = 'centralized' puts the data of all sites in one place: only in a simulation")
+    examples = _pool(config, place.path)
+    generator = np.random.default_rng(derive(config.seed, "split", place.number))
+    return take(examples, [own(examples, generator, test_part=config.test_part, test_fraction=config.test_fraction)])
+
+
 @lru_cache(maxsize=64)
-def site_data(config: Config, place: Place, classes: tuple[str, ...] | None) -> SiteData:
-    """The examples of a site, on its device; ``classes`` is the list of all sites, None as long as it is not known.
+def site_data(config: Config, place: Place, classes: tuple[str, ...], common: Moments | None) -> SiteData:
+    """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
 
     Raises:
         ValueError: the data cannot be read, dealt out or named.
     """
-    if place.num_sites is not None:
-        splits = _splits(config, place.num_sites)
-        chosen = splits if config.strategy == "centralized" else [splits[place.number]]
-        data = take(_pool(config, config.data_path), chosen)
-    elif config.strategy == "centralized":
-        raise ValueError("strategy = 'centralized' puts the data of all sites in one place: only in a simulation")
-    else:
-        examples = _pool(config, place.path)
-        generator = np.random.default_rng(derive(config.seed, "split", place.number))
-        data = take(examples, [own(examples, generator, test_part=config.test_part, test_fraction=config.test_fraction)])
-    if classes is None:
-        return data
-    data = relabel(data, classes)
+    data = relabel(_raw_data(config, place), classes)
+    if common is not None:
+        data = standardise(data, common)
     to = partial(torch.Tensor.to, device=device_of(config.device))
     return data._replace(train=Part(*map(to, data.train)), test=Part(*map(to, data.test)))
 
@@ -171,13 +173,16 @@ def workplace(config: Config, shape: tuple[int, ...], num_classes: int) -> Workp
 def describe(message: Message, context: Context) -> Message:
     """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
     config, place = Config.read(context.run_config), Place.of(context)
-    data = site_data(config, place, None)
+    data = _raw_data(config, place)
     device_of(config.device)
+    name = f"site {place.number}"
+    if place.num_sites and config.partition == "natural":
+        name = _pool(config, config.data_path).groups[place.number]
     record = ConfigRecord(
         {
             "site": place.number,
             "sites": place.num_sites or 0,
-            "name": str(context.node_config.get("name", f"site {place.number}")),
+            "name": str(context.node_config.get("name", name)),
             "classes": list(data.classes),
             "columns": list(data.columns),
             "shape": list(data.train.x.shape[1:]),
@@ -187,6 +192,9 @@ def describe(message: Message, context: Context) -> Message:
             "code": code_version(),
         }
     )
+    if data.columns:
+        own_moments = moments(data.train.x)
+        record["known"], record["mean"], record["variance"] = map(list, own_moments)
     if place.num_sites:  # how many examples of each class a real site has is its own business
         record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     return Message(RecordDict({CONFIG: record}), reply_to=message)
@@ -194,9 +202,10 @@ def describe(message: Message, context: Context) -> Message:
 
 def _open(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace, dict[str, Tensor]]:
     config, place = Config.read(context.run_config), Place.of(context)
-    classes = message.content.config_records[CONFIG]["classes"]
-    assert isinstance(classes, list)
-    data = site_data(config, place, tuple(str(name) for name in classes))
+    told = message.content.config_records[CONFIG]
+    classes = tuple(told["classes"])  # type: ignore[arg-type]
+    common = Moments(*(tuple(told[key]) for key in Moments._fields)) if "mean" in told else None  # type: ignore[arg-type]
+    data = site_data(config, place, classes, common)
     desk = workplace(config, tuple(data.train.x.shape[1:]), len(classes))
     vectors = {name: unpack(array) for name, array in message.content.array_records[ARRAYS].items()}
     vectors.setdefault(STATS, torch.empty(*vectors[X].shape[:-1], 0))
@@ -235,13 +244,9 @@ def train(message: Message, context: Context) -> Message:
     device = model.x.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from the global generator
         torch.manual_seed(derive(config.seed, "layers", place.number, round_number))
-        step = training.optimizer(
-            config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay
-        )
+        step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
         mean_loss, count = training.train(model, gradient, step, epoch, num_epochs, rate, config.clip_norm)
-    metrics = MetricRecord(
-        {"loss": mean_loss, "lr-first": rate(0), "lr-last": rate(count - 1), "num-examples": len(data.train.y)}
-    )
+    metrics = MetricRecord({"loss": mean_loss, "lr-first": rate(0), "lr-last": rate(count - 1), "num-examples": len(data.train.y)})
     content = RecordDict({ARRAYS: pack({X: model.x, STATS: model.stats}), METRICS: metrics})
     return Message(content, reply_to=message)
 

@@ -25,7 +25,7 @@ class Gradient(Protocol):
     ``track`` is False where BatchNorm's running statistics must stay as they are.
     """
 
-    def __call__(self, x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, batch: Batch, /, *, track: bool = True) -> tuple[Tensor, Tensor]: ...
 
 
 def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
@@ -39,7 +39,7 @@ def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
             model.x.copy_(x)
         model.grad.zero_()
         value = loss(batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         if saved_buffers is not None:
             for buffer, saved in zip(buffers, saved_buffers, strict=True):
                 buffer.copy_(saved)
@@ -167,9 +167,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    predict: Callable[[Tensor], Tensor], model: FlatModel, xs: Tensor, statistics: Tensor, part: Part
-) -> dict[str, float]:
+def evaluate(predict: Callable[[Tensor], Tensor], model: FlatModel, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float]:
     """Loss and accuracy of the mean prediction of one or several models.
 
     Args:

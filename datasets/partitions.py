@@ -115,9 +115,7 @@ def dirichlet_equal(labels: Indices, num_sites: int, alpha: float, generator: Ge
     return list(np.array_split(np.concatenate(line), num_sites))
 
 
-def _dirichlet_group(
-    members: Indices, labels: Indices, num_sites: int, alpha: float, generator: Generator
-) -> list[Indices]:
+def _dirichlet_group(members: Indices, labels: Indices, num_sites: int, alpha: float, generator: Generator) -> list[Indices]:
     target = len(members) / num_sites
     for _ in range(TRIES):
         parts: list[Indices] = [np.empty(0, np.int64) for _ in range(num_sites)]

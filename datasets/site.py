@@ -103,34 +103,64 @@ def _split(indices: Indices, test_fraction: float, generator: Generator) -> Spli
 
 
 def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
-    """The examples of one split, or of several put together."""
+    """The examples of one split, or of several put together; tables are not standardised yet."""
     train, test = (torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True))
-    x_train, x_test = examples.x[train], examples.x[test]
-    notes: tuple[str, ...] = ()
-    if examples.columns:
-        x_train, x_test, notes = _standardise(x_train, x_test, examples.columns)
-    return SiteData(
-        Part(x_train, examples.y[train]), Part(x_test, examples.y[test]), examples.classes, examples.columns, notes
-    )
+    parts = Part(examples.x[train], examples.y[train]), Part(examples.x[test], examples.y[test])
+    return SiteData(*parts, examples.classes, examples.columns, _missing(parts, examples.columns))
 
 
-def _standardise(train: Tensor, test: Tensor, columns: tuple[str, ...]) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Each column with mean 0 and deviation 1 on this site's training part; a missing value becomes that mean, which is 0.
+def _missing(parts: Sequence[Part], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """What to say about missing values."""
+    if not columns:
+        return ()
+    absent = torch.cat([part.x.isnan() for part in parts])
+    said = [f"{name} ({'all' if n == len(absent) else n})" for name, n in zip(columns, absent.sum(0).tolist(), strict=True) if n]
+    filled = "filled with the mean of all sites, and marked in a column of their own"
+    return (f"of {len(absent)} rows, missing values in {', '.join(said)}: {filled}",) if said else ()
 
-    Sites share no statistics: each uses its own.
+
+class Moments(NamedTuple):
+    """Of each column of a table: how many values are known, their mean and their variance."""
+
+    known: tuple[float, ...]
+    mean: tuple[float, ...]
+    variance: tuple[float, ...]
+
+
+def moments(table: Tensor) -> Moments:
+    """The moments of the known values of ``table`` [n, columns]."""
+    known = ~table.isnan()
+    values = table.double().nan_to_num()
+    count = known.sum(0)
+    mean = values.sum(0) / count.clamp(min=1)
+    variance = ((values - mean).square() * known).sum(0) / count.clamp(min=1)
+    return Moments(*(tuple(each.double().tolist()) for each in (count, mean, variance)))
+
+
+def merge(sites: Sequence[Moments]) -> Moments:
+    """The moments of all sites' values together, from each site's own (the law of total variance)."""
+    count, mean, variance = (torch.tensor(each, dtype=torch.float64) for each in zip(*sites, strict=True))  # [sites, columns]
+    total = count.sum(0)
+    share = count / total.clamp(min=1)
+    middle = (share * mean).sum(0)
+    spread = (share * (variance + (mean - middle).square())).sum(0)
+    return Moments(*(tuple(each.tolist()) for each in (total, middle, spread)))
+
+
+def standardise(data: SiteData, common: Moments) -> SiteData:
+    """A table as a network takes it: [n, 2 columns], the values with mean 0 and deviation 1 over all sites, then 1 where one was
+    missing, which itself becomes 0.
+
+    All sites use the same moments: the same patient looks the same everywhere.
     """
-    known = ~train.isnan()
-    count = known.sum(0).clamp(min=1)
-    mean = train.nan_to_num().sum(0) / count
-    deviation = (((train - mean).nan_to_num() ** 2).sum(0) / count).sqrt()
-    deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-    missing = train.isnan().sum(0) + test.isnan().sum(0)
-    total = len(train) + len(test)
-    said = [
-        f"{name} ({'all' if n == total else n})" for name, n in zip(columns, missing.tolist(), strict=True) if n
-    ]
-    notes = (f"of {total} rows, missing values in {', '.join(said)}: filled with the site's mean",) if said else ()
-    return ((train - mean) / deviation).nan_to_num(), ((test - mean) / deviation).nan_to_num(), notes
+    mean, variance = torch.tensor(common.mean), torch.tensor(common.variance)
+    deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+
+    def ready(part: Part) -> Part:
+        values = ((part.x - mean) / deviation).nan_to_num()
+        return Part(torch.cat([values, part.x.isnan().float()], 1).float(), part.y)
+
+    return data._replace(train=ready(data.train), test=ready(data.test))
 
 
 def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:

@@ -33,7 +33,7 @@ class Examples(NamedTuple):
         group: [n] int64, the natural site of each example, or None.
         groups: names of the natural sites.
         test: [n] bool, the official test part, or None where the data set has none.
-        columns: names of the features of a table, which every site standardises on its own training part; else empty.
+        columns: names of the features of a table, which is standardised before use and may hold NaN; else empty.
     """
 
     x: Tensor
@@ -45,9 +45,7 @@ class Examples(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
-def load(
-    source: str, path: str, *, label: str, group: str, image_size: int, audio_seconds: float, text_buckets: int
-) -> Examples:
+def load(source: str, path: str, *, label: str, group: str, image_size: int, audio_seconds: float, text_buckets: int) -> Examples:
     """Read a data set by the name of its source; the arguments are the run configuration's of the same names.
 
     Raises:
@@ -221,8 +219,9 @@ def text_csv(path: Path, label: str, group: str, buckets: int) -> Examples:
         raise SourceError(f"{path}: there is no column 'text'; columns: {', '.join(map(str, table.columns[:-1]))}")
     y, classes, _ = _labels(table, label, path)
     of_group, groups = _groups(table, group, path)
-    bags = HashingVectorizer(n_features=buckets, ngram_range=(1, 2)).transform(table["text"].fillna("").astype(str))
-    return Examples(torch.from_numpy(bags.astype(np.float16).toarray()), y, classes, of_group, groups)
+    hashing = HashingVectorizer(n_features=buckets, ngram_range=(1, 2), dtype=np.float32)
+    bags = hashing.transform(table["text"].fillna("").astype(str))
+    return Examples(torch.from_numpy(bags.toarray()).half(), y, classes, of_group, groups)
 
 
 def _existing(path: str) -> Path:
@@ -287,7 +286,7 @@ def _read_tables(path: Path) -> pd.DataFrame:
 def _labels(table: pd.DataFrame, label: str, path: Path) -> tuple[Tensor, tuple[str, ...], list[str]]:
     """Class indices, class names, and the columns that the label was made of."""
     try:
-        values = table[label] if label in table else table.eval(label)
+        values = pd.Series(table[label] if label in table else table.eval(label))
     except (KeyError, ValueError, SyntaxError, TypeError, NameError) as error:
         columns = ", ".join(map(str, table.columns[:-1]))
         raise SourceError(f"label = {label!r} is no column of {path} and no expression of its columns: {columns}") from error

@@ -21,7 +21,7 @@ def build(name: str, shape: tuple[int, ...], num_classes: int, norm: str, seed: 
             with ``shape`` and ``num_classes``.
         shape: of one example, (channels, height, width) or (features,).
         num_classes: length of the network's output.
-        norm: batch, group or evonorm; of resnet20.
+        norm: batch, group or evonorm; of resnet20 and vgg11.
         seed: of the initialisation.
 
     Raises:
@@ -57,7 +57,7 @@ def _construct(name: str, shape: tuple[int, ...], num_classes: int, norm: str) -
         case ("resnet20", _, _):
             return ResNet20(shape[0], num_classes, norm)
         case ("vgg11", _, _):
-            return vgg11(shape, num_classes)
+            return vgg11(shape, num_classes, norm)
         case ("torchvision", _, which):
             from torchvision.models import get_model  # here: it takes a second to import
 
@@ -98,9 +98,7 @@ def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 def mlp(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """One hidden layer of 64 on the flattened example, for tables and text."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 64), nn.ReLU(), nn.Linear(64, num_classes)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -125,15 +123,28 @@ def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     )
 
 
-def vgg11(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _norm(name: str) -> tuple[Callable[[int], nn.Module], nn.Module]:
+    """A layer of normalisation by its channels, and the non-linearity after it; EvoNorm holds its own."""
+    match name:
+        case "batch":
+            return nn.BatchNorm2d, nn.ReLU()
+        case "group":
+            return partial(nn.GroupNorm, 8), nn.ReLU()
+        case "evonorm":
+            return EvoNormS0, nn.Identity()
+    raise ValueError(f"norm = {name!r}; allowed: batch, group, evonorm")
+
+
+def vgg11(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
     """The narrow VGG-11 of the decentralized literature (RelaySGD, Vogels et al. 2021): 580 thousand parameters on CIFAR-10."""
     if min(shape[1:]) < 32:
         raise ValueError(f"model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}")
+    layer, act = _norm(norm)
     layers: list[nn.Module] = []
     channels = shape[0]
     for width in (16, 0, 32, 0, 64, 64, 0, 128, 128, 0, 128, 128, 0):  # 0: pooling
         if width:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(channels, width, 3, padding=1), layer(width), act]
             channels = width
         else:
             layers.append(nn.MaxPool2d(2))
@@ -184,7 +195,8 @@ class _Block(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.body(x) + self.shortcut(x))
+        y: Tensor = self.act(self.body(x) + self.shortcut(x))
+        return y
 
 
 class ResNet20(nn.Module):
@@ -195,12 +207,7 @@ class ResNet20(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, norm: str) -> None:
         super().__init__()
-        norms: dict[str, Callable[[int], nn.Module]] = {
-            "batch": nn.BatchNorm2d,
-            "group": partial(nn.GroupNorm, 8),
-            "evonorm": EvoNormS0,
-        }
-        layer, act = norms[norm], nn.Identity() if norm == "evonorm" else nn.ReLU()
+        layer, act = _norm(norm)
         blocks: list[nn.Module] = []
         inputs = 16
         for outputs in (16, 32, 64):
@@ -217,4 +224,5 @@ class ResNet20(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.blocks(self.stem(x))
-        return self.head(F.adaptive_avg_pool2d(features, 1).flatten(1))
+        logits: Tensor = self.head(F.adaptive_avg_pool2d(features, 1).flatten(1))
+        return logits

@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from datasets.site import Moments, merge
 from server_app.exchange import exchange, why
 from strategies.config import Config
 from strategies.records import CONFIG, code_version
@@ -43,14 +44,21 @@ class Federation(NamedTuple):
     Attributes:
         sites: in the order of their numbers.
         classes: of all sites.
-        shape: of one example.
+        shape: of one example, as the network takes it.
+        moments: of the columns of a table, over all sites; None for other data.
         notes: what sites say about their data, each with the site's name before it.
     """
 
     sites: tuple[Site, ...]
     classes: tuple[str, ...]
     shape: tuple[int, ...]
+    moments: Moments | None
     notes: tuple[str, ...]
+
+    def agreed(self) -> dict[str, list[str] | list[float]]:
+        """What every message tells the sites about each other."""
+        told: dict[str, list[str] | list[float]] = {"classes": list(self.classes)}
+        return told | ({} if self.moments is None else {key: list(value) for key, value in self.moments._asdict().items()})
 
 
 def take_census(grid: Grid, config: Config) -> Federation:
@@ -119,9 +127,7 @@ def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -
             )
         for key, what in (("shape", "shape of an example"), ("columns", "columns")):
             if answer[key] != reference[key]:
-                raise RunError(
-                    f"the {what} differ: {reference_name} has {reference[key]}, {answer['name']} has {answer[key]}"
-                )
+                raise RunError(f"the {what} differ: {reference_name} has {reference[key]}, {answer['name']} has {answer[key]}")
     classes = sorted({str(name) for _, answer in ordered for name in answer["classes"]})  # type: ignore[attr-defined]
     known = [str(name) for name in reference["classes"]]  # type: ignore[attr-defined]
     if set(known) == set(classes):
@@ -140,4 +146,9 @@ def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -
     if config.strategy == "centralized":
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{answer['name']}: {note}" for _, answer in ordered for note in answer["notes"])  # type: ignore[attr-defined]
-    return Federation(sites, tuple(classes), tuple(reference["shape"]), notes)  # type: ignore[arg-type]
+    shape: tuple[int, ...] = tuple(reference["shape"])  # type: ignore[arg-type]
+    common = None
+    if reference["columns"]:
+        common = merge([Moments(*(tuple(answer[key]) for key in Moments._fields)) for _, answer in ordered])  # type: ignore[arg-type]
+        shape = (2 * shape[0],)  # the values, and which of them are missing
+    return Federation(sites, tuple(classes), shape, common, notes)

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from strategies.schedules import decay
+
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999"  # Okabe and Ito
 
 
@@ -23,6 +25,7 @@ def _plain(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.25)
 
 
@@ -40,9 +43,7 @@ def curves(metrics: pd.DataFrame, title: str) -> Figure:
         spread = each[each["metric"] == metric].groupby("round")["value"].agg(["min", "max"])
         trained = metrics[(metrics["metric"] == metric) & (metrics["site"] == "all") & (metrics["split"] == "train")]
         for axes, (column, unit) in zip(row, axis.items(), strict=True):
-            axes.fill_between(
-                mean[column], spread["min"], spread["max"], color=BLUE, alpha=0.15, lw=0, label="worst to best site"
-            )
+            axes.fill_between(mean[column], spread["min"], spread["max"], color=BLUE, alpha=0.15, lw=0, label="worst to best site")
             axes.plot(mean[column], mean["value"], color=BLUE, marker="o", ms=3, label="all sites, test")
             if not trained.empty and column == "round":
                 axes.plot(trained[column], trained["value"], color=ORANGE, ls="--", label="training")
@@ -64,22 +65,28 @@ def curves(metrics: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def schedule(metrics: pd.DataFrame) -> Figure:
-    """Learning rate, local epochs and how far the model moved, round by round."""
+def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> Figure:
+    """Learning rate (of ``shape``), local epochs and how far the model moved, round by round; ``epsilon`` as a line."""
     trained = metrics[(metrics["split"] == "train") & (metrics["site"] == "all")]
     table = trained.pivot_table(index="round", columns="metric", values="value", aggfunc="last")
     figure = Figure(figsize=(8, 7), layout="constrained")
     rates, epochs, change = figure.subplots(3, 1, sharex=True)
-    for round_number, row in table.iterrows():
-        rates.plot([round_number - 0.5, round_number + 0.5], [row["lr-first"], row["lr-last"]], color=BLUE)
+    for number, first, last in zip(table.index, table["lr-first"], table["lr-last"], strict=True):
+        done = np.linspace(0, 1, 21)
+        rates.plot(number - 0.5 + done, [first * decay(shape, last / first, u) for u in done], color=BLUE)
     rates.set_ylim(bottom=0)
-    _plain(rates, "", "learning rate\n(start to end of round)")
+    _plain(rates, "", "learning rate")
     epochs.bar(table.index, table["local-epochs"], color=GREEN, width=0.9)
     epochs.yaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(epochs, "", "local epochs")
     if "model-change" in table:
         change.plot(table.index, table["model-change"], color=RED, marker="o", ms=3)
+        largest = float(table["model-change"].max())
+        if 0 < epsilon < 2 * largest:  # a line far above would flatten the curve
+            change.axhline(epsilon, color=GREY, ls="--", lw=1)
+            change.annotate("epsilon", (1, epsilon), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY)
         change.set_ylim(bottom=0)
+    figure.suptitle(title)
     _plain(change, "round", "relative change\nof the model")
     change.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -89,7 +96,7 @@ def who_has_what(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) ->
     """Sites by classes: the darker, the more examples."""
     table = np.array(list(counts.values()))  # [sites, classes]
     num_sites, num_classes = table.shape
-    figure = Figure(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2, 1.2 + 0.35 * num_sites)), layout="constrained")
+    figure = Figure(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
     axes.set_yticks(range(num_sites), list(counts))

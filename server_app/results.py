@@ -94,8 +94,11 @@ class Results:
         if not self._rows or not (now or time.monotonic() - self._drawn > DRAW_EVERY_S):
             return
         metrics = self.metrics
-        plots.save(plots.curves(metrics, self._config.strategy), self.folder / "curves.png")
-        plots.save(plots.schedule(metrics), self.folder / "schedule.png")
+        config = self._config
+        title = f"{config.strategy} on {config.data}, {config.num_sites} sites"
+        epsilon = config.epsilon if config.strategy == "co-learning" else 0
+        plots.save(plots.curves(metrics, title), self.folder / "curves.png")
+        plots.save(plots.schedule(metrics, title, config.lr_shape, epsilon), self.folder / "schedule.png")
         self._drawn = time.monotonic()
 
     def show(self, federation: Federation) -> None:

@@ -76,9 +76,7 @@ class Rounds:
             self._record(round_number, "train", arrived, metrics, {"local-epochs": epochs})
             tested: dict[int, MetricRecord] = {}
             messages = self._configure(self._strategy.configure_evaluate, round_number, arrays, done)
-            outcome = self._strategy.aggregate_evaluate(
-                round_number, self._usable(messages, round_number, "test", None, tested)
-            )
+            outcome = self._strategy.aggregate_evaluate(round_number, self._usable(messages, round_number, "test", None, tested))
             self._record(round_number, "test", tested, outcome, {})
             self._save(arrays)
             self._results.draw(now=done >= total)
@@ -98,7 +96,7 @@ class Rounds:
         told = ConfigRecord(
             {
                 "server-round": round_number,
-                "classes": list(self._federation.classes),
+                **self._federation.agreed(),
                 "local-epochs": epochs,
                 "epochs-left": total - done,
                 "lr": self._config.lr,
@@ -109,9 +107,7 @@ class Rounds:
         if not set(self._grid.get_node_ids()) & self._sites.keys():
             raise RunError(f"round {round_number}: no site is connected any more: stopped")
         messages = [
-            message
-            for message in configure(round_number, arrays, told, self._grid)
-            if message.metadata.dst_node_id in self._sites
+            message for message in configure(round_number, arrays, told, self._grid) if message.metadata.dst_node_id in self._sites
         ]
         for message in messages:
             self._traffic[message.metadata.dst_node_id][1] += num_bytes(message)
@@ -156,17 +152,15 @@ class Rounds:
             up, down = (sum(column) for column in zip(*self._traffic.values(), strict=True))
             self._results.record(round_number, seconds, EVERYBODY, split, _numbers(together) | more, up, down)
 
-    def _tell(
-        self, round_number: int, epochs: int, done: int, trained: MetricRecord | None, tested: MetricRecord | None
-    ) -> None:
+    def _tell(self, round_number: int, epochs: int, done: int, trained: MetricRecord | None, tested: MetricRecord | None) -> None:
         """A line of progress."""
         total = self._config.epochs
         seconds = time.monotonic() - self._start
         train, test = _numbers(trained or MetricRecord()), _numbers(tested or MetricRecord())
         up, down = (sum(column) / 1e6 for column in zip(*self._traffic.values(), strict=True))
-        rates = f"{train.get('lr-first', math.nan):.3g} to {train.get('lr-last', math.nan):.3g}"
+        rates = f"{train.get('lr-first', math.nan):.2g} to {train.get('lr-last', math.nan):.2g}"
         print(
-            f"round {round_number:>3} | epoch {done:>{len(str(total))}}/{total} (+{epochs}) | lr {rates:<16} "
+            f"round {round_number:>3} | epoch {done:>{len(str(total))}}/{total} (+{epochs}) | lr {rates:<15} "
             f"| train loss {train.get('loss', math.nan):.4f} | test accuracy {test.get('accuracy', math.nan):.4f} "
             f"| moved {train.get('model-change', math.nan):.3f} | {up + down:.1f} MB | {seconds:.0f} s, "
             f"{seconds / done * (total - done):.0f} s to go",

@@ -35,9 +35,7 @@ def shipped_strategies() -> dict[str, type[shipped.Strategy]]:
     return {
         name: found
         for name in shipped.__all__
-        if inspect.isclass(found := getattr(shipped, name))
-        and issubclass(found, shipped.FedAvg)
-        and not name.startswith("FedXgb")
+        if inspect.isclass(found := getattr(shipped, name)) and issubclass(found, shipped.FedAvg) and not name.startswith("FedXgb")
     }
 
 
@@ -72,9 +70,7 @@ def strategy_arguments(name: str, text: str) -> dict[str, bool | int | float]:
 class Config(BaseModel):
     """One run. Read it with :meth:`read`; the comments beside the defaults in ``pyproject.toml`` say what each key does."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, alias_generator=lambda field: field.replace("_", "-")
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=lambda field: field.replace("_", "-"))
 
     strategy: str
     strategy_arguments: str

@@ -34,7 +34,7 @@ def unpack(array: Array) -> Tensor:
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(stream)
-    if fortran and len(shape) > 1 or dtype.hasobject:
+    if (fortran and len(shape) > 1) or dtype.hasobject:
         raise ValueError("only plain arrays in C order")
     flat = np.frombuffer(array.data, dtype, offset=stream.tell())
     with warnings.catch_warnings():

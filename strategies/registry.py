@@ -20,9 +20,7 @@ def round_strategy(config: Config, num_examples: Mapping[int, int]) -> Strategy:
         num_examples: training examples of each node that takes part, in the order of the sites.
     """
     total = sum(num_examples.values())
-    shares = {
-        node: 1 / len(num_examples) if config.weighting == "equal" else n / total for node, n in num_examples.items()
-    }
+    shares = {node: 1 / len(num_examples) if config.weighting == "equal" else n / total for node, n in num_examples.items()}
     match config.strategy:
         case "co-learning":
             return CoLearning(

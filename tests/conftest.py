@@ -1,1 +1,65 @@
-"""The tests."""
+"""What tests share: the default configuration, and a run of the real ServerApp and ClientApp in this process."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import pandas as pd
+import pytest
+import torch
+from flwr.app import Message
+from safetensors.torch import load_file
+from torch import Tensor
+
+from client_app.app import app as client_app
+from server_app.app import app as server_app
+from simulation.grid import run_in_process
+
+ROOT = Path(__file__).parent.parent
+mpl.use("agg")
+
+
+def default_config() -> dict[str, Any]:
+    """The defaults of ``pyproject.toml``."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return dict(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
+
+
+class Run(NamedTuple):
+    """What a run left in its folder."""
+
+    folder: Path
+    metrics: pd.DataFrame
+    model: dict[str, Tensor]
+
+    def trace(self, metric: str, split: str = "test", site: str = "all") -> list[float]:
+        """A metric, round by round."""
+        chosen = (self.metrics["metric"] == metric) & (self.metrics["split"] == split) & (self.metrics["site"] == site)
+        return [float(value) for value in self.metrics[chosen]["value"]]
+
+
+RunApp = Callable[..., Run]
+
+
+@pytest.fixture
+def run_app(tmp_path: Path) -> RunApp:
+    """``run_app(tamper=None, **{"local-epochs": 1, ...})`` runs the app on digits, small and fast unless told otherwise."""
+    small = {"num-sites": 3, "epochs": 2, "local-epochs": 1, "model": "mlp", "results-dir": str(tmp_path / "runs")}
+    torch.set_num_threads(1)
+
+    def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, **changes: Any) -> Run:
+        before = set((tmp_path / "runs").glob("*"))
+        config = default_config() | small | {key.replace("_", "-"): value for key, value in changes.items()}
+        run_in_process(server_app, client_app, config["num-sites"], config, tamper)
+        (folder,) = set((tmp_path / "runs").glob("*")) - before
+        return read_run(folder)
+
+    return run
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its folder."""
+    model = folder / "model.safetensors"
+    return Run(folder, pd.read_csv(folder / "metrics.csv"), load_file(model) if model.exists() else {})

@@ -8,7 +8,6 @@ own site; ``ensemble`` sends all models to all sites, which average their predic
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -51,20 +50,15 @@ class Alone(Strategy):
             if node in set(grid.get_node_ids())
         ]
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each site's own model; a single model, as at the start of a run, is everybody's."""
         vectors = {name: unpack(array) for name, array in arrays.items()}
         self._models = {
-            name: (vector if vector.dim() == 2 else vector.expand(len(self._rows), -1)).clone()
-            for name, vector in vectors.items()
+            name: (vector if vector.dim() == 2 else vector.expand(len(self._rows), -1)).clone() for name, vector in vectors.items()
         }
         return self._messages(arrays, config, grid, MessageType.TRAIN)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The rows of the sites that answered; the others keep what they had."""
         contents = []
         for reply in replies:
@@ -75,9 +69,7 @@ class Alone(Strategy):
             return None, None
         return pack(self._models), weighted_metrics(contents, NUM_EXAMPLES)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each site's own model, or all models for everybody."""
         return self._messages(arrays, config, grid, MessageType.EVALUATE)
 

@@ -21,7 +21,7 @@ from strategies.averaging.average import CHANGE, Averaging
 
 def next_local_epochs(local_epochs: int, change: float, epsilon: float, largest: int) -> int:
     """Local epochs of the next round, given how far the average moved in this one. Never fewer; 0 for ``epsilon`` never grows."""
-    return max(local_epochs, min(2 * local_epochs, largest)) if 0 < epsilon and change <= epsilon else local_epochs
+    return max(local_epochs, min(2 * local_epochs, largest)) if epsilon > 0 and change <= epsilon else local_epochs
 
 
 class CoLearning(Averaging):
@@ -51,9 +51,7 @@ class CoLearning(Averaging):
         self._lr, self._envelope = lr, envelope
         self._max_local_epochs, self._epsilon = max_local_epochs, epsilon
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """A whole cycle of the rate in each round; ``epochs-left``, where given, bounds the local epochs."""
         left = config.get("epochs-left", self.local_epochs)
         assert isinstance(left, int)
@@ -63,9 +61,7 @@ class CoLearning(Averaging):
         cycle["cycle-from"], cycle["cycle-to"] = 0.0, 1.0
         return super().configure_train(server_round, arrays, cycle, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The mean; where it hardly moved, local epochs double from the next round on."""
         arrays, metrics = super().aggregate_train(server_round, replies)
         if metrics is not None:

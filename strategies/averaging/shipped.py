@@ -42,17 +42,13 @@ class Shipped(Strategy):
             message.content[ARRAYS] = arrays
         return messages
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The strategy's messages, with the statistics."""
         self._sent = arrays
         plain = ArrayRecord({X: arrays[X]})
         return self._with_stats(self._strategy.configure_train(server_round, plain, config, grid), arrays)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the strategy makes of the models, and the mean of the statistics."""
         stats = dict.fromkeys(self._sent, None).keys() & {STATS}
         mean = StreamingMean(unpack(self._sent[STATS]).shape) if stats else None
@@ -73,9 +69,7 @@ class Shipped(Strategy):
             metrics[CHANGE] = relative_change(x, unpack(self._sent[X]))
         return pack({X: x} | ({STATS: mean.result()} if mean else {})), metrics
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The strategy's messages, with the statistics."""
         plain = ArrayRecord({X: arrays[X]})
         return self._with_stats(self._strategy.configure_evaluate(server_round, plain, config, grid), arrays)

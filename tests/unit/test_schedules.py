@@ -1,0 +1,44 @@
+"""Learning rates against their closed forms."""
+
+import itertools
+import math
+
+import pytest
+
+from strategies.schedules import decay, progress
+
+
+@pytest.mark.parametrize("shape", ["exponential", "linear", "cosine"])
+def test_every_shape_starts_at_one_ends_at_the_ratio_and_falls(shape: str) -> None:
+    values = [decay(shape, 0.25, step / 100) for step in range(101)]
+    assert values[0] == 1
+    assert values[-1] == pytest.approx(0.25, rel=1e-12)
+    assert all(later < earlier for earlier, later in itertools.pairwise(values))
+
+
+def test_values_half_way() -> None:
+    assert decay("exponential", 0.25, 0.5) == pytest.approx(0.5)  # the geometric mean of 1 and 0.25
+    assert decay("linear", 0.25, 0.5) == pytest.approx(0.625)  # the arithmetic mean
+    assert decay("cosine", 0.25, 0.5) == pytest.approx(0.625)
+    assert decay("cosine", 0.0001, 0.25) == pytest.approx(0.0001 + 0.9999 * (1 + math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize("shape", ["exponential", "linear", "cosine"])
+def test_ratio_one_is_a_constant_rate(shape: str) -> None:
+    assert {decay(shape, 1.0, step / 7) for step in range(8)} == {1.0}
+
+
+def test_unknown_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="sine"):
+        decay("sine", 0.5, 0.5)
+
+
+def test_progress_by_batch_and_by_epoch() -> None:
+    assert [progress(step, 2, 2, "batch") for step in range(4)] == [0, 0.25, 0.5, 0.75]
+    assert [progress(step, 2, 2, "epoch") for step in range(4)] == [0, 0, 0.5, 0.5]
+
+
+def test_curve_depends_only_on_the_fraction_of_the_round() -> None:
+    short = {progress(step, 10, 2, "batch"): decay("exponential", 0.25, progress(step, 10, 2, "batch")) for step in range(20)}
+    long = {progress(step, 10, 8, "batch"): decay("exponential", 0.25, progress(step, 10, 8, "batch")) for step in range(80)}
+    assert all(long[u] == rate for u, rate in short.items())

@@ -7,7 +7,7 @@ BIN := $(CURDIR)/.venv/bin
 CONF ?=
 SET ?=
 RESULTS ?= $(CURDIR)/runs
-SITES := $(shell cat $(CONF) pyproject.toml 2>/dev/null | sed -n 's/^num-sites *= *\([0-9]*\).*/\1/p' | head -n 1)
+SITES := $(shell { echo '$(SET)' | tr ' ' '\n'; cat $(CONF) pyproject.toml; } | sed -n 's/^num-sites *= *\([0-9]*\).*/\1/p' | head -n 1)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 # Each site's share of a GPU; 0 on a machine without one.
 GPU_SHARE ?= $(shell awk 'BEGIN { share = $(GPUS) / $(SITES); print (share > 1 ? 1 : int(share * 100) / 100) }')
@@ -32,11 +32,13 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 	@touch $@
 
 run: .venv/installed
-	@mkdir -p .flwr
-	cd .flwr && flwr run .. --stream $(if $(CONF),--run-config '$(abspath $(CONF))') \
+	@mkdir -p $(FLWR_HOME)
+	@# Flower takes a file or pairs of key and value, not both: the file becomes pairs.
+	cd $(FLWR_HOME) && flwr run $(CURDIR) --stream \
+		$(if $(CONF),--run-config "$$(sed '/^#/d; s/ *= */=/' $(abspath $(CONF)))") \
 		--run-config 'results-dir="$(RESULTS)" $(SET)' \
 		--federation-config 'num-supernodes=$(SITES) client-resources-num-cpus=1 client-resources-num-gpus=$(GPU_SHARE)'
-	@cd .flwr && flwr ls --limit 1 --format json | grep -q 'finished:completed' || { echo 'The run failed: see above.' >&2; exit 1; }
+	@cd $(FLWR_HOME) && flwr ls --limit 1 --format json | grep -q 'finished:completed' || { echo 'The run failed: see above.' >&2; exit 1; }
 
 test: .venv/installed
 	python -m pytest

@@ -49,7 +49,7 @@ def strategy_arguments(name: str, text: str) -> dict[str, bool | int | float]:
     parameters = {
         key: parameter
         for key, parameter in inspect.signature(shipped_strategies()[name]).parameters.items()
-        if key not in ours and not key.endswith(("_fn", "_nodes", "_rule")) and not key.startswith("fraction_")
+        if key not in ours and not key.endswith(("_fn", "_rule")) and not key.startswith(("fraction_", "min_"))
     }
     arguments: dict[str, bool | int | float] = {}
     for item in text.split():

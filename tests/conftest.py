@@ -15,6 +15,7 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from server_app.app import app as server_app
+from server_app.results import Results
 from simulation.grid import run_in_process
 
 ROOT = Path(__file__).parent.parent
@@ -44,12 +45,15 @@ RunApp = Callable[..., Run]
 
 
 @pytest.fixture
-def run_app(tmp_path: Path) -> RunApp:
-    """``run_app(tamper=None, **{"local-epochs": 1, ...})`` runs the app on digits, small and fast unless told otherwise."""
+def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
+    """``run_app(tamper=None, draw=False, local_epochs=1, ...)`` runs the app on digits, small and fast unless told otherwise."""
     small = {"num-sites": 3, "epochs": 2, "local-epochs": 1, "model": "mlp", "results-dir": str(tmp_path / "runs")}
     torch.set_num_threads(1)
 
-    def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, **changes: Any) -> Run:
+    def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
+        if not draw:  # most of the time of a small run
+            monkeypatch.setattr(Results, "draw", lambda *arguments, **keywords: None)
+            monkeypatch.setattr(Results, "draw_sites", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
         config = default_config() | small | {key.replace("_", "-"): value for key, value in changes.items()}
         run_in_process(server_app, client_app, config["num-sites"], config, tamper)

@@ -1,0 +1,268 @@
+"""What goes wrong at a site costs the site its round, never the run."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+
+from client_app.app import app as client_app
+from server_app.app import app as server_app
+from server_app.census import RunError
+from simulation.grid import InProcessGrid, run_in_process
+from strategies.config import ConfigError
+from strategies.records import pack
+from tests.conftest import RunApp, default_config, read_run
+
+Tamper = Callable[[int, Message, Message], Message | None]
+
+
+def changed(reply: Message, **records: Any) -> Message:
+    """The reply with other records, or without those that are None."""
+    content = {name: record for name, record in {**dict(reply.content), **records}.items() if record is not None}
+    other = Message(RecordDict(content), reply_to=_QUESTION[0])
+    other.metadata.__dict__.update(reply.metadata.__dict__)
+    return other
+
+
+_QUESTION: list[Message] = []
+
+
+def spoil(site: int, spoiled: Callable[[Message], Message | None], kind: str = "train") -> Tamper:
+    """One site's replies of one kind go wrong."""
+
+    def tamper(number: int, message: Message, reply: Message) -> Message | None:
+        _QUESTION[:] = [message]
+        return spoiled(reply) if number == site and message.metadata.message_type == kind else reply
+
+    return tamper
+
+
+def vector(reply: Message) -> torch.Tensor:
+    return torch.from_numpy(reply.content.array_records["arrays"]["x"].numpy()).clone()
+
+
+def with_value(value: float) -> Callable[[Message], Message]:
+    def spoiled(reply: Message) -> Message:
+        x = vector(reply)
+        x[7] = value
+        return changed(reply, arrays=pack({"x": x}))
+
+    return spoiled
+
+
+SPOILED: dict[str, tuple[Callable[[Message], Message | None], str]] = {
+    "raises": (lambda reply: Message(Error(2, "ValueError: boom"), reply_to=_QUESTION[0]), "ValueError: boom"),
+    "is lost": (lambda reply: None, "no answer within timeout-s = 0.2"),
+    "NaN": (with_value(float("nan")), "the model holds NaN or infinite values"),
+    "infinite": (with_value(float("-inf")), "the model holds NaN or infinite values"),
+    "huge": (with_value(1e9), "the model diverged: it holds 1e+09"),
+    "shape": (lambda reply: changed(reply, arrays=pack({"x": torch.zeros(3)})), r"x is float32 of shape (3,), float32 of shape"),
+    "dtype": (lambda reply: changed(reply, arrays=pack({"x": vector(reply).double()})), "x is float64 of shape"),
+    "lies": (
+        lambda reply: changed(
+            reply,
+            arrays=ArrayRecord(
+                {"x": Array("float32", tuple(vector(reply).shape), "numpy.ndarray", pack({"x": torch.zeros(3)})["x"].data)}
+            ),
+        ),
+        "x is of shape (3,)",
+    ),
+    "garbage": (
+        lambda reply: changed(
+            reply, arrays=ArrayRecord({"x": Array("float32", tuple(vector(reply).shape), "numpy.ndarray", b"zzz")})
+        ),
+        "x cannot be read",
+    ),
+    "names": (lambda reply: changed(reply, arrays=pack({"y": vector(reply)})), "holds the arrays ['y'], ['x'] are expected"),
+    "no model": (lambda reply: changed(reply, arrays=None), "holds the arrays [], ['x'] are expected"),
+    "no metrics": (lambda reply: changed(reply, metrics=None), "the reply holds no metrics"),
+    "no examples": (
+        lambda reply: changed(reply, metrics=MetricRecord({"loss": 1.0, "num-examples": 0})),
+        "num-examples is 0, a whole number above 0 is expected",
+    ),
+    "NaN loss": (
+        lambda reply: changed(reply, metrics=MetricRecord({"loss": float("nan"), "num-examples": 3})),
+        "metrics are not finite: loss = nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", ["co-learning", "Krum"])
+@pytest.mark.parametrize("case", SPOILED)
+def test_reply_that_cannot_be_used_is_left_out_with_its_reason(
+    case: str, strategy: str, run_app: RunApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled, reason = SPOILED[case]
+    logging.getLogger("flwr").propagate = True
+    with caplog.at_level(logging.WARNING, "flwr"):
+        run = run_app(spoil(1, spoiled), strategy=strategy, epochs=1, timeout_s=0.2)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("round 1: site 1 (site 1) is left out of the training: ")
+    assert reason in warning
+    trained = run.metrics[(run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
+    assert list(trained["site"]) == ["0", "2", "all"]
+    assert all(value.isfinite().all() for value in run.model.values())
+
+
+def test_round_without_a_site_is_the_mean_of_the_others(run_app: RunApp) -> None:
+    lost = run_app(spoil(2, lambda reply: None), epochs=1, timeout_s=0.1)
+    models: list[torch.Tensor] = []
+
+    def listen(number: int, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and number < 2:
+            models.append(vector(reply))
+        return reply
+
+    run_app(listen, epochs=1)
+    names = ("1.weight", "1.bias", "3.weight", "3.bias")  # the order of the network
+    torch.testing.assert_close(torch.cat([lost.model[name].reshape(-1) for name in names]), torch.stack(models).mean(0))
+
+
+def test_site_that_fails_the_test_only_is_left_out_of_the_test(run_app: RunApp, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    run = run_app(spoil(0, SPOILED["raises"][0], "evaluate"), epochs=1)
+    assert "round 1: site 0 (site 0) is left out of the test: ValueError: boom" in caplog.text
+    tested = run.metrics[(run.metrics["split"] == "test") & (run.metrics["metric"] == "accuracy")]
+    assert list(tested["site"]) == ["1", "2", "all"]
+
+
+def test_site_comes_back(run_app: RunApp) -> None:
+    rounds = iter([None, True, True])
+
+    def first_lost(reply: Message) -> Message | None:
+        return reply if next(rounds) else None
+
+    run = run_app(spoil(1, first_lost), epochs=3, epsilon=0.0, timeout_s=0.1)
+    trained = run.metrics[(run.metrics["site"] == "1") & (run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
+    assert list(trained["round"]) == [2, 3]
+
+
+@pytest.mark.parametrize("strategy", ["co-learning", "local", "FedMedian"])
+def test_too_few_sites_stop_the_run_and_leave_what_was_reached(strategy: str, run_app: RunApp, tmp_path: Path) -> None:
+    count = iter(range(100))
+
+    def second_round_lost(number: int, message: Message, reply: Message) -> Message | None:
+        # A round of three sites has three training and three test messages, after three for the census.
+        return None if next(count) >= 9 and number > 0 and message.metadata.message_type == "train" else reply
+
+    with pytest.raises(RunError, match="round 2: 1 sites sent a model that can be used, min-sites = 2: stopped"):
+        run_app(second_round_lost, draw=True, strategy=strategy, epochs=3, timeout_s=0.1)
+    (folder,) = (tmp_path / "runs").iterdir()
+    run = read_run(folder)
+    assert len(run.trace("accuracy")) == 1
+    assert list(folder.glob("model*.safetensors"))
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
+    config = default_config() | {"num-sites": 2, "results-dir": str(tmp_path / "runs")} | changes
+    grid = InProcessGrid(client_app, 2, config)
+    sent: list[Message] = []
+    push = grid.push_messages
+
+    def counted(messages: Iterable[Message]) -> Iterable[str]:
+        sent.extend(messages := list(messages))
+        return push(messages)
+
+    grid.push_messages = counted  # type: ignore[method-assign]
+    with pytest.raises((ConfigError, RunError, ValueError)):
+        server_app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+    return len(sent)
+
+
+def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> None:
+    assert messages_sent({"lr": 0.0}, tmp_path) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> None:
+    assert messages_sent({"data": "csv", "data-path": "/nowhere"}, tmp_path) == 2  # the census
+    assert messages_sent({"model": "vgg11"}, tmp_path) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "csv", "data_path": "/nowhere"}, "0 sites can take part, min-sites = 2. SourceError: data-path = '/nowhere'"),
+        ({"partition": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
+        ({"partition": "classes", "classes_per_site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
+        ({"model": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
+    ],
+)
+def test_what_only_the_data_can_tell_is_named_before_training(changes: dict[str, Any], message: str, run_app: RunApp) -> None:
+    with pytest.raises((RunError, ValueError)) as error:
+        run_app(**changes)
+    assert message in str(error.value)
+
+
+def test_more_sites_than_configured_is_an_error(tmp_path: Path) -> None:
+    config = default_config() | {"num-sites": 2, "results-dir": str(tmp_path)}
+    with pytest.raises(RunError, match="num-sites = 2, but 3 sites are connected"):
+        run_in_process(server_app, client_app, 3, config)
+
+
+def test_fewer_sites_than_configured_names_the_flag(tmp_path: Path) -> None:
+    config = default_config() | {"num-sites": 3, "results-dir": str(tmp_path), "timeout-s": 0.5}
+    with pytest.raises(RunError, match=r'num-sites = 3, but the simulation has 2 sites: add .*"num-supernodes=3"'):
+        run_in_process(server_app, client_app, 2, config)
+
+
+def census(change: Callable[[int, dict[str, Any]], None]) -> Tamper:
+    """Sites that describe themselves in another way."""
+
+    def tamper(number: int, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "query.site":
+            change(number, reply.content.config_records["config"])  # type: ignore[arg-type]
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("code", "other", "site 1 runs other code than the server"),
+        ("shape", [3, 8, 8], r"the shape of an example differ: site 0 has \[1, 8, 8\], site 1 has \[3, 8, 8\]"),
+        ("columns", ["age"], "the columns differ"),
+        ("site", 0, "two sites have the same number"),
+    ],
+)
+def test_sites_that_do_not_fit_together_are_named(key: str, value: Any, message: str, run_app: RunApp) -> None:
+    def change(number: int, record: dict[str, Any]) -> None:
+        if number == 1:
+            record[key] = value
+
+    with pytest.raises(RunError, match=message):
+        run_app(census(change))
+
+
+def test_handler_that_ends_the_process_is_an_answer(run_app: RunApp, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def leave(*arguments: Any, **keywords: Any) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr("client_app.training.train", leave)
+    with pytest.raises(RunError, match="0 sites sent a model"):
+        run_app()
+
+
+def test_killed_run_leaves_its_rows(run_app: RunApp, tmp_path: Path) -> None:
+    """Rows are on disk before the next message goes out: read the file from inside the run."""
+    seen: list[int] = []
+
+    def look(number: int, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train":
+            (folder,) = (tmp_path / "runs").iterdir()
+            seen.append(len(pd.read_csv(folder / "metrics.csv")["round"].unique()))
+            assert (folder / "config.toml").exists()
+            assert (folder / "sites.png").exists()
+            assert (folder / "model.safetensors").exists() == (seen[-1] > 0)
+        return reply
+
+    run_app(look, draw=True, epochs=3, epsilon=0.0)
+    assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -1,0 +1,64 @@
+"""What a user types, through Flower's own processes: SuperLink, uv sync, Ray actors."""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, RunApp, read_run
+
+pytestmark = pytest.mark.e2e
+Make = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+    """``make("run", "SET=...")`` with a SuperLink of the tests' own, ended after them."""
+    home = tmp_path_factory.mktemp("flwr")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = [f"FLWR_HOME={home}", f"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT={port}"]
+    clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+
+    def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = ["make", "--no-print-directory", *arguments, *settings]
+        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600, check=False)
+
+    yield call
+    call("stop")
+
+
+def test_flwr_run_trains_the_model_that_the_process_trains(make: Make, run_app: RunApp, tmp_path: Path) -> None:
+    done = make("run", f"RESULTS={tmp_path / 'ray'}", "CONF=conf/fedavg.toml", "SET=epochs=4 seed=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert {file.name for file in folder.iterdir()} == {
+        "config.toml",
+        "metrics.csv",
+        "model.safetensors",
+        "curves.png",
+        "schedule.png",
+        "sites.png",
+    }
+    real = read_run(folder)
+    assert re.search(r"round +2 \| epoch 4/4 \(\+2\)", done.stdout)
+    assert f"{real.trace('accuracy')[-1]:.4f}" in done.stdout
+    assert f"results: {folder}" in done.stdout
+    here = run_app(strategy="fedavg", model="cnn", num_sites=5, epochs=4, local_epochs=2, seed=3)
+    for name, value in here.model.items():
+        torch.testing.assert_close(real.model[name], value, rtol=0, atol=1e-6)
+    assert real.trace("accuracy") == here.trace("accuracy")
+
+
+def test_wrong_configuration_fails_the_command_and_is_named(make: Make, tmp_path: Path) -> None:
+    failed = make("run", f"RESULTS={tmp_path / 'none'}", "SET=lr=-1.0")
+    assert failed.returncode != 0
+    assert "lr = -1.0: must be greater than 0" in failed.stdout
+    assert "The run failed: see above." in failed.stderr
+    assert not (tmp_path / "none").exists()

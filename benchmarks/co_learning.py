@@ -44,7 +44,7 @@ LARGE = {
 DATA_SETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "fashion-mnist": {"data": "fashion-mnist", **LARGE},
-    "cifar10": {"data": "benchmarks.cifar10_jpeg:load", **LARGE},
+    "cifar10": {"data": "benchmarks.cifar10_jpeg:load", **LARGE, "epochs": 10, "epsilon": 0.13},
 }
 
 

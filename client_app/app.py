@@ -25,7 +25,7 @@ from models.flat import FlatModel
 from models.networks import build
 from strategies.config import Config
 from strategies.randomness import derive
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, code_version, pack, unpack
+from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, pack, unpack
 from strategies.schedules import decay, progress
 
 RAISED = 2  # Flower's code for a ClientApp that raised an exception
@@ -202,12 +202,12 @@ def describe(message: Message, context: Context) -> Message:
 
 def _open(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace, dict[str, Tensor]]:
     config, place = Config.read(context.run_config), Place.of(context)
-    told = message.content.config_records[CONFIG]
+    told = config_of(message)
     classes = tuple(told["classes"])  # type: ignore[arg-type]
     common = Moments(*(tuple(told[key]) for key in Moments._fields)) if "mean" in told else None  # type: ignore[arg-type]
     data = site_data(config, place, classes, common)
     desk = workplace(config, tuple(data.train.x.shape[1:]), len(classes))
-    vectors = {name: unpack(array) for name, array in message.content.array_records[ARRAYS].items()}
+    vectors = {name: unpack(array) for name, array in arrays_of(message).items()}
     vectors.setdefault(STATS, torch.empty(*vectors[X].shape[:-1], 0))
     return config, place, data, desk, vectors
 
@@ -216,7 +216,7 @@ def _open(message: Message, context: Context) -> tuple[Config, Place, SiteData, 
 def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
     config, place, data, desk, vectors = _open(message, context)
-    told = message.content.config_records[CONFIG]
+    told = config_of(message)
     round_number, num_epochs = int(told["server-round"]), int(told["local-epochs"])  # type: ignore[arg-type]
     lr, start, stop = (float(told[key]) for key in ("lr", "cycle-from", "cycle-to"))  # type: ignore[arg-type]
     model = desk.model

@@ -37,9 +37,8 @@ def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
         saved_buffers = None if track else [buffer.clone() for buffer in buffers]
         if saved_x is not None:
             model.x.copy_(x)
-        model.grad.zero_()
         value = loss(batch)
-        value.backward()
+        model.backward(value)
         if saved_buffers is not None:
             for buffer, saved in zip(buffers, saved_buffers, strict=True):
                 buffer.copy_(saved)

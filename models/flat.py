@@ -19,7 +19,7 @@ class FlatModel:
     Attributes:
         network: the module; its parameters are views into ``x``.
         x: [d], float32.
-        grad: [d], float32; ``backward`` adds to it.
+        grad: [d], float32; the parameters' ``.grad`` are views into it.
     """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -33,10 +33,23 @@ class FlatModel:
         for parameter, part, grad in zip(parameters, self.x.split(sizes), self.grad.split(sizes), strict=True):
             parameter.data = part.view(parameter.shape)
             parameter.grad = grad.view(parameter.shape)
+        self._parameters = parameters
+        self._pieces: tuple[Tensor, ...] = ()
         # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
         self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
         self.num_stats = sum(buffer.numel() for buffer in self._buffers)
+
+    def backward(self, loss: Tensor) -> None:
+        """Put the gradient of ``loss`` [] into ``grad``.
+
+        ``loss.backward()`` would add to each parameter's ``.grad`` on its own, a kernel a parameter; here one moves them all.
+        """
+        # The pieces are kept until the next call: with nothing of a step left, the allocator of the C library would hand the
+        # step's memory back to the system and fetch it anew, a tenth of the time of ResNet-20 on a CPU.
+        self._pieces = ()
+        self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
+        torch.cat([piece.reshape(-1) for piece in self._pieces], out=self.grad)
 
     @property
     def stats(self) -> Tensor:

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from datasets.site import Moments, merge
 from server_app.exchange import exchange, why
 from strategies.config import Config
-from strategies.records import CONFIG, code_version
+from strategies.records import code_version, config_of
 
 
 class RunError(RuntimeError):
@@ -78,7 +78,7 @@ def take_census(grid: Grid, config: Config) -> Federation:
         if reply.has_error():
             failures.append(why(reply))
         else:
-            answers[node] = reply.content.config_records[CONFIG]
+            answers[node] = config_of(reply)
     for failure in sorted(set(failures)):
         log(WARNING, "%d of %d sites cannot take part: %s", failures.count(failure), len(nodes), failure)
     if len(answers) < config.min_sites:
@@ -110,7 +110,7 @@ def _wait_for(grid: Grid, config: Config) -> list[int]:
 
 def _is_simulation(grid: Grid, node: int, config: Config) -> bool:
     [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
-    return not reply.has_error() and bool(reply.content.config_records[CONFIG]["sites"])
+    return not reply.has_error() and bool(config_of(reply)["sites"])
 
 
 def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -> Federation:

@@ -24,12 +24,14 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Itera
     deadline = time.monotonic() + timeout_s
     wait = FIRST_WAIT_S
     while waiting:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            # Replies that Flower makes up itself name node 1 as their source: the message they answer tells the node.
-            message = waiting.pop(reply.metadata.reply_to_message_id)
-            yield message.metadata.dst_node_id, reply
-        if replies:
+        arrived = False
+        for identity in list(waiting):
+            # One at a time: a grid hands over all replies that are there at once, each as large as a model.
+            for reply in grid.pull_messages([identity]):
+                # Replies that Flower makes up itself name node 1 as their source: the message they answer tells the node.
+                arrived = True
+                yield waiting.pop(identity).metadata.dst_node_id, reply
+        if arrived:
             wait = FIRST_WAIT_S
             continue
         if time.monotonic() >= deadline:

@@ -16,7 +16,7 @@ from server_app.results import EVERYBODY, Results
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import refusal
 from strategies.config import Config
-from strategies.records import ARRAYS, CONFIG, METRICS, num_bytes, unpack
+from strategies.records import arrays_of, config_of, metrics_of, num_bytes, unpack
 
 Traffic = dict[int, list[int]]  # of each node: bytes up, bytes down
 
@@ -64,7 +64,7 @@ class Rounds:
         while done < total:
             round_number += 1
             messages = self._configure(self._strategy.configure_train, round_number, arrays, done)
-            epochs = int(messages[0].content.config_records[CONFIG]["local-epochs"])  # type: ignore[arg-type]
+            epochs = int(config_of(messages[0])["local-epochs"])  # type: ignore[arg-type]
             arrived: dict[int, MetricRecord] = {}
             replies = self._usable(messages, round_number, "train", sizes, arrived)
             newest, metrics = self._strategy.aggregate_train(round_number, replies)
@@ -127,7 +127,7 @@ class Rounds:
             if reason := unusable(reply, sizes):
                 self._warn(round_number, split, self._sites[node], reason)
                 continue
-            arrived[node] = reply.content.metric_records[METRICS]
+            arrived[node] = metrics_of(reply)
             yield reply
 
     @staticmethod
@@ -181,8 +181,8 @@ def unusable(reply: Message, sizes: dict[str, int] | None) -> str | None:
     """
     if reply.has_error():
         return why(reply)
-    metrics = reply.content.metric_records.get(METRICS)
-    if metrics is None:
+    metrics = metrics_of(reply)
+    if not metrics:
         return "the reply holds no metrics"
     count = metrics.get(NUM_EXAMPLES)
     if not isinstance(count, int) or count < 1:
@@ -191,9 +191,9 @@ def unusable(reply: Message, sizes: dict[str, int] | None) -> str | None:
         return f"metrics are not finite: {', '.join(wrong)}"
     if sizes is None:
         return None
-    arrays = reply.content.array_records.get(ARRAYS)
-    if arrays is None or set(arrays) != set(sizes):
-        return f"the reply holds the arrays {sorted(arrays or ())}, {sorted(sizes)} are expected"
+    arrays = arrays_of(reply)
+    if set(arrays) != set(sizes):
+        return f"the reply holds the arrays {sorted(arrays)}, {sorted(sizes)} are expected"
     for name, size in sizes.items():
         array = arrays[name]
         if array.dtype != "float32" or array.shape != (size,):

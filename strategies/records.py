@@ -22,7 +22,16 @@ X, STATS = "x", "stats"  # the arrays of a model
 
 def pack(vectors: Mapping[str, Tensor]) -> ArrayRecord:
     """Vectors as a record; empty ones (``stats`` of a network without BatchNorm) are left out."""
-    return ArrayRecord({name: Array(vector.detach().cpu().numpy()) for name, vector in vectors.items() if vector.numel()})
+    return ArrayRecord({name: _array(vector) for name, vector in vectors.items() if vector.numel()})
+
+
+def _array(vector: Tensor) -> Array:
+    """What ``Array(ndarray)`` makes, with one copy of the data where that makes three."""
+    values = np.ascontiguousarray(vector.detach().cpu().numpy())
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    data = b"".join((header.getvalue(), values.data))
+    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
 def unpack(array: Array) -> Tensor:
@@ -40,6 +49,26 @@ def unpack(array: Array) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(flat).reshape(shape)
+
+
+# Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole content, which would keep a
+# model in memory until Python looks for cycles.
+def arrays_of(message: Message) -> ArrayRecord:
+    """The arrays of a message; none where there are none."""
+    record = message.content.get(ARRAYS)
+    return record if isinstance(record, ArrayRecord) else ArrayRecord()
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """What a message tells."""
+    record = message.content.get(CONFIG)
+    return record if isinstance(record, ConfigRecord) else ConfigRecord()
+
+
+def metrics_of(message: Message) -> MetricRecord:
+    """The metrics of a message; none where there are none."""
+    record = message.content.get(METRICS)
+    return record if isinstance(record, MetricRecord) else MetricRecord()
 
 
 def num_bytes(message: Message) -> int:

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
-from strategies.records import ARRAYS, CONFIG, pack, unpack
+from strategies.records import ARRAYS, CONFIG, METRICS, arrays_of, metrics_of, pack, unpack
 
 
 class Alone(Strategy):
@@ -62,9 +62,9 @@ class Alone(Strategy):
         """The rows of the sites that answered; the others keep what they had."""
         contents = []
         for reply in replies:
-            for name, array in reply.content.array_records[ARRAYS].items():
+            for name, array in arrays_of(reply).items():
                 self._models[name][self._rows[reply.metadata.src_node_id]] = unpack(array)
-            contents.append(RecordDict(dict(reply.content.metric_records)))
+            contents.append(RecordDict({METRICS: metrics_of(reply)}))
         if not contents:
             return None, None
         return pack(self._models), weighted_metrics(contents, NUM_EXAMPLES)

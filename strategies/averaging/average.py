@@ -4,7 +4,7 @@
 
 BatchNorm statistics are averaged likewise. Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", AISTATS 2017, algorithm 1. Differs: every site takes part in every round; equal shares are offered.
-Special cases: one site keeps what it returns; the mean of K identical models is that model (to 2^-41 K).
+Special cases: one site keeps what it returns; the mean of K identical models is that model (to 2^-40 K).
 """
 
 import math
@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.averaging.mean import StreamingMean
-from strategies.records import ARRAYS, METRICS, X, pack, unpack
+from strategies.records import METRICS, X, arrays_of, metrics_of, pack, unpack
 
 NUM_EXAMPLES, CHANGE = "num-examples", "model-change"
 
@@ -38,9 +38,9 @@ def weighted_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecor
 def relative_change(new: Tensor, old: Tensor) -> float:
     """``|x' - x| / |x|``, Euclidean norms over all trainable parameters [d]; in blocks, so that no third vector is needed."""
     moved = size = 0.0
-    for a, b in zip(new.split(1 << 20), old.split(1 << 20), strict=True):
-        moved += torch.dist(a.double(), b.double()).item() ** 2
-        size += torch.linalg.vector_norm(b.double()).item() ** 2
+    for a, b in zip(new.split(1 << 18), old.split(1 << 18), strict=True):
+        moved += torch.dist(a, b).item() ** 2
+        size += torch.linalg.vector_norm(b).item() ** 2
     return math.sqrt(moved) / (math.sqrt(size) + 1e-12)
 
 
@@ -73,10 +73,10 @@ class Averaging(FedAvg):
         metrics: list[RecordDict] = []
         for reply in replies:
             share = self._shares[reply.metadata.src_node_id]
-            for name, array in reply.content.array_records[ARRAYS].items():
+            for name, array in arrays_of(reply).items():
                 vector = unpack(array)
                 means.setdefault(name, StreamingMean(vector.shape)).add(vector, share)
-            metrics.append(RecordDict({METRICS: reply.content[METRICS]}))
+            metrics.append(RecordDict({METRICS: metrics_of(reply)}))
         if not metrics:
             return None, None
         mean = {name: means.pop(name).result() for name in list(means)}

@@ -2,10 +2,10 @@
 
     mean = sum_k s_k x_k / sum_k s_k
 
-Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is therefore rounded to a
-multiple of 2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum to at most 1, so the sum cannot overflow while
-``|x| < 2^22``, which :func:`refusal` makes sure. A mean differs from the exact one by at most K 2^-41, then it is rounded to
-float32, whose own step is larger for every value above 1.5e-5.
+Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is therefore cut to a multiple of
+2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum to at most 1, so the sum cannot overflow while ``|x| < 2^22``,
+which :func:`refusal` makes sure. A mean over K sites differs from the exact one by at most K 2^-40, then it is rounded to float32,
+whose own step is larger for every value above 1.5e-5.
 """
 
 import math
@@ -34,32 +34,34 @@ class StreamingMean:
     """Keeps one 64-bit integer a coordinate: with the vector being added, the memory of three float32 models."""
 
     def __init__(self, shape: torch.Size) -> None:
-        self._sum = torch.zeros(shape.numel(), dtype=torch.int64)
+        self._sum = torch.empty(shape.numel(), dtype=torch.int64)
         self._shares: list[float] = []
         self._shape = shape
 
     def add(self, x: Tensor, share: float) -> None:
         """Add ``x`` (float32, the shape of the mean) with a share in (0, 1]; all shares together at most 1."""
-        flat = x.reshape(-1)
         scaled = torch.empty(_BLOCK, dtype=torch.float64)
-        rounded = torch.empty(_BLOCK, dtype=torch.int64)
-        for start in range(0, flat.numel(), _BLOCK):
-            block = flat[start : start + _BLOCK]
-            n = block.numel()
-            scaled[:n].copy_(block).mul_(share * ONE).round_()
-            self._sum[start : start + n].add_(rounded[:n].copy_(scaled[:n]))
+        whole = torch.empty(_BLOCK, dtype=torch.int64)
+        first = not self._shares
+        for source, target in zip(x.reshape(-1).split(_BLOCK), self._sum.split(_BLOCK), strict=True):
+            product = scaled[: source.numel()].copy_(source).mul_(share * ONE)
+            if first:
+                target.copy_(product)
+            else:
+                target.add_(whole[: source.numel()].copy_(product))
         self._shares.append(share)
 
     def result(self) -> Tensor:
-        """The mean of what was added, float32.
+        """The mean of what was added, float32; the end of this object, whose memory becomes the mean's.
 
         Raises:
             ValueError: nothing was added.
         """
         if not self._shares:
             raise ValueError("the mean of nothing")
-        mean = torch.empty(self._sum.numel(), dtype=torch.float32)
-        total = math.fsum(sorted(self._shares)) * ONE
-        for start in range(0, mean.numel(), _BLOCK):
-            mean[start : start + _BLOCK] = self._sum[start : start + _BLOCK].double().div_(total)
+        total = math.fsum(self._shares) * ONE
+        mean = self._sum.view(torch.float32)[: self._sum.numel()]  # a block of it ends before the integers still to be read
+        scaled = torch.empty(_BLOCK, dtype=torch.float64)
+        for source, target in zip(self._sum.split(_BLOCK), mean.split(_BLOCK), strict=True):
+            target.copy_(scaled[: source.numel()].copy_(source).div_(total))
         return mean.reshape(self._shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from strategies.averaging.average import CHANGE, relative_change
 from strategies.averaging.mean import StreamingMean
-from strategies.records import ARRAYS, STATS, X, pack, unpack
+from strategies.records import ARRAYS, STATS, X, arrays_of, pack, unpack
 
 
 class Shipped(Strategy):
@@ -55,9 +55,8 @@ class Shipped(Strategy):
 
         def without_stats() -> Iterator[Message]:
             for reply in replies:
-                record = reply.content.array_records[ARRAYS]
                 if mean is not None:
-                    mean.add(unpack(record.pop(STATS)), self._shares[reply.metadata.src_node_id])
+                    mean.add(unpack(arrays_of(reply).pop(STATS)), self._shares[reply.metadata.src_node_id])
                 yield reply
 
         ordered = sorted(without_stats(), key=lambda reply: self._order[reply.metadata.src_node_id])

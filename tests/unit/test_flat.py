@@ -20,7 +20,7 @@ def test_parameters_and_gradients_are_views() -> None:
     assert model.x.numel() == sum(parameter.numel() for parameter in parameters)
     model.x.copy_(torch.arange(model.x.numel()))
     assert torch.equal(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]), model.x)
-    F.cross_entropy(model.network(torch.randn(5, 1, 8, 8)), torch.tensor([0, 1, 2, 0, 1])).backward()
+    model.backward(F.cross_entropy(model.network(torch.randn(5, 1, 8, 8)), torch.tensor([0, 1, 2, 0, 1])))
     assert torch.equal(
         torch.cat([parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None]), model.grad
     )

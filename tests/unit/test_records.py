@@ -28,6 +28,13 @@ def test_unpack_agrees_with_flower() -> None:
     assert (unpack(array).numpy() == array.numpy()).all()
 
 
+@pytest.mark.parametrize("shape", [(7, 3), (1,), (5,)])
+def test_pack_makes_what_flower_makes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    assert pack({X: x})[X] == Array(x.numpy())
+    assert pack({X: x[:, None].mT})[X].numpy().tolist() == x[:, None].mT.tolist()  # not contiguous
+
+
 def test_empty_vectors_are_left_out() -> None:
     assert list(pack({"x": torch.ones(2), "stats": torch.empty(0)})) == ["x"]
 

@@ -53,4 +53,4 @@ bench: .venv/installed
 	python -m benchmarks.aggregation && python -m benchmarks.local_training
 
 stop:
-	-pkill -f "flower-superlink.*--port $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)"
+	-pkill -f "[f]lower-superlink.*--port $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)"

@@ -38,7 +38,11 @@ run: .venv/installed
 		$(if $(CONF),--run-config "$$(sed '/^#/d; s/ *= */=/' $(abspath $(CONF)))") \
 		--run-config 'results-dir="$(RESULTS)" $(SET)' \
 		--federation-config 'num-supernodes=$(SITES) client-resources-num-cpus=1 client-resources-num-gpus=$(GPU_SHARE)'
-	@cd $(FLWR_HOME) && flwr ls --limit 1 --format json | grep -q 'finished:completed' || { echo 'The run failed: see above.' >&2; exit 1; }
+	@# `flwr run` ends with success even if the run failed, and its log ends a moment before the run does: ask how it went.
+	@cd $(FLWR_HOME) && for second in $$(seq 60); do \
+		status=$$(flwr ls --limit 1 --format json | grep -o 'finished:[a-z]*'); \
+		case "$$status" in finished:completed) exit 0;; finished:*) break;; esac; sleep 1; \
+	done; echo 'The run failed: see above.' >&2; exit 1
 
 test: .venv/installed
 	python -m pytest

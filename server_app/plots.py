@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from strategies.schedules import decay
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999"  # Okabe and Ito
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"  # Okabe and Ito
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -34,6 +34,7 @@ class Alone(Strategy):
         """Nothing to say."""
 
     def _messages(self, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, kind: str) -> list[Message]:
+        connected = set(grid.get_node_ids())  # asked once: each time is a request to the SuperLink
         shared = pack(self._models) if self._ensemble and kind == MessageType.EVALUATE else None
         return [
             Message(
@@ -47,7 +48,7 @@ class Alone(Strategy):
                 kind,
             )
             for node, row in self._rows.items()
-            if node in set(grid.get_node_ids())
+            if node in connected
         ]
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:

@@ -19,6 +19,8 @@ export FLWR_HOME := $(CURDIR)/.flwr
 export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT := $(shell printf '%s' '$(CURDIR)' | cksum | awk '{ print 20000 + $$1 % 20000 }')
 export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
+# Python keeps its compiled modules, whatever the environment says: torch alone takes 20 seconds to compile.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test check fix bench stop
 .DEFAULT_GOAL := run

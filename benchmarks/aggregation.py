@@ -21,7 +21,8 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from client_app.app import app
 from server_app.rounds import unusable
-from simulation.grid import FIRST_NODE, InProcessGrid
+from simulation.grid import FIRST_NODE, VirtualGrid
+from simulation.world import World
 from strategies.averaging.average import Averaging
 from strategies.averaging.mean import StreamingMean
 from strategies.records import arrays_of, pack, unpack
@@ -68,7 +69,7 @@ class Peak:
 
 def ours(sites: int, before: ArrayRecord, replies: Iterable[Message]) -> None:
     """What the server does with the replies of a round, checks included."""
-    grid = InProcessGrid(app, sites, {})
+    grid = VirtualGrid(app, World().sites(sites, 0), {})
     strategy = Averaging({FIRST_NODE + site: 1 / sites for site in range(sites)})
     list(strategy.configure_train(1, before, ConfigRecord(), grid))
     sizes = {"x": before["x"].shape[0]}
@@ -100,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
     sites, size = arguments.sites, arguments.millions * MILLION
-    InProcessGrid(app, sites, {})
+    VirtualGrid(app, World().sites(sites, 0), {})
     before = pack({"x": torch.zeros(size)})
     contenders: dict[str, Callable[[Iterable[Message]], None]] = {
         "Flower's aggregate_arrayrecords": flowers,

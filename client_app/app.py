@@ -246,7 +246,15 @@ def train(message: Message, context: Context) -> Message:
         torch.manual_seed(derive(config.seed, "layers", place.number, round_number))
         step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
         mean_loss, count = training.train(model, gradient, step, epoch, num_epochs, rate, config.clip_norm)
-    metrics = MetricRecord({"loss": mean_loss, "lr-first": rate(0), "lr-last": rate(count - 1), "num-examples": len(data.train.y)})
+    metrics = MetricRecord(
+        {
+            "loss": mean_loss,
+            "lr-first": rate(0),
+            "lr-last": rate(count - 1),
+            "num-examples": len(data.train.y),
+            "samples": num_epochs * len(data.train.y) * (2 if config.sam_radius else 1),  # gradients computed, one an example
+        }
+    )
     content = RecordDict({ARRAYS: pack({X: model.x, STATS: model.stats}), METRICS: metrics})
     return Message(content, reply_to=message)
 

@@ -1,6 +1,5 @@
 """The sites of a run: who is there, what they hold, and whether it fits together."""
 
-import time
 from collections.abc import Mapping
 from logging import WARNING
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from datasets.site import Moments, merge
-from server_app.exchange import exchange, why
+from server_app.exchange import clock_of, exchange, why
 from strategies.config import Config
 from strategies.records import code_version, config_of
 
@@ -88,15 +87,19 @@ def take_census(grid: Grid, config: Config) -> Federation:
 
 
 def _wait_for(grid: Grid, config: Config) -> list[int]:
-    start, said = time.monotonic(), -1
+    clock = clock_of(grid)
+    start, said, asked = clock.now(), -1, False
     while len(nodes := list(grid.get_node_ids())) < config.num_sites:
-        # A simulation's sites come up together, so where some are missing for long, nobody will come.
-        if time.monotonic() - start > min(config.timeout_s, 15) and nodes and _is_simulation(grid, nodes[0], config):
-            raise RunError(
-                f"num-sites = {config.num_sites}, but the simulation has {len(nodes)} sites: "
-                f'add --federation-config "num-supernodes={config.num_sites}"'
-            )
-        if time.monotonic() - start > config.timeout_s:
+        waited = clock.now() - start
+        # A simulation of too few sites will never have more: say so soon.
+        if nodes and not asked and waited > min(config.timeout_s, 15):
+            asked = True
+            if 0 < (there := _simulated_sites(grid, nodes[0], config)) < config.num_sites:
+                raise RunError(
+                    f"num-sites = {config.num_sites}, but the simulation has {there} sites: "
+                    f'add --federation-config "num-supernodes={config.num_sites}"'
+                )
+        if waited >= config.timeout_s:
             if len(nodes) >= config.min_sites:
                 log(WARNING, "%d of %d sites are connected after %g s: going on", len(nodes), config.num_sites, config.timeout_s)
                 break
@@ -104,13 +107,16 @@ def _wait_for(grid: Grid, config: Config) -> list[int]:
         if len(nodes) != said:
             said = len(nodes)
             log(WARNING, "waiting for sites: %d of %d are connected", said, config.num_sites)
-        time.sleep(0.5)
+        clock.wait(0.5, config.timeout_s - waited)
     return nodes
 
 
-def _is_simulation(grid: Grid, node: int, config: Config) -> bool:
+def _simulated_sites(grid: Grid, node: int, config: Config) -> int:
+    """How many sites the simulation has that ``node`` belongs to; 0 for a deployed site or one that does not answer."""
     [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
-    return not reply.has_error() and bool(config_of(reply)["sites"])
+    sites = 0 if reply.has_error() else config_of(reply)["sites"]
+    assert isinstance(sites, int)
+    return sites
 
 
 def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -> Federation:

@@ -1,6 +1,5 @@
 """Pictures of a run, for a slide or a report: labelled axes with units, colours that colour-blind people tell apart."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from strategies.schedules import decay
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"  # Okabe and Ito
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -21,7 +21,8 @@ def save(figure: Figure, path: Path) -> None:
     partial.replace(path)
 
 
-def _plain(axes: Axes, x_label: str, y_label: str) -> None:
+def style(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, no frame above and at the right, a faint grid."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
@@ -47,7 +48,7 @@ def curves(metrics: pd.DataFrame, title: str) -> Figure:
             axes.plot(mean[column], mean["value"], color=BLUE, marker="o", ms=3, label="all sites, test")
             if not trained.empty and column == "round":
                 axes.plot(trained[column], trained["value"], color=ORANGE, ls="--", label="training")
-            _plain(axes, unit, label if column == "round" else "")
+            style(axes, unit, label if column == "round" else "")
         row[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         if not mean.empty:
             last = mean.iloc[-1]
@@ -75,10 +76,10 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
         done = np.linspace(0, 1, 21)
         rates.plot(number - 0.5 + done, [first * decay(shape, last / first, u) for u in done], color=BLUE)
     rates.set_ylim(bottom=0)
-    _plain(rates, "", "learning rate")
+    style(rates, "", "learning rate")
     epochs.bar(table.index, table["local-epochs"], color=GREEN, width=0.9)
     epochs.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(epochs, "", "local epochs")
+    style(epochs, "", "local epochs")
     if "model-change" in table:
         change.plot(table.index, table["model-change"], color=RED, marker="o", ms=3)
         largest = float(table["model-change"].max())
@@ -87,21 +88,21 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
             change.annotate("epsilon", (1, epsilon), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY)
         change.set_ylim(bottom=0)
     figure.suptitle(title)
-    _plain(change, "round", "relative change\nof the model")
+    style(change, "round", "relative change\nof the model")
     change.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def who_has_what(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Sites by classes: the darker, the more examples."""
-    table = np.array(list(counts.values()))  # [sites, classes]
+def who_has_what(counts: pd.DataFrame) -> Figure:
+    """``counts``, a row a site and a column a class: the darker, the more examples."""
+    table = counts.to_numpy()
     num_sites, num_classes = table.shape
     figure = Figure(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
-    axes.set_yticks(range(num_sites), list(counts))
+    axes.set_yticks(range(num_sites), [str(name) for name in counts.index])
     step = max(1, num_classes // 40)
-    labels = [str(name) if len(str(name)) <= 12 else f"{str(name)[:11]}…" for name in classes]
+    labels = [str(name) if len(str(name)) <= 12 else f"{str(name)[:11]}…" for name in counts.columns]
     axes.set_xticks(range(0, num_classes, step), labels[::step], rotation=45 if max(map(len, labels)) > 3 else 0)
     if num_classes <= 20:
         for (site, label), count in np.ndenumerate(table):

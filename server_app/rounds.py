@@ -1,7 +1,6 @@
 """Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from logging import WARNING
 
@@ -11,8 +10,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from server_app.census import Federation, RunError, Site
-from server_app.exchange import exchange, why
-from server_app.results import EVERYBODY, Results
+from server_app.exchange import LONGEST_WAIT_S, clock_of, exchange, why
+from server_app.results import EVERYBODY, History, Progress
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import refusal
 from strategies.config import Config
@@ -32,8 +31,7 @@ class Rounds:
         strategy: what happens to the models.
         federation: the sites.
         config: the run.
-        results: where everything is written.
-        save: called with the newest model after each round.
+        history: is told everything.
     """
 
     def __init__(
@@ -42,25 +40,25 @@ class Rounds:
         strategy: Strategy,
         federation: Federation,
         config: Config,
-        results: Results,
-        save: Callable[[ArrayRecord], None],
+        history: History,
     ) -> None:
         self._grid, self._strategy, self._config = grid, strategy, config
-        self._federation, self._results, self._save = federation, results, save
+        self._federation, self._history = federation, history
+        self._clock = clock_of(grid)
         self._sites = {site.node: site for site in federation.sites}
         self._traffic: Traffic = {node: [0, 0] for node in self._sites}
-        self._start = time.monotonic()
+        self._start = self._clock.now()
+        self._least = min(config.min_sites, len(self._sites))
 
     def run(self, arrays: ArrayRecord) -> ArrayRecord:
         """From the initial model to the last one.
 
         Raises:
-            RunError: fewer than ``min-sites`` sites answered; what was reached so far is in the results.
+            RunError: fewer than ``min-sites`` sites answered; what was reached so far is in the history.
         """
         total, done, round_number = self._config.epochs, 0, 0
         sizes = {name: array.shape[-1] for name, array in arrays.items()}
-        least = min(self._config.min_sites, len(self._sites))
-        self._start = time.monotonic()
+        self._start = self._clock.now()
         while done < total:
             round_number += 1
             messages = self._configure(self._strategy.configure_train, round_number, arrays, done)
@@ -68,18 +66,17 @@ class Rounds:
             arrived: dict[int, MetricRecord] = {}
             replies = self._usable(messages, round_number, "train", sizes, arrived)
             newest, metrics = self._strategy.aggregate_train(round_number, replies)
-            if len(arrived) < least or newest is None:
+            if len(arrived) < self._least or newest is None:
                 raise RunError(
-                    f"round {round_number}: {len(arrived)} sites sent a model that can be used, min-sites = {least}: stopped"
+                    f"round {round_number}: {len(arrived)} sites sent a model that can be used, min-sites = {self._least}: stopped"
                 )
             arrays, done = newest, done + epochs
+            self._history.keep(arrays)
             self._record(round_number, "train", arrived, metrics, {"local-epochs": epochs})
             tested: dict[int, MetricRecord] = {}
             messages = self._configure(self._strategy.configure_evaluate, round_number, arrays, done)
             outcome = self._strategy.aggregate_evaluate(round_number, self._usable(messages, round_number, "test", None, tested))
             self._record(round_number, "test", tested, outcome, {})
-            self._save(arrays)
-            self._results.draw(now=done >= total)
             self._tell(round_number, epochs, done, metrics, outcome)
         return arrays
 
@@ -104,14 +101,28 @@ class Rounds:
                 "cycle-to": (done + epochs) / total,
             }
         )
-        if not set(self._grid.get_node_ids()) & self._sites.keys():
-            raise RunError(f"round {round_number}: no site is connected any more: stopped")
+        self._wait_for_enough(round_number)
         messages = [
             message for message in configure(round_number, arrays, told, self._grid) if message.metadata.dst_node_id in self._sites
         ]
         for message in messages:
             self._traffic[message.metadata.dst_node_id][1] += num_bytes(message)
-        return messages
+        # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
+        return sorted(messages, key=lambda message: self._sites[message.metadata.dst_node_id].number)
+
+    def _wait_for_enough(self, round_number: int) -> None:
+        """A round that cannot succeed is not begun: sites that went may come back."""
+        deadline, said = self._clock.now() + self._config.timeout_s, -1
+        while (there := len(set(self._grid.get_node_ids()) & self._sites.keys())) < self._least:
+            if self._clock.now() >= deadline:
+                raise RunError(
+                    f"round {round_number}: {there} sites are connected after timeout-s = {self._config.timeout_s:g}, "
+                    f"min-sites = {self._least}: stopped"
+                )
+            if there != said:
+                said = there
+                log(WARNING, "round %d: waiting for sites: %d are connected, min-sites = %d", round_number, there, self._least)
+            self._clock.wait(LONGEST_WAIT_S, deadline - self._clock.now())
 
     def _usable(
         self,
@@ -143,29 +154,20 @@ class Rounds:
         together: MetricRecord | None,
         more: dict[str, float],
     ) -> None:
-        seconds = time.monotonic() - self._start
+        seconds = self._clock.now() - self._start
         for node, site in self._sites.items():
             if node in arrived:
                 up, down = self._traffic[node]
-                self._results.record(round_number, seconds, site.number, split, _numbers(arrived[node]), up, down)
+                self._history.record(round_number, seconds, site.number, split, _numbers(arrived[node]), up, down)
         if together is not None:
             up, down = (sum(column) for column in zip(*self._traffic.values(), strict=True))
-            self._results.record(round_number, seconds, EVERYBODY, split, _numbers(together) | more, up, down)
+            self._history.record(round_number, seconds, EVERYBODY, split, _numbers(together) | more, up, down)
 
     def _tell(self, round_number: int, epochs: int, done: int, trained: MetricRecord | None, tested: MetricRecord | None) -> None:
-        """A line of progress."""
-        total = self._config.epochs
-        seconds = time.monotonic() - self._start
+        megabytes = sum(map(sum, self._traffic.values())) / 1e6
         train, test = _numbers(trained or MetricRecord()), _numbers(tested or MetricRecord())
-        up, down = (sum(column) / 1e6 for column in zip(*self._traffic.values(), strict=True))
-        rates = f"{train.get('lr-first', math.nan):.2g} to {train.get('lr-last', math.nan):.2g}"
-        print(
-            f"round {round_number:>3} | epoch {done:>{len(str(total))}}/{total} (+{epochs}) | lr {rates:<15} "
-            f"| train loss {train.get('loss', math.nan):.4f} | test accuracy {test.get('accuracy', math.nan):.4f} "
-            f"| moved {train.get('model-change', math.nan):.3f} | {up + down:.1f} MB | {seconds:.0f} s, "
-            f"{seconds / done * (total - done):.0f} s to go",
-            flush=True,
-        )
+        seconds = self._clock.now() - self._start
+        self._history.tell(Progress(round_number, epochs, done, self._config.epochs, seconds, megabytes, train, test))
 
 
 def _numbers(record: MetricRecord) -> dict[str, float]:

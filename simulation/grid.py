@@ -1,11 +1,16 @@
-"""A grid in the calling process: the real ServerApp and ClientApp, no Ray, no network.
+"""A grid in the calling process and in virtual time: the real ServerApp and ClientApp, no Ray, no network, no waiting.
 
-The seed of the laboratory, and what the tests of the app run on.
+A discrete-event simulation. A message's answer is computed when the message is sent; when it arrives is computed from the site's
+speed, its link and the bytes of the real messages. The clock stands still while anybody computes and jumps to the next event when
+the server waits. So a server sees the interleaving that the world makes, whatever the machine does, and the same run again
+gives the same history bit for bit. The server's own work takes no virtual time.
 """
 
+import heapq
+import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -13,41 +18,74 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from simulation.world import SiteWorld, World
+from strategies.records import metrics_of, num_bytes
+
 FIRST_NODE = 1000  # node ids differ from site numbers, so that mixing them up fails
+NOTICED_AFTER_S = 60.0  # Flower misses a site that went without a word after so many seconds without a heartbeat
+RAISED, UNAVAILABLE = 2, 5  # Flower's error codes
+TEST_COST = 1 / 3  # of a forward pass, in forward and backward passes
+
+Tamper = Callable[[int, Message, Message], Message | None]
 
 
-class InProcessGrid(Grid):
-    """Answers each message at once, one after the other, in the order in which they were sent.
+class _Event(NamedTuple):
+    """A reply that will be there at ``time``; events of the same time keep the order in which they were made."""
+
+    time: float
+    number: int
+    identity: str
+    reply: Message
+
+
+class VirtualGrid(Grid):
+    """Runs sites in this process; its own clock (:class:`server_app.exchange.Clock`).
+
+    A site works on one message after the other. If it goes off on the way, the message is lost, and the server is told so when
+    Flower would notice; a site that is back before that leaves the server waiting for its timeout, as Flower's does.
 
     Args:
         client_app: called directly with each message.
-        num_sites: nodes of the grid.
+        sites: what each site lives in.
         run_config: the run configuration of every site.
         tamper: called with a site's number, the message and the reply; what it returns is delivered instead, None is lost.
     """
 
     def __init__(
-        self,
-        client_app: ClientApp,
-        num_sites: int,
-        run_config: Mapping[str, Any],
-        tamper: Callable[[int, Message, Message], Message | None] | None = None,
+        self, client_app: ClientApp, sites: list[SiteWorld], run_config: Mapping[str, Any], tamper: Tamper | None = None
     ) -> None:
         # A Message asks the running task for its identity; there is no task here, so this one is made up.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._run = Run.create_empty(run_id=1)
         self._client_app, self._tamper = client_app, tamper
-        self._replies: dict[str, Message] = {}
+        self._now = 0.0
+        self._coming: list[_Event] = []
+        self._there: dict[str, Message] = {}
+        self._count = 0
+        self._sites = {FIRST_NODE + number: site for number, site in enumerate(sites)}
+        self._busy_until = dict.fromkeys(self._sites, 0.0)
         self._contexts = {
-            FIRST_NODE + site: Context(
+            node: Context(
                 run_id=1,
-                node_id=FIRST_NODE + site,
-                node_config={"partition-id": site, "num-partitions": num_sites},
+                node_id=node,
+                node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(sites)},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for site in range(num_sites)
+            for node in self._sites
         }
+
+    def now(self) -> float:
+        """Virtual seconds since the beginning."""
+        return self._now
+
+    def wait(self, poll_s: float, limit_s: float) -> None:
+        """Jump to the next reply or to the next site that comes back, by at most ``limit_s``."""
+        outages = (site.next_outage(self._now) for site in self._sites.values())
+        events = [outage[1] for outage in outages if outage and outage[0] <= self._now]
+        if self._coming:
+            events.append(self._coming[0].time)
+        self._now = min([self._now + max(0.0, limit_s), *events])
 
     def set_run(self, run: Run) -> None:
         """Not needed: there is one run."""
@@ -65,47 +103,97 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All sites, always."""
-        return list(self._contexts)
+        """The sites that Flower would take to be connected."""
+        return [node for node, site in self._sites.items() if not self._missed(site)]
+
+    def _missed(self, site: SiteWorld) -> bool:
+        outage = site.next_outage(self._now)
+        return outage is not None and outage[0] + (NOTICED_AFTER_S if outage[0] > 0 else 0) <= self._now
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver messages and keep the replies."""
-        return [self._deliver(message) for message in messages]
+        """Send messages: each is answered by its site, and the answer put down for the moment at which it arrives."""
+        return [self._send(message) for message in messages]
 
-    def _deliver(self, message: Message) -> str:
-        node = message.metadata.dst_node_id
+    def _send(self, message: Message) -> str:
         identity = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        try:
-            reply: Message | None = self._client_app(message=message, context=self._contexts[node])
-        except Exception as error:  # as Flower does for an app that raises
-            reply = Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
-        assert reply is not None
-        if self._tamper:
+        node = message.metadata.dst_node_id
+        if self._missed(self._sites[node]):
+            time, reply = self._now, self._unavailable(message)
+        else:
+            time, reply = self._work(message, node)
+        if self._tamper and reply is not None:
             reply = self._tamper(node - FIRST_NODE, message, reply)
-        if reply is not None:
-            self._replies[identity] = reply
+        if reply is not None and time <= self._now + message.metadata.ttl:
+            self._count += 1
+            heapq.heappush(self._coming, _Event(time, self._count, identity, reply))
         return identity
 
+    def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
+        """When the reply arrives, and the reply; None where it never does."""
+        site = self._sites[node]
+        start = max(self._now, self._busy_until[node])
+        while (outage := site.next_outage(start)) and outage[0] <= start:  # off, and nobody knows yet
+            if outage[1] - outage[0] > NOTICED_AFTER_S:
+                return max(start, outage[0] + NOTICED_AFTER_S), self._unavailable(message)
+            start = outage[1]
+        known = self._contexts[node]
+        context = Context(known.run_id, known.node_id, known.node_config, RecordDict(dict(known.state)), known.run_config)
+        try:
+            reply = self._client_app(message=message, context=context)
+        except Exception as error:  # as Flower does for an app that raises
+            reply = Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
+        done = start + site.travel_s(num_bytes(message)) + self._samples(reply) / site.samples_per_s
+        arrival = done + site.travel_s(num_bytes(reply))
+        if outage and outage[0] < arrival:  # it goes off on the way: what it did is lost, unless it was done and only the reply is
+            self._busy_until[node] = outage[1]
+            if outage[0] >= done:
+                self._contexts[node] = context
+            noticed = outage[1] - outage[0] > NOTICED_AFTER_S
+            return outage[0] + NOTICED_AFTER_S, self._unavailable(message) if noticed else None
+        self._contexts[node], self._busy_until[node] = context, arrival
+        return arrival, reply
+
+    @staticmethod
+    def _samples(reply: Message) -> float:
+        """Work behind a reply, in examples trained on."""
+        if reply.has_error():
+            return 0.0
+        metrics = metrics_of(reply)
+        samples = metrics.get("samples")
+        if samples is None:
+            samples = TEST_COST * float(metrics.get("num-examples", 0))  # type: ignore[arg-type]
+        return float(samples)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _unavailable(message: Message) -> Message:
+        return Message(Error(UNAVAILABLE, "the site is not connected"), reply_to=message)
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there."""
-        return [self._replies.pop(identity) for identity in message_ids if identity in self._replies]
+        """The replies that are there by now."""
+        while self._coming and self._coming[0].time <= self._now:
+            event = heapq.heappop(self._coming)
+            self._there[event.identity] = event.reply
+        return [self._there.pop(identity) for identity in message_ids if identity in self._there]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Both at once."""
-        return self.pull_messages(self.push_messages(messages))
+        """Both at once: the replies that come within ``timeout`` seconds."""
+        waiting, replies = set(self.push_messages(messages)), []
+        deadline = self._now + (math.inf if timeout is None else timeout)
+        while waiting and self._coming and self._now < deadline:
+            self.wait(0, deadline - self._now)
+            arrived = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+        return replies
 
 
 def run_in_process(
-    server_app: ServerApp,
-    client_app: ClientApp,
-    num_sites: int,
-    run_config: Mapping[str, Any],
-    tamper: Callable[[int, Message, Message], Message | None] | None = None,
+    server_app: ServerApp, client_app: ClientApp, num_sites: int, run_config: Mapping[str, Any], tamper: Tamper | None = None
 ) -> None:
-    """Run an app in this process.
+    """Run an app in this process, in the world of :class:`World`'s defaults.
 
     Raises:
         Exception: whatever the ServerApp raises.
     """
-    grid = InProcessGrid(client_app, num_sites, run_config, tamper)
+    grid = VirtualGrid(client_app, World().sites(num_sites, 0), run_config, tamper)
     server_app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)))

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from client_app.app import app as client_app
+from server_app import plots
 from server_app.app import app as server_app
-from server_app.results import Results
+from server_app.results import Folder
 from simulation.grid import run_in_process
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +53,8 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
 
     def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
         if not draw:  # most of the time of a small run
-            monkeypatch.setattr(Results, "draw", lambda *arguments, **keywords: None)
-            monkeypatch.setattr(Results, "draw_sites", lambda *arguments: None)
+            monkeypatch.setattr(Folder, "_draw", lambda folder: None)
+            monkeypatch.setattr(plots, "save", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
         config = default_config() | small | {key.replace("_", "-"): value for key, value in changes.items()}
         run_in_process(server_app, client_app, config["num-sites"], config, tamper)

@@ -82,7 +82,7 @@ def test_progress_and_table_are_printed(run_app: RunApp, capsys: pytest.CaptureF
     "changes",
     [
         {"model": "resnet20", "norm": "group"},
-        {"model": "resnet20", "norm": "batch", "precision": "bfloat16", "channels_last": True},
+        {"model": "cnn", "precision": "bfloat16", "channels_last": True},
         {"model": "cnn", "augment": "flip-crop", "clip_norm": 1.0, "nesterov": True},
         {"model": "cnn", "partition": "dirichlet-equal", "dirichlet_alpha": 0.1, "lr_shape": "cosine", "lr_steps": "epoch"},
         {"model": "cnn", "sam_radius": 0.05, "optimizer": "adamw", "lr": 0.002, "lr_shape": "linear"},

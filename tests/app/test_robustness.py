@@ -13,7 +13,8 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, 
 from client_app.app import app as client_app
 from server_app.app import app as server_app
 from server_app.census import RunError
-from simulation.grid import InProcessGrid, run_in_process
+from simulation.grid import VirtualGrid, run_in_process
+from simulation.world import World
 from strategies.config import ConfigError
 from strategies.records import pack
 from tests.conftest import RunApp, default_config, read_run
@@ -57,7 +58,7 @@ def with_value(value: float) -> Callable[[Message], Message]:
 
 SPOILED: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "raises": (lambda reply: Message(Error(2, "ValueError: boom"), reply_to=_QUESTION[0]), "ValueError: boom"),
-    "is lost": (lambda reply: None, "no answer within timeout-s = 0.2"),
+    "is lost": (lambda reply: None, "no answer within timeout-s = 3600"),
     "NaN": (with_value(float("nan")), "the model holds NaN or infinite values"),
     "infinite": (with_value(float("-inf")), "the model holds NaN or infinite values"),
     "huge": (with_value(1e9), "the model diverged: it holds 1e+09"),
@@ -100,7 +101,7 @@ def test_reply_that_cannot_be_used_is_left_out_with_its_reason(
     spoiled, reason = SPOILED[case]
     logging.getLogger("flwr").propagate = True
     with caplog.at_level(logging.WARNING, "flwr"):
-        run = run_app(spoil(1, spoiled), strategy=strategy, epochs=1, timeout_s=0.2)
+        run = run_app(spoil(1, spoiled), strategy=strategy, epochs=1)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("round 1: site 1 (site 1) is left out of the training: ")
     assert reason in warning
@@ -110,7 +111,7 @@ def test_reply_that_cannot_be_used_is_left_out_with_its_reason(
 
 
 def test_round_without_a_site_is_the_mean_of_the_others(run_app: RunApp) -> None:
-    lost = run_app(spoil(2, lambda reply: None), epochs=1, timeout_s=0.1)
+    lost = run_app(spoil(2, lambda reply: None), epochs=1)
     models: list[torch.Tensor] = []
 
     def listen(number: int, message: Message, reply: Message) -> Message:
@@ -137,7 +138,7 @@ def test_site_comes_back(run_app: RunApp) -> None:
     def first_lost(reply: Message) -> Message | None:
         return reply if next(rounds) else None
 
-    run = run_app(spoil(1, first_lost), epochs=3, epsilon=0.0, timeout_s=0.1)
+    run = run_app(spoil(1, first_lost), epochs=3, epsilon=0.0)
     trained = run.metrics[(run.metrics["site"] == "1") & (run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
     assert list(trained["round"]) == [2, 3]
 
@@ -151,7 +152,7 @@ def test_too_few_sites_stop_the_run_and_leave_what_was_reached(strategy: str, ru
         return None if next(count) >= 9 and number > 0 and message.metadata.message_type == "train" else reply
 
     with pytest.raises(RunError, match="round 2: 1 sites sent a model that can be used, min-sites = 2: stopped"):
-        run_app(second_round_lost, draw=True, strategy=strategy, epochs=3, timeout_s=0.1)
+        run_app(second_round_lost, draw=True, strategy=strategy, epochs=3)
     (folder,) = (tmp_path / "runs").iterdir()
     run = read_run(folder)
     assert len(run.trace("accuracy")) == 1
@@ -161,7 +162,7 @@ def test_too_few_sites_stop_the_run_and_leave_what_was_reached(strategy: str, ru
 
 def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
     config = default_config() | {"num-sites": 2, "results-dir": str(tmp_path / "runs")} | changes
-    grid = InProcessGrid(client_app, 2, config)
+    grid = VirtualGrid(client_app, World().sites(2, 0), config)
     sent: list[Message] = []
     push = grid.push_messages
 
@@ -208,7 +209,7 @@ def test_more_sites_than_configured_is_an_error(tmp_path: Path) -> None:
 
 
 def test_fewer_sites_than_configured_names_the_flag(tmp_path: Path) -> None:
-    config = default_config() | {"num-sites": 3, "results-dir": str(tmp_path), "timeout-s": 0.5}
+    config = default_config() | {"num-sites": 3, "results-dir": str(tmp_path)}
     with pytest.raises(RunError, match=r'num-sites = 3, but the simulation has 2 sites: add .*"num-supernodes=3"'):
         run_in_process(server_app, client_app, 2, config)
 

@@ -14,7 +14,8 @@ from client_app import training
 from client_app.app import Place, app, site_data
 from models.flat import FlatModel
 from models.networks import build
-from simulation.grid import FIRST_NODE, InProcessGrid
+from simulation.grid import FIRST_NODE, VirtualGrid
+from simulation.world import World
 from strategies.averaging.alone import Alone
 from strategies.averaging.average import Averaging, relative_change, weighted_metrics
 from strategies.averaging.co_learning import CoLearning, next_local_epochs
@@ -121,7 +122,7 @@ def test_sites_alone_do_not_learn_from_each_other(run_app: RunApp) -> None:
     def silenced(site: int, message: Message, reply: Message) -> Message | None:
         return None if site == 2 and message.metadata.message_type == "train" else reply
 
-    alone, silent = run_app(strategy="local"), run_app(silenced, strategy="local", timeout_s=0.1)
+    alone, silent = run_app(strategy="local"), run_app(silenced, strategy="local")
     for site, equal in ((0, True), (1, True), (2, False)):
         one, two = (load_file(run.folder / f"model-{site}.safetensors") for run in (alone, silent))
         assert all(torch.equal(one[name], two[name]) for name in one) == equal
@@ -151,7 +152,7 @@ def test_sharpness_aware_training_is_open_to_every_strategy(run_app: RunApp, opt
 
 
 def replies(vectors: list[dict[str, Tensor]], counts: list[int]) -> list[Message]:
-    InProcessGrid(app, 1, {})  # gives this process a run to make messages in
+    VirtualGrid(app, World().sites(1, 0), {})  # gives this process a run to make messages in
     made = []
     for site, (vector, count) in enumerate(zip(vectors, counts, strict=True)):
         question = Message(RecordDict(), FIRST_NODE + site, "train")
@@ -175,7 +176,7 @@ def nodes(counts: list[int]) -> dict[int, float]:
 
 def started(strategy: Averaging | Shipped | Alone, before: ArrayRecord, num_sites: int) -> None:
     config = ConfigRecord({"local-epochs": 1})
-    list(strategy.configure_train(1, before, config, InProcessGrid(app, num_sites, {})))
+    list(strategy.configure_train(1, before, config, VirtualGrid(app, World().sites(num_sites, 0), {})))
 
 
 def test_average_is_that_of_flower_and_batch_norm_statistics_are_averaged_too() -> None:
@@ -262,7 +263,7 @@ def test_local_epochs_at_the_borders() -> None:
 def test_co_learning_does_not_write_into_the_configuration_it_is_given() -> None:
     strategy = CoLearning({FIRST_NODE: 1.0}, lr=0.1, envelope=1.0, local_epochs=2, max_local_epochs=4, epsilon=0.1)
     config = ConfigRecord({"epochs-left": 1, "lr": 7.0})
-    (message,) = strategy.configure_train(1, pack({"x": torch.zeros(3)}), config, InProcessGrid(app, 1, {}))
+    (message,) = strategy.configure_train(1, pack({"x": torch.zeros(3)}), config, VirtualGrid(app, World().sites(1, 0), {}))
     assert dict(config) == {"epochs-left": 1, "lr": 7.0}
     assert message.content.config_records["config"]["local-epochs"] == 1
     assert message.content.config_records["config"]["lr"] == 0.1

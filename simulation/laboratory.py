@@ -1,0 +1,402 @@
+"""The laboratory: strategies run and compared in one process, in seconds, from a notebook or a script.
+
+    run = simulate(strategy="fedavg", num_sites=10, partition="dirichlet", world=World(bandwidth_mbps=20))
+    comparison = compare({"Co-learning": {}, "FedAvg": {"strategy": "fedavg"}}, seeds=3, num_sites=10)
+    comparison.table(); comparison.plot()
+
+What runs is the app itself, with the configuration, the checks and the numbers of ``flwr run``; time is virtual
+(:mod:`simulation.grid`).
+"""
+
+import logging
+import math
+import os
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pandas as pd
+import torch
+from flwr.app import Context, RecordDict
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from client_app.app import app as client_app
+from models.flat import FlatModel
+from server_app.app import run as run_server
+from server_app.census import Federation
+from server_app.plots import who_has_what
+from server_app.results import EVERYBODY, History, Progress, class_counts, write_description, write_models
+from simulation import plots
+from simulation.grid import VirtualGrid
+from simulation.world import World
+from strategies.config import Config, ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what ``flwr run`` writes into a folder, in memory.
+
+    Attributes:
+        config: the whole configuration.
+        metrics: tidy, a value a row: round, seconds, bytes_up, bytes_down, site, split, metric, value. Seconds are virtual in a
+            simulation; the site ``all`` is the mean over sites.
+        models: the last model as a state dict, under the name ``model``; where sites learn alone, ``model-0``, ``model-1``, ...
+        sites: a row a site: site, name, train and test examples, and the examples of each class where sites tell.
+        finished: whether all epochs were run; an interrupted run holds what it had reached.
+    """
+
+    config: Config
+    metrics: pd.DataFrame
+    models: dict[str, dict[str, Tensor]]
+    sites: pd.DataFrame
+    finished: bool
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The last model as a state dict.
+
+        Raises:
+            ValueError: there is none, or one a site.
+        """
+        if set(self.models) != {"model"}:
+            raise ValueError(f"this run has the models {', '.join(self.models) or 'none yet'}: take one from .models")
+        return self.models["model"]
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The test, a row a round: round, seconds, hours, megabytes (both ways), accuracy, loss, ..."""
+        chosen = (self.metrics["split"] == "test") & (self.metrics["site"] == EVERYBODY)
+        tested = self.metrics[chosen]
+        index = ["round", "seconds", "bytes_up", "bytes_down"]
+        table = tested.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
+        table["hours"] = table["seconds"] / 3600
+        table["megabytes"] = (table["bytes_up"] + table["bytes_down"]) / 1e6
+        return table
+
+    @property
+    def summary(self) -> "pd.Series[float]":
+        """Final accuracy and loss, rounds, hours, megabytes; sigma and jump, which say how stable the second half of the run was.
+
+        ``sigma`` is the standard deviation of the accuracies of the second half, ``jump`` their mean step. Both are reconstructed
+        readings of the "training stability" of GSGM's authors, who could not be read.
+        """
+        table = self.history
+        if table.empty:
+            return pd.Series(dtype=float)
+        last, half = table.iloc[-1], table["accuracy"].iloc[len(table) // 2 :]
+        return pd.Series(
+            {
+                "accuracy": last["accuracy"],
+                "loss": last["loss"],
+                "rounds": last["round"],
+                "hours": last["hours"],
+                "megabytes": last["megabytes"],
+                "sigma": half.std(ddof=0),
+                "jump": half.diff().abs().mean(),
+            }
+        )
+
+    def until(self, accuracy: float) -> "pd.Series[float]":
+        """Rounds, hours and megabytes to the first test at which ``accuracy`` was reached; NaN where it never was."""
+        table = self.history
+        reached = table[table["accuracy"] >= accuracy] if len(table) else table
+        names = ["round", "hours", "megabytes"]
+        found = reached.iloc[0][names] if len(reached) else pd.Series(float("nan"), index=names)
+        return found.astype(float).rename({"round": "rounds"})
+
+    def plot(self, metric: str = "accuracy") -> Figure:
+        """The metric on the test parts by round, by hour and by megabyte."""
+        return plots.comparison({self.config.strategy: [self.history]}, metric)
+
+    def plot_sites(self) -> Figure:
+        """Who has what: sites by classes.
+
+        Raises:
+            ValueError: the sites of a deployment do not tell.
+        """
+        if (counts := class_counts(self.sites)).empty:
+            raise ValueError("these sites keep the number of their examples of each class to themselves")
+        return who_has_what(counts)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder like those of ``flwr run``, without the pictures."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_description(folder, self.config, self.sites)
+        self.metrics.to_csv(folder / "metrics.csv", index=False)
+        write_models(folder, self.models)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Read a folder that :meth:`save` or ``flwr run`` wrote."""
+        folder = Path(folder)
+        config = Config.read(tomllib.loads((folder / "config.toml").read_text()))
+        metrics = pd.read_csv(folder / "metrics.csv", dtype={"site": str})
+        epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)]["value"].sum()
+        models = {file.stem: load_file(file) for file in sorted(folder.glob("model*.safetensors"))}
+        return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), bool(epochs >= config.epochs))
+
+
+class _Bar(History):
+    """Shows how far a run is, with its accuracy."""
+
+    def __init__(self, config: Config, label: str, *, progress: bool) -> None:
+        super().__init__(config)
+        self._bar = tqdm(total=config.epochs, desc=label, unit="epoch", disable=not progress)
+
+    def begin(self, federation: Federation, model: FlatModel) -> None:
+        """Start the clock of the bar."""
+        super().begin(federation, model)
+        self._bar.unpause()
+
+    def tell(self, progress: Progress) -> None:
+        """Move the bar."""
+        accuracy = progress.test.get("accuracy", float("nan"))
+        self._bar.set_postfix(round=progress.round_number, accuracy=f"{accuracy:.4f}", refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+
+    def end(self) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
+
+
+def configuration(conf: str | Path | None = None, **changes: Any) -> Config:
+    """The configuration of a run: the defaults of ``pyproject.toml``, then a file of ``conf/``, then ``changes``.
+
+    Keys are those of the run configuration, ``-`` or ``_`` between their words.
+
+    Raises:
+        ConfigError: names every key that is wrong, its value and what is allowed.
+    """
+    from_file = {}
+    if conf is not None:
+        path = next((path for path in (Path(conf), ROOT / conf) if path.is_file()), None)
+        if path is None:
+            raise ConfigError(f"conf = {str(conf)!r}: there is no such file")
+        from_file = tomllib.loads(path.read_text())
+    return Config.read(_defaults() | from_file | {key.replace("_", "-"): value for key, value in changes.items()})
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads for torch: their number decides in which order it sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def simulate(
+    conf: str | Path | None = None, /, *, world: World | None = None, progress: bool = True, threads: int = 1, **changes: Any
+) -> Run:
+    """Run the app in this process, in virtual time. Nothing is written; see :meth:`Run.save`.
+
+    Interrupted (by the stop button of a notebook, or Ctrl-C), it returns what was reached.
+
+    Args:
+        conf: a file of ``conf/``.
+        world: speed, links and presence of the sites; by default all alike.
+        progress: show a bar.
+        threads: of torch; ``flwr run`` gives each site one.
+        **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``.
+
+    Raises:
+        ConfigError: names the key, its value and what is allowed.
+        RunError: too few sites could take part, or remained.
+    """
+    return _simulate(configuration(conf, **changes), world or World(), progress, threads)
+
+
+def _simulate(config: Config, world: World, progress: bool, threads: int, label: str | None = None) -> Run:
+    run_config = config.kebab()
+    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), run_config)
+    history = _Bar(config, label or config.strategy, progress=progress)
+    finished = True
+    level = logging.getLogger("flwr").level
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    try:
+        with _threads(threads):
+            run_server(grid, config, history)
+    except KeyboardInterrupt:
+        finished = False
+        warnings.warn(f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=3)
+    finally:
+        logging.getLogger("flwr").setLevel(level)
+    return Run(config, history.metrics, history.models, history.sites, finished)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several strategies with several seeds.
+
+    Attributes:
+        runs: of each strategy, one a seed.
+    """
+
+    runs: dict[str, list[Run]]
+
+    def table(self, target: float | None = None) -> pd.DataFrame:
+        """A row a strategy: mean and standard error over seeds of what :attr:`Run.summary` says and of what ``target`` took.
+
+        Args:
+            target: test accuracy; by default 95 % of the best strategy's final accuracy, rounded. The columns "rounds to", "hours
+                to" and "megabytes to" are the mean over the seeds that reached it, and "reached" is their share.
+        """
+        target = self._target() if target is None else target
+        rows = {}
+        for name, runs in self.runs.items():
+            found = pd.DataFrame([{**run.summary, **run.until(target).add_suffix(f" to {target:g}")} for run in runs])
+            found[f"reached {target:g}"] = found[f"rounds to {target:g}"].notna().astype(float)
+            rows[name] = {(key, kind): value for key in found for kind, value in (("mean", found[key].mean()), ("s.e.", found[key].sem()))}
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        return table.set_axis(pd.MultiIndex.from_tuples(table.columns), axis=1)
+
+    def _target(self) -> float:
+        finals = {name: float(pd.DataFrame([run.summary for run in runs])["accuracy"].mean()) for name, runs in self.runs.items()}
+        return round(0.95 * max(finals.values()), 2)
+
+    def text(self, target: float | None = None) -> pd.DataFrame:
+        """The table for people: "mean ± standard error"."""
+        numbers = self.table(target)
+        shown = {}
+        for name in numbers.columns.unique(0):
+            shown[name] = [_plus_minus(mean, error) for mean, error in numbers[name].to_numpy()]
+        return pd.DataFrame(shown, index=numbers.index)
+
+    def _repr_html_(self) -> str:
+        return str(self.text().to_html())
+
+    def __str__(self) -> str:
+        return str(self.text().to_string())
+
+    def plot(self, metric: str = "accuracy") -> Figure:
+        """The metric on the test parts by round, by hour and by megabyte: means over seeds, bands of one standard error."""
+        return plots.comparison({name: [run.history for run in runs] for name, runs in self.runs.items()}, metric)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder for each strategy, and in it one for each run, as :meth:`Run.save` does."""
+        folder = Path(folder)
+        for name, runs in self.runs.items():
+            for run in runs:
+                run.save(folder / name.replace("/", "_") / f"seed-{run.config.seed}")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Comparison":
+        """Read what :meth:`save` wrote; strategies come in alphabetic order.
+
+        Raises:
+            FileNotFoundError: there is no run in the folder.
+        """
+        found: dict[str, list[Run]] = {}
+        for file in sorted(Path(folder).glob("*/*/config.toml")):
+            found.setdefault(file.parent.parent.name, []).append(Run.load(file.parent))
+        if not found:
+            raise FileNotFoundError(f"{folder}: no STRATEGY/RUN/config.toml in it")
+        return cls(found)
+
+
+def _plus_minus(mean: float, error: float) -> str:
+    """Two digits of the error, four of a mean without one."""
+    if math.isnan(mean):
+        return "–"
+    if math.isnan(error) or error == 0:
+        return f"{mean:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def compare(
+    strategies: Mapping[str, Mapping[str, Any]],
+    *,
+    seeds: int | Sequence[int] = 3,
+    world: World | None = None,
+    processes: int | None = None,
+    progress: bool = True,
+    **common: Any,
+) -> Comparison:
+    """Run several strategies with several seeds, in several processes, which changes no result.
+
+    Interrupted, it returns the runs that were finished.
+
+    Args:
+        strategies: for each name, what its run configuration differs in; ``conf="conf/krum.toml"`` takes a file's.
+        seeds: so many, from 1 on, or which.
+        world: that all live in; what is random in it follows from the seed.
+        processes: by default one a GPU, or one a core where there is none.
+        progress: show a bar.
+        **common: run configuration of all.
+
+    Raises:
+        ConfigError: before the first run: names the strategy, the key, its value and what is allowed.
+    """
+    chosen = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or not strategies:
+        raise ConfigError(f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed")
+    world = world or World()
+    jobs = []
+    for name, changes in strategies.items():
+        own = {**common, **changes}
+        conf = own.pop("conf", None)
+        try:
+            configs = [configuration(conf, **own, seed=seed) for seed in chosen]
+            for config in configs:
+                world.sites(config.num_sites, config.seed)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        jobs += [(name, config) for config in configs]
+
+    gpus = torch.cuda.device_count()
+    workers = min(len(jobs), processes or gpus or os.cpu_count() or 1)
+    runs: dict[str, dict[int, Run]] = {name: {} for name in strategies}
+    with tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress) as bar:
+        try:
+            for name, run in _run_all(jobs, world, workers, gpus):
+                runs[name][run.config.seed] = run
+                accuracy = run.summary.get("accuracy", float("nan"))
+                bar.set_postfix_str(f"{name}, seed {run.config.seed}: accuracy {accuracy:.4f}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            warnings.warn(f"interrupted: {bar.n} of {len(jobs)} runs are finished", stacklevel=2)
+    return Comparison({name: [found[seed] for seed in chosen if seed in found] for name, found in runs.items() if found})
+
+
+def _run_all(jobs: Sequence[tuple[str, Config]], world: World, workers: int, gpus: int) -> Iterator[tuple[str, Run]]:
+    """Runs in the order in which they finish."""
+    if workers == 1:
+        for name, config in jobs:
+            run = _simulate(config, world, False, 1)
+            if not run.finished:
+                raise KeyboardInterrupt
+            yield name, run
+        return
+    # loky starts fresh processes: torch, once used, does not survive a fork.
+    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
+    yield from parallel(
+        joblib.delayed(_run_one)(name, config, world, index % gpus if gpus else None) for index, (name, config) in enumerate(jobs)
+    )
+
+
+def _run_one(name: str, config: Config, world: World, gpu: int | None) -> tuple[str, Run]:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # what device = "auto" means in this process
+    return name, _simulate(config, world, False, 1)

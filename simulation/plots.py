@@ -1,0 +1,71 @@
+"""Pictures that compare strategies: the same style as a run's own."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from server_app.plots import COLOURS, style
+
+AXES = {"round": "round", "seconds": "virtual time", "megabytes": "sent and received (MB)"}
+UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+POINTS = 200
+LABEL_GAP = 0.045  # between two direct labels, as a share of the height
+
+
+def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str) -> Figure:
+    """The metric by round, by hour and by megabyte; a line a strategy, labelled at its end, with a band of one standard error.
+
+    Args:
+        histories: of each strategy, one table a seed, with the columns round, seconds, megabytes and the metric.
+        metric: such as accuracy or loss.
+
+    Raises:
+        ValueError: nobody measured the metric.
+    """
+    known = {column for tables in histories.values() for table in tables for column in table.columns}
+    if metric not in known:
+        raise ValueError(f"metric = {metric!r}: measured were {', '.join(sorted(known - set(AXES)))}")
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    longest = max(table["seconds"].iloc[-1] for tables in histories.values() for table in tables if len(table))
+    unit = next(unit for unit, length in UNITS.items() if longest >= 2 * length or length == 1)
+    for axes, (column, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
+        ends = []
+        for (name, tables), colour in zip(histories.items(), COLOURS * (1 + len(histories) // len(COLOURS)), strict=False):
+            used = [table for table in tables if metric in table and len(table)]
+            if not used:
+                continue
+            x, mean, error = _mean_curve(used, column, metric)
+            x = x / UNITS[unit] if column == "seconds" else x
+            axes.plot(x, mean, color=colour, lw=1.8)
+            axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
+            ends.append((float(mean[-1]), name, colour, float(x[-1])))
+        style(axes, f"{label} ({unit})" if column == "seconds" else label, f"test {metric}" if column == "round" else "")
+        if column == "round":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _label_ends(axes, ends)
+    return figure
+
+
+def _mean_curve(
+    tables: Sequence[pd.DataFrame], column: str, metric: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """``x`` [points], the mean over the seeds and its standard error; a seed that ends early keeps its last value."""
+    start, stop = max(table[column].iloc[0] for table in tables), max(table[column].iloc[-1] for table in tables)
+    x = np.linspace(start, stop, POINTS) if stop > start else np.array([start], dtype=np.float64)
+    values = np.stack([np.interp(x, table[column], table[metric]) for table in tables])
+    error = values.std(0, ddof=1) / np.sqrt(len(tables)) if len(tables) > 1 else np.zeros_like(x)
+    return x, values.mean(0), error
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str, float]]) -> None:
+    """Each line's name to the right of the axes, moved up where two would overlap."""
+    low, high = axes.get_ylim()
+    place = -1.0
+    for value, name, colour, _ in sorted(ends):
+        place = max((value - low) / (high - low), place + LABEL_GAP)
+        axes.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)

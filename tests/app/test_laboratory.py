@@ -1,0 +1,227 @@
+"""The laboratory: what simulate and compare return, that it can be trusted, and what they do when something goes wrong."""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from server_app.census import RunError
+from simulation.laboratory import Comparison, Run, compare, configuration, simulate
+from simulation.world import Lognormal, World
+from strategies.config import ConfigError
+from tests.conftest import ROOT, RunApp
+
+SMALL: dict[str, Any] = {"num_sites": 3, "epochs": 4, "local_epochs": 1, "epsilon": 0.0, "model": "mlp", "progress": False}
+ROUGH = World(
+    samples_per_s=Lognormal(median=200, sigma=1), bandwidth_mbps=1, latency_ms=Lognormal(median=50, sigma=0.5), jitter=0.5
+)
+
+
+def same(a: Run, b: Run) -> bool:
+    return a.metrics.equals(b.metrics) and all(torch.equal(a.model[name], b.model[name]) for name in a.model)
+
+
+def test_same_seed_same_history_bit_for_bit_and_another_seed_another() -> None:
+    first, again, other = (simulate(**SMALL, world=ROUGH, seed=seed) for seed in (1, 1, 2))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_world_changes_the_time_and_nothing_else_where_all_sites_take_part() -> None:
+    fast, slow = simulate(**SMALL), simulate(**SMALL, world=ROUGH)
+    assert all(torch.equal(fast.model[name], slow.model[name]) for name in fast.model)
+    assert slow.summary["hours"] > 2 * fast.summary["hours"]
+    assert list(fast.history["accuracy"]) == list(slow.history["accuracy"])
+
+
+def test_it_is_the_app_that_runs(run_app: RunApp) -> None:
+    written = run_app(local_epochs=1, epochs=4, epsilon=0.0)
+    run = simulate(**SMALL)
+    pd.testing.assert_frame_equal(run.metrics, Run.load(written.folder).metrics)
+    assert all(torch.equal(run.model[name], written.model[name]) for name in run.model)
+
+
+def test_time_of_a_round_by_hand() -> None:
+    world = World(samples_per_s=[100, 200, 400], bandwidth_mbps=0.8, latency_ms=250)
+    run = simulate(**SMALL, world=world)
+    rows = run.metrics[(run.metrics["split"] == "train") & (run.metrics["metric"] == "samples") & (run.metrics["round"] == 1)]
+    each = rows[rows["site"] != "all"]
+    seconds = 0.5 + (each["bytes_up"] + each["bytes_down"]) / 1e5 + each["value"] / [100, 200, 400]
+    assert list(each["value"]) == [479, 479, 479]
+    assert rows["seconds"].unique() == pytest.approx([seconds.max()], abs=1e-3)
+
+
+def test_sam_takes_twice_the_time() -> None:
+    world = World(samples_per_s=10, bandwidth_mbps=1e6, latency_ms=0)
+    plain, sharp = (simulate(**SMALL, world=world, sam_radius=rho).metrics.query("split == 'train'") for rho in (0.0, 0.05))
+    assert sharp["seconds"].iloc[0] == pytest.approx(2 * plain["seconds"].iloc[0], rel=1e-4)
+
+
+def test_site_that_dies_is_left_out_and_one_that_comes_back_takes_part_again() -> None:
+    world = World(samples_per_s=100, offline={1: [(12.0, 200.0)], 2: [(5.0, math.inf)]})
+    run = simulate(**(SMALL | {"num_sites": 4, "epochs": 60}), world=world)
+    trained = run.metrics[(run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
+    rounds = {site: set(rows["round"]) for site, rows in trained.groupby("site")}
+    everybody = set(range(1, 61))
+    assert run.finished
+    assert rounds["0"] == rounds["3"] == rounds["all"] == everybody
+    assert rounds["2"] == set() or max(rounds["2"]) < 3
+    missed = everybody - rounds["1"]
+    assert missed == set(range(min(missed), max(missed) + 1))
+    assert max(rounds["1"]) == 60
+    assert 2 <= len(missed) < 50
+
+
+def test_run_that_cannot_go_on_ends_at_once_and_says_so() -> None:
+    dead = World(samples_per_s=100, offline={site: [(20.0, math.inf)] for site in (0, 1)})
+    with pytest.raises(RunError, match=r"round \d: 1 sites .* min-sites = 2: stopped"):
+        simulate(**SMALL, world=dead)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1.0}, "lr = -1.0: must be greater than 0"),
+        ({"local_epoch": 3}, "local-epoch = 3: unknown key; did you mean 'local-epochs'"),
+        ({"conf": "conf/nothing.toml"}, "conf = 'conf/nothing.toml': there is no such file"),
+        ({"world": World(samples_per_s=[1, 2])}, r"samples_per_s = \[1.0, 2.0\]: 2 values for 3 sites"),
+    ],
+)
+def test_wrong_configuration_is_named_before_anything_runs(changes: dict[str, Any], message: str) -> None:
+    common = SMALL | {key: changes[key] for key in changes if key == "world"}
+    own = {key: value for key, value in changes.items() if key != "world"}
+    with pytest.raises(ConfigError, match=f"bad: {message}"):
+        compare({"bad": own}, **common)
+
+
+def test_files_of_conf_are_the_base_of_a_run() -> None:
+    config = configuration("conf/krum.toml", num_sites=9)
+    told = tomllib.loads((ROOT / "conf/krum.toml").read_text())
+    assert {key: config.kebab()[key] for key in told} == told
+    assert config.num_sites == 9
+
+
+def test_interrupted_run_holds_what_it_had_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    from client_app import training
+
+    calls, train = iter(range(1000)), training.train
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == 7:  # in the third round of three sites
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(training, "train", interrupted)
+    with pytest.warns(UserWarning, match="co-learning was interrupted"):
+        run = simulate(**SMALL)
+    assert not run.finished
+    assert list(run.history["round"]) == [1, 2]
+    assert run.summary["accuracy"] > 0.5
+    assert run.model
+    assert run.plot().axes
+
+
+def test_interrupted_before_the_first_round_is_an_empty_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server_app.app.take_census", interrupted)
+    with pytest.warns(UserWarning, match="interrupted"):
+        run = simulate(**SMALL)
+    assert run.metrics.empty
+    assert run.summary.empty
+    with pytest.raises(ValueError, match="this run has the models none yet"):
+        _ = run.model
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {"Co-learning": {}, "sites alone": {"strategy": "local"}}
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    torch.set_num_threads(1)
+    return compare(STRATEGIES, seeds=2, world=ROUGH, processes=1, **SMALL)
+
+
+def test_number_of_processes_changes_no_result(comparison: Comparison) -> None:
+    several = compare(STRATEGIES, seeds=2, world=ROUGH, processes=2, **SMALL)
+    assert several.runs.keys() == comparison.runs.keys()
+    for name, runs in comparison.runs.items():
+        for run, other in zip(runs, several.runs[name], strict=True):
+            assert run.metrics.equals(other.metrics)
+            assert run.models.keys() == other.models.keys()
+            assert all(torch.equal(run.models[m][k], other.models[m][k]) for m in run.models for k in run.models[m])
+
+
+def test_saved_comparison_loads_as_it_was(comparison: Comparison, tmp_path: Path) -> None:
+    loaded = Comparison.load(comparison.save(tmp_path / "c"))
+    pd.testing.assert_frame_equal(loaded.table(), comparison.table().loc[sorted(comparison.runs)])
+    run, before = loaded.runs["sites alone"][1], comparison.runs["sites alone"][1]
+    assert run.config == before.config
+    assert run.finished
+    pd.testing.assert_frame_equal(run.sites, before.sites)
+    assert set(run.models) == {"model-0", "model-1", "model-2"}
+    with pytest.raises(FileNotFoundError, match="no STRATEGY/RUN/config.toml"):
+        Comparison.load(tmp_path)
+
+
+def artificial(seed: int, accuracies: list[float], seconds: float, megabytes: float) -> Run:
+    """A run with one row a round."""
+    rows = [
+        (number + 1, seconds * (number + 1), 1e6 * megabytes * (number + 1), 0, "all", "test", "accuracy", accuracy)
+        for number, accuracy in enumerate(accuracies)
+    ]
+    rows += [(*row[:6], "loss", 1 - float(row[7])) for row in rows]
+    columns = ["round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value"]
+    return Run(configuration(seed=seed), pd.DataFrame(rows, columns=columns), {}, pd.DataFrame(), True)
+
+
+def test_table_by_hand() -> None:
+    runs = [artificial(1, [0.5, 0.7, 0.9, 0.8], 1800, 3), artificial(2, [0.2, 0.4, 0.6, 0.6], 3600, 3)]
+    table = Comparison({"a": runs}).table(target=0.7).loc["a"]
+    assert table["accuracy", "mean"] == pytest.approx(0.7)
+    assert table["accuracy", "s.e."] == pytest.approx(0.1)
+    assert table["hours", "mean"] == pytest.approx(3)
+    assert table["sigma", "mean"] == pytest.approx(0.025)
+    assert table["jump", "mean"] == pytest.approx(0.05)
+    assert table["rounds to 0.7", "mean"] == 2
+    assert table["hours to 0.7", "mean"] == 1
+    assert table["megabytes to 0.7", "mean"] == 6
+    assert table["reached 0.7", "mean"] == 0.5
+    text = Comparison({"a": runs}).text(target=0.7).loc["a"]
+    assert text["accuracy"] == "0.70 ± 0.10"
+    assert text["rounds"] == "4"
+
+
+def test_target_nobody_names_is_95_percent_of_the_best() -> None:
+    comparison = Comparison({"a": [artificial(1, [0.5, 0.8], 1, 1)], "b": [artificial(1, [0.3, 0.4], 1, 1)]})
+    assert "rounds to 0.76" in comparison.table().columns
+    assert comparison.table()["reached 0.76", "mean"].to_dict() == {"a": 1, "b": 0}
+
+
+def test_plots_show_every_strategy_by_round_hour_and_megabyte(comparison: Comparison) -> None:
+    figure = comparison.plot()
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels[0] == "round"
+    assert labels[1].startswith("virtual time (")
+    assert labels[2] == "sent and received (MB)"
+    for axes in figure.axes:
+        assert len(axes.lines) == 2
+        assert {text.get_text() for text in axes.texts} == set(STRATEGIES)
+    end = comparison.table()["accuracy", "mean"].to_list()
+    assert [line.get_ydata()[-1] for line in figure.axes[0].lines] == pytest.approx(end)  # type: ignore[index]
+    with pytest.raises(ValueError, match="metric = 'nothing': measured were accuracy, .*loss"):
+        comparison.plot("nothing")
+    assert comparison.runs["Co-learning"][0].plot_sites().axes
+
+
+def test_progress_shows_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    run = simulate(**(SMALL | {"progress": True}))
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert f"accuracy={run.summary['accuracy']:.4f}" in shown
+

@@ -1,5 +1,6 @@
 # make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='lr=0.1 seed=2' other values
 # make test   the tests; make check: linters and types; make fix: mend what the linter can; make bench: the benchmarks
+# make notebook   Jupyter on notebooks/
 # make stop   end the SuperLink that Flower leaves running for the next `make run`
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 # Python keeps its compiled modules, whatever the environment says: torch alone takes 20 seconds to compile.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run test check fix bench stop
+.PHONY: run test check fix bench notebook stop
 .DEFAULT_GOAL := run
 
 # flwr comes first since it brings the version of uv that it installs each run's packages with: one cache for both.
@@ -55,8 +56,11 @@ check: .venv/installed
 fix: .venv/installed
 	ruff check --fix . && ruff format .
 
+notebook: .venv/installed
+	python -m uv pip install --quiet jupyterlab && jupyter lab notebooks/compare_strategies.ipynb
+
 bench: .venv/installed
-	python -m benchmarks.aggregation && python -m benchmarks.local_training
+	python -m benchmarks.aggregation && python -m benchmarks.local_training && python -m benchmarks.engine
 
 stop:
 	-pkill -f "[f]lower-superlink.*--port $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)"

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +78,16 @@ class Workplace(NamedTuple):
 
     model: FlatModel
     predict: Callable[[Tensor], Tensor]
+
+
+def config_of_site(context: Context) -> Config:
+    """The run configuration, checked once."""
+    return _checked(frozenset(context.run_config.items()))
+
+
+@lru_cache(maxsize=4)
+def _checked(run_config: frozenset[tuple[str, Any]]) -> Config:
+    return Config.read(dict(run_config))
 
 
 @lru_cache(maxsize=1)
@@ -172,7 +182,7 @@ def workplace(config: Config, shape: tuple[int, ...], num_classes: int) -> Workp
 @app.query("site")
 def describe(message: Message, context: Context) -> Message:
     """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
-    config, place = Config.read(context.run_config), Place.of(context)
+    config, place = config_of_site(context), Place.of(context)
     data = _raw_data(config, place)
     device_of(config.device)
     name = f"site {place.number}"
@@ -201,7 +211,7 @@ def describe(message: Message, context: Context) -> Message:
 
 
 def _open(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace, dict[str, Tensor]]:
-    config, place = Config.read(context.run_config), Place.of(context)
+    config, place = config_of_site(context), Place.of(context)
     told = config_of(message)
     classes = tuple(told["classes"])  # type: ignore[arg-type]
     common = Moments(*(tuple(told[key]) for key in Moments._fields)) if "mean" in told else None  # type: ignore[arg-type]
@@ -243,7 +253,11 @@ def train(message: Message, context: Context) -> Message:
 
     device = model.x.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from the global generator
-        torch.manual_seed(derive(config.seed, "layers", place.number, round_number))
+        luck = derive(config.seed, "layers", place.number, round_number)
+        # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for devices that never come.
+        torch.default_generator.manual_seed(luck)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(luck)
         step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
         mean_loss, count = training.train(model, gradient, step, epoch, num_epochs, rate, config.clip_norm)
     metrics = MetricRecord(

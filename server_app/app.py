@@ -22,8 +22,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the run configuration to the results folder."""
-    # Flower's own lines about sampling and aggregation would drown ours; its warnings and errors stay.
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     config = Config.read(context.run_config)
     run(grid, config, Folder(config))
 
@@ -34,6 +32,8 @@ def run(grid: Grid, config: Config, history: History) -> None:
     Raises:
         RunError: the run cannot start or go on; what it reached is in ``history``.
     """
+    # Flower's own lines about sampling and aggregation would drown ours; its warnings and errors stay.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     federation = take_census(grid, config)
     for note in federation.notes:
         log(logging.WARNING, "%s", note)

@@ -1,5 +1,6 @@
 """Pictures of a run, for a slide or a report: labelled axes with units, colours that colour-blind people tell apart."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,15 @@ from strategies.schedules import decay
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"  # Okabe and Ito
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", GREY)
+
+
+class Picture(Figure):
+    """A figure that a notebook shows, with pyplot or without."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+        return buffer.getvalue()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -34,7 +44,7 @@ def curves(metrics: pd.DataFrame, title: str) -> Figure:
     """Accuracy and loss on the sites' test parts, against rounds, seconds and bytes; the band spans the sites."""
     tested = metrics[metrics["split"] == "test"].copy()
     tested["megabytes"] = (tested["bytes_up"] + tested["bytes_down"]) / 1e6
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure = Picture(figsize=(12, 6.5), layout="constrained")
     grid = figure.subplots(2, 3, sharey="row")
     means = tested[tested["site"] == "all"]
     each = tested[tested["site"] != "all"]
@@ -70,7 +80,7 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
     """Learning rate (of ``shape``), local epochs and how far the model moved, round by round; ``epsilon`` as a line."""
     trained = metrics[(metrics["split"] == "train") & (metrics["site"] == "all")]
     table = trained.pivot_table(index="round", columns="metric", values="value", aggfunc="last")
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = Picture(figsize=(8, 7), layout="constrained")
     rates, epochs, change = figure.subplots(3, 1, sharex=True)
     for number, first, last in zip(table.index, table["lr-first"], table["lr-last"], strict=True):
         done = np.linspace(0, 1, 21)
@@ -97,7 +107,7 @@ def who_has_what(counts: pd.DataFrame) -> Figure:
     """``counts``, a row a site and a column a class: the darker, the more examples."""
     table = counts.to_numpy()
     num_sites, num_classes = table.shape
-    figure = Figure(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)), layout="constrained")
+    figure = Picture(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
     axes.set_yticks(range(num_sites), [str(name) for name in counts.index])

@@ -117,10 +117,8 @@ class VirtualGrid(Grid):
     def _send(self, message: Message) -> str:
         identity = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         node = message.metadata.dst_node_id
-        if self._missed(self._sites[node]):
-            time, reply = self._now, self._unavailable(message)
-        else:
-            time, reply = self._work(message, node)
+        absent = self._missed(self._sites[node])
+        time, reply = (self._now, self._unavailable(message)) if absent else self._work(message, node)
         if self._tamper and reply is not None:
             reply = self._tamper(node - FIRST_NODE, message, reply)
         if reply is not None and time <= self._now + message.metadata.ttl:

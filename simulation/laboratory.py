@@ -8,31 +8,29 @@ What runs is the app itself, with the configuration, the checks and the numbers 
 (:mod:`simulation.grid`).
 """
 
-import logging
 import math
 import os
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event, Thread
 from typing import Any
 
 import joblib
 import pandas as pd
 import torch
-from flwr.app import Context, RecordDict
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
-from models.flat import FlatModel
 from server_app.app import run as run_server
-from server_app.census import Federation
 from server_app.plots import who_has_what
 from server_app.results import EVERYBODY, History, Progress, class_counts, write_description, write_models
 from simulation import plots
@@ -43,7 +41,7 @@ from strategies.config import Config, ConfigError
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One run: what ``flwr run`` writes into a folder, in memory.
 
@@ -61,6 +59,10 @@ class Run:
     models: dict[str, dict[str, Tensor]]
     sites: pd.DataFrame
     finished: bool
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{key} {value:.4g}" for key, value in self.summary.items())
+        return f"{self.config.strategy} on {self.config.data}: {found or 'nothing yet'}{'' if self.finished else ', unfinished'}"
 
     @property
     def model(self) -> dict[str, Tensor]:
@@ -149,27 +151,16 @@ class Run:
         return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), bool(epochs >= config.epochs))
 
 
-class _Bar(History):
-    """Shows how far a run is, with its accuracy."""
+class _Watched(History):
+    """Calls ``watch`` with the progress of each round."""
 
-    def __init__(self, config: Config, label: str, *, progress: bool) -> None:
+    def __init__(self, config: Config, watch: Callable[[Progress], None]) -> None:
         super().__init__(config)
-        self._bar = tqdm(total=config.epochs, desc=label, unit="epoch", disable=not progress)
-
-    def begin(self, federation: Federation, model: FlatModel) -> None:
-        """Start the clock of the bar."""
-        super().begin(federation, model)
-        self._bar.unpause()
+        self._watch = watch
 
     def tell(self, progress: Progress) -> None:
-        """Move the bar."""
-        accuracy = progress.test.get("accuracy", float("nan"))
-        self._bar.set_postfix(round=progress.round_number, accuracy=f"{accuracy:.4f}", refresh=False)
-        self._bar.update(progress.done - self._bar.n)
-
-    def end(self) -> None:
-        """Close the bar."""
-        self._bar.close()
+        """Pass it on."""
+        self._watch(progress)
 
 
 @cache
@@ -223,28 +214,33 @@ def simulate(
         ConfigError: names the key, its value and what is allowed.
         RunError: too few sites could take part, or remained.
     """
-    return _simulate(configuration(conf, **changes), world or World(), progress, threads)
+    config = configuration(conf, **changes)
+    with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
+
+        def watch(reached: Progress) -> None:
+            accuracy = reached.test.get("accuracy", math.nan)
+            bar.set_postfix(round=reached.round_number, accuracy=f"{accuracy:.4f}", refresh=False)
+            bar.update(reached.done - bar.n)
+
+        run = _simulate(config, world or World(), threads, watch)
+    if not run.finished:
+        warnings.warn(f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=2)
+    return run
 
 
-def _simulate(config: Config, world: World, progress: bool, threads: int, label: str | None = None) -> Run:
-    run_config = config.kebab()
-    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), run_config)
-    history = _Bar(config, label or config.strategy, progress=progress)
+def _simulate(config: Config, world: World, threads: int, watch: Callable[[Progress], None]) -> Run:
+    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.kebab())
+    history = _Watched(config, watch)
     finished = True
-    level = logging.getLogger("flwr").level
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     try:
         with _threads(threads):
             run_server(grid, config, history)
     except KeyboardInterrupt:
         finished = False
-        warnings.warn(f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=3)
-    finally:
-        logging.getLogger("flwr").setLevel(level)
     return Run(config, history.metrics, history.models, history.sites, finished)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Runs of several strategies with several seeds.
 
@@ -266,9 +262,8 @@ class Comparison:
         for name, runs in self.runs.items():
             found = pd.DataFrame([{**run.summary, **run.until(target).add_suffix(f" to {target:g}")} for run in runs])
             found[f"reached {target:g}"] = found[f"rounds to {target:g}"].notna().astype(float)
-            rows[name] = {(key, kind): value for key in found for kind, value in (("mean", found[key].mean()), ("s.e.", found[key].sem()))}
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        return table.set_axis(pd.MultiIndex.from_tuples(table.columns), axis=1)
+            rows[name] = found.agg(["mean", "sem"]).rename(index={"sem": "s.e."}).T.stack()
+        return pd.DataFrame(rows).T
 
     def _target(self) -> float:
         finals = {name: float(pd.DataFrame([run.summary for run in runs])["accuracy"].mean()) for name, runs in self.runs.items()}
@@ -285,7 +280,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return str(self.text().to_html())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return str(self.text().to_string())
 
     def plot(self, metric: str = "accuracy") -> Figure:
@@ -316,12 +311,12 @@ class Comparison:
 
 
 def _plus_minus(mean: float, error: float) -> str:
-    """Two digits of the error, four of a mean without one."""
+    """Two digits of the error, and never more than four of the mean."""
     if math.isnan(mean):
-        return "–"
+        return "-"
     if math.isnan(error) or error == 0:
         return f"{mean:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
+    digits = max(0, min(1 - math.floor(math.log10(error)), 3 - math.floor(math.log10(abs(mean) or 1))))
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
@@ -355,7 +350,7 @@ def compare(
     world = world or World()
     jobs = []
     for name, changes in strategies.items():
-        own = {**common, **changes}
+        own = {key.replace("_", "-"): value for key, value in (common | dict(changes)).items()}
         conf = own.pop("conf", None)
         try:
             configs = [configuration(conf, **own, seed=seed) for seed in chosen]
@@ -368,35 +363,61 @@ def compare(
     gpus = torch.cuda.device_count()
     workers = min(len(jobs), processes or gpus or os.cpu_count() or 1)
     runs: dict[str, dict[int, Run]] = {name: {} for name in strategies}
-    with tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress) as bar:
+    total = sum(config.epochs for _, config in jobs)
+    with (
+        TemporaryDirectory() as folder,
+        tqdm(total=total, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
+        _watching(Path(folder), bar),
+    ):
+        # loky starts fresh processes (torch, once used, does not survive a fork); for one worker there is none.
+        parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
+        calls = (
+            joblib.delayed(_run_one)(name, config, world, index % gpus if gpus else None, Path(folder) / str(index))
+            for index, (name, config) in enumerate(jobs)
+        )
         try:
-            for name, run in _run_all(jobs, world, workers, gpus):
+            for name, run in parallel(calls):
+                if not run.finished:
+                    raise KeyboardInterrupt
                 runs[name][run.config.seed] = run
-                accuracy = run.summary.get("accuracy", float("nan"))
-                bar.set_postfix_str(f"{name}, seed {run.config.seed}: accuracy {accuracy:.4f}", refresh=False)
-                bar.update()
         except KeyboardInterrupt:
-            warnings.warn(f"interrupted: {bar.n} of {len(jobs)} runs are finished", stacklevel=2)
+            done = sum(map(len, runs.values()))
+            warnings.warn(f"interrupted: {done} of {len(jobs)} runs are finished", stacklevel=2)
     return Comparison({name: [found[seed] for seed in chosen if seed in found] for name, found in runs.items() if found})
 
 
-def _run_all(jobs: Sequence[tuple[str, Config]], world: World, workers: int, gpus: int) -> Iterator[tuple[str, Run]]:
-    """Runs in the order in which they finish."""
-    if workers == 1:
-        for name, config in jobs:
-            run = _simulate(config, world, False, 1)
-            if not run.finished:
-                raise KeyboardInterrupt
-            yield name, run
-        return
-    # loky starts fresh processes: torch, once used, does not survive a fork.
-    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-    yield from parallel(
-        joblib.delayed(_run_one)(name, config, world, index % gpus if gpus else None) for index, (name, config) in enumerate(jobs)
-    )
-
-
-def _run_one(name: str, config: Config, world: World, gpu: int | None) -> tuple[str, Run]:
+def _run_one(name: str, config: Config, world: World, gpu: int | None, file: Path) -> tuple[str, Run]:
     if gpu is not None:
         torch.cuda.set_device(gpu)  # what device = "auto" means in this process
-    return name, _simulate(config, world, False, 1)
+
+    def watch(reached: Progress) -> None:
+        accuracy = reached.test.get("accuracy", math.nan)
+        file.write_text(f"{reached.done} {name}, seed {config.seed}: accuracy {accuracy:.4f}")
+
+    return name, _simulate(config, world, 1, watch)
+
+
+@contextmanager
+def _watching(folder: Path, bar: "tqdm[Any]") -> Iterator[None]:
+    """Show on the bar what the runs, in whatever process, write into files of the folder."""
+    over = Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            show()
+
+    def show() -> None:
+        told = [(file.stat().st_mtime, file.read_text().partition(" ")) for file in folder.iterdir()]
+        if not told:
+            return
+        bar.set_postfix_str(max(told)[1][2], refresh=False)
+        bar.update(sum(int(done or 0) for _, (done, _, _) in told) - bar.n)
+
+    watcher = Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        show()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from server_app.plots import COLOURS, style
+from server_app.plots import COLOURS, Picture, style
 
 AXES = {"round": "round", "seconds": "virtual time", "megabytes": "sent and received (MB)"}
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
@@ -30,7 +30,7 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str) -> 
     known = {column for tables in histories.values() for table in tables for column in table.columns}
     if metric not in known:
         raise ValueError(f"metric = {metric!r}: measured were {', '.join(sorted(known - set(AXES)))}")
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = Picture(figsize=(15, 4.6), layout="constrained")
     longest = max(table["seconds"].iloc[-1] for tables in histories.values() for table in tables if len(table))
     unit = next(unit for unit, length in UNITS.items() if longest >= 2 * length or length == 1)
     for axes, (column, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):

@@ -5,6 +5,7 @@ Everything random is drawn from the run's seed, so that the same run meets the s
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -66,12 +67,10 @@ class World(BaseModel):
             raise ConfigError("\n".join(dict.fromkeys(_explain(each, values) for each in error.errors()))) from None
         for site, periods in self.offline.items():
             borders = [border for period in periods for border in period]
-            if borders and (borders[0] < 0 or any(not a < b for a, b in zip(borders, borders[1:], strict=False))):
+            if borders and (borders[0] < 0 or any(not a < b for a, b in pairwise(borders))):
                 raise ConfigError(f"offline = {{{site}: {periods}}}: periods (from, to) in order are expected, from 0 on")
         if (self.mean_up_s is None) != (self.mean_down_s is None):
-            raise ConfigError(
-                f"mean_up_s = {self.mean_up_s}, mean_down_s = {self.mean_down_s}: both or neither must be given"
-            )
+            raise ConfigError(f"mean_up_s = {self.mean_up_s}, mean_down_s = {self.mean_down_s}: both or neither must be given")
 
     def sites(self, num_sites: int, seed: int) -> list["SiteWorld"]:
         """What each site of a run lives in.

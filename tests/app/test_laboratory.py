@@ -165,7 +165,7 @@ def test_saved_comparison_loads_as_it_was(comparison: Comparison, tmp_path: Path
     assert run.finished
     pd.testing.assert_frame_equal(run.sites, before.sites)
     assert set(run.models) == {"model-0", "model-1", "model-2"}
-    with pytest.raises(FileNotFoundError, match="no STRATEGY/RUN/config.toml"):
+    with pytest.raises(FileNotFoundError, match=r"no STRATEGY/RUN/config\.toml"):
         Comparison.load(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_plots_show_every_strategy_by_round_hour_and_megabyte(comparison: Compar
         assert {text.get_text() for text in axes.texts} == set(STRATEGIES)
     end = comparison.table()["accuracy", "mean"].to_list()
     assert [line.get_ydata()[-1] for line in figure.axes[0].lines] == pytest.approx(end)  # type: ignore[index]
-    with pytest.raises(ValueError, match="metric = 'nothing': measured were accuracy, .*loss"):
+    with pytest.raises(ValueError, match=r"metric = 'nothing': measured were accuracy, .*loss"):
         comparison.plot("nothing")
     assert comparison.runs["Co-learning"][0].plot_sites().axes
 
@@ -224,4 +224,3 @@ def test_progress_shows_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().err
     assert "4/4" in shown
     assert f"accuracy={run.summary['accuracy']:.4f}" in shown
-

@@ -7,10 +7,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from tests.conftest import ROOT, RunApp, read_run
+from simulation.laboratory import Run, simulate
+from tests.conftest import ROOT
+from tests.e2e.test_notebooks import execute_notebook
 
 pytestmark = pytest.mark.e2e
 Make = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -34,26 +37,30 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     call("stop")
 
 
-def test_flwr_run_trains_the_model_that_the_process_trains(make: Make, run_app: RunApp, tmp_path: Path) -> None:
+def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_path: Path) -> None:
     done = make("run", f"RESULTS={tmp_path / 'ray'}", "CONF=conf/fedavg.toml", "SET=epochs=4 seed=3")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "ray").iterdir()
     assert {file.name for file in folder.iterdir()} == {
         "config.toml",
         "metrics.csv",
+        "sites.csv",
         "model.safetensors",
         "curves.png",
         "schedule.png",
         "sites.png",
     }
-    real = read_run(folder)
+    real = Run.load(folder)
     assert re.search(r"round +2 \| epoch 4/4 \(\+2\)", done.stdout)
-    assert f"{real.trace('accuracy')[-1]:.4f}" in done.stdout
+    assert f"{real.summary['accuracy']:.4f}" in done.stdout
     assert f"results: {folder}" in done.stdout
-    here = run_app(strategy="fedavg", model="cnn", num_sites=5, epochs=4, local_epochs=2, seed=3)
+    here = simulate("conf/fedavg.toml", epochs=4, seed=3, progress=False)
     for name, value in here.model.items():
         torch.testing.assert_close(real.model[name], value, rtol=0, atol=1e-6)
-    assert real.trace("accuracy") == here.trace("accuracy")
+    assert list(real.history["accuracy"]) == list(here.history["accuracy"])
+    assert list(real.history["bytes_up"]) == list(here.history["bytes_up"])
+    pd.testing.assert_frame_equal(real.sites, here.sites)
+    execute_notebook("read_results.ipynb", RUNS=str(tmp_path / "ray"))
 
 
 def test_wrong_configuration_fails_the_command_and_is_named(make: Make, tmp_path: Path) -> None:

@@ -64,3 +64,4 @@ bench: .venv/installed
 
 stop:
 	-pkill -f "[f]lower-superlink.*--port $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)"
+	-pkill -f "$(FLWR_HOME)/[r]untime-envs"  # Ray, where a run was going on

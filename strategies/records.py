@@ -19,6 +19,7 @@ from torch import Tensor
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records of a message; Flower's strategies use these names
 X, STATS = "x", "stats"  # the arrays of a model
+_COUNTED = "_archipelago_bytes"  # where a message keeps its size
 
 
 def pack(vectors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -84,15 +85,22 @@ def metrics_of(message: Message) -> MetricRecord:
 
 
 def num_bytes(message: Message) -> int:
-    """Bytes of a message's content as it is sent: arrays, metrics and configuration, without Flower's envelope."""
+    """Bytes of a message's content as it is sent: arrays, metrics and configuration, without Flower's envelope.
+
+    Counted once a message, by encoding what is no array.
+    """
     if not message.has_content():
         return 0
+    total: int | None = message.__dict__.get(_COUNTED)
+    if total is not None:
+        return total
     total = 0
     for record in message.content.values():
         if isinstance(record, ArrayRecord):
             total += sum(len(array.data) for array in record.values())
         elif isinstance(record, MetricRecord | ConfigRecord):
             total += len(record.deflate())
+    message.__dict__[_COUNTED] = total
     return total
 
 

@@ -37,18 +37,18 @@ class StreamingMean:
         self._sum = torch.empty(shape.numel(), dtype=torch.int64)
         self._shares: list[float] = []
         self._shape = shape
+        block = min(_BLOCK, self._sum.numel())
+        self._scaled, self._whole = torch.empty(block, dtype=torch.float64), torch.empty(block, dtype=torch.int64)
 
     def add(self, x: Tensor, share: float) -> None:
         """Add ``x`` (float32, the shape of the mean) with a share in (0, 1]; all shares together at most 1."""
-        scaled = torch.empty(_BLOCK, dtype=torch.float64)
-        whole = torch.empty(_BLOCK, dtype=torch.int64)
         first = not self._shares
         for source, target in zip(x.reshape(-1).split(_BLOCK), self._sum.split(_BLOCK), strict=True):
-            product = scaled[: source.numel()].copy_(source).mul_(share * ONE)
+            product = self._scaled[: source.numel()].copy_(source).mul_(share * ONE)
             if first:
                 target.copy_(product)
             else:
-                target.add_(whole[: source.numel()].copy_(product))
+                target.add_(self._whole[: source.numel()].copy_(product))
         self._shares.append(share)
 
     def result(self) -> Tensor:
@@ -61,7 +61,6 @@ class StreamingMean:
             raise ValueError("the mean of nothing")
         total = math.fsum(self._shares) * ONE
         mean = self._sum.view(torch.float32)[: self._sum.numel()]  # a block of it ends before the integers still to be read
-        scaled = torch.empty(_BLOCK, dtype=torch.float64)
         for source, target in zip(self._sum.split(_BLOCK), mean.split(_BLOCK), strict=True):
-            target.copy_(scaled[: source.numel()].copy_(source).div_(total))
+            target.copy_(self._scaled[: source.numel()].copy_(source).div_(total))
         return mean.reshape(self._shape)

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -59,9 +60,8 @@ def our_loop(name: str, part: Part, batch_size: int, epochs: int, device: torch.
             model,
             gradient,
             sgd,
-            lambda: training.batches(part, batch_size, generator, None),
-            epochs,
-            lambda step: 0.05 * decay("exponential", 0.25, progress(step, steps, epochs, "batch")),
+            chain.from_iterable(training.batches(part, batch_size, generator, None) for _ in range(epochs)),
+            lambda step: 0.05 * decay("exponential", 0.25, progress(step, steps * epochs, steps, "batch")),
             0.0,
         )
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,7 +228,7 @@ def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
     config, place, data, desk, vectors = _open(message, context)
     told = config_of(message)
-    round_number, num_epochs = int(told["server-round"]), int(told["local-epochs"])  # type: ignore[arg-type]
+    round_number = int(told["server-round"])  # type: ignore[arg-type]
     lr, start, stop = (float(told[key]) for key in ("lr", "cycle-from", "cycle-to"))  # type: ignore[arg-type]
     model = desk.model
     model.load(vectors[X], vectors[STATS])
@@ -241,15 +242,19 @@ def train(message: Message, context: Context) -> Message:
         float(told.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
     )
     order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, round_number))
-    steps = training.num_batches(len(data.train.y), config.batch_size)
+    augment = training.flip_crop if config.augment == "flip-crop" else None
+    an_epoch = training.num_batches(len(data.train.y), config.batch_size)
+    # So many epochs or, of an asynchronous strategy, so many batches.
+    steps = int(told["local-steps"]) if "local-steps" in told else an_epoch * int(told["local-epochs"])  # type: ignore[arg-type]
 
     def rate(step: int) -> float:
-        done = start + (stop - start) * progress(step, steps, num_epochs, config.lr_steps)
-        return lr * decay(config.lr_shape, config.lr_ratio, done)
+        return lr * decay(
+            config.lr_shape, config.lr_ratio, start + (stop - start) * progress(step, steps, an_epoch, config.lr_steps)
+        )
 
-    def epoch() -> Iterator[training.Batch]:
-        augment = training.flip_crop if config.augment == "flip-crop" else None
-        return training.batches(data.train, config.batch_size, order, augment)
+    def batches() -> Iterator[training.Batch]:
+        while True:
+            yield from training.batches(data.train, config.batch_size, order, augment)
 
     device = model.x.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from the global generator
@@ -259,14 +264,15 @@ def train(message: Message, context: Context) -> Message:
         if device.type == "cuda":
             torch.cuda.manual_seed(luck)
         step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
-        mean_loss, count = training.train(model, gradient, step, epoch, num_epochs, rate, config.clip_norm)
+        mean_loss, _ = training.train(model, gradient, step, islice(batches(), steps), rate, config.clip_norm)
     metrics = MetricRecord(
         {
             "loss": mean_loss,
             "lr-first": rate(0),
-            "lr-last": rate(count - 1),
+            "lr-last": rate(steps - 1),
             "num-examples": len(data.train.y),
-            "samples": num_epochs * len(data.train.y) * (2 if config.sam_radius else 1),  # gradients computed, one an example
+            # Gradients computed, one an example.
+            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
         }
     )
     content = RecordDict({ARRAYS: pack({X: model.x, STATS: model.stats}), METRICS: metrics})

@@ -5,7 +5,7 @@ same loop, and every strategy can use any of them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -131,37 +131,33 @@ def train(
     model: FlatModel,
     gradient: Gradient,
     step: torch.optim.Optimizer,
-    epochs: Callable[[], Iterator[Batch]],
-    num_epochs: int,
+    batches: Iterable[Batch],
     rate: Callable[[int], float],
     clip_norm: float,
 ) -> tuple[float, int]:
-    """Follow the gradient for ``num_epochs`` epochs.
+    """Follow the gradient from batch to batch.
 
     Args:
         model: trained in place.
         gradient: at ``model.x``.
         step: an optimizer over ``model.x``.
-        epochs: the batches of an epoch, anew for each.
-        num_epochs: how many epochs.
-        rate: learning rate of batch 0, 1, 2, ... of the round.
+        batches: one after the other, at least one.
+        rate: learning rate of batch 0, 1, 2, ...
         clip_norm: the gradient's largest Euclidean norm; 0 for no limit.
 
     Returns:
-        The mean loss over all batches of the round, and how many batches there were.
+        The mean loss over all batches, and how many there were.
     """
     total = torch.zeros((), device=model.x.device)
     whole = step.param_groups[0]["params"][0]
     count = 0
-    for _ in range(num_epochs):
-        for batch in epochs():
-            step.param_groups[0]["lr"] = rate(count)
-            value, _ = gradient(model.x, batch)
-            if clip_norm:
-                nn.utils.clip_grad_norm_([whole], clip_norm)
-            step.step()
-            total += value
-            count += 1
+    for count, batch in enumerate(batches, 1):
+        step.param_groups[0]["lr"] = rate(count - 1)
+        value, _ = gradient(model.x, batch)
+        if clip_norm:
+            nn.utils.clip_grad_norm_([whole], clip_norm)
+        step.step()
+        total += value
     return total.item() / count, count
 
 

@@ -1,6 +1,6 @@
 """The sites of a run: who is there, what they hold, and whether it fits together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from logging import WARNING
 from typing import NamedTuple
 
@@ -119,6 +119,14 @@ def _simulated_sites(grid: Grid, node: int, config: Config) -> int:
     return sites
 
 
+def _counts(answer: Mapping[str, object], classes: Sequence[str]) -> tuple[int, ...]:
+    """A site's examples of each of ``classes``; empty where it does not tell."""
+    if "counts" not in answer:
+        return ()
+    own = dict(zip(answer["classes"], answer["counts"], strict=True))  # type: ignore[call-overload]
+    return tuple(own.get(name, 0) for name in classes)
+
+
 def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -> Federation:
     ordered = sorted(answers.items(), key=lambda item: item[1]["site"])  # type: ignore[arg-type, return-value]
     numbers = [answer["site"] for _, answer in ordered]
@@ -145,7 +153,7 @@ def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -
             str(answer["name"]),
             int(answer["train"]),  # type: ignore[call-overload]
             int(answer["test"]),  # type: ignore[call-overload]
-            tuple(answer.get("counts", ())),  # type: ignore[arg-type]
+            _counts(answer, classes),
         )
         for node, answer in ordered
     )

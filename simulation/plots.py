@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from server_app.plots import COLOURS, Picture, style
 
-AXES = {"round": "round", "seconds": "virtual time", "megabytes": "sent and received (MB)"}
+AXES = {"round": "round", "seconds": "time", "megabytes": "sent and received (MB)"}
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 POINTS = 200
 LABEL_GAP = 0.045  # between two direct labels, as a share of the height

@@ -26,9 +26,9 @@ def decay(shape: str, ratio: float, u: float) -> float:
     raise ValueError(f"shape {shape!r}: exponential, linear or cosine")
 
 
-def progress(step: int, steps: int, epochs: int, every: str) -> float:
-    """Fraction of a round done before its batch ``step``, out of ``epochs`` epochs of ``steps`` batches.
+def progress(step: int, steps: int, epoch: int, every: str) -> float:
+    """Fraction of a round of ``steps`` batches done before its batch ``step``; an epoch has ``epoch`` batches.
 
     ``every`` is "batch" or "epoch"; by epoch, the rate stands still inside an epoch.
     """
-    return step / (steps * epochs) if every == "batch" else step // steps / epochs
+    return step / steps if every == "batch" else step // epoch * epoch / steps

@@ -207,7 +207,7 @@ def test_plots_show_every_strategy_by_round_hour_and_megabyte(comparison: Compar
     figure = comparison.plot()
     labels = [axes.get_xlabel() for axes in figure.axes]
     assert labels[0] == "round"
-    assert labels[1].startswith("virtual time (")
+    assert labels[1].startswith("time (")
     assert labels[2] == "sent and received (MB)"
     for axes in figure.axes:
         assert len(axes.lines) == 2

@@ -243,6 +243,16 @@ def test_sites_that_do_not_fit_together_are_named(key: str, value: Any, message:
         run_app(census(change))
 
 
+def test_classes_of_all_sites_are_put_together(run_app: RunApp) -> None:
+    def change(number: int, record: dict[str, Any]) -> None:
+        if number == 1:
+            record["classes"] = [*record["classes"], "eleven"]
+            record["counts"] = [*record["counts"], 0]
+
+    run = run_app(census(change), epochs=1)
+    assert run.model["3.weight"].shape[0] == 11
+
+
 def test_handler_that_ends_the_process_is_an_answer(run_app: RunApp, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     def leave(*arguments: Any, **keywords: Any) -> None:
         raise SystemExit(3)

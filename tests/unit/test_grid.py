@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from server_app.exchange import Clock, clock_of, exchange
@@ -86,6 +86,18 @@ def test_answer_that_comes_too_late_is_not_delivered() -> None:
     assert time == 5
     assert "no answer within timeout-s = 5" in str(reply.error.reason)
     assert ask(grid)[0] == 22  # the site worked on to the end, then on the next message
+    assert ask(grid, timeout_s=7)[1].metadata.ttl <= 7  # Flower, too, forgets the message then
+
+
+def test_error_that_flower_makes_up_itself_is_put_down_to_the_site_that_was_asked() -> None:
+    def made_up(number: int, message: Message, reply: Message) -> Message:
+        error = Message(Error(3, "expired"), reply_to=message)
+        error.metadata.__dict__["_src_node_id"] = 1  # as Flower's SuperLink signs
+        return error
+
+    grid = VirtualGrid(app, World().sites(2, 1), {}, made_up)
+    messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+    assert sorted(node for node, _ in exchange(grid, messages, 3600)) == [FIRST_NODE, FIRST_NODE + 1]
 
 
 def test_exception_at_a_site_is_flowers_error() -> None:

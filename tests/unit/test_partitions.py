@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.partitions import PartitionError, partition
+from datasets.partitions import PartitionError, _dirichlet_group, partition
 
 KINDS = ["iid", "dirichlet", "dirichlet-equal", "classes", "sizes"]
 LABELS = np.repeat(np.arange(10), 60)
@@ -59,6 +59,14 @@ def test_dirichlet_shares_have_the_variance_of_the_distribution() -> None:
     squares = ((shares - 1 / n) ** 2).mean(1)
     error = squares.std() / np.sqrt(len(squares))
     assert abs(squares.mean() - (n - 1) / (n**2 * (n * alpha + 1))) < 5 * error
+
+
+def test_site_that_has_its_share_gets_no_further_class() -> None:
+    for seed in range(20):
+        lists = _dirichlet_group(np.arange(600), LABELS, 6, 0.3, np.random.default_rng(seed))
+        for part in lists:
+            labels = LABELS[part]
+            assert (labels < labels[-1]).sum() < 100  # what it had before its last class was less than its share
 
 
 @pytest.mark.parametrize("num_sites", [5, 16])

@@ -34,11 +34,11 @@ def test_unknown_shape_is_refused() -> None:
 
 
 def test_progress_by_batch_and_by_epoch() -> None:
-    assert [progress(step, 2, 2, "batch") for step in range(4)] == [0, 0.25, 0.5, 0.75]
-    assert [progress(step, 2, 2, "epoch") for step in range(4)] == [0, 0, 0.5, 0.5]
+    assert [progress(step, 8, 4, "batch") for step in range(8)] == [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8]
+    assert [progress(step, 8, 4, "epoch") for step in range(8)] == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_curve_depends_only_on_the_fraction_of_the_round() -> None:
-    short = {progress(step, 10, 2, "batch"): decay("exponential", 0.25, progress(step, 10, 2, "batch")) for step in range(20)}
-    long = {progress(step, 10, 8, "batch"): decay("exponential", 0.25, progress(step, 10, 8, "batch")) for step in range(80)}
+    short = {progress(step, 20, 10, "batch"): decay("exponential", 0.25, progress(step, 20, 10, "batch")) for step in range(20)}
+    long = {progress(step, 80, 10, "batch"): decay("exponential", 0.25, progress(step, 80, 10, "batch")) for step in range(80)}
     assert all(long[u] == rate for u, rate in short.items())

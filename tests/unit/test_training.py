@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_loop_is_torchs_own_sgd_with_this_schedule(nesterov: bool) -> None:
     def epoch() -> Iterator[Batch]:
         return iter(batches)
 
-    loss, count = training.train(model, gradient_of(model), step, epoch, 2, lambda k: 0.1 / (1 + k), 0.5)
+    loss, count = training.train(model, gradient_of(model), step, chain(epoch(), epoch()), lambda k: 0.1 / (1 + k), 0.5)
     plain_sgd = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=0.01, nesterov=nesterov)
     losses = []
     for k, (x, y) in enumerate(batches * 2):
@@ -187,7 +188,7 @@ def test_loop_is_torchs_own_sgd_with_this_schedule(nesterov: bool) -> None:
 def test_adamw_is_torchs_own() -> None:
     model, reference = normed(), normed().network
     step = training.optimizer("adamw", model, 0.01, 0.8, False, 0.1)
-    training.train(model, gradient_of(model), step, lambda: iter([batch()] * 3), 1, lambda _: 0.01, 0.0)
+    training.train(model, gradient_of(model), step, [batch()] * 3, lambda _: 0.01, 0.0)
     adamw = torch.optim.AdamW(reference.parameters(), 0.01, (0.8, 0.999), weight_decay=0.1)
     for _ in range(3):
         adamw.zero_grad()

@@ -1,0 +1,1 @@
+"""Server rules for sites that answer whenever they are done: what one arrival does to the model."""

@@ -1,0 +1,59 @@
+"""Adam and RMSProp at the server, fed with partly averaged updates: GSGM on top of an adaptive optimizer.
+
+    G_hat = mean of the last p of s(staleness) delta / lr
+    m     = beta m + (1 - beta) G_hat                     the first moment is the global momentum
+    u     = beta_2 u + (1 - beta_2) G_hat . G_hat
+    x     = x - eta (m / (1 - beta^t)) / (sqrt(u / (1 - beta_2^t)) + epsilon)
+
+Source: Kingma and Ba, ICLR 2015, algorithm 1; RMSProp is beta = 0 without the corrections 1 - beta^t (Tieleman and Hinton 2012).
+Differs: fed one site's update at a time (**reconstructed**: GSGM's abstracts say "on popular optimization algorithms").
+Special case: one site, p = 1 is ``torch.optim.Adam`` or ``RMSprop``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
+
+EPSILON = 1e-8
+
+
+class Adaptive(NamedTuple):
+    """The model and the two moments of its gradient."""
+
+    x: Tensor
+    version: int
+    mean: Tensor
+    square: Tensor
+    recent: tuple[Tensor, ...]
+
+
+def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Weight, correct: bool) -> ServerRule[Adaptive]:
+    """Adam (``correct``) or RMSProp (not ``correct``, ``beta`` = 0) on updates in the order of arrival.
+
+    Args:
+        eta: learning rate of the server.
+        beta, beta_2: decays of the moments.
+        window: how many of the last updates are averaged, p.
+        weight: of an update by its staleness.
+        correct: divide the moments by 1 - beta^t.
+    """
+
+    def init(x: Tensor) -> Adaptive:
+        return Adaptive(x.clone(), 0, torch.zeros_like(x), torch.zeros_like(x), ())
+
+    def absorb(state: Adaptive, update: Update) -> Adaptive:
+        t = state.version + 1
+        first, second = (1 - beta**t, 1 - beta_2**t) if correct else (1.0, 1.0)
+        gradient = update.delta * (weight(update.staleness) / update.lr)
+        recent = (*state.recent, gradient)[-window:]
+        for x, mean, square, *last in blocks(state.x, state.mean, state.square, *recent):
+            g = last[0] if len(last) == 1 else torch.stack(last).mean(0)
+            mean.lerp_(g, 1 - beta)
+            square.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
+            x.addcdiv_(mean, (square / second).sqrt_().add_(EPSILON), value=-eta / first)
+        return state._replace(version=t, recent=recent if window > 1 else ())
+
+    return ServerRule(init, absorb)

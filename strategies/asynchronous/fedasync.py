@@ -1,0 +1,34 @@
+"""FedAsync: the server's model moves a part of the way to each model that arrives.
+
+    alpha_t = alpha s(staleness)
+    x       = (1 - alpha_t) x + alpha_t x_site
+
+Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", OPT 2020 (arXiv 1903.03934), algorithm 1. The site's proximal
+term mu/2 |x - base|^2 is ``proximal-mu`` of local training. Differs: none known; alpha_t is made anew from alpha for each arrival.
+Special cases: alpha = 1 with constant weight keeps the newest model; alpha = 0 keeps the first.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
+
+
+class Mixing(NamedTuple):
+    """The model."""
+
+    x: Tensor
+    version: int
+
+
+def fedasync(*, alpha: float, weight: Weight) -> ServerRule[Mixing]:
+    """FedAsync with mixing rate ``alpha`` and ``weight`` by staleness."""
+
+    def absorb(state: Mixing, update: Update) -> Mixing:
+        rate = alpha * weight(update.staleness)
+        for x, base, delta in blocks(state.x, update.base, update.delta):
+            x.lerp_(base - delta, rate)
+        return Mixing(state.x, state.version + 1)
+
+    return ServerRule(lambda x: Mixing(x.clone(), 0), absorb)

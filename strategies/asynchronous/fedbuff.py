@@ -1,0 +1,38 @@
+"""FedBuff: updates are collected, and the model takes one step for every K of them.
+
+    b = b + delta / sqrt(1 + staleness)
+    after each K-th:   x = x - eta b / K,   b = 0
+
+Source: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, algorithm 1. Differs: plain
+descent at the server. The delta is against the model that the site was sent, and the divisor is K, not the sum of the weights
+(other implementations err in either). Staleness counts steps of the server, so the version changes once for every K arrivals.
+Special cases: K = number of sites, no staleness, eta = 1 is one round of model averaging; K = 1 is ASGD with weights.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from strategies.asynchronous.rule import ServerRule, Update, Weight
+
+
+class Buffer(NamedTuple):
+    """The model, the sum of what arrived since its last step, and how many that were."""
+
+    x: Tensor
+    version: int
+    total: Tensor
+    count: int
+
+
+def fedbuff(*, eta: float, size: int, weight: Weight) -> ServerRule[Buffer]:
+    """FedBuff with a buffer of ``size`` updates and the server's rate ``eta``."""
+
+    def absorb(state: Buffer, update: Update) -> Buffer:
+        total, count = state.total.add_(update.delta, alpha=weight(update.staleness)), state.count + 1
+        if count < size:
+            return state._replace(count=count)
+        return Buffer(state.x.sub_(total, alpha=eta / size), state.version + 1, total.zero_(), 0)
+
+    return ServerRule(lambda x: Buffer(x.clone(), 0, torch.zeros_like(x), 0), absorb)

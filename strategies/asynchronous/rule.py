@@ -1,0 +1,74 @@
+"""What a server does with one arrival. Who waits, and in which order arrivals are taken, belongs to the driver.
+
+A rule *owns* the state it is given: it may overwrite its tensors, and the caller goes on with the state returned, as with a donated
+buffer in JAX. A copy of a model of 25 million parameters costs more than everything a rule computes; nobody else holds the state.
+What is in an :class:`Update` is never written.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+BLOCK = 1 << 17  # elements worked on at a time: what a rule computes on the way stays in the processor's cache
+
+
+class State(Protocol):
+    """What every rule remembers at least."""
+
+    @property
+    def x(self) -> Tensor:
+        """The model [d]."""
+
+    @property
+    def version(self) -> int:
+        """How often the model changed; an update's staleness is counted in it."""
+
+
+S = TypeVar("S", bound=State)
+
+
+class Update(NamedTuple):
+    """One arrival.
+
+    Attributes:
+        delta: [d], the model that the site was sent minus the one it made of it.
+        base: [d], the model that the site was sent.
+        lr: the sum of the learning rates of the site's steps: ``delta / lr`` is its mean gradient.
+        staleness: by how many versions the model changed in the meantime.
+    """
+
+    delta: Tensor
+    base: Tensor
+    lr: float
+    staleness: int
+
+
+class ServerRule(NamedTuple, Generic[S]):
+    """A rule: ``init`` makes the state of a model [d], ``absorb`` takes one update."""
+
+    init: Callable[[Tensor], S]
+    absorb: Callable[[S, Update], S]
+
+
+Weight = Callable[[int], float]
+
+
+def constant(staleness: int) -> float:
+    """1."""
+    return 1.0
+
+
+def polynomial(exponent: float) -> Weight:
+    """``(1 + staleness)^-a`` (FedAsync: Xie et al. 2019, section 5.2; FedBuff with a = 1/2)."""
+    return lambda staleness: (1.0 + staleness) ** -exponent
+
+
+def hinge(slope: float, border: float) -> Weight:
+    """1 up to ``border``, then ``1 / (a (staleness - b) + 1)`` (FedAsync: Xie et al. 2019, section 5.2)."""
+    return lambda staleness: 1.0 if staleness <= border else 1.0 / (slope * (staleness - border) + 1.0)
+
+
+def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same places of several vectors [d], one block after the other."""
+    return zip(*(vector.split(BLOCK) for vector in vectors), strict=True)

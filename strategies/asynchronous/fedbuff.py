@@ -23,16 +23,16 @@ class Buffer(NamedTuple):
     x: Tensor
     version: int
     total: Tensor
-    count: int
+    collected: int
 
 
 def fedbuff(*, eta: float, size: int, weight: Weight) -> ServerRule[Buffer]:
     """FedBuff with a buffer of ``size`` updates and the server's rate ``eta``."""
 
     def absorb(state: Buffer, update: Update) -> Buffer:
-        total, count = state.total.add_(update.delta, alpha=weight(update.staleness)), state.count + 1
-        if count < size:
-            return state._replace(count=count)
+        total, collected = state.total.add_(update.delta, alpha=weight(update.staleness)), state.collected + 1
+        if collected < size:
+            return state._replace(collected=collected)
         return Buffer(state.x.sub_(total, alpha=eta / size), state.version + 1, total.zero_(), 0)
 
     return ServerRule(lambda x: Buffer(x.clone(), 0, torch.zeros_like(x), 0), absorb)

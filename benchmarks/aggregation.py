@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from client_app.app import app
-from server_app.rounds import unusable
+from server_app.report import unusable
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
 from strategies.averaging.average import Averaging

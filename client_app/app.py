@@ -275,7 +275,11 @@ def train(message: Message, context: Context) -> Message:
             "samples": round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
         }
     )
-    content = RecordDict({ARRAYS: pack({X: model.x, STATS: model.stats}), METRICS: metrics})
+    x = model.x
+    if told.get("reply") == "delta":  # how far the site moved, and the sum of its rates: delta / lr-sum is its mean gradient
+        x = vectors[X].to(device) - model.x
+        metrics["lr-sum"] = sum(map(rate, range(steps)))
+    content = RecordDict({ARRAYS: pack({X: x, STATS: model.stats}), METRICS: metrics})
     return Message(content, reply_to=message)
 
 

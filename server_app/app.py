@@ -1,6 +1,7 @@
 """The server: reads the configuration, counts the sites, builds the strategy, runs it, writes the results."""
 
 import logging
+import math
 
 from flwr.app import Context
 from flwr.common.logger import log
@@ -8,13 +9,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from models.flat import FlatModel
 from models.networks import build
+from server_app.asynchronous import Asynchronous
 from server_app.census import take_census
 from server_app.results import Folder, History
 from server_app.rounds import Rounds
-from strategies.config import Config
+from strategies.config import ASYNCHRONOUS, Config
 from strategies.randomness import derive
 from strategies.records import STATS, X, pack
-from strategies.registry import round_strategy
+from strategies.registry import round_strategy, server_rule
 
 app = ServerApp()
 
@@ -38,9 +40,16 @@ def run(grid: Grid, config: Config, history: History) -> None:
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
     model = FlatModel(build(config.model, federation.shape, len(federation.classes), config.norm, derive(config.seed, "model")))
-    strategy = round_strategy(config, {site.node: site.num_train for site in federation.sites})
     history.begin(federation, model)
+    initial = pack({X: model.x, STATS: model.stats})
     try:
-        Rounds(grid, strategy, federation, config, history).run(pack({X: model.x, STATS: model.stats}))
+        if config.strategy in ASYNCHRONOUS:
+            gsgm = config.strategy == "gsgm"
+            slack, blocking = config.slack if gsgm else math.inf, config.schedule == "white-list"
+            rule = server_rule(config)
+            Asynchronous(grid, rule, federation, config, history, slack=slack, blocking=blocking).run(initial)
+        else:
+            strategy = round_strategy(config, {site.node: site.num_train for site in federation.sites})
+            Rounds(grid, strategy, federation, config, history).run(initial)
     finally:  # whatever stopped the run
         history.end()

@@ -35,38 +35,67 @@ def clock_of(grid: Grid) -> Clock:
     return grid if isinstance(grid, Clock) else _WallClock()
 
 
-def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:
-    """Send messages and yield, for each, the node it went to and its reply, in the order of arrival.
+class Mailbox:
+    """Messages under way. Each is answered once: by its site, or, when its time is over, by an error made here.
 
     Flower's ``send_and_receive`` waits for all replies and looks for them every three seconds; here each one can be worked on
-    while the others are on their way. A node that has not answered after ``timeout_s`` seconds yields an error reply, so there is
-    one reply a message, always.
+    while the others are on their way.
+
+    Args:
+        grid: the way to the sites.
+        timeout_s: seconds a site has to answer.
     """
-    clock = clock_of(grid)
-    sent = list(messages)
-    for message in sent:
-        message.metadata.ttl = timeout_s
-    waiting = dict(zip(grid.push_messages(sent), sent, strict=True))
-    deadline = clock.now() + timeout_s
-    poll = FIRST_WAIT_S
-    while waiting:
-        arrived = False
-        for identity in list(waiting):
-            # One at a time: a grid hands over all replies that are there at once, each as large as a model.
-            for reply in grid.pull_messages([identity]):
-                # Replies that Flower makes up itself name node 1 as their source: the message they answer tells the node.
-                arrived = True
-                yield waiting.pop(identity).metadata.dst_node_id, reply
-        if arrived:
-            poll = FIRST_WAIT_S
-            continue
-        if clock.now() >= deadline:
-            for message in waiting.values():
-                late = Error(TOO_LATE, f"no answer within timeout-s = {timeout_s:g}")
-                yield message.metadata.dst_node_id, Message(late, reply_to=message)
-            return
-        clock.wait(poll, deadline - clock.now())
-        poll = min(2 * poll, LONGEST_WAIT_S)
+
+    def __init__(self, grid: Grid, timeout_s: float) -> None:
+        self._grid, self._timeout_s = grid, timeout_s
+        self._clock = clock_of(grid)
+        self._waiting: dict[str, tuple[Message, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Send messages."""
+        sent = list(messages)
+        for message in sent:
+            message.metadata.ttl = self._timeout_s
+        deadline = self._clock.now() + self._timeout_s
+        self._waiting |= {
+            identity: (message, deadline) for identity, message in zip(self._grid.push_messages(sent), sent, strict=True)
+        }
+
+    def receive(self) -> Iterator[tuple[Message, Message]]:
+        """Wait until something is there, then yield messages with their replies, in the order of arrival."""
+        poll = FIRST_WAIT_S
+        while self._waiting:
+            arrived = False
+            for identity in list(self._waiting):
+                # One at a time: a grid hands over all replies that are there at once, each as large as a model.
+                for reply in self._grid.pull_messages([identity]):
+                    # Replies that Flower makes up itself name node 1 as their source: the message tells who was asked.
+                    arrived = True
+                    yield self._waiting.pop(identity)[0], reply
+            if arrived:
+                return
+            now = self._clock.now()
+            late = [identity for identity, (_, deadline) in self._waiting.items() if deadline <= now]
+            for identity in late:
+                message, _ = self._waiting.pop(identity)
+                error = Error(TOO_LATE, f"no answer within timeout-s = {self._timeout_s:g}")
+                yield message, Message(error, reply_to=message)
+            if late:
+                return
+            self._clock.wait(poll, min(deadline for _, deadline in self._waiting.values()) - now)
+            poll = min(2 * poll, LONGEST_WAIT_S)
+
+
+def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:
+    """Send messages; yield the node each went to and its reply, in the order of arrival, always one a message."""
+    mailbox = Mailbox(grid, timeout_s)
+    mailbox.send(messages)
+    while mailbox:
+        for message, reply in mailbox.receive():
+            yield message.metadata.dst_node_id, reply
 
 
 def why(reply: Message) -> str:

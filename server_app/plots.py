@@ -103,6 +103,24 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
     return figure
 
 
+def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
+    """Of an asynchronous run: how stale contributions were, and how often each site contributed."""
+    trained = metrics[metrics["split"] == "train"]
+    stale = trained[(trained["site"] == "all") & trained["metric"].str.startswith("staleness-")]
+    counts = stale.groupby(stale["metric"].str.removeprefix("staleness-").astype(int))["value"].sum()
+    each = trained[(trained["site"] != "all") & (trained["metric"] == "updates")].groupby("site")["value"].sum()
+    each = each.reindex(sorted(each.index, key=int))
+    figure = Picture(figsize=(11, 4), layout="constrained")
+    histogram, bars = figure.subplots(1, 2)
+    histogram.bar(counts.index, counts, color=BLUE, width=0.9)
+    style(histogram, "staleness (updates since the site was sent its model)", "contributions")
+    histogram.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bars.bar(each.index, each, color=GREEN, width=0.9)
+    style(bars, "site", "contributions")
+    figure.suptitle(title)
+    return figure
+
+
 def who_has_what(counts: pd.DataFrame) -> Figure:
     """``counts``, a row a site and a column a class: the darker, the more examples."""
     table = counts.to_numpy()

@@ -20,7 +20,7 @@ from torch import Tensor
 from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation
-from strategies.config import Config
+from strategies.config import ASYNCHRONOUS, Config
 from strategies.records import STATS, X, unpack
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
@@ -32,8 +32,8 @@ class Progress(NamedTuple):
     """How far a run is after a round; printed, it is a line.
 
     Attributes:
-        round_number: counts from 1.
-        epochs: local epochs of this round.
+        round_number: counts from 1; of an asynchronous strategy, updates so far.
+        epochs: local epochs of this round, or None where there are no rounds.
         done, total: local epochs so far, and of the whole run.
         seconds: since the first round.
         megabytes: sent and received so far.
@@ -41,7 +41,7 @@ class Progress(NamedTuple):
     """
 
     round_number: int
-    epochs: int
+    epochs: int | None
     done: int
     total: int
     seconds: float
@@ -51,13 +51,20 @@ class Progress(NamedTuple):
 
     def __str__(self) -> str:
         rates = f"{self.train.get('lr-first', math.nan):.2g} to {self.train.get('lr-last', math.nan):.2g}"
-        return (
-            f"round {self.round_number:>3} | epoch {self.done:>{len(str(self.total))}}/{self.total} (+{self.epochs}) "
-            f"| lr {rates:<15} | train loss {self.train.get('loss', math.nan):.4f} "
-            f"| test accuracy {self.test.get('accuracy', math.nan):.4f} "
-            f"| moved {self.train.get('model-change', math.nan):.3f} | {self.megabytes:.1f} MB | {self.seconds:.0f} s, "
-            f"{self.seconds / self.done * (self.total - self.done):.0f} s to go"
+        rounds = self.epochs is not None
+        left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
+        parts = (
+            f"round {self.round_number:>3}" if rounds else f"update {self.round_number:>5}",
+            f"epoch {self.done:>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs})" if rounds else ""),
+            f"lr {rates:<15}",
+            f"train loss {self.train.get('loss', math.nan):.4f}",
+            f"test accuracy {self.test.get('accuracy', math.nan):.4f}",
+            f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
+            f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
+            f"{self.megabytes:.1f} MB",
+            f"{self.seconds:.0f} s, {left:.0f} s to go",
         )
+        return " | ".join(part for part in parts if part)
 
 
 class History:
@@ -210,7 +217,10 @@ class Folder(History):
         title = f"{self.config.strategy} on {self.config.data}, {self.config.num_sites} sites"
         epsilon = self.config.epsilon if self.config.strategy == "co-learning" else 0
         plots.save(plots.curves(metrics, title), self.path / "curves.png")
-        plots.save(plots.schedule(metrics, title, self.config.lr_shape, epsilon), self.path / "schedule.png")
+        if self.config.strategy in ASYNCHRONOUS:
+            plots.save(plots.arrivals(metrics, title), self.path / "arrivals.png")
+        else:
+            plots.save(plots.schedule(metrics, title, self.config.lr_shape, epsilon), self.path / "schedule.png")
         self._drawn = time.monotonic()
 
     def end(self) -> None:
@@ -223,7 +233,8 @@ class Folder(History):
         if not tested.empty:
             last = tested[tested["round"] == tested["round"].max()]
             values = last.set_index(["site", "metric"])["value"]
-            table = Table(title=f"{self.config.strategy} after {last['round'].iloc[0]} rounds", title_justify="left")
+            unit = "updates" if self.config.strategy in ASYNCHRONOUS else "rounds"
+            table = Table(title=f"{self.config.strategy} after {last['round'].iloc[0]} {unit}", title_justify="left")
             for heading in ("site", "train examples", "test examples", "accuracy", "loss"):
                 table.add_column(heading, justify="left" if heading == "site" else "right")
             for site in self.federation.sites:

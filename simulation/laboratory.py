@@ -148,7 +148,7 @@ class Run:
         metrics = pd.read_csv(folder / "metrics.csv", dtype={"site": str})
         epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)]["value"].sum()
         models = {file.stem: load_file(file) for file in sorted(folder.glob("model*.safetensors"))}
-        return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), bool(epochs >= config.epochs))
+        return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), bool(epochs >= config.epochs - 1e-6))
 
 
 class _Watched(History):
@@ -314,9 +314,11 @@ def _plus_minus(mean: float, error: float) -> str:
     """Two digits of the error, and never more than four of the mean."""
     if math.isnan(mean):
         return "-"
-    if math.isnan(error) or error == 0:
+    if abs(mean) < 1e-9:
+        return "0"
+    if math.isnan(error) or error < 1e-4 * abs(mean):
         return f"{mean:.4g}"
-    digits = max(0, min(1 - math.floor(math.log10(error)), 3 - math.floor(math.log10(abs(mean) or 1))))
+    digits = max(0, min(1 - math.floor(math.log10(error)), 3 - math.floor(math.log10(abs(mean)))))
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
-OWN_STRATEGIES = ("co-learning", "fedavg", "local", "ensemble", "centralized")
+ASYNCHRONOUS = ("gsgm", "asgd", "asgd-momentum", "dc-asgd-c", "dc-asgd-a", "fedasync", "fedbuff")
+OWN_STRATEGIES = ("co-learning", "fedavg", "local", "ensemble", "centralized", *ASYNCHRONOUS)
 NETWORKS = ("cnn", "mlp", "lenet5", "resnet20", "vgg11")
 PICTURES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder")
 OFFICIAL_TEST = ("mnist", "fashion-mnist", "cifar10", "cifar100")
@@ -85,6 +86,23 @@ class Config(BaseModel):
     max_local_epochs: Positive
     epsilon: NotNegative
     weighting: Literal["equal", "samples"]
+
+    local_steps: Positive
+    evaluate_every: Annotated[int, Field(ge=0)]
+    schedule: Literal["white-list", "local"]
+    slack: NotNegative
+    window: Positive
+    base_optimizer: Literal["asgd", "dc-asgd-c", "dc-asgd-a", "adam", "rmsprop"]
+    server_lr: Rate
+    server_momentum: Annotated[float, Field(ge=0, lt=1)]
+    compensation: NotNegative
+    compensation_adaptive: NotNegative
+    staleness: Literal["constant", "polynomial", "hinge"]
+    staleness_exponent: NotNegative
+    staleness_border: NotNegative
+    mixing_rate: Share
+    proximal_mu: NotNegative
+    buffer_size: Positive
 
     lr: Rate
     lr_ratio: Share

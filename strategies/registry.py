@@ -2,14 +2,56 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
+from strategies.asynchronous.adaptive import adaptive
+from strategies.asynchronous.descent import descent
+from strategies.asynchronous.fedasync import fedasync
+from strategies.asynchronous.fedbuff import fedbuff
+from strategies.asynchronous.rule import ServerRule, Weight, constant, hinge, polynomial
 from strategies.averaging.alone import Alone
 from strategies.averaging.average import Averaging, weighted_metrics
 from strategies.averaging.co_learning import CoLearning
 from strategies.averaging.shipped import Shipped
 from strategies.config import Config, shipped_strategies, strategy_arguments
+
+
+def server_rule(config: Config) -> ServerRule[Any]:
+    """What an arrival does to the model, of an asynchronous strategy."""
+    weight: Weight = {
+        "constant": constant,
+        "polynomial": polynomial(config.staleness_exponent),
+        "hinge": hinge(config.staleness_exponent, config.staleness_border),
+    }[config.staleness]
+    match config.strategy:
+        case "fedasync":
+            return fedasync(alpha=config.mixing_rate, weight=weight)
+        case "fedbuff":
+            return fedbuff(eta=config.server_lr, size=config.buffer_size, weight=polynomial(config.staleness_exponent))
+    base = config.base_optimizer if config.strategy == "gsgm" else config.strategy
+    window = config.window if config.strategy == "gsgm" else 1
+    beta = config.server_momentum if config.strategy in ("gsgm", "asgd-momentum") else 0.0
+    if base in ("adam", "rmsprop"):
+        adam = base == "adam"
+        return adaptive(
+            eta=config.server_lr,
+            beta=beta if adam else 0.0,
+            beta_2=0.999 if adam else 0.99,
+            window=window,
+            weight=weight,
+            correct=adam,
+        )
+    strengths = {"dc-asgd-c": config.compensation, "dc-asgd-a": config.compensation_adaptive}
+    return descent(
+        eta=config.server_lr,
+        beta=beta,
+        window=window,
+        weight=weight,
+        compensation=strengths.get(base, 0.0),
+        adaptive=base == "dc-asgd-a",
+    )
 
 
 def round_strategy(config: Config, num_examples: Mapping[int, int]) -> Strategy:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from strategies.asynchronous.descent import Part
 from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
 
 EPSILON = 1e-8
@@ -27,7 +28,7 @@ class Adaptive(NamedTuple):
     version: int
     mean: Tensor
     square: Tensor
-    recent: tuple[Tensor, ...]
+    recent: tuple[Part, ...]
 
 
 def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Weight, correct: bool) -> ServerRule[Adaptive]:
@@ -47,13 +48,14 @@ def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Wei
     def absorb(state: Adaptive, update: Update) -> Adaptive:
         t = state.version + 1
         first, second = (1 - beta**t, 1 - beta_2**t) if correct else (1.0, 1.0)
-        gradient = update.delta * (weight(update.staleness) / update.lr)
-        recent = (*state.recent, gradient)[-window:]
-        for x, mean, square, *last in blocks(state.x, state.mean, state.square, *recent):
-            g = last[0] if len(last) == 1 else torch.stack(last).mean(0)
+        averaged = (*state.recent, Part(update.delta, weight(update.staleness) / update.lr))
+        for x, mean, square, *deltas in blocks(state.x, state.mean, state.square, *(part.vector for part in averaged)):
+            g = torch.zeros_like(x)
+            for delta, part in zip(deltas, averaged, strict=True):
+                g.add_(delta, alpha=part.weight / len(averaged))
             mean.lerp_(g, 1 - beta)
             square.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
-            x.addcdiv_(mean, (square / second).sqrt_().add_(EPSILON), value=-eta / first)
-        return state._replace(version=t, recent=recent if window > 1 else ())
+            x.addcdiv_(mean, torch.div(square, second, out=g).sqrt_().add_(EPSILON), value=-eta / first)
+        return state._replace(version=t, recent=averaged[-window + 1 :] if window > 1 else ())
 
     return ServerRule(init, absorb)

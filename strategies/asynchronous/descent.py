@@ -22,9 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
+from strategies.asynchronous.rule import BLOCK, ServerRule, Update, Weight
 
 EPSILON, DECAY = 1e-7, 0.95  # of the mean square of the gradient
+
+
+class Part(NamedTuple):
+    """An update of the window and its weight."""
+
+    vector: Tensor
+    weight: float
 
 
 class Descent(NamedTuple):
@@ -34,7 +41,7 @@ class Descent(NamedTuple):
     version: int
     momentum: Tensor
     square: Tensor
-    recent: tuple[Tensor, ...]
+    recent: tuple[Part, ...]
 
 
 def descent(*, eta: float, beta: float, window: int, weight: Weight, compensation: float, adaptive: bool) -> ServerRule[Descent]:
@@ -55,28 +62,31 @@ def descent(*, eta: float, beta: float, window: int, weight: Weight, compensatio
             x.clone(), 0, torch.zeros_like(x) if beta else none, torch.zeros_like(x) if compensation and adaptive else none, ()
         )
 
-    def corrected(state: Descent, update: Update) -> Tensor:
-        scale = weight(update.staleness)
-        if not compensation:
-            return update.delta if scale == 1 else update.delta * scale
-        g = torch.empty_like(update.delta)
-        squares = state.square if adaptive else g  # g stands in: it is not read
-        for out, delta, base, x, square in blocks(g, update.delta, update.base, state.x, squares):
-            strength: float | Tensor = compensation
-            gradient = delta / update.lr
-            if adaptive:
-                square.mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
-                strength = compensation * torch.rsqrt(square + EPSILON)
-            torch.mul(torch.addcmul(delta, strength * delta * gradient, x - base), scale, out=out)
-        return g
+    def compensate(state: Descent, update: Update, place: slice, out: Tensor) -> None:
+        """The delay-compensated update at ``place``, into ``out``."""
+        delta = update.delta[place]
+        torch.sub(state.x[place], update.base[place], out=out).mul_(delta).mul_(delta)
+        if adaptive:
+            square = state.square[place].mul_(DECAY).addcmul_(delta, delta, value=(1 - DECAY) / update.lr**2)
+            out.div_(torch.add(square, EPSILON).sqrt_())
+        torch.add(delta, out, alpha=compensation / update.lr, out=out)
 
     def absorb(state: Descent, update: Update) -> Descent:
-        g = corrected(state, update)
-        recent = (*state.recent, g)[-window:]
-        momentum = state.momentum if beta else state.x  # x stands in: it is not read as momentum
-        for x, v, *last in blocks(state.x, momentum, *recent):
-            mean = last[0] if len(last) == 1 else torch.stack(last).mean(0)
-            x.sub_(v.lerp_(mean, 1 - beta) if beta else mean, alpha=eta)
-        return state._replace(version=state.version + 1, recent=recent if window > 1 else ())
+        d = len(state.x)
+        g = state.x.new_empty(d if window > 1 else min(d, BLOCK)) if compensation else update.delta
+        averaged = (*state.recent, Part(g, weight(update.staleness)))
+        for start in range(0, d, BLOCK):
+            place = slice(start, min(start + BLOCK, d))
+            here = slice(0, place.stop - start) if len(g) < d else place  # where nothing is remembered, g is a block
+            if compensation:
+                compensate(state, update, place, g[here])
+            moved = state.momentum[place].mul_(beta) if beta else state.x[place]
+            step = (1 - beta if beta else -eta) / len(averaged)
+            for part in averaged:
+                moved.add_(part.vector[here if part.vector is g else place], alpha=step * part.weight)
+            if beta:
+                state.x[place].sub_(moved, alpha=eta)
+        recent = averaged[-window + 1 :] if window > 1 else ()
+        return state._replace(version=state.version + 1, recent=recent)
 
     return ServerRule(init, absorb)

@@ -58,7 +58,8 @@ def test_same_seed_same_world_and_another_seed_another() -> None:
 
     assert look(1) == look(1)
     assert look(1) != look(2)
-    assert len(set(look(1))) == 3
+    for of_sites in zip(*look(1), strict=True):
+        assert len(set(of_sites)) == 3
 
 
 def test_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
@@ -82,6 +83,13 @@ def test_site_is_back_when_its_outage_ends_and_never_when_it_died() -> None:
     site = site_off((10, 20), (30, math.inf))
     assert [site.back_at(time) for time in (0, 10, 15, 20, 29, 30, 99)] == [0, 20, 20, 20, 29, math.inf, math.inf]
     assert [site.next_outage(time) for time in (0, 19, 20, 99)] == [(10, 20), (10, 20), (30, math.inf), (30, math.inf)]
+
+
+def test_whichever_outage_comes_first_counts() -> None:
+    both = World(offline={0: [(1, 2)]}, mean_up_s=1e6, mean_down_s=1)
+    (site,) = both.sites(1, 1)
+    assert site.next_outage(0) == (1, 2)
+    assert site.next_outage(3)[0] > 1000  # type: ignore[index]
 
 
 def test_random_outages_have_the_mean_lengths_asked_for() -> None:

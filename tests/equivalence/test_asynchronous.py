@@ -1,0 +1,292 @@
+"""Asynchronous rules: hand-computed states, limit cases, references, invariants; the white list under any order of arrival."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from strategies.asynchronous.adaptive import adaptive
+from strategies.asynchronous.descent import descent
+from strategies.asynchronous.fedasync import fedasync
+from strategies.asynchronous.fedbuff import fedbuff
+from strategies.asynchronous.rule import BLOCK, ServerRule, Update, constant, hinge, polynomial
+from strategies.asynchronous.white_list import WhiteList
+
+PLAIN: dict[str, Any] = {
+    "eta": 1.0,
+    "beta": 0.0,
+    "window": 1,
+    "weight": constant,
+    "compensation": 0.0,
+    "adaptive": False,
+}
+RULES: dict[str, Callable[[], ServerRule[Any]]] = {
+    "asgd": lambda: descent(**PLAIN),
+    "gsgm": lambda: descent(**PLAIN | {"beta": 0.9, "window": 3}),
+    "dc-asgd-c": lambda: descent(**PLAIN | {"compensation": 0.04}),
+    "dc-asgd-a": lambda: descent(**PLAIN | {"compensation": 2.0, "adaptive": True}),
+    "gsgm-dc-a": lambda: descent(**PLAIN | {"beta": 0.9, "window": 3, "compensation": 2.0, "adaptive": True}),
+    "adam": lambda: adaptive(eta=0.01, beta=0.9, beta_2=0.999, window=2, weight=constant, correct=True),
+    "fedasync": lambda: fedasync(alpha=0.6, weight=polynomial(0.5)),
+    "fedbuff": lambda: fedbuff(eta=1.0, size=2, weight=polynomial(0.5)),
+}
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def update(delta: Tensor, base: Tensor | None = None, lr: float = 0.1, staleness: int = 0) -> Update:
+    return Update(delta, torch.zeros_like(delta) if base is None else base, lr, staleness)
+
+
+def follow(rule: ServerRule[Any], x: Tensor, updates: list[Update]) -> list[Tensor]:
+    """The model after each update."""
+    state, seen = rule.init(x), []
+    for each in updates:
+        state = rule.absorb(state, each)
+        seen.append(state.x.clone())
+    return seen
+
+
+def close(found: list[Tensor], expected: list[float]) -> None:
+    torch.testing.assert_close(torch.cat(found), vector(*expected))
+
+
+# --- hand-computed states ---------------------------------------------------------------------------------------------
+
+
+def test_asgd_by_hand() -> None:
+    rule = descent(**PLAIN | {"eta": 0.5, "weight": polynomial(1.0)})
+    close(
+        follow(rule, vector(10), [update(vector(2)), update(vector(4), staleness=1), update(vector(3), staleness=2)]), [9, 8, 7.5]
+    )
+
+
+def test_gsgm_by_hand() -> None:
+    """p = 2, beta = 1/2: g_hat = 4, 6, 5; v = 2, 4, 4.5."""
+    rule = descent(**PLAIN | {"beta": 0.5, "window": 2})
+    close(follow(rule, vector(10), [update(vector(4)), update(vector(8)), update(vector(2))]), [8, 4, -0.5])
+
+
+def test_dc_asgd_with_constant_lambda_by_hand() -> None:
+    """lr = 0.1, delta = 0.2, so G = 2; x - base = 3; G + 0.5 * 4 * 3 = 8."""
+    rule = descent(**PLAIN | {"compensation": 0.5})
+    close(follow(rule, vector(4), [update(vector(0.2), vector(1))]), [4 - 0.8])
+
+
+def test_dc_asgd_with_adaptive_lambda_by_hand() -> None:
+    """m = 0.05 * 4 = 0.2, then 0.95 * 0.2 + 0.05 * 1 = 0.24."""
+    rule = descent(**PLAIN | {"compensation": 2.0, "adaptive": True})
+    first = 4 - 0.1 * (2 + 2 / math.sqrt(0.2 + 1e-7) * 4 * (4 - 1))
+    second = first - 0.1 * (1 + 2 / math.sqrt(0.24 + 1e-7) * (first - 2))
+    close(follow(rule, vector(4), [update(vector(0.2), vector(1)), update(vector(0.1), vector(2))]), [first, second])
+
+
+def test_fedasync_by_hand() -> None:
+    """The site's model is base - delta = 6, then 2 with weight 1/2."""
+    rule = fedasync(alpha=0.5, weight=polynomial(1.0))
+    close(follow(rule, vector(10), [update(vector(4), vector(10)), update(vector(8), vector(10), staleness=1)]), [8, 6.5])
+
+
+def test_fedbuff_by_hand() -> None:
+    """Nothing, then (2 + 4 / 2) / 2 times 3."""
+    rule = fedbuff(eta=3.0, size=2, weight=polynomial(1.0))
+    updates = [update(vector(2)), update(vector(4), staleness=1), update(vector(7)), update(vector(1))]
+    close(follow(rule, vector(10), updates), [10, 4, 4, -8])
+    state = rule.init(vector(10))
+    versions = []
+    for each in updates:
+        state = rule.absorb(state, each)
+        versions.append(state.version)
+    assert versions == [0, 1, 1, 2]
+
+
+def test_weights_by_staleness_by_hand() -> None:
+    assert [constant(tau) for tau in (0, 9)] == [1, 1]
+    assert [polynomial(0.5)(tau) for tau in (0, 3, 8)] == [1, 1 / 2, 1 / 3]
+    assert [hinge(10, 4)(tau) for tau in (0, 4, 5, 7)] == [1, 1, 1 / 11, 1 / 31]
+
+
+# --- limit cases and references ---------------------------------------------------------------------------------------
+
+
+def walk(seed: int, steps: int = 30) -> list[Update]:
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(steps, 2, 5, generator=generator, dtype=torch.float64)
+    return [update(0.1 * delta, base, staleness=step % 4) for step, (delta, base) in enumerate(draws)]
+
+
+@pytest.mark.parametrize("switch", [{"weight": polynomial(0)}, {"weight": hinge(10, 99)}])
+def test_switches_off_is_asgd_bit_for_bit(switch: dict[str, Any]) -> None:
+    x = torch.ones(5, dtype=torch.float64)
+    asgd, same = (follow(rule, x, walk(1)) for rule in (RULES["asgd"](), descent(**PLAIN | switch)))
+    assert all(torch.equal(a, b) for a, b in zip(asgd, same, strict=True))
+
+
+@pytest.mark.parametrize("switch", [{"beta": 0.5}, {"window": 2}, {"compensation": 0.5}, {"weight": polynomial(0.5)}, {"eta": 0.5}])
+def test_every_switch_switches_something(switch: dict[str, Any]) -> None:
+    x = torch.ones(5, dtype=torch.float64)
+    asgd, other = (follow(rule, x, walk(1)) for rule in (RULES["asgd"](), descent(**PLAIN | switch)))
+    assert not torch.allclose(asgd[-1], other[-1])
+
+
+def test_one_site_is_sgd_with_damped_momentum() -> None:
+    """torch's momentum with dampening, from its second step on; its first is not damped, so start both with a zero gradient."""
+    curvature, lr = vector(1, 3, 0.5), 0.2
+    x = torch.nn.Parameter(vector(1, -2, 3))
+    reference = torch.optim.SGD([x], lr, momentum=0.8, dampening=0.8)
+    state = (rule := descent(**PLAIN | {"beta": 0.8})).init(x.detach())
+    for step in range(20):
+        x.grad = curvature * x.detach() * (step > 0)
+        reference.step()
+        state = rule.absorb(state, update(lr * curvature * state.x * (step > 0), lr=lr))
+        torch.testing.assert_close(state.x, x.detach())
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop"])
+def test_one_site_is_torchs_own_adaptive_optimizer(name: str) -> None:
+    curvature, lr, x = vector(1, 3, 0.5), 0.2, torch.nn.Parameter(vector(1, -2, 3))
+    if name == "adam":
+        reference: torch.optim.Optimizer = torch.optim.Adam([x], 0.01)
+        rule = adaptive(eta=0.01, beta=0.9, beta_2=0.999, window=1, weight=constant, correct=True)
+    else:
+        reference = torch.optim.RMSprop([x], 0.01)
+        rule = adaptive(eta=0.01, beta=0.0, beta_2=0.99, window=1, weight=constant, correct=False)
+    state = rule.init(x.detach())
+    for _ in range(20):
+        x.grad = curvature * x.detach()
+        reference.step()
+        state = rule.absorb(state, update(lr * curvature * state.x, lr=lr))
+        torch.testing.assert_close(state.x, x.detach())
+
+
+def test_buffer_of_all_sites_without_staleness_is_model_averaging() -> None:
+    x, models = vector(1, 2), [vector(3, 4), vector(-1, 0), vector(2, 2)]
+    rule = fedbuff(eta=1.0, size=3, weight=polynomial(0.5))
+    found = follow(rule, x, [update(x - model, x) for model in models])[-1]
+    torch.testing.assert_close(found, torch.stack(models).mean(0))
+
+
+def test_fedasync_with_alpha_one_keeps_the_newest_model() -> None:
+    rule = fedasync(alpha=1.0, weight=constant)
+    found = follow(rule, vector(5), [update(vector(3), vector(4)), update(vector(-1), vector(8))])
+    torch.testing.assert_close(found[-1], vector(9))
+
+
+@pytest.mark.parametrize("switch", [{}, {"beta": 0.9}, {"window": 3}, {"beta": 0.9, "window": 3, "eta": 0.5}])
+def test_total_weight_of_an_update_is_eta(switch: dict[str, Any]) -> None:
+    """However it is spread over time by window and momentum."""
+    nothing = update(vector(0.0))
+    rule = descent(**PLAIN | switch)
+    end = follow(rule, vector(0), [nothing] * 5 + [update(vector(1.0))] + [nothing] * 300)[-1]
+    torch.testing.assert_close(end, vector(-switch.get("eta", 1.0)))
+
+
+# --- what holds for every rule ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_updates_and_the_initial_model_are_never_written(name: str) -> None:
+    x = torch.ones(5, dtype=torch.float64)
+    updates = walk(2)
+    before = [each._replace(delta=each.delta.clone(), base=each.base.clone()) for each in updates]
+    follow(RULES[name](), x, updates)
+    assert torch.equal(x, torch.ones(5, dtype=torch.float64))
+    for one, two in zip(updates, before, strict=True):
+        assert torch.equal(one.delta, two.delta)
+        assert torch.equal(one.base, two.base)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_coordinates_do_not_mix_and_blocks_do_not_show(name: str) -> None:
+    """A vector longer than a block, against each of its ends alone."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(BLOCK + 7, generator=generator)
+    draws = torch.randn(4, 2, BLOCK + 7, generator=generator)
+    updates = [update(delta, base, staleness=step) for step, (delta, base) in enumerate(draws)]
+    whole = follow(RULES[name](), x, updates)[-1]
+    for part in (slice(0, 5), slice(BLOCK - 3, BLOCK + 7)):
+        parts = [each._replace(delta=each.delta[part], base=each.base[part]) for each in updates]
+        torch.testing.assert_close(whole[part], follow(RULES[name](), x[part], parts)[-1])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_sites_that_found_nothing_to_change_change_nothing(name: str) -> None:
+    x = torch.ones(5, dtype=torch.float64)
+    assert torch.equal(follow(RULES[name](), x, [update(torch.zeros_like(x), x)] * 4)[-1], x)
+
+
+# --- the white list ---------------------------------------------------------------------------------------------------
+
+
+def play(num_sites: int, slack: float, seed: int, arrivals: int) -> tuple[list[int], list[int], list[int]]:
+    """Sites that wait for their turn, arriving in any order: applied sites, staleness, spread of the counts after each."""
+    luck = random.Random(seed)
+    white_list = WhiteList(range(num_sites), slack)
+    sent = dict.fromkeys(range(num_sites), 0)  # version of the model under way
+    working = list(range(num_sites))
+    order: list[int] = []
+    staleness: list[int] = []
+    spread: list[int] = []
+    for _ in range(arrivals):
+        site = working.pop(luck.randrange(len(working)))
+        for released in white_list.arrive(site):
+            staleness.append(len(order) - sent[released])
+            order.append(released)
+            spread.append(max(white_list.counts.values()) - min(white_list.counts.values()))
+            sent[released] = len(order)
+            working.append(released)
+    return order, staleness, spread
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 10_000))
+def test_counts_never_differ_by_more_than_one_plus_slack(num_sites: int, slack: int, seed: int) -> None:
+    order, staleness, spread = play(num_sites, slack, seed, 60)
+    assert max(spread, default=0) <= 1 + slack
+    assert len(order) >= 60 - num_sites
+    if slack == 0:
+        assert max(staleness, default=0) <= 2 * (num_sites - 1)
+
+
+def test_every_cycle_of_the_strict_list_holds_each_site_once() -> None:
+    order, _, _ = play(6, 0, 1, 100)
+    for start in range(0, len(order) - 6, 6):
+        assert sorted(order[start : start + 6]) == list(range(6))
+
+
+def test_infinite_slack_applies_everything_on_arrival() -> None:
+    white_list = WhiteList(range(3), math.inf)
+    assert [white_list.arrive(site) for site in (0, 0, 0, 2)] == [[0], [0], [0], [2]]
+
+
+def test_list_by_hand() -> None:
+    white_list = WhiteList("abc", 0)
+    assert white_list.arrive("a") == ["a"]
+    assert white_list.arrive("a") == []
+    assert white_list.waits("a")
+    assert white_list.arrive("b") == ["b"]
+    assert white_list.arrive("b") == []
+    assert white_list.arrive("c") == ["c", "a", "b"]  # the cycle closes; who waited is next, in the order of arrival
+
+
+def test_site_set_aside_is_not_waited_for_and_comes_back_level_with_the_others() -> None:
+    white_list = WhiteList("abc", 0)
+    for _ in range(3):
+        for site in "ab":
+            white_list.arrive(site)
+    assert white_list.counts == {"a": 1, "b": 1, "c": 0}
+    assert white_list.set_aside("c") == ["a", "b"]
+    for site in "abab":
+        assert white_list.arrive(site) == [site]
+    assert white_list.counts == {"a": 4, "b": 4, "c": 0}
+    assert white_list.arrive("c") == ["c"]
+    assert white_list.counts["c"] == 5
+    assert white_list.arrive("c") == []

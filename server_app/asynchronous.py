@@ -89,7 +89,7 @@ class Asynchronous:
     ) -> None:
         self._grid, self._rule, self._federation, self._config, self._history = grid, rule, federation, config, history
         self._clock = clock_of(grid)
-        self._report = Report(federation, history, self._clock)
+        self._report = Report(federation, history, self._clock, "update")
         self._mailbox = Mailbox(grid, config.timeout_s)
         self._nodes = [site.node for site in federation.sites]
         self._list = WhiteList(self._nodes, slack)

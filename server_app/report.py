@@ -22,9 +22,11 @@ class Report:
         federation: the sites.
         history: where metrics go.
         clock: started here.
+        unit: what is counted, "round" or "update".
     """
 
-    def __init__(self, federation: Federation, history: History, clock: Clock) -> None:
+    def __init__(self, federation: Federation, history: History, clock: Clock, unit: str) -> None:
+        self._unit = unit
         self._sites = {site.node: site for site in federation.sites}
         self._history, self._clock, self._start = history, clock, clock.now()
         self._traffic = dict.fromkeys(self._sites, (0, 0))  # bytes up, bytes down
@@ -56,7 +58,8 @@ class Report:
         reason = unusable(reply, sizes)
         if reason:
             site, phase = self._sites[node], "test" if sizes is None else "training"
-            log(WARNING, "round %d: %s (site %d) is left out of the %s: %s", round_number, site.name, site.number, phase, reason)
+            when = f"{self._unit} {round_number}"
+            log(WARNING, "%s: %s (site %d) is left out of the %s: %s", when, site.name, site.number, phase, reason)
         return not reason
 
     def write(

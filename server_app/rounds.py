@@ -42,7 +42,7 @@ class Rounds:
         self._federation, self._history = federation, history
         self._clock = clock_of(grid)
         self._sites = {site.node: site for site in federation.sites}
-        self._report = Report(federation, history, self._clock)
+        self._report = Report(federation, history, self._clock, "round")
         self._least = min(config.min_sites, len(self._sites))
 
     def run(self, arrays: ArrayRecord) -> ArrayRecord:

@@ -1,0 +1,173 @@
+"""Asynchronous strategies: the real ServerApp and ClientApp in virtual time, with sites that are slow, fail, die and come back."""
+
+import logging
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from matplotlib.image import imread
+
+from server_app.census import RunError
+from simulation.laboratory import Run, simulate
+from simulation.world import Lognormal, World
+from strategies.config import ASYNCHRONOUS
+from tests.conftest import RunApp
+
+UNEQUAL = World(samples_per_s=Lognormal(median=100, sigma=0.7))
+SMALL: dict[str, Any] = {"num_sites": 4, "epochs": 6, "model": "mlp", "lr": 0.05, "lr_ratio": 1.0, "progress": False}
+TOTAL = 6 * 48  # updates: four sites of 12 batches
+
+
+def run(world: World = UNEQUAL, **changes: Any) -> Run:
+    return simulate(**(SMALL | changes), world=world)
+
+
+def updates(found: Run, site: str = "all") -> list[float]:
+    rows = found.metrics.query("metric == 'updates' and split == 'train'")
+    return [float(value) for value in rows[rows["site"] == site]["value"]]
+
+
+def staleness(found: Run) -> Counter[int]:
+    rows = found.metrics[found.metrics["metric"].str.startswith("staleness-")]
+    return Counter({int(name.removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
+
+
+@pytest.mark.parametrize("strategy", ASYNCHRONOUS)
+def test_every_asynchronous_strategy_learns_by_its_name(strategy: str) -> None:
+    found = run(strategy=strategy, epochs=24, local_steps=3, momentum=0.0, buffer_size=4)
+    assert found.finished
+    assert found.history["accuracy"].iloc[-1] > 0.7
+    assert sum(updates(found)) == 24 * 48 / 3
+
+
+@pytest.mark.parametrize("base", ["dc-asgd-c", "dc-asgd-a", "adam", "rmsprop"])
+def test_gsgm_stands_on_other_optimizers(base: str) -> None:
+    found = run(strategy="gsgm", epochs=10, base_optimizer=base, server_lr=0.003 if base in ("adam", "rmsprop") else 1.0)
+    assert found.history["accuracy"].iloc[-1] > 0.7
+
+
+def test_gsgm_with_everything_off_is_asgd_bit_for_bit() -> None:
+    gsgm, asgd = run(strategy="gsgm", window=1, server_momentum=0.0, slack=1e9), run(strategy="asgd")
+    assert all(torch.equal(gsgm.model[name], asgd.model[name]) for name in asgd.model)
+    assert gsgm.metrics.equals(asgd.metrics)
+
+
+def test_same_seed_same_history() -> None:
+    one, two = run(strategy="gsgm"), run(strategy="gsgm")
+    assert one.metrics.equals(two.metrics)
+    assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
+
+
+def test_white_list_is_even_and_bounds_staleness_where_asgd_does_neither() -> None:
+    even, uneven = run(strategy="gsgm"), run(strategy="asgd")
+    for found, spread in ((even, 1), (uneven, math.inf)):
+        counts = [sum(updates(found, str(site))) for site in range(4)]
+        assert sum(counts) == TOTAL
+        assert max(counts) - min(counts) <= spread
+    assert max(counts) - min(counts) > 10
+    assert sum(staleness(even).values()) == TOTAL
+    assert max(staleness(even)) <= 2 * 3
+    assert max(staleness(uneven)) > 2 * 3
+
+
+def test_waiting_for_the_slowest_costs_time_and_the_local_reading_none() -> None:
+    asgd, strict, local = run(strategy="asgd"), run(strategy="gsgm"), run(strategy="gsgm", schedule="local")
+    assert strict.summary["hours"] > 1.3 * asgd.summary["hours"]
+    counts = [sum(updates(local, str(site))) for site in range(4)]
+    assert max(counts) - min(counts) <= 1
+    bytes_of = {name: found.metrics["bytes_up"].max() for name, found in (("strict", strict), ("local", local))}
+    assert bytes_of["local"] > 1.3 * bytes_of["strict"]  # nobody idles: what fast sites send is averaged
+
+
+def test_slack_trades_evenness_for_time() -> None:
+    strict, loose = run(strategy="gsgm"), run(strategy="gsgm", slack=10.0)
+    counts = [sum(updates(loose, str(site))) for site in range(4)]
+    assert 1 < max(counts) - min(counts) <= 11
+    assert loose.summary["hours"] < strict.summary["hours"]
+
+
+@pytest.mark.parametrize("strategy", ["gsgm", "fedbuff"])
+def test_site_that_dies_halfway_does_not_stop_the_run(strategy: str) -> None:
+    world = World(samples_per_s=100, offline={2: [(8.0, math.inf)]})
+    found = run(world, strategy=strategy)
+    assert found.finished
+    gone = updates(found, "2")
+    assert gone[0] > 0
+    assert gone[-1] == 0
+    assert sum(updates(found)) == TOTAL
+    assert found.history["accuracy"].iloc[-1] > 0.6
+
+
+def test_site_that_comes_back_contributes_again() -> None:
+    world = World(samples_per_s=100, offline={2: [(8.0, 90.0)]})
+    found = run(world, strategy="gsgm", epochs=20)
+    each = updates(found, "2")
+    assert 0 in each
+    assert each[-1] == pytest.approx(updates(found, "0")[-1], abs=1)
+
+
+def test_site_that_is_silent_is_set_aside_until_it_answers() -> None:
+    """It is there, but slower than the timeout: the others go on without it."""
+    found = run(World(samples_per_s=[100, 100, 100, 1]), strategy="gsgm", timeout_s=20.0)
+    assert found.finished
+    assert sum(updates(found, "3")) == 0
+    assert sum(updates(found)) == TOTAL
+
+
+def spoil(site: int) -> Any:
+    def tamper(number: int, message: Message, reply: Message) -> Message:
+        if number == site and message.metadata.message_type == "train":
+            reply.content.metric_records["metrics"]["loss"] = math.nan
+        return reply
+
+    return tamper
+
+
+def test_site_that_sends_nan_is_left_out_by_name(run_app: RunApp, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    found = run_app(spoil(1), strategy="gsgm", num_sites=3, epochs=3)
+    assert "update 1: site 1 (site 1) is left out of the training: metrics are not finite: loss = nan" in caplog.text
+    assert found.trace("updates", "train", "1") == [0] * len(found.trace("updates", "train", "1"))
+    assert sum(found.trace("updates", "train")) == 3 * 45
+
+
+def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
+    def all_but_one(number: int, message: Message, reply: Message) -> Message:
+        return spoil(number)(number, message, reply) if number > 0 else reply
+
+    from client_app.app import app as client_app
+    from server_app.app import run as run_server
+    from server_app.results import History
+    from simulation.grid import VirtualGrid
+    from simulation.laboratory import configuration
+
+    config = configuration(strategy="gsgm", num_sites=3, epochs=2, model="mlp")
+    history = History(config)
+    with pytest.raises(RunError, match="1 sites send what can be used, min-sites = 2: stopped"):
+        run_server(VirtualGrid(client_app, World().sites(3, 1), config.kebab(), all_but_one), config, history)
+
+
+def test_everybody_dead_ends_the_run_with_what_was_reached() -> None:
+    dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in range(4)})
+    with pytest.raises(RunError, match=r"0 sites are connected after timeout-s = 3600, min-sites = 2: stopped"):
+        run(dead, strategy="gsgm")
+
+
+def test_results_show_staleness_and_contributions(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_app(strategy="gsgm", epochs=3, draw=True)
+    assert imread(found.folder / "arrivals.png").shape[0] > 200
+    assert not (found.folder / "schedule.png").exists()
+    printed = capsys.readouterr().out
+    assert "update    45 | epoch 1/3 | lr" in printed
+    assert "staleness 2." in printed
+    assert "gsgm after 135 updates" in printed
+    assert Run.load(found.folder).finished
+
+
+def test_batch_norm_statistics_are_averaged_too() -> None:
+    found = run(strategy="gsgm", model="resnet20", data="tests.equivalence.test_averaging:few", num_sites=2, epochs=2)
+    assert not torch.equal(found.model["stem.1.running_mean"], torch.zeros(16))
+    assert (found.model["stem.1.running_var"] > 0).all()

@@ -32,7 +32,7 @@ def updates(found: Run, site: str = "all") -> list[float]:
 
 def staleness(found: Run) -> Counter[int]:
     rows = found.metrics[found.metrics["metric"].str.startswith("staleness-")]
-    return Counter({int(name.removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
+    return Counter({int(str(name).removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
 
 
 @pytest.mark.parametrize("strategy", ASYNCHRONOUS)

@@ -48,7 +48,8 @@ def curves(metrics: pd.DataFrame, title: str) -> Figure:
     grid = figure.subplots(2, 3, sharey="row")
     means = tested[tested["site"] == "all"]
     each = tested[tested["site"] != "all"]
-    axis = {"round": "round", "seconds": "time (s)", "megabytes": "sent and received (MB)"}
+    step = "update" if (metrics["metric"] == "updates").any() else "round"
+    axis = {"round": step, "seconds": "time (s)", "megabytes": "sent and received (MB)"}
     for row, (metric, label) in zip(grid, (("accuracy", "test accuracy"), ("loss", "test loss")), strict=True):
         mean = means[means["metric"] == metric]
         spread = each[each["metric"] == metric].groupby("round")["value"].agg(["min", "max"])

@@ -97,10 +97,16 @@ class History:
         bytes_down: int,
     ) -> None:
         """Metrics of one site, or of everybody; seconds since the first round, bytes up (to the server) and down so far."""
-        self._rows += [
-            (round_number, round(seconds, 3), bytes_up, bytes_down, str(site), split, name, value)
-            for name, value in metrics.items()
-        ]
+        self.append(
+            [
+                (round_number, round(seconds, 3), bytes_up, bytes_down, str(site), split, name, value)
+                for name, value in metrics.items()
+            ]
+        )
+
+    def append(self, rows: list[tuple[object, ...]]) -> None:
+        """Rows with the columns of ``COLUMNS``."""
+        self._rows += rows
 
     def keep(self, arrays: ArrayRecord) -> None:
         """The newest model."""
@@ -186,20 +192,11 @@ class Folder(History):
         if not (counts := class_counts(self.sites)).empty:
             plots.save(plots.who_has_what(counts), self.path / "sites.png")
 
-    def record(
-        self,
-        round_number: int,
-        seconds: float,
-        site: int | str,
-        split: str,
-        metrics: Mapping[str, float],
-        bytes_up: int,
-        bytes_down: int,
-    ) -> None:
+    def append(self, rows: list[tuple[object, ...]]) -> None:
         """Append to ``metrics.csv``."""
-        super().record(round_number, seconds, site, split, metrics, bytes_up, bytes_down)
+        super().append(rows)
         with (self.path / "metrics.csv").open("a", newline="") as file:
-            csv.writer(file).writerows(self._rows[-len(metrics) :])
+            csv.writer(file).writerows(rows)
 
     def keep(self, arrays: ArrayRecord) -> None:
         """Write the newest model."""

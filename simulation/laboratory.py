@@ -36,7 +36,7 @@ from server_app.results import EVERYBODY, History, Progress, class_counts, write
 from simulation import plots
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import Config, ConfigError
+from strategies.config import ASYNCHRONOUS, Config, ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +119,7 @@ class Run:
 
     def plot(self, metric: str = "accuracy") -> Figure:
         """The metric on the test parts by round, by hour and by megabyte."""
-        return plots.comparison({self.config.strategy: [self.history]}, metric)
+        return Comparison({self.config.strategy: [self]}).plot(metric)
 
     def plot_sites(self) -> Figure:
         """Who has what: sites by classes.
@@ -285,7 +285,13 @@ class Comparison:
 
     def plot(self, metric: str = "accuracy") -> Figure:
         """The metric on the test parts by round, by hour and by megabyte: means over seeds, bands of one standard error."""
-        return plots.comparison({name: [run.history for run in runs] for name, runs in self.runs.items()}, metric)
+        units = {
+            "update of the server" if run.config.strategy in ASYNCHRONOUS else "round"
+            for runs in self.runs.values()
+            for run in runs
+        }
+        histories = {name: [run.history for run in runs] for name, runs in self.runs.items()}
+        return plots.comparison(histories, metric, " or ".join(sorted(units)))
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder for each strategy, and in it one for each run, as :meth:`Run.save` does."""

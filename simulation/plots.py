@@ -17,12 +17,13 @@ POINTS = 200
 LABEL_GAP = 0.045  # between two direct labels, as a share of the height
 
 
-def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str) -> Figure:
+def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, step: str) -> Figure:
     """The metric by round, by hour and by megabyte; a line a strategy, labelled at its end, with a band of one standard error.
 
     Args:
         histories: of each strategy, one table a seed, with the columns round, seconds, megabytes and the metric.
         metric: such as accuracy or loss.
+        step: what the column round counts.
 
     Raises:
         ValueError: nobody measured the metric.
@@ -33,7 +34,8 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str) -> 
     figure = Picture(figsize=(15, 4.6), layout="constrained")
     longest = max(table["seconds"].iloc[-1] for tables in histories.values() for table in tables if len(table))
     unit = next(unit for unit, length in UNITS.items() if longest >= 2 * length or length == 1)
-    for axes, (column, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
+    labels = AXES | {"round": step, "seconds": f"time ({unit})"}
+    for axes, (column, label) in zip(figure.subplots(1, len(AXES), sharey=True), labels.items(), strict=True):
         ends = []
         for (name, tables), colour in zip(histories.items(), COLOURS * (1 + len(histories) // len(COLOURS)), strict=False):
             used = [table for table in tables if metric in table and len(table)]
@@ -44,7 +46,7 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str) -> 
             axes.plot(x, mean, color=colour, lw=1.8)
             axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
             ends.append((float(mean[-1]), name, colour, float(x[-1])))
-        style(axes, f"{label} ({unit})" if column == "seconds" else label, f"test {metric}" if column == "round" else "")
+        style(axes, label, f"test {metric}" if column == "round" else "")
         if column == "round":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label_ends(axes, ends)

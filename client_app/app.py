@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from client_app import training
 from datasets import sources
+from datasets.partitions import PartitionError
 from datasets.site import Moments, Part, SiteData, Split, deal, moments, own, relabel, standardise, take
 from models.flat import FlatModel
 from models.networks import build
@@ -42,7 +43,8 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        traceback.print_exc()
+        if not isinstance(error, sources.SourceError | PartitionError):  # these say all there is to say
+            traceback.print_exc()
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 

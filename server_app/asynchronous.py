@@ -4,6 +4,7 @@ A site is sent the newest model as soon as its last contribution was applied. Wh
 it does to the model the rule's. Tests go out after every so many updates, on the model of that moment, and nobody waits for them.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from server_app.census import Federation, RunError
 from server_app.exchange import LONGEST_WAIT_S, TOO_LATE, Mailbox, clock_of
-from server_app.report import Report, numbers
+from server_app.report import Moment, Report, numbers
 from server_app.results import History, Progress
 from strategies.asynchronous.rule import ServerRule, Update
 from strategies.asynchronous.white_list import WhiteList
@@ -56,8 +57,7 @@ class _Period:
 class _Test:
     """A test under way: what was true when it began, and the answers so far."""
 
-    updates: int
-    seconds: float
+    moment: Moment
     waiting: set[int]
     train: dict[str, float]
     answers: dict[int, MetricRecord] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Asynchronous:
         self._dispatch(self._nodes)
         while self._updates < self._total or self._tests:
             self._readmit()
-            for message, reply in self._mailbox.receive():
+            for message, reply in self._mailbox.receive(once=bool(self._gone)):
                 node = message.metadata.dst_node_id
                 if message.metadata.message_type == MessageType.EVALUATE:
                     self._tested(int(message.metadata.group_id), node, reply)
@@ -133,6 +133,7 @@ class Asynchronous:
 
     def _dispatch(self, nodes: list[int]) -> None:
         """Send the newest model to sites to train on."""
+        nodes = [node for node in nodes if node not in self._flying]
         if not nodes or self._updates >= self._total:
             return
         config, model = self._config, self._model()
@@ -154,6 +155,8 @@ class Asynchronous:
             if node not in connected:
                 self._lose(node)
                 continue
+            self._gone.pop(node, None)
+            self._failed.discard(node)
             messages.append(Message(RecordDict({ARRAYS: model, CONFIG: told}), node, MessageType.TRAIN))
             self._flying[node] = _Flight(unpack(model[X]), self._state.version)
         for message in messages:
@@ -220,13 +223,13 @@ class Asynchronous:
     def _readmit(self) -> None:
         """Sites that are back get the newest model; without enough of them the run waits for ``timeout-s``."""
         back = [node for node in self._grid.get_node_ids() if node in self._gone] if self._gone else []
-        for node in back:
-            del self._gone[node]
         self._dispatch(back)
         working = len(self._nodes) - len(self._gone) - len(self._failed)
         if working >= self._least or self._updates >= self._total:
             return
-        left = self._config.timeout_s - (self._clock.now() - max(self._gone.values()))
+        # Since when there are too few: since as many were gone as leave one too few.
+        since = sorted(self._gone.values())[min(len(self._gone), len(self._nodes) - len(self._failed) - self._least + 1) - 1]
+        left = self._config.timeout_s - (self._clock.now() - since)
         if left <= 0:
             raise RunError(
                 f"update {self._updates}: {working} sites are connected after timeout-s = {self._config.timeout_s:g}, "
@@ -238,8 +241,7 @@ class Asynchronous:
     def _test(self) -> None:
         """Send the newest model to all sites for a test; who failed may train again."""
         self._history.keep(model := self._model())
-        failed, self._failed = self._failed, set()
-        self._dispatch([node for node in self._nodes if node in failed])
+        self._dispatch([node for node in self._nodes if node in self._failed])
         connected = set(self._grid.get_node_ids())
         told = ConfigRecord({"server-round": self._updates, **self._federation.agreed()})
         messages = [
@@ -249,9 +251,11 @@ class Asynchronous:
         ]
         for message in messages:
             self._report.sent(message)
-        nodes = {message.metadata.dst_node_id for message in messages}
-        self._tests[self._updates] = _Test(self._updates, self._report.seconds(), nodes, self._train_metrics())
-        self._mailbox.send(messages)
+        train = self._train_metrics()
+        if messages:  # else nobody is there to test it
+            nodes = {message.metadata.dst_node_id for message in messages}
+            self._tests[self._updates] = _Test(self._report.moment(), nodes, train)
+            self._mailbox.send(messages)
 
     def _train_metrics(self) -> dict[str, float]:
         """Write down what training reported since the last test; the means."""
@@ -270,8 +274,9 @@ class Asynchronous:
         together["local-epochs"] = len(staleness) * self._config.epochs / self._total
         together |= {"lr-first": period.rates[0], "lr-last": period.rates[-1]} if period.rates else {}
         counts = {f"staleness-{each}": float(count) for each, count in sorted(Counter(staleness).items())}
-        finite = {node: {key: value for key, value in row.items() if value == value} for node, row in of_sites.items()}
-        self._report.write(self._updates, "train", finite, together | counts)
+        known = {node: {key: value for key, value in row.items() if not math.isnan(value)} for node, row in of_sites.items()}
+        together = {key: value for key, value in together.items() if not math.isnan(value)}
+        self._report.write(self._updates, "train", known, together | counts)
         return together
 
     def _tested(self, number: int, node: int, reply: Message) -> None:
@@ -285,12 +290,11 @@ class Asynchronous:
         del self._tests[number]
         answers = [RecordDict({METRICS: metrics}) for metrics in test.answers.values()]
         mean = numbers(weighted_metrics(answers, NUM_EXAMPLES)) if answers else {}
-        self._report.write(
-            number, "test", {each: numbers(metrics) for each, metrics in test.answers.items()}, mean or None, test.seconds
-        )
+        answered = {each: numbers(metrics) for each, metrics in test.answers.items()}
+        self._report.write(number, "test", answered, mean or None, test.moment)
         done = round(number * self._config.epochs / self._total)
         self._history.tell(
-            Progress(number, None, done, self._config.epochs, test.seconds, self._report.megabytes(), test.train, mean)
+            Progress(number, None, done, self._config.epochs, test.moment.seconds, test.moment.megabytes(), test.train, mean)
         )
 
 

@@ -50,6 +50,7 @@ class Mailbox:
         self._grid, self._timeout_s = grid, timeout_s
         self._clock = clock_of(grid)
         self._waiting: dict[str, tuple[Message, float]] = {}
+        self._poll = FIRST_WAIT_S
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -64,9 +65,11 @@ class Mailbox:
             identity: (message, deadline) for identity, message in zip(self._grid.push_messages(sent), sent, strict=True)
         }
 
-    def receive(self) -> Iterator[tuple[Message, Message]]:
-        """Wait until something is there, then yield messages with their replies, in the order of arrival."""
-        poll = FIRST_WAIT_S
+    def receive(self, *, once: bool = False) -> Iterator[tuple[Message, Message]]:
+        """Wait until something is there, then yield messages with their replies, in the order of arrival.
+
+        With ``once`` nothing may be yielded: the caller has more to look after.
+        """
         while self._waiting:
             arrived = False
             for identity in list(self._waiting):
@@ -76,6 +79,7 @@ class Mailbox:
                     arrived = True
                     yield self._waiting.pop(identity)[0], reply
             if arrived:
+                self._poll = FIRST_WAIT_S
                 return
             now = self._clock.now()
             late = [identity for identity, (_, deadline) in self._waiting.items() if deadline <= now]
@@ -85,8 +89,10 @@ class Mailbox:
                 yield message, Message(error, reply_to=message)
             if late:
                 return
-            self._clock.wait(poll, min(deadline for _, deadline in self._waiting.values()) - now)
-            poll = min(2 * poll, LONGEST_WAIT_S)
+            self._clock.wait(self._poll, min(deadline for _, deadline in self._waiting.values()) - now)
+            self._poll = min(2 * self._poll, LONGEST_WAIT_S)
+            if once:
+                return
 
 
 def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:

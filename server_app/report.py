@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from logging import WARNING
+from typing import NamedTuple
 
 from flwr.app import Message, MetricRecord
 from flwr.common.logger import log
@@ -13,6 +14,22 @@ from server_app.results import EVERYBODY, History
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import refusal
 from strategies.records import arrays_of, metrics_of, num_bytes, unpack
+
+
+class Moment(NamedTuple):
+    """How far a run was.
+
+    Attributes:
+        seconds: since the first round.
+        traffic: of each node, bytes up and down.
+    """
+
+    seconds: float
+    traffic: dict[int, tuple[int, int]]
+
+    def megabytes(self) -> float:
+        """Sent and received."""
+        return sum(map(sum, self.traffic.values())) / 1e6
 
 
 class Report:
@@ -31,13 +48,9 @@ class Report:
         self._history, self._clock, self._start = history, clock, clock.now()
         self._traffic = dict.fromkeys(self._sites, (0, 0))  # bytes up, bytes down
 
-    def seconds(self) -> float:
-        """Since the first round."""
-        return self._clock.now() - self._start
-
-    def megabytes(self) -> float:
-        """Sent and received so far."""
-        return sum(map(sum, self._traffic.values())) / 1e6
+    def moment(self) -> Moment:
+        """Now."""
+        return Moment(self._clock.now() - self._start, dict(self._traffic))
 
     def sent(self, message: Message) -> None:
         """A message goes out."""
@@ -68,15 +81,15 @@ class Report:
         split: str,
         of_sites: Mapping[int, Mapping[str, float]],
         together: Mapping[str, float] | None,
-        seconds: float | None = None,
+        moment: Moment | None = None,
     ) -> None:
-        """Write down what each site reported, by node, and the mean over them; ``seconds`` where that was earlier than now."""
-        seconds = self.seconds() if seconds is None else seconds
+        """Write down what each site reported, by node, and the mean over them; with the ``moment`` it belongs to, by default now."""
+        seconds, traffic = moment or self.moment()
         for node, site in self._sites.items():
             if node in of_sites:
-                self._history.record(round_number, seconds, site.number, split, of_sites[node], *self._traffic[node])
+                self._history.record(round_number, seconds, site.number, split, of_sites[node], *traffic[node])
         if together is not None:
-            up, down = (sum(column) for column in zip(*self._traffic.values(), strict=True))
+            up, down = (sum(column) for column in zip(*traffic.values(), strict=True))
             self._history.record(round_number, seconds, EVERYBODY, split, together, up, down)
 
 

@@ -153,6 +153,7 @@ def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]]) -> No
     for name, state in models.items():
         final = folder / f"{name}.safetensors"
         partial = final.with_suffix(".partial")
+        partial.touch()  # safetensors makes a file that only its owner can read: keep the mode of this one
         save_file({key: value.contiguous() for key, value in state.items()}, partial)
         os.replace(partial, final)
 

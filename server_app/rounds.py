@@ -73,10 +73,8 @@ class Rounds:
             outcome = self._strategy.aggregate_evaluate(round_number, self._usable(messages, round_number, None, tested))
             test = None if outcome is None else numbers(outcome)
             self._report.write(round_number, "test", {node: numbers(each) for node, each in tested.items()}, test)
-            reached = Progress(
-                round_number, epochs, done, total, self._report.seconds(), self._report.megabytes(), train, test or {}
-            )
-            self._history.tell(reached)
+            now = self._report.moment()
+            self._history.tell(Progress(round_number, epochs, done, total, now.seconds, now.megabytes(), train, test or {}))
         return arrays
 
     def _configure(

@@ -130,6 +130,10 @@ class VirtualGrid(Grid):
         """When the reply arrives, and the reply; None where it never does."""
         site = self._sites[node]
         start = max(self._now, self._busy_until[node])
+        if start == math.inf:  # it died at work, and nobody knows yet
+            outage = site.next_outage(self._now)
+            assert outage is not None
+            return outage[0] + NOTICED_AFTER_S, self._unavailable(message)
         while (outage := site.next_outage(start)) and outage[0] <= start:  # off, and nobody knows yet
             if outage[1] - outage[0] > NOTICED_AFTER_S:
                 return max(start, outage[0] + NOTICED_AFTER_S), self._unavailable(message)

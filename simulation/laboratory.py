@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
 from server_app.app import run as run_server
+from server_app.census import RunError
 from server_app.plots import who_has_what
 from server_app.results import EVERYBODY, History, Progress, class_counts, write_description, write_models
 from simulation import plots
@@ -82,6 +83,9 @@ class Run:
         tested = self.metrics[chosen]
         index = ["round", "seconds", "bytes_up", "bytes_down"]
         table = tested.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
+        table = table.reindex(
+            columns=list(dict.fromkeys([*table.columns, "accuracy", "loss"]))
+        )  # of a run that could not be tested
         table["hours"] = table["seconds"] / 3600
         table["megabytes"] = (table["bytes_up"] + table["bytes_down"]) / 1e6
         return table
@@ -197,7 +201,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def simulate(
-    conf: str | Path | None = None, /, *, world: World | None = None, progress: bool = True, threads: int = 1, **changes: Any
+    conf: str | Path | None = None, *, world: World | None = None, progress: bool = True, threads: int = 1, **changes: Any
 ) -> Run:
     """Run the app in this process, in virtual time. Nothing is written; see :meth:`Run.save`.
 
@@ -266,8 +270,8 @@ class Comparison:
         return pd.DataFrame(rows).T
 
     def _target(self) -> float:
-        finals = {name: float(pd.DataFrame([run.summary for run in runs])["accuracy"].mean()) for name, runs in self.runs.items()}
-        return round(0.95 * max(finals.values()), 2)
+        finals = [pd.Series([run.summary.get("accuracy", math.nan) for run in runs]).mean() for runs in self.runs.values()]
+        return round(0.95 * max((final for final in finals if not math.isnan(final)), default=math.nan), 2)
 
     def text(self, target: float | None = None) -> pd.DataFrame:
         """The table for people: "mean ± standard error"."""
@@ -351,13 +355,18 @@ def compare(
 
     Raises:
         ConfigError: before the first run: names the strategy, the key, its value and what is allowed.
+        RunError: every run failed; where only some did, a warning names each, and the others are returned.
     """
     chosen = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
     if not chosen or not strategies:
         raise ConfigError(f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed")
     world = world or World()
+    if not isinstance(world, World):
+        raise ConfigError(f"world = {world!r}: a World(...) is expected")
     jobs = []
     for name, changes in strategies.items():
+        if not isinstance(changes, Mapping) or "seed" in changes:
+            raise ConfigError(f"{name}: {changes!r}: a dictionary of the run configuration is expected, without seed (see seeds)")
         own = {key.replace("_", "-"): value for key, value in (common | dict(changes)).items()}
         conf = own.pop("conf", None)
         try:
@@ -372,6 +381,7 @@ def compare(
     workers = min(len(jobs), processes or gpus or os.cpu_count() or 1)
     runs: dict[str, dict[int, Run]] = {name: {} for name in strategies}
     total = sum(config.epochs for _, config in jobs)
+    failures: list[str] = []
     with (
         TemporaryDirectory() as folder,
         tqdm(total=total, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
@@ -384,17 +394,24 @@ def compare(
             for index, (name, config) in enumerate(jobs)
         )
         try:
-            for name, run in parallel(calls):
+            for name, seed, run in parallel(calls):
+                if isinstance(run, str):
+                    failures.append(f"{name}, seed {seed}: {run}")
+                    warnings.warn(f"{failures[-1]}; left out", stacklevel=2)
+                    continue
                 if not run.finished:
                     raise KeyboardInterrupt
-                runs[name][run.config.seed] = run
+                runs[name][seed] = run
         except KeyboardInterrupt:
             done = sum(map(len, runs.values()))
             warnings.warn(f"interrupted: {done} of {len(jobs)} runs are finished", stacklevel=2)
+    if len(failures) == len(jobs):
+        raise RunError("\n".join(failures))
     return Comparison({name: [found[seed] for seed in chosen if seed in found] for name, found in runs.items() if found})
 
 
-def _run_one(name: str, config: Config, world: World, gpu: int | None, file: Path) -> tuple[str, Run]:
+def _run_one(name: str, config: Config, world: World, gpu: int | None, file: Path) -> tuple[str, int, Run | str]:
+    """The run, or why there is none: one that fails does not take the others with it."""
     if gpu is not None:
         torch.cuda.set_device(gpu)  # what device = "auto" means in this process
 
@@ -402,7 +419,10 @@ def _run_one(name: str, config: Config, world: World, gpu: int | None, file: Pat
         accuracy = reached.test.get("accuracy", math.nan)
         file.write_text(f"{reached.done} {name}, seed {config.seed}: accuracy {accuracy:.4f}")
 
-    return name, _simulate(config, world, 1, watch)
+    try:
+        return name, config.seed, _simulate(config, world, 1, watch)
+    except (RunError, ValueError) as error:
+        return name, config.seed, str(error)
 
 
 @contextmanager

@@ -150,6 +150,8 @@ class SiteWorld:
 
     def next_outage(self, time: float) -> Period | None:
         """The first period that is not over at ``time``, or None where none will come."""
+        if time == math.inf:
+            return None
         candidates = [period for period in self._fixed if period[1] > time][:1]
         if self._up_s is not None and self._down_s is not None:
             while not self._random or self._random[-1][1] <= time:

@@ -185,7 +185,7 @@ class Config(BaseModel):
 
         if self.min_sites > self.num_sites:
             refuse("min-sites", f"at most num-sites, which is {self.num_sites}")
-        if self.local_epochs > self.epochs:
+        if self.strategy not in ASYNCHRONOUS and self.local_epochs > self.epochs:
             refuse("local-epochs", f"at most epochs, which is {self.epochs}")
         if self.strategy == "co-learning" and self.max_local_epochs < self.local_epochs:
             refuse("max-local-epochs", f"at least local-epochs, which is {self.local_epochs}")

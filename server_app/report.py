@@ -83,7 +83,7 @@ class Report:
         together: Mapping[str, float] | None,
         moment: Moment | None = None,
     ) -> None:
-        """Write down what each site reported, by node, and the mean over them; with the ``moment`` it belongs to, by default now."""
+        """Write down what each site reported, by node, and the mean over them, at the ``moment`` it belongs to, by default now."""
         seconds, traffic = moment or self.moment()
         for node, site in self._sites.items():
             if node in of_sites:

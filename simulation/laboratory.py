@@ -83,9 +83,8 @@ class Run:
         tested = self.metrics[chosen]
         index = ["round", "seconds", "bytes_up", "bytes_down"]
         table = tested.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
-        table = table.reindex(
-            columns=list(dict.fromkeys([*table.columns, "accuracy", "loss"]))
-        )  # of a run that could not be tested
+        for measured in {"accuracy", "loss"} - set(table.columns):  # of a run that could not be tested
+            table[measured] = math.nan
         table["hours"] = table["seconds"] / 3600
         table["megabytes"] = (table["bytes_up"] + table["bytes_down"]) / 1e6
         return table
@@ -267,7 +266,7 @@ class Comparison:
             found = pd.DataFrame([{**run.summary, **run.until(target).add_suffix(f" to {target:g}")} for run in runs])
             found[f"reached {target:g}"] = found[f"rounds to {target:g}"].notna().astype(float)
             rows[name] = found.agg(["mean", "sem"]).rename(index={"sem": "s.e."}).T.stack()
-        return pd.DataFrame(rows).T
+        return pd.DataFrame(rows).T.reindex(columns=max((row.index for row in rows.values()), key=len))
 
     def _target(self) -> float:
         finals = [pd.Series([run.summary.get("accuracy", math.nan) for run in runs]).mean() for runs in self.runs.values()]

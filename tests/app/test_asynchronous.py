@@ -73,7 +73,7 @@ def test_white_list_is_even_and_bounds_staleness_where_asgd_does_neither() -> No
     assert max(staleness(uneven)) > 2 * 3
 
 
-def test_waiting_for_the_slowest_costs_time_and_the_local_reading_none() -> None:
+def test_waiting_for_the_slowest_costs_time_and_the_local_reading_uses_it() -> None:
     asgd, strict, local = run(strategy="asgd"), run(strategy="gsgm"), run(strategy="gsgm", schedule="local")
     assert strict.summary["hours"] > 1.3 * asgd.summary["hours"]
     counts = [sum(updates(local, str(site))) for site in range(4)]
@@ -148,6 +148,27 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
     history = History(config)
     with pytest.raises(RunError, match="1 sites send what can be used, min-sites = 2: stopped"):
         run_server(VirtualGrid(client_app, World().sites(3, 1), config.kebab(), all_but_one), config, history)
+
+
+AWAY: dict[str, Any] = {"strategy": "gsgm", "num_sites": 2, "min_sites": 1, "epochs": 2, "batch_size": 64}
+
+
+def test_test_that_nobody_can_take_is_not_waited_for() -> None:
+    world = World(samples_per_s=[64, 0.5], offline={0: [(100, 400)], 1: [(100, 400)]})
+    assert run(world, **AWAY, evaluate_every=1, timeout_s=36000.0).finished
+
+
+def test_site_that_is_back_is_sent_one_message_not_two() -> None:
+    """Its contribution of before is applied while it is away, which alone would send it the newest model."""
+    world = World(samples_per_s=[64, 0.5], offline={0: [(10, 100)]})
+    assert run(world, **AWAY, schedule="local").finished
+
+
+def test_site_that_died_at_work_is_missed_even_where_sites_come_and_go() -> None:
+    world = World(offline={0: [(5, math.inf)]}, samples_per_s=50, mean_up_s=1000, mean_down_s=30)
+    found = run(world, strategy="gsgm", epochs=2, evaluate_every=4)
+    assert found.finished
+    assert found.summary["hours"] < 0.1  # not the timeout
 
 
 def test_everybody_dead_ends_the_run_with_what_was_reached() -> None:

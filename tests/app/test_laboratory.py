@@ -88,6 +88,7 @@ def test_run_that_cannot_go_on_ends_at_once_and_says_so() -> None:
     [
         ({"lr": -1.0}, "lr = -1.0: must be greater than 0"),
         ({"local_epoch": 3}, "local-epoch = 3: unknown key; did you mean 'local-epochs'"),
+        ({"seed": 3}, "{'seed': 3}: a dictionary of the run configuration is expected, without seed"),
         ({"conf": "conf/nothing.toml"}, "conf = 'conf/nothing.toml': there is no such file"),
         ({"world": World(samples_per_s=[1, 2])}, r"samples_per_s = \[1.0, 2.0\]: 2 values for 3 sites"),
     ],
@@ -156,6 +157,24 @@ def test_number_of_processes_changes_no_result(comparison: Comparison) -> None:
             assert run.metrics.equals(other.metrics)
             assert run.models.keys() == other.models.keys()
             assert all(torch.equal(run.models[m][k], other.models[m][k]) for m in run.models for k in run.models[m])
+
+
+def test_run_that_fails_is_left_out_of_a_comparison_by_name() -> None:
+    strategies = {"fine": {}, "lost": {"data": "csv", "data_path": "/nowhere"}}
+    with pytest.warns(UserWarning, match=r"lost, seed 1: 0 sites can take part.*no such file.*left out"):
+        found = compare(strategies, seeds=1, processes=1, **SMALL)
+    assert list(found.runs) == ["fine"]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(RunError, match="lost, seed 1: 0 sites can take part"):
+        compare({"lost": strategies["lost"]}, seeds=1, processes=1, **SMALL)
+
+
+def test_run_that_diverges_does_not_spoil_the_table() -> None:
+    diverging = {"strategy": "FedAdam", "strategy_arguments": "eta=1e38"}
+    found = compare({"fine": {}, "diverging": diverging}, seeds=1, processes=1, **SMALL)
+    text = found.text()
+    assert text.loc["diverging", "accuracy"] == "-"
+    assert float(str(text.loc["fine", "accuracy"])) > 0.7
+    assert list(text.columns[:3]) == ["accuracy", "loss", "rounds"]
 
 
 def test_saved_comparison_loads_as_it_was(comparison: Comparison, tmp_path: Path) -> None:

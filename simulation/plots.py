@@ -65,9 +65,15 @@ def _mean_curve(
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str, float]]) -> None:
-    """Each line's name to the right of the axes, moved up where two would overlap."""
+    """Each line's name to the right of the axes, where it ends or as near as the other names leave room."""
     low, high = axes.get_ylim()
-    place = -1.0
-    for value, name, colour, _ in sorted(ends):
-        place = max((value - low) / (high - low), place + LABEL_GAP)
+    ordered = sorted(ends)
+    places: list[float] = []
+    for value, *_ in ordered:
+        places.append(max((value - low) / (high - low), places[-1] + LABEL_GAP if places else 0.0))
+    limit = 1.0
+    for index in reversed(range(len(places))):  # not above the axes: the names below make room
+        places[index] = min(places[index], limit)
+        limit = places[index] - LABEL_GAP
+    for place, (_, name, colour, _) in zip(places, ordered, strict=True):
         axes.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)

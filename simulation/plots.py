@@ -45,7 +45,7 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
             x = x / UNITS[unit] if column == "seconds" else x
             axes.plot(x, mean, color=colour, lw=1.8)
             axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-            ends.append((float(mean[-1]), name, colour, float(x[-1])))
+            ends.append((float(mean[-1]), name, colour))
         style(axes, label, f"test {metric}" if column == "round" else "")
         if column == "round":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -64,7 +64,7 @@ def _mean_curve(
     return x, values.mean(0), error
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str, float]]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Each line's name to the right of the axes, where it ends or as near as the other names leave room."""
     low, high = axes.get_ylim()
     ordered = sorted(ends)
@@ -75,5 +75,5 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str, float]]) -> No
     for index in reversed(range(len(places))):  # not above the axes: the names below make room
         places[index] = min(places[index], limit)
         limit = places[index] - LABEL_GAP
-    for place, (_, name, colour, _) in zip(places, ordered, strict=True):
+    for place, (_, name, colour) in zip(places, ordered, strict=True):
         axes.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.asynchronous.descent import Part
-from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
+from strategies.asynchronous.rule import Part, ServerRule, Update, Weight, blocks
 
 EPSILON = 1e-8
 

@@ -22,16 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.asynchronous.rule import BLOCK, ServerRule, Update, Weight
+from strategies.asynchronous.rule import BLOCK, Part, ServerRule, Update, Weight
 
 EPSILON, DECAY = 1e-7, 0.95  # of the mean square of the gradient
-
-
-class Part(NamedTuple):
-    """An update of the window and its weight."""
-
-    vector: Tensor
-    weight: float
 
 
 class Descent(NamedTuple):

@@ -44,6 +44,13 @@ class Update(NamedTuple):
     staleness: int
 
 
+class Part(NamedTuple):
+    """An update of the window and its weight."""
+
+    vector: Tensor
+    weight: float
+
+
 class ServerRule(NamedTuple, Generic[S]):
     """A rule: ``init`` makes the state of a model [d], ``absorb`` takes one update."""
 

@@ -46,7 +46,14 @@ BORN = psutil.Process().create_time()
 
 def sites() -> list[SiteData]:
     """The same ten sites for the loop and for Flower's app."""
-    options = {"alpha": 1.0, "classes_per_site": 1, "size_ratio": 1.0, "test_part": "own", "test_fraction": 0.2}
+    options = {
+        "alpha": 1.0,
+        "classes_per_site": 1,
+        "size_ratio": 1.0,
+        "iid_fraction": 0.0,
+        "test_part": "own",
+        "test_fraction": 0.2,
+    }
     examples = digits()
     splits = deal(examples, SITES, np.random.default_rng(1), kind="iid", **options)  # type: ignore[arg-type]
     return [take(examples, [split]) for split in splits]

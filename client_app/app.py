@@ -116,6 +116,7 @@ def _splits(config: Config, num_sites: int) -> list[Split]:
         alpha=config.dirichlet_alpha,
         classes_per_site=config.classes_per_site,
         size_ratio=config.size_ratio,
+        iid_fraction=config.iid_fraction,
         test_part=config.test_part,
         test_fraction=config.test_fraction,
     )

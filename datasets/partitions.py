@@ -29,15 +29,32 @@ def partition(
     alpha: float,
     classes_per_site: int,
     size_ratio: float,
+    iid_fraction: float,
 ) -> list[Indices]:
-    """Deal out examples with ``labels`` [n] in the way ``kind`` of the run configuration.
+    """Deal out examples with ``labels`` [n] in the way ``kind`` of the run configuration, ``iid_fraction`` of them by chance.
 
     Raises:
         PartitionError: too few examples or classes, or other natural sites than sites.
     """
     if len(labels) < FEWEST * num_sites:
         raise PartitionError(f"num-sites = {num_sites}: {len(labels)} examples are too few, a site needs {FEWEST}")
-    match kind:
+    if 0 < iid_fraction < 1:
+        order = generator.permutation(len(labels))
+        mixed, rest = np.split(order, [round(iid_fraction * len(labels))])
+        parts = partition(
+            kind,
+            labels[rest],
+            None if groups is None else groups[rest],
+            group_names,
+            num_sites,
+            generator,
+            alpha=alpha,
+            classes_per_site=classes_per_site,
+            size_ratio=size_ratio,
+            iid_fraction=0.0,
+        )
+        return [np.concatenate([rest[part], share]) for part, share in zip(parts, np.array_split(mixed, num_sites), strict=True)]
+    match "iid" if iid_fraction else kind:
         case "iid":
             parts = iid(len(labels), num_sites, generator)
         case "dirichlet":

@@ -52,6 +52,7 @@ def deal(
     alpha: float,
     classes_per_site: int,
     size_ratio: float,
+    iid_fraction: float,
     test_part: str,
     test_fraction: float,
 ) -> list[Split]:
@@ -71,6 +72,7 @@ def deal(
         alpha=alpha,
         classes_per_site=classes_per_site,
         size_ratio=size_ratio,
+        iid_fraction=iid_fraction,
     )
     if official is not None:
         tests = np.array_split(generator.permutation(official), num_sites)

@@ -14,7 +14,7 @@ LABELS = np.repeat(np.arange(10), 60)
 
 
 def deal(kind: str, num_sites: int, seed: int = 1, labels: Any = LABELS, **changes: Any) -> list[Any]:
-    arguments = {"alpha": 0.5, "classes_per_site": 4, "size_ratio": 10.0} | changes
+    arguments = {"alpha": 0.5, "classes_per_site": 4, "size_ratio": 10.0, "iid_fraction": 0.0} | changes
     groups = changes.pop("groups", None)
     names = changes.pop("names", ())
     arguments = {key: value for key, value in arguments.items() if key not in ("groups", "names")}
@@ -114,3 +114,12 @@ def test_what_cannot_be_dealt_is_an_error_that_names_the_key(
 ) -> None:
     with pytest.raises(PartitionError, match=message):
         deal(kind, num_sites, **changes)
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 60), (0.5, 33), (1.0, 6)])
+def test_a_fraction_is_dealt_out_by_chance(fraction: float, expected: int) -> None:
+    """Of ten sites with one class each, 60 examples: a site keeps 60 (1 - f) of its class and gets 6 f of it with the rest."""
+    parts = deal("classes", 10, classes_per_site=1, iid_fraction=fraction)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(LABELS)))
+    own = [np.bincount(LABELS[part]).max() for part in parts]
+    assert abs(np.mean(own) - expected) <= (0 if not fraction else 6)

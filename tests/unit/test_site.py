@@ -9,7 +9,14 @@ import torch
 from datasets.site import SiteData, Split, deal, merge, moments, own, relabel, standardise, take
 from datasets.sources import Examples
 
-ARGUMENTS: dict[str, Any] = {"kind": "iid", "alpha": 1.0, "classes_per_site": 2, "size_ratio": 2.0, "test_fraction": 0.25}
+ARGUMENTS: dict[str, Any] = {
+    "kind": "iid",
+    "alpha": 1.0,
+    "classes_per_site": 2,
+    "size_ratio": 2.0,
+    "iid_fraction": 0.0,
+    "test_fraction": 0.25,
+}
 
 
 def examples(test: bool) -> Examples:

@@ -100,9 +100,15 @@ def main() -> None:
     parser.add_argument("path")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int)
+    parser.add_argument("--only", default="", help="experiments whose name holds this, such as '30 sites'")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--epochs", type=int)
     arguments = parser.parse_args()
     common = DATA_SETS[arguments.data] | {"data-path": arguments.path, "partition": "classes", "lr-ratio": 1.0}
+    common |= {key: value for key in ("lr", "epochs") if (value := getattr(arguments, key)) is not None}
     for name, (what, methods) in experiments(arguments.data).items():
+        if arguments.only not in name:
+            continue
         comparison = compare(
             methods, seeds=arguments.seeds, world=WORLD, processes=arguments.processes, progress=False, **common, **what
         )

@@ -107,7 +107,9 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     run = Run.load(folder)
     assert run.finished, log
     assert re.search(r"site 2 .*is left out of the training", log)
-    updates = run.metrics.query("metric == 'updates' and split == 'train'").pivot_table(index="round", columns="site", values="value")
+    updates = run.metrics.query("metric == 'updates' and split == 'train'").pivot_table(
+        index="round", columns="site", values="value"
+    )
     assert updates["2"].iloc[0] > 0
     assert updates["2"].iloc[-1] == 0
     assert updates["all"].sum() == 5 * 45 / 15

@@ -1,0 +1,250 @@
+"""Who exchanges with whom, and with which weight.
+
+A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms ``sum_j w_ij x_j``. W is doubly
+stochastic, so that exchanging never moves the mean of all peers. Time-varying graphs have several matrices, used in turn.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-9
+
+
+class TopologyError(ValueError):
+    """The peers cannot be connected as asked; the message names the key of the run configuration."""
+
+
+class Topology(NamedTuple):
+    """Who exchanges with whom.
+
+    Attributes:
+        graph: all links; directed where what i hears from j is not what j hears from i.
+        matrices: [n, n] float64 each, used in turn from exchange to exchange.
+    """
+
+    graph: "nx.Graph[int]"
+    matrices: tuple[Tensor, ...]
+
+    def mixing(self, exchange: int) -> Tensor:
+        """W [n, n] of an exchange, counted from 0."""
+        return self.matrices[exchange % len(self.matrices)]
+
+    def neighbours(self, exchange: int, peer: int) -> dict[int, float]:
+        """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
+        row = self.mixing(exchange)[peer]
+        return {int(j): float(row[j]) for j in row.nonzero().flatten() if j != peer}
+
+
+def ring(n: int) -> "nx.Graph[int]":
+    """A circle; two peers share one link."""
+    return nx.cycle_graph(n) if n > 2 else nx.path_graph(n)
+
+
+def torus(n: int) -> "nx.Graph[int]":
+    """A grid a x b whose borders are joined, as square as ``n`` allows, both at least 3."""
+    rows = next((a for a in range(math.isqrt(n), 2, -1) if n % a == 0), 0)
+    if not rows:
+        raise TopologyError(
+            f"topology = 'torus': num-sites = {n} is no product of two numbers from 3 on; allowed: 9, 12, 15, 16, ..."
+        )
+    return nx.convert_node_labels_to_integers(nx.grid_2d_graph(rows, n // rows, periodic=True), ordering="sorted")
+
+
+def hypercube(n: int) -> "nx.Graph[int]":
+    """Corners of a cube of log2 n dimensions."""
+    if n & (n - 1):
+        raise TopologyError(f"topology = 'hypercube': num-sites = {n} is no power of two; allowed: 2, 4, 8, 16, ...")
+    return nx.convert_node_labels_to_integers(nx.hypercube_graph(n.bit_length() - 1), ordering="sorted")
+
+
+def hubs(n: int) -> "nx.Graph[int]":
+    """Two hubs, the last peers, each linked to all others and not to one another: the "bipartite" graph of the code of CGA.
+
+    Source: Esfandiari et al., "Cross-Gradient Aggregation", ICML 2021, code. Differs: that code rounds weights to two decimals.
+    """
+    if n < 4:
+        raise TopologyError(f"topology = 'hubs': num-sites = {n}; allowed: 4, 5, 6, ...")
+    return nx.Graph((i, hub) for i in range(n - 2) for hub in (n - 2, n - 1))
+
+
+def dyck(n: int) -> "nx.Graph[int]":
+    """The Dyck graph: 32 peers, three links each."""
+    if n != 32:
+        raise TopologyError(f"topology = 'dyck': num-sites = {n}; allowed: 32")
+    return nx.LCF_graph(32, [5, -5, 13, -13], 8)
+
+
+def dyck_purdue(n: int) -> "nx.Graph[int]":
+    """The graph called "Dyck" in the code of Aketi et al. (GUT, CCL, AdaG-SGD): cubic, 32 peers, but not the Dyck graph."""
+    if n != 32:
+        raise TopologyError(f"topology = 'dyck-purdue': num-sites = {n}; allowed: 32")
+    circles = [(8 * c + i, 8 * c + (i + 1) % 8) for c in range(4) for i in range(8)]
+    across = [(i, i + 8 if i % 2 == 0 else i + 16) for i in range(8)]
+    across += [(i, i + 16) for i in range(9, 16, 2)] + [(i, i + 8) for i in range(16, 24, 2)]
+    return nx.Graph(circles + across)
+
+
+GRAPHS: dict[str, Callable[[int], "nx.Graph[int]"]] = {
+    "ring": ring,
+    "path": nx.path_graph,
+    "star": lambda n: nx.star_graph(n - 1),
+    "complete": nx.complete_graph,
+    "torus": torus,
+    "hypercube": hypercube,
+    "bipartite": lambda n: nx.complete_bipartite_graph(n // 2, n - n // 2),
+    "hubs": hubs,
+    "dyck": dyck,
+    "dyck-purdue": dyck_purdue,
+}
+
+
+def topology(name: str, n: int, *, weights: str, lazy: bool, degree: int, stride: int, edges: str, seed: int) -> Topology:
+    """The topology of a run configuration for ``n`` peers.
+
+    Args:
+        name: one of ``GRAPHS``; ``circulant`` links peers 1 and ``stride`` apart (called "torus" in the code of Aketi et al.);
+            ``random-regular`` has ``degree`` links a peer; ``exponential`` hears peers 1, 2, 4, ... places before it, and
+            ``one-peer-exponential`` one of them in turn (both directed); ``edges`` reads the file.
+        n: number of peers.
+        weights: ``metropolis`` or ``uniform``; a directed graph is always uniform.
+        lazy: halve all links, (I + W) / 2: no negative eigenvalues.
+        degree: of ``random-regular``.
+        stride: of ``circulant``.
+        edges: a file with a link ``i j`` or ``i j weight`` a line.
+        seed: of ``random-regular``.
+
+    Raises:
+        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not doubly stochastic.
+    """
+    if n < 2:
+        raise TopologyError(f"num-sites = {n}: peers need somebody to exchange with; at least 2")
+    if name in ("exponential", "one-peer-exponential"):
+        steps = [1 << k for k in range((n - 1).bit_length())]
+        groups = [steps] if name == "exponential" else [[step] for step in steps]
+        adjacencies = [sum(torch.eye(n, dtype=torch.float64).roll(-step, 1) for step in group) for group in groups]
+        matrices = [uniform_weights(torch.as_tensor(each).clamp(max=1)) for each in adjacencies]
+        links = nx.DiGraph((i, (i - step) % n) for i in range(n) for step in steps)
+    elif name == "edges":
+        links, given = read_edges(edges, n)
+        matrices = [given if given is not None else _weigh(links, n, weights)]
+    else:
+        if name == "circulant":
+            links = nx.circulant_graph(n, [1, stride % n])
+            links.remove_edges_from(list(nx.selfloop_edges(links)))
+        elif name == "random-regular":
+            links = random_regular(n, degree, seed)
+        else:
+            links = GRAPHS[name](n)
+        matrices = [_weigh(links, n, weights)]
+    links.add_nodes_from(range(n))
+    if lazy:
+        matrices = [(torch.eye(n, dtype=torch.float64) + each) / 2 for each in matrices]
+    check(matrices, name)
+    return Topology(links, tuple(matrices))
+
+
+def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
+    adjacency = torch.from_numpy(nx.to_numpy_array(links, nodelist=range(n), weight=None, dtype=np.float64))
+    return metropolis_weights(adjacency) if weights == "metropolis" else uniform_weights(adjacency)
+
+
+def random_regular(n: int, degree: int, seed: int) -> "nx.Graph[int]":
+    """A connected random graph with ``degree`` links a peer."""
+    if not 2 <= degree < n or n * degree % 2:
+        raise TopologyError(
+            f"degree = {degree}: topology = 'random-regular' with num-sites = {n} allows 2 to {n - 1}, num-sites x degree even"
+        )
+    generator = np.random.default_rng(seed)
+    while True:
+        found = nx.random_regular_graph(degree, n, seed=generator)
+        if nx.is_connected(found):
+            return found
+
+
+def read_edges(file: str, n: int) -> tuple["nx.Graph[int]", Tensor | None]:
+    """Links from a file, a line each, ``i j`` or ``i j weight``; where weights are given, the matrix they make."""
+    try:
+        lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
+        rows = [(int(row[0]), int(row[1]), *map(float, row[2:3])) for row in lines if row]
+    except (OSError, ValueError, IndexError) as error:
+        raise TopologyError(f"edges = {file!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}") from None
+    if wrong := [row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]]:
+        raise TopologyError(f"edges = {file!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}")
+    if len({len(row) for row in rows}) > 1:
+        raise TopologyError(f"edges = {file!r}: either all links have a weight or none")
+    links = nx.Graph(row[:2] for row in rows)
+    links.add_nodes_from(range(n))
+    if not rows or len(rows[0]) == 2:
+        return links, None
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for i, j, weight in rows:  # type: ignore[misc]
+        matrix[i, j] = matrix[j, i] = weight
+    return links, matrix + torch.diag(1 - matrix.sum(1))
+
+
+def metropolis_weights(adjacency: Tensor) -> Tensor:
+    """Metropolis-Hastings weights, ``w_ij = 1 / (1 + max(deg_i, deg_j))`` on links: doubly stochastic on every undirected graph.
+
+    Source: Xiao and Boyd, "Fast linear iterations for distributed averaging", 2004. On a regular graph these are
+    :func:`uniform_weights`.
+
+    Args:
+        adjacency: [n, n] float64, 1 where i and j are linked; symmetric, zero diagonal.
+
+    Returns:
+        W [n, n] float64, symmetric.
+    """
+    degrees = adjacency.sum(1)
+    weights = adjacency / (1 + torch.maximum(degrees[:, None], degrees[None, :]))
+    return weights + torch.diag(1 - weights.sum(1))
+
+
+def uniform_weights(adjacency: Tensor) -> Tensor:
+    """Everybody heard, oneself included, counts the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
+    return (adjacency + torch.eye(len(adjacency), dtype=torch.float64)) / (1 + adjacency.sum(1, keepdim=True))
+
+
+def spectral_gap(*matrices: Tensor) -> float:
+    """1 minus the largest factor by which an exchange shrinks disagreement: ``1 - max(|lambda_2|, |lambda_n|)`` of a symmetric W.
+
+    Of several matrices used in turn, that of their product, an exchange; of a matrix that is not symmetric, by eigenvalues too.
+    """
+    product = matrices[0]
+    for matrix in matrices[1:]:
+        product = matrix @ product
+    n = len(product)
+    disagreement = product - torch.full((n, n), 1 / n, dtype=torch.float64)
+    largest = float(torch.linalg.eigvals(disagreement).abs().max())
+    return float(1 - (largest if largest > 1e-7 else 0.0) ** (1 / len(matrices)))
+
+
+def check(matrices: list[Tensor], name: str) -> None:
+    """Refuse what does not lead to agreement.
+
+    Raises:
+        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that never hear from others.
+    """
+    union = torch.stack(matrices).sum(0)
+    for matrix in matrices:
+        for kind, sums in (("row", matrix.sum(1)), ("column", matrix.sum(0))):
+            worst = int((sums - 1).abs().argmax())
+            if abs(float(sums[worst]) - 1) > TOLERANCE:
+                raise TopologyError(
+                    f"topology = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to {float(sums[worst]):.6g}; "
+                    "mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"
+                )
+        if float(matrix.min()) < -TOLERANCE:
+            i, j = divmod(int(matrix.argmin()), len(matrix))
+            raise TopologyError(f"topology = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0")
+    if not nx.is_strongly_connected(graph := nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)):
+        parts = [sorted(part) for part in nx.strongly_connected_components(graph)]
+        raise TopologyError(
+            f"topology = {name!r}: the graph is not connected, its parts are {', '.join(map(str, sorted(parts)[:4]))}"
+        )

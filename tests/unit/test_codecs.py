@@ -1,0 +1,144 @@
+"""Codecs: bytes, round trips, what is lost and what is not."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from strategies.codecs import BITS, Codec, codec, num_bytes
+
+SIZES = (300, 7, 1000)
+D = sum(SIZES)
+CHOICES: list[tuple[str, dict[str, Any]]] = [
+    ("identity", {}),
+    ("fp16", {}),
+    ("bf16", {}),
+    *(("qsgd", {"bits": bits}) for bits in BITS),
+    ("top-k", {"share": 0.1}),
+    ("random-k", {"share": 0.1}),
+    ("sign", {}),
+]
+
+
+def build(name: str, sizes: tuple[int, ...] = SIZES, **changes: Any) -> Codec:
+    return codec(name, sizes, **{"bits": 8, "share": 0.1} | changes)
+
+
+def draw(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def layers(scale: float = 30.0) -> torch.Tensor:
+    """Numbers whose layers differ in scale."""
+    vector = torch.randn(D, generator=draw(5))
+    vector[: SIZES[0]] *= scale
+    return vector
+
+
+@pytest.mark.parametrize(("name", "changes"), CHOICES)
+def test_zero_survives(name: str, changes: dict[str, Any]) -> None:
+    found = build(name, **changes)
+    assert torch.equal(found.decode(found.encode(torch.zeros(D), draw())), torch.zeros(D))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("identity", {}, 4 * D),
+        ("fp16", {}, 2 * D),
+        ("bf16", {}, 2 * D),
+        ("qsgd", {"bits": 16}, 2 * D + 12),
+        ("qsgd", {"bits": 8}, D + 12),
+        ("qsgd", {"bits": 4}, -(-D // 2) + 12),
+        ("qsgd", {"bits": 2}, -(-D // 4) + 12),
+        ("top-k", {}, (30 + 1 + 100) * 8),
+        ("random-k", {}, (30 + 1 + 100) * 4 + 8),
+        ("sign", {}, -(-D // 8) + 12),
+    ],
+)
+def test_bytes_are_exact(name: str, changes: dict[str, Any], expected: int) -> None:
+    assert num_bytes(build(name, **changes).encode(layers(), draw())) == expected
+
+
+@pytest.mark.parametrize(("name", "changes"), CHOICES)
+def test_decoded_follows_the_original_with_slope_one(name: str, changes: dict[str, Any]) -> None:
+    """Least squares, layer by layer: of what was decoded on the original where the codec is unbiased, else the other way round."""
+    found, vector = build(name, **changes), layers()
+    decoded = found.decode(found.encode(vector, draw()))
+    assert decoded.shape == vector.shape
+    parts = list(zip(vector.split(SIZES), decoded.split(SIZES), strict=True))
+    for original, got in (parts[0], parts[2]):
+        slope = float(original @ got / (original @ original if name == "qsgd" else got @ got))
+        assert slope == pytest.approx(1, abs=0.15 if changes.get("bits") == 2 else 0.05)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantizer_is_unbiased(bits: int) -> None:
+    """The mean of 4,000 draws, within five standard errors."""
+    vector, found = layers()[250:350], build("qsgd", (50, 50), bits=bits)
+    generator = draw()
+    draws = torch.stack([found.decode(found.encode(vector, generator)) for _ in range(4000)]).double()
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - vector).abs() <= 5 * error + 1e-5).all()
+
+
+@pytest.mark.parametrize(("bits", "step"), [(2, 1.0), (4, 1 / 7), (8, 1 / 127), (16, 1 / 32767)])
+def test_quantizer_errs_by_less_than_a_level_of_its_layer(bits: int, step: float) -> None:
+    vector, found = layers(), build("qsgd", bits=bits)
+    error = (found.decode(found.encode(vector, draw())) - vector).abs()
+    for original, wrong in zip(vector.split(SIZES), error.split(SIZES), strict=True):
+        assert wrong.max() <= original.abs().max() * step * 1.001
+        assert wrong.max() > original.abs().max() * step * 0.2
+
+
+def test_top_k_keeps_the_largest_of_each_layer_exactly() -> None:
+    vector, found = layers(), build("top-k")
+    decoded = found.decode(found.encode(vector, draw()))
+    for original, got, kept in zip(vector.split(SIZES), decoded.split(SIZES), (30, 1, 100), strict=True):
+        largest = original.abs().topk(kept).indices
+        expected = torch.zeros_like(original)
+        expected[largest] = original[largest]
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["top-k", "random-k"])
+def test_sparse_codecs_contract_by_one_minus_the_share(name: str) -> None:
+    """|C(v) - v|^2 is at most (1 - k/d) |v|^2 for top-k, and that on average for random-k: within five standard errors."""
+    vector, found = torch.randn(1000, generator=draw(2)), build(name, (1000,), share=0.25)
+    generator = draw()
+    lost = (
+        torch.stack([((found.decode(found.encode(vector, generator)) - vector) ** 2).sum() for _ in range(400)]) / (vector**2).sum()
+    )
+    if name == "top-k":
+        assert lost.max() <= 0.75
+    else:
+        assert abs(float(lost.mean()) - 0.75) < 5 * float(lost.std()) / 20
+
+
+@pytest.mark.parametrize("name", ["top-k", "random-k"])
+def test_share_of_one_is_the_identity(name: str) -> None:
+    found, vector = build(name, share=1.0), layers()
+    assert torch.equal(found.decode(found.encode(vector, draw())), vector)
+
+
+def test_sign_by_hand() -> None:
+    found = build("sign", (2, 3))
+    payload = found.encode(torch.tensor([1.0, -3.0, 0.0, 6.0, -3.0]), draw())
+    assert payload["signs"].tolist() == [0b10110000]
+    assert found.decode(payload).tolist() == [2.0, -2.0, 3.0, 3.0, -3.0]
+
+
+def test_short_floats_are_rounded_and_saturate() -> None:
+    vector = torch.tensor([1.0, 1 / 3, 1e6, -1e6])
+    half = build("fp16").decode(build("fp16").encode(vector, draw()))
+    assert half.tolist() == [1.0, float(torch.tensor(1 / 3).half()), 65504.0, -65504.0]
+
+
+@pytest.mark.parametrize(("name", "changes"), CHOICES)
+def test_input_is_not_written_and_same_seed_same_payload(name: str, changes: dict[str, Any]) -> None:
+    found, vector = build(name, **changes), layers()
+    before = vector.clone()
+    one, two = found.encode(vector, draw(3)), found.encode(vector, draw(3))
+    found.decode(one)
+    assert torch.equal(vector, before)
+    assert all(torch.equal(one[key], two[key]) for key in one)

@@ -51,9 +51,7 @@ def torus(n: int) -> "nx.Graph[int]":
     """A grid a x b whose borders are joined, as square as ``n`` allows, both at least 3."""
     rows = next((a for a in range(math.isqrt(n), 2, -1) if n % a == 0), 0)
     if not rows:
-        raise TopologyError(
-            f"topology = 'torus': num-sites = {n} is no product of two numbers from 3 on; allowed: 9, 12, 15, 16, ..."
-        )
+        raise TopologyError(f"topology = 'torus': num-sites = {n} is no product of two numbers from 3 on")
     return nx.convert_node_labels_to_integers(nx.grid_2d_graph(rows, n // rows, periodic=True), ordering="sorted")
 
 
@@ -184,8 +182,8 @@ def read_edges(file: str, n: int) -> tuple["nx.Graph[int]", Tensor | None]:
     if not rows or len(rows[0]) == 2:
         return links, None
     matrix = torch.zeros(n, n, dtype=torch.float64)
-    for i, j, weight in rows:  # type: ignore[misc]
-        matrix[i, j] = matrix[j, i] = weight
+    for i, j, *weight in rows:
+        matrix[i, j] = matrix[j, i] = weight[0]
     return links, matrix + torch.diag(1 - matrix.sum(1))
 
 
@@ -237,14 +235,14 @@ def check(matrices: list[Tensor], name: str) -> None:
             worst = int((sums - 1).abs().argmax())
             if abs(float(sums[worst]) - 1) > TOLERANCE:
                 raise TopologyError(
-                    f"topology = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to {float(sums[worst]):.6g}; "
-                    "mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"
+                    f"topology = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to "
+                    f"{float(sums[worst]):.6g}; mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"
                 )
         if float(matrix.min()) < -TOLERANCE:
             i, j = divmod(int(matrix.argmin()), len(matrix))
             raise TopologyError(f"topology = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0")
-    if not nx.is_strongly_connected(graph := nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)):
-        parts = [sorted(part) for part in nx.strongly_connected_components(graph)]
-        raise TopologyError(
-            f"topology = {name!r}: the graph is not connected, its parts are {', '.join(map(str, sorted(parts)[:4]))}"
-        )
+    graph = nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)
+    if not nx.is_strongly_connected(graph):
+        parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
+        told = ", ".join(map(str, parts[:4]))
+        raise TopologyError(f"topology = {name!r}: the graph is not connected, its parts are {told}")

@@ -170,19 +170,19 @@ def read_edges(file: str, n: int) -> tuple["nx.Graph[int]", Tensor | None]:
     """Links from a file, a line each, ``i j`` or ``i j weight``; where weights are given, the matrix they make."""
     try:
         lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
-        rows = [(int(row[0]), int(row[1]), *map(float, row[2:3])) for row in lines if row]
+        rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:3]]) for row in lines if row]
     except (OSError, ValueError, IndexError) as error:
         raise TopologyError(f"edges = {file!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}") from None
     if wrong := [row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]]:
         raise TopologyError(f"edges = {file!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}")
-    if len({len(row) for row in rows}) > 1:
+    if len({len(row[2]) for row in rows}) > 1:
         raise TopologyError(f"edges = {file!r}: either all links have a weight or none")
     links = nx.Graph(row[:2] for row in rows)
     links.add_nodes_from(range(n))
-    if not rows or len(rows[0]) == 2:
+    if not rows or not rows[0][2]:
         return links, None
     matrix = torch.zeros(n, n, dtype=torch.float64)
-    for i, j, *weight in rows:
+    for i, j, weight in rows:
         matrix[i, j] = matrix[j, i] = weight[0]
     return links, matrix + torch.diag(1 - matrix.sum(1))
 

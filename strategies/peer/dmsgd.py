@@ -1,0 +1,55 @@
+"""DMSGD: heavy-ball momentum, and consensus on it too.
+
+    q     = (1 - omega) p_i + omega sum_j w_ij p_j
+    x_new = sum_j w_ij x_j - lr g_i(x_i) + beta q
+    p_new = x_new - x_i                    position form: Polyak's heavy ball
+          | beta q - lr g_i(x_i)           velocity form
+
+Source: Balu et al., "Decentralized Deep Learning using Momentum-Accelerated Consensus", ICASSP 2021 (arXiv 2010.11166).
+**Reconstructed from its abstract and introduction** (neighbours exchange models and momentum values) and from the code of the
+same group: which of the two forms is the paper's, and that omega weighs the neighbours and not the peer itself, is not known.
+Differs: with several local steps, momentum counts exchanges; both forms keep the learning rates of past steps.
+Special cases: beta = 0 is CDSGD; velocity form, omega = 0 is CDMSGD; W = I is heavy ball, in both forms.
+Invariant: the mean of all peers moves the same whatever omega, W and the form.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from strategies.peer.algorithm import PeerAlgorithm, Vectors
+
+
+class HeavyBall(NamedTuple):
+    """The model, the model of the last exchange, and the momentum."""
+
+    x: Tensor
+    start: Tensor
+    p: Tensor
+
+
+def dmsgd(*, beta: float, omega: float, velocity: bool) -> PeerAlgorithm[HeavyBall]:
+    """DMSGD.
+
+    Args:
+        beta: momentum.
+        omega: weight of the neighbourhood's momentum, from 0 (own only) to 1.
+        velocity: the velocity form instead of the position form.
+    """
+
+    def init(x: Tensor) -> HeavyBall:
+        return HeavyBall(x, x, torch.zeros_like(x))
+
+    def descend(state: HeavyBall, gradient: Tensor, lr: float) -> HeavyBall:
+        return state._replace(x=torch.sub(state.x, gradient, alpha=lr))
+
+    def outgoing(state: HeavyBall) -> Vectors:
+        return state.start, state.p
+
+    def mix(state: HeavyBall, sent: Vectors, mixed: Vectors) -> HeavyBall:
+        push = torch.add(state.p, mixed[1] - sent[1], alpha=omega).mul_(beta)
+        x = (state.x + push).add_(mixed[0] - sent[0])
+        return HeavyBall(x, x, push.add_(state.x).sub_(state.start) if velocity else x - state.start)
+
+    return PeerAlgorithm(init, descend, outgoing, mix)

@@ -1,0 +1,58 @@
+"""Quasi-global momentum: momentum fed by how the model moved across an exchange.
+
+    m      = beta m_hat + g
+    x_half = x - lr m, or with Nesterov x - lr (g + beta m)
+    x_new  = sum_j w_ij x_half_j
+    m_hat  = mu m_hat + (1 - mu) (x - x_new) / lr
+
+Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021, and its code. With sharpness-aware gradients it is
+Q-SADDLe (Choudhary, Aketi, Roy, WACV 2025, arXiv 2405.13961), **reconstructed from the abstract**: SAM perturbs by the peer's own
+gradient at its own model, and changes nothing else. Differs: with several local steps, the move is divided by the sum of their
+learning rates.
+Special cases: beta = mu = 0 is D-PSGD; W = I is SGD with quasi-hyperbolic momentum.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from strategies.peer.algorithm import PeerAlgorithm, Vectors
+
+
+class Quasi(NamedTuple):
+    """The model, the model of the last exchange, the quasi-global momentum, the sum of learning rates since that exchange ([])."""
+
+    x: Tensor
+    start: Tensor
+    m_hat: Tensor
+    lr: Tensor
+
+
+def qgm(*, beta: float, mu: float, nesterov: bool) -> PeerAlgorithm[Quasi]:
+    """Quasi-global momentum.
+
+    Args:
+        beta: of the momentum in a step.
+        mu: decay of the quasi-global momentum; the authors take beta = mu.
+        nesterov: look ahead.
+    """
+
+    def init(x: Tensor) -> Quasi:
+        return Quasi(x, x, torch.zeros_like(x), x.new_zeros(()))
+
+    def descend(state: Quasi, gradient: Tensor, lr: float) -> Quasi:
+        m = torch.add(gradient, state.m_hat, alpha=beta)
+        step = m.mul_(beta).add_(gradient) if nesterov else m
+        return state._replace(x=torch.sub(state.x, step, alpha=lr), lr=state.lr + lr)
+
+    def outgoing(state: Quasi) -> Vectors:
+        return (state.x,)
+
+    def mix(state: Quasi, sent: Vectors, mixed: Vectors) -> Quasi:
+        x = state.x + (mixed[0] - sent[0])
+        # Without a local step in between nothing moved by a gradient, and nothing is learned from the move.
+        moved = torch.where(state.lr > 0, (state.start - x) / state.lr.clamp_min(torch.finfo(x.dtype).tiny), state.m_hat)
+        return Quasi(x, x, torch.lerp(moved, state.m_hat, mu), torch.zeros_like(state.lr))
+
+    return PeerAlgorithm(init, descend, outgoing, mix)

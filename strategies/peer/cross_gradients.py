@@ -33,7 +33,8 @@ class PairGradient(Protocol):
 
 def perturbed(x: Tensor, gradient: Tensor, rho: float) -> Tensor:
     """``x + rho g / |g|``, each [..., d]."""
-    return x + gradient * (rho / (torch.linalg.vector_norm(gradient, dim=-1, keepdim=True) + SMALL))
+    norm: Tensor = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+    return x + gradient * (rho / (norm + SMALL))
 
 
 def cross_gradients(

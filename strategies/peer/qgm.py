@@ -21,7 +21,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Quasi(NamedTuple):
-    """The model, the model of the last exchange, the quasi-global momentum, the sum of learning rates since that exchange ([])."""
+    """The model, the model of the last exchange, the quasi-global momentum, the sum of learning rates since that exchange ([1])."""
 
     x: Tensor
     start: Tensor
@@ -39,7 +39,7 @@ def qgm(*, beta: float, mu: float, nesterov: bool) -> PeerAlgorithm[Quasi]:
     """
 
     def init(x: Tensor) -> Quasi:
-        return Quasi(x, x, torch.zeros_like(x), x.new_zeros(()))
+        return Quasi(x, x, torch.zeros_like(x), x.new_zeros(1))
 
     def descend(state: Quasi, gradient: Tensor, lr: float) -> Quasi:
         m = torch.add(gradient, state.m_hat, alpha=beta)

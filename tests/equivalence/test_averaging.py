@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from client_app import training
-from client_app.app import Place, app, site_data
+from client_app.app import app
+from client_app.site import Place, site_data
 from models.flat import FlatModel
 from models.networks import build
 from simulation.grid import FIRST_NODE, VirtualGrid

@@ -381,7 +381,7 @@ def test_sharing_momentum_makes_consensus_faster(omega: float, factor: float) ->
     for _ in range(80):
         state = gossip_round(algorithm, state, torch.zeros_like, LR, RING)
         sizes.append(float((state.x - state.x.mean(0)).norm()))
-    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(factor, abs=5e-3)  # it oscillates
+    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(factor, abs=0.015)  # it oscillates
 
 
 def test_qgm_without_momentum_is_dpsgd() -> None:
@@ -462,7 +462,7 @@ def test_cross_gradients_by_the_definition(variant: str, perturbation: str) -> N
 
     def worst(point: Tensor, owner: int) -> Tensor:
         g = at(point, owner)
-        return point + rho * g / g.norm()
+        return point + g * (rho / float(g.norm()))
 
     expected = torch.zeros_like(x)
     for i in range(N):

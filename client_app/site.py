@@ -1,0 +1,200 @@
+"""A site: which one it is, its data, its network on its device.
+
+Between messages a site keeps data and network in memory while its process lives, and relies on neither: every answer follows from
+the message, the run configuration, the data and the context's state alone.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import Context, Message
+from torch import Tensor
+from torch.nn import functional as F
+
+from client_app import training
+from datasets import sources
+from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
+from models.flat import FlatModel
+from models.networks import build
+from strategies.config import Config
+from strategies.randomness import derive
+from strategies.records import config_of
+
+
+class Place(NamedTuple):
+    """Which site this is.
+
+    Attributes:
+        number: counts from 0.
+        num_sites: all sites of a simulation; None in a deployment, where a site knows nothing but itself.
+        path: a deployed site's data.
+    """
+
+    number: int
+    num_sites: int | None
+    path: str
+
+    @classmethod
+    def of(cls, context: Context) -> "Place":
+        """From the node's configuration: Flower's in a simulation, ``site=0 data="/srv/data"`` in a deployment."""
+        node = context.node_config
+        if "data" not in node and "partition-id" in node:
+            return cls(int(node["partition-id"]), int(node["num-partitions"]), "")
+        try:
+            return cls(int(node["site"]), None, str(node["data"]))
+        except KeyError as error:
+            raise ValueError(f"--node-config has no {error}: a deployed site needs 'site=0 data=\"/srv/data\"'") from None
+
+
+class Workplace(NamedTuple):
+    """A network on its device.
+
+    Attributes:
+        model: the bound model.
+        predict: what it predicts for a batch of prepared examples.
+        x, stats: the initial model.
+    """
+
+    model: FlatModel
+    predict: Callable[[Tensor], Tensor]
+    x: Tensor
+    stats: Tensor
+
+    def loss(self, batch: training.Batch) -> Tensor:
+        """The mean loss [] over a batch."""
+        return F.cross_entropy(self.predict(batch[0]).float(), batch[1])
+
+
+def config_of_site(context: Context) -> Config:
+    """The run configuration, checked once."""
+    return _checked(frozenset(context.run_config.items()))
+
+
+@lru_cache(maxsize=4)
+def _checked(run_config: frozenset[tuple[str, Any]]) -> Config:
+    return Config.read(dict(run_config))
+
+
+@lru_cache(maxsize=1)
+def _pool(config: Config, path: str) -> sources.Examples:
+    return sources.load(
+        config.data,
+        path,
+        label=config.label,
+        group=config.group,
+        image_size=config.image_size,
+        audio_seconds=config.audio_seconds,
+        text_buckets=config.text_buckets,
+    )
+
+
+@lru_cache(maxsize=1)
+def _splits(config: Config, num_sites: int) -> list[Split]:
+    return deal(
+        _pool(config, config.data_path),
+        num_sites,
+        np.random.default_rng(derive(config.seed, "partition")),
+        kind=config.partition,
+        alpha=config.dirichlet_alpha,
+        classes_per_site=config.classes_per_site,
+        size_ratio=config.size_ratio,
+        iid_fraction=config.iid_fraction,
+        test_part=config.test_part,
+        test_fraction=config.test_fraction,
+    )
+
+
+def raw_data(config: Config, place: Place) -> SiteData:
+    """The examples of a site as they were read: classes and columns are its own."""
+    if place.num_sites is not None:
+        splits = _splits(config, place.num_sites)
+        chosen = splits if config.strategy == "centralized" else [splits[place.number]]
+        return take(_pool(config, config.data_path), chosen)
+    if config.strategy == "centralized":
+        raise ValueError("strategy = 'centralized' puts the data of all sites in one place: only in a simulation")
+    examples = _pool(config, place.path)
+    generator = np.random.default_rng(derive(config.seed, "split", place.number))
+    return take(examples, [own(examples, generator, test_part=config.test_part, test_fraction=config.test_fraction)])
+
+
+@lru_cache(maxsize=64)
+def site_data(config: Config, place: Place, classes: tuple[str, ...], common: Moments | None) -> SiteData:
+    """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
+
+    Raises:
+        ValueError: the data cannot be read, dealt out or named.
+    """
+    data = relabel(raw_data(config, place), classes)
+    if common is not None:
+        data = standardise(data, common)
+    to = partial(torch.Tensor.to, device=device_of(config.device))
+    return data._replace(train=Part(*map(to, data.train)), test=Part(*map(to, data.test)))
+
+
+@lru_cache(maxsize=4)
+def device_of(name: str) -> torch.device:
+    """The device to compute on; ``auto`` takes an accelerator where there is one.
+
+    Where Ray gave this process a fraction of a GPU, its memory is held to that fraction.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = found or torch.device("cpu")
+    else:
+        device = torch.device(name)
+    ray = sys.modules.get("ray")
+    if device.type == "cuda" and ray is not None and ray.is_initialized():
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1)
+        if share < 1:
+            torch.cuda.set_per_process_memory_fraction(share, device)
+    return device
+
+
+@lru_cache(maxsize=1)
+def workplace(config: Config, shape: tuple[int, ...], num_classes: int) -> Workplace:
+    """The network of a run for examples of ``shape``, on this site's device."""
+    device = device_of(config.device)
+    model = FlatModel(build(config.model, shape, num_classes, config.norm, derive(config.seed, "model")), device)
+    network = torch.compile(model.network) if config.compile else model.network
+    layout = torch.channels_last if config.channels_last and len(shape) == 3 else torch.contiguous_format
+
+    def predict(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            logits: Tensor = network(x.contiguous(memory_format=layout))
+        return logits
+
+    return Workplace(model, predict, model.x.clone(), model.stats)
+
+
+def name_of(config: Config, place: Place, context: Context) -> str:
+    """A site's name for people."""
+    name = f"site {place.number}"
+    if place.num_sites and config.partition == "natural":
+        name = _pool(config, config.data_path).groups[place.number]
+    return str(context.node_config.get("name", name))
+
+
+def open_site(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace]:
+    """Everything that a message is answered with, besides what it holds itself."""
+    config, place = config_of_site(context), Place.of(context)
+    told = config_of(message)
+    classes = tuple(told["classes"])  # type: ignore[arg-type]
+    common = Moments(*(tuple(told[key]) for key in Moments._fields)) if "mean" in told else None  # type: ignore[arg-type]
+    data = site_data(config, place, classes, common)
+    return config, place, data, workplace(config, tuple(data.train.x.shape[1:]), len(classes))
+
+
+@contextmanager
+def dice(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, dropout draws from a seed of this site and round: it knows no generator but torch's global one."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for devices that never come.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield

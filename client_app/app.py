@@ -11,6 +11,8 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from client_app import training
+from client_app.peer import cross_step, take_step
+from client_app.sealing import public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
 from datasets.partitions import PartitionError
 from datasets.site import moments
@@ -65,6 +67,8 @@ def describe(message: Message, context: Context) -> Message:
         record["known"], record["mean"], record["variance"] = map(list, own_moments)
     if place.num_sites:  # how many examples of each class a real site has is its own business
         record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
+    if config.sealing == "trust-on-first-use":
+        record["public-key"] = public_key(context)
     return Message(RecordDict({CONFIG: record}), reply_to=message)
 
 
@@ -125,6 +129,18 @@ def train(message: Message, context: Context) -> Message:
         metrics["lr-sum"] = sum(map(rate, range(steps)))
     content = RecordDict({ARRAYS: pack({X: x, STATS: model.stats}), METRICS: metrics})
     return Message(content, reply_to=message)
+
+
+@app.train("peer")
+def peer(message: Message, context: Context) -> Message:
+    """A step of a peer: mix what neighbours sent, train, offer the result to them."""
+    return take_step(message, context)
+
+
+@app.train("cross")
+def cross(message: Message, context: Context) -> Message:
+    """A peer's gradients at its neighbours' models."""
+    return cross_step(message, context)
 
 
 @app.evaluate()

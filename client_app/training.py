@@ -109,10 +109,18 @@ def batches(
     part: Part, batch_size: int, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
 ) -> Iterator[Batch]:
     """One epoch in random order, in batches of nearly equal size: no batch of one example, on which BatchNorm would fail."""
-    order = torch.randperm(len(part.y), generator=generator).to(part.y.device)
+    order = torch.randperm(len(part.y), generator=generator)
     for chosen in order.tensor_split(num_batches(len(order), batch_size)):
-        x = part.x[chosen]
-        yield prepare(augment(x, generator) if augment else x), part.y[chosen]
+        yield batch(part, chosen, generator, augment)
+
+
+def batch(
+    part: Part, chosen: Tensor, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
+) -> Batch:
+    """The ``chosen`` examples, as the network takes them."""
+    chosen = chosen.to(part.y.device)
+    x = part.x[chosen]
+    return prepare(augment(x, generator) if augment else x), part.y[chosen]
 
 
 def optimizer(

@@ -20,6 +20,7 @@ class FlatModel:
         network: the module; its parameters are views into ``x``.
         x: [d], float32.
         grad: [d], float32; the parameters' ``.grad`` are views into it.
+        sizes: how many elements of ``x`` each parameter has, in their order; what a codec calls layers.
     """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -29,7 +30,7 @@ class FlatModel:
             raise ValueError("the network has no trainable parameters")
         self.x = torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).float()
         self.grad = torch.zeros_like(self.x)
-        sizes = [parameter.numel() for parameter in parameters]
+        self.sizes = sizes = tuple(parameter.numel() for parameter in parameters)
         for parameter, part, grad in zip(parameters, self.x.split(sizes), self.grad.split(sizes), strict=True):
             parameter.data = part.view(parameter.shape)
             parameter.grad = grad.view(parameter.shape)

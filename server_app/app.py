@@ -11,12 +11,14 @@ from models.flat import FlatModel
 from models.networks import build
 from server_app.asynchronous import Asynchronous
 from server_app.census import take_census
+from server_app.consensus import conclude
+from server_app.relay import Relay
 from server_app.results import Folder, History
 from server_app.rounds import Rounds
-from strategies.config import ASYNCHRONOUS, Config
+from strategies.config import ASYNCHRONOUS, PEERS, Config
 from strategies.randomness import derive
 from strategies.records import STATS, X, pack
-from strategies.registry import round_strategy, server_rule
+from strategies.registry import peer_topology, round_strategy, server_rule
 
 app = ServerApp()
 
@@ -36,6 +38,7 @@ def run(grid: Grid, config: Config, history: History) -> None:
     """
     # Flower's own lines about sampling and aggregation would drown ours; its warnings and errors stay.
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    topology = peer_topology(config) if config.strategy in PEERS else None  # one that cannot be stops the run here
     federation = take_census(grid, config)
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
@@ -48,6 +51,9 @@ def run(grid: Grid, config: Config, history: History) -> None:
             slack, blocking = config.slack if gsgm else math.inf, config.schedule == "white-list"
             rule = server_rule(config)
             Asynchronous(grid, rule, federation, config, history, slack=slack, blocking=blocking).run(initial)
+        elif topology is not None:
+            relay = Relay(grid, topology, federation, config, history)
+            conclude(grid, relay.run(), federation, config, history, relay.report, relay.exchanges)
         else:
             strategy = round_strategy(config, {site.node: site.num_train for site in federation.sites})
             Rounds(grid, strategy, federation, config, history).run(initial)

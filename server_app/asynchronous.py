@@ -293,9 +293,9 @@ class Asynchronous:
         answered = {each: numbers(metrics) for each, metrics in test.answers.items()}
         self._report.write(number, "test", answered, mean or None, test.moment)
         done = round(number * self._config.epochs / self._total)
-        self._history.tell(
-            Progress(number, None, done, self._config.epochs, test.moment.seconds, test.moment.megabytes(), test.train, mean)
-        )
+        now = test.moment
+        progress = Progress("update", number, None, done, self._config.epochs, now.seconds, now.megabytes(), test.train, mean)
+        self._history.tell(progress)
 
 
 def _mean(values: Any) -> float:

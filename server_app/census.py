@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from datasets.site import Moments, merge
 from server_app.exchange import clock_of, exchange, why
-from strategies.config import Config
+from strategies.config import PEERS, Config
 from strategies.records import code_version, config_of
 
 
@@ -27,6 +27,7 @@ class Site(NamedTuple):
         name: for people.
         num_train, num_test: its examples.
         counts: its examples of each class; empty for a deployed site, which keeps that to itself.
+        key: its public key where keys are trusted on first use; else empty.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Site(NamedTuple):
     num_train: int
     num_test: int
     counts: tuple[int, ...]
+    key: bytes
 
 
 class Federation(NamedTuple):
@@ -154,9 +156,14 @@ def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -
             int(answer["train"]),  # type: ignore[call-overload]
             int(answer["test"]),  # type: ignore[call-overload]
             _counts(answer, classes),
+            bytes(answer.get("public-key", b"")),  # type: ignore[call-overload]
         )
         for node, answer in ordered
     )
+    if config.strategy in PEERS and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
+        raise RunError(
+            f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites; see site=... in --node-config"
+        )
     if config.strategy == "centralized":
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{answer['name']}: {note}" for _, answer in ordered for note in answer["notes"])  # type: ignore[attr-defined]

@@ -1,15 +1,19 @@
 """Pictures of a run, for a slide or a report: labelled axes with units, colours that colour-blind people tell apart."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from strategies.schedules import decay
+from strategies.topology import Topology, spectral_gap
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"  # Okabe and Ito
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", GREY)
@@ -40,16 +44,15 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def curves(metrics: pd.DataFrame, title: str) -> Figure:
-    """Accuracy and loss on the sites' test parts, against rounds, seconds and bytes; the band spans the sites."""
+def curves(metrics: pd.DataFrame, title: str, unit: str) -> Figure:
+    """Accuracy and loss on the sites' test parts, against what ``unit`` says, seconds and bytes; the band spans the sites."""
     tested = metrics[metrics["split"] == "test"].copy()
     tested["megabytes"] = (tested["bytes_up"] + tested["bytes_down"]) / 1e6
     figure = Picture(figsize=(12, 6.5), layout="constrained")
     grid = figure.subplots(2, 3, sharey="row")
     means = tested[tested["site"] == "all"]
     each = tested[tested["site"] != "all"]
-    step = "update" if (metrics["metric"] == "updates").any() else "round"
-    axis = {"round": step, "seconds": "time (s)", "megabytes": "sent and received (MB)"}
+    axis = {"round": unit, "seconds": "time (s)", "megabytes": "sent and received (MB)"}
     for row, (metric, label) in zip(grid, (("accuracy", "test accuracy"), ("loss", "test loss")), strict=True):
         mean = means[means["metric"] == metric]
         spread = each[each["metric"] == metric].groupby("round")["value"].agg(["min", "max"])
@@ -119,6 +122,27 @@ def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
     bars.bar(each.index, each, color=GREEN, width=0.9)
     style(bars, "site", "contributions")
     figure.suptitle(title)
+    return figure
+
+
+def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
+    """Who exchanges with whom; lines as wide as their weights."""
+    figure = Picture(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    links = topology.graph
+    n = links.number_of_nodes()
+    around = name in ("ring", "circulant", "complete", "exponential", "one-peer-exponential") or n < 4
+    places = nx.circular_layout(links) if around else nx.kamada_kawai_layout(links)
+    mean = torch.stack(topology.matrices).mean(0)
+    widths = [1 + 6 * float(mean[j, i]) for i, j in links.edges]
+    nx.draw_networkx_edges(links, places, ax=axes, width=widths, edge_color=GREY, node_size=600)
+    nx.draw_networkx_nodes(links, places, ax=axes, node_color=BLUE, node_size=600)
+    nx.draw_networkx_labels(links, places, ax=axes, font_color="white", font_size=9)
+    given = [label for number, label in enumerate(labels) if label != f"site {number}"]
+    if given:
+        axes.set_xlabel("   ".join(f"{number} {label}" for number, label in enumerate(labels)), fontsize=8)
+    axes.set_title(f"{name}: {n} peers, {links.number_of_edges()} links, spectral gap {spectral_gap(*topology.matrices):.3g}")
+    axes.spines[:].set_visible(False)
     return figure
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation
-from strategies.config import ASYNCHRONOUS, Config
+from strategies.config import ASYNCHRONOUS, PEERS, Config
 from strategies.records import STATS, X, unpack
+from strategies.registry import peer_topology
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 DRAW_EVERY_S = 15.0
@@ -32,7 +33,8 @@ class Progress(NamedTuple):
     """How far a run is after a round; printed, it is a line.
 
     Attributes:
-        round_number: counts from 1; of an asynchronous strategy, updates so far.
+        unit: what is counted: round, update of the server, or exchange of peers.
+        round_number: how many there were.
         epochs: local epochs of this round, or None where there are no rounds.
         done, total: local epochs so far, and of the whole run.
         seconds: since the first round.
@@ -40,6 +42,7 @@ class Progress(NamedTuple):
         train, test: means over the sites.
     """
 
+    unit: str
     round_number: int
     epochs: int | None
     done: int
@@ -54,13 +57,15 @@ class Progress(NamedTuple):
         rounds = self.epochs is not None
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
         parts = (
-            f"round {self.round_number:>3}" if rounds else f"update {self.round_number:>5}",
+            f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
             f"epoch {self.done:>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs})" if rounds else ""),
             f"lr {rates:<15}",
             f"train loss {self.train.get('loss', math.nan):.4f}",
             f"test accuracy {self.test.get('accuracy', math.nan):.4f}",
             f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
             f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
+            f"worst {self.test['accuracy-worst']:.4f}" if "accuracy-worst" in self.test else "",
+            f"apart {self.train['disagreement']:.3g}" if "disagreement" in self.train else "",
             f"{self.megabytes:.1f} MB",
             f"{self.seconds:.0f} s, {left:.0f} s to go",
         )
@@ -140,7 +145,8 @@ class History:
         xs = vectors[X].reshape(-1, self._model.x.numel())
         stats = vectors.get(STATS, xs.new_empty(len(xs), 0)).reshape(len(xs), self._model.num_stats)
         names = ["model"] if vectors[X].dim() == 1 else [f"model-{site.number}" for site in self.federation.sites]
-        return {name: self._model.state_dict(x, s) for name, x, s in zip(names, xs, stats, strict=True)}
+        # A peer that was lost left no model: its row is not a number.
+        return {name: self._model.state_dict(x, s) for name, x, s in zip(names, xs, stats, strict=True) if not x.isnan().any()}
 
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
@@ -192,6 +198,9 @@ class Folder(History):
         )
         if not (counts := class_counts(self.sites)).empty:
             plots.save(plots.who_has_what(counts), self.path / "sites.png")
+        if self.config.strategy in PEERS:
+            found = peer_topology(self.config)
+            plots.save(plots.graph(found, self.config.topology, self.sites["name"].tolist()), self.path / "topology.png")
 
     def append(self, rows: list[tuple[object, ...]]) -> None:
         """Append to ``metrics.csv``."""
@@ -214,10 +223,10 @@ class Folder(History):
         metrics = self.metrics
         title = f"{self.config.strategy} on {self.config.data}, {self.config.num_sites} sites"
         epsilon = self.config.epsilon if self.config.strategy == "co-learning" else 0
-        plots.save(plots.curves(metrics, title), self.path / "curves.png")
+        plots.save(plots.curves(metrics, title, self.config.unit), self.path / "curves.png")
         if self.config.strategy in ASYNCHRONOUS:
             plots.save(plots.arrivals(metrics, title), self.path / "arrivals.png")
-        else:
+        elif self.config.strategy not in PEERS:
             plots.save(plots.schedule(metrics, title, self.config.lr_shape, epsilon), self.path / "schedule.png")
         self._drawn = time.monotonic()
 
@@ -231,8 +240,8 @@ class Folder(History):
         if not tested.empty:
             last = tested[tested["round"] == tested["round"].max()]
             values = last.set_index(["site", "metric"])["value"]
-            unit = "updates" if self.config.strategy in ASYNCHRONOUS else "rounds"
-            table = Table(title=f"{self.config.strategy} after {last['round'].iloc[0]} {unit}", title_justify="left")
+            title = f"{self.config.strategy} after {last['round'].iloc[0]} {self.config.unit}s"
+            table = Table(title=title, title_justify="left")
             for heading in ("site", "train examples", "test examples", "accuracy", "loss"):
                 table.add_column(heading, justify="left" if heading == "site" else "right")
             for site in self.federation.sites:
@@ -244,6 +253,10 @@ class Folder(History):
             table.add_section()
             table.add_row("all", f"{train:,}", f"{test:,}", *numbers, style="bold")
             console.print(table)
+            together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
+            if "accuracy-of-mean" in together:
+                told = f"accuracy {together['accuracy-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
+                console.print(f"the mean of all models: {told}")
             end = last.iloc[-1]
             megabytes = f"{end['bytes_up'] / 1e6:.1f} MB up, {end['bytes_down'] / 1e6:.1f} MB down"
             console.print(f"{end['seconds']:.1f} s of training and testing, {megabytes}")

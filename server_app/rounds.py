@@ -74,7 +74,9 @@ class Rounds:
             test = None if outcome is None else numbers(outcome)
             self._report.write(round_number, "test", {node: numbers(each) for node, each in tested.items()}, test)
             now = self._report.moment()
-            self._history.tell(Progress(round_number, epochs, done, total, now.seconds, now.megabytes(), train, test or {}))
+            self._history.tell(
+                Progress("round", round_number, epochs, done, total, now.seconds, now.megabytes(), train, test or {})
+            )
         return arrays
 
     def _configure(

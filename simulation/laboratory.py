@@ -37,7 +37,7 @@ from server_app.results import EVERYBODY, History, Progress, class_counts, write
 from simulation import plots
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import ASYNCHRONOUS, Config, ConfigError
+from strategies.config import Config, ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -289,7 +289,7 @@ class Comparison:
     def plot(self, metric: str = "accuracy") -> Figure:
         """The metric on the test parts by round, by hour and by megabyte: means over seeds, bands of one standard error."""
         units = {
-            "update of the server" if run.config.strategy in ASYNCHRONOUS else "round"
+            "update of the server" if run.config.unit == "update" else run.config.unit
             for runs in self.runs.values()
             for run in runs
         }

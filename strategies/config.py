@@ -5,7 +5,7 @@ Defaults stand in ``pyproject.toml`` under ``[tool.flwr.app.config]`` and nowher
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 ASYNCHRONOUS = ("gsgm", "asgd", "asgd-momentum", "dc-asgd-c", "dc-asgd-a", "fedasync", "fedbuff")
-OWN_STRATEGIES = ("co-learning", "fedavg", "local", "ensemble", "centralized", *ASYNCHRONOUS)
+SHARP = ("q-saddle", "n-saddle", "dfedsam")  # these are others with sharpness-aware gradients
+CROSS = ("ngm", "n-saddle")
+PEERS = ("d-psgd", "cdsgd", "cdmsgd", "dsgdm", "dmsgd", "qgm", "ngm", "gradient-tracking", *SHARP)
+OWN_STRATEGIES = ("co-learning", "fedavg", "local", "ensemble", "centralized", *ASYNCHRONOUS, *PEERS)
+Codec = Literal["identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign"]
 NETWORKS = ("cnn", "mlp", "lenet5", "resnet20", "vgg11")
 PICTURES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder")
 OFFICIAL_TEST = ("mnist", "fashion-mnist", "cifar10", "cifar100")
@@ -104,6 +108,42 @@ class Config(BaseModel):
     proximal_mu: NotNegative
     buffer_size: Positive
 
+    topology: Literal[
+        "ring",
+        "path",
+        "star",
+        "complete",
+        "torus",
+        "hypercube",
+        "bipartite",
+        "hubs",
+        "circulant",
+        "random-regular",
+        "exponential",
+        "one-peer-exponential",
+        "dyck",
+        "dyck-purdue",
+        "edges",
+    ]
+    mixing: Literal["metropolis", "uniform"]
+    lazy: bool
+    degree: Positive
+    stride: Positive
+    edges: str
+    averaging_rate: Share
+    momentum_form: Literal["position", "velocity"]
+    momentum_consensus_weight: Annotated[float, Field(ge=0, le=1)]
+    quasi_global_decay: Annotated[float, Field(ge=0, lt=1)]
+    cross_gradients: Literal["data", "model"]
+    cross_perturbation: Literal["owner-of-data", "none", "owner-of-model"]
+    codec: Codec
+    codec_bits: Literal[2, 4, 8, 16]
+    codec_share: Share
+    error_feedback: Literal["none", "deep-squeeze", "choco"]
+    cross_codec: Codec
+    sealing: Literal["off", "keys", "trust-on-first-use"]
+    collect_models: bool
+
     lr: Rate
     lr_ratio: Share
     lr_shape: Literal["exponential", "linear", "cosine"]
@@ -178,6 +218,35 @@ class Config(BaseModel):
     def _known_source(cls, name: str) -> str:
         return _one_of_or_import_path(name, SOURCES)
 
+    @property
+    def unit(self) -> str:
+        """What the run counts: round, update of the server, or exchange of peers."""
+        return "update" if self.strategy in ASYNCHRONOUS else "exchange" if self.strategy in PEERS else "round"
+
+    def _peers(self, refuse: Callable[[str, str], None]) -> None:
+        """What does not go together in a strategy of peers."""
+        if self.num_sites < 2:
+            refuse("num-sites", f"{self.strategy} needs peers to exchange with; at least 2")
+        if self.optimizer != "sgd":
+            refuse("optimizer", f"{self.strategy} brings its own momentum; allowed: 'sgd'")
+        if self.strategy in SHARP and not self.sam_radius:
+            refuse("sam-radius", f"{self.strategy} is sharpness-aware; above 0, such as 0.05")
+        if self.codec in ("top-k", "random-k", "sign") and self.error_feedback == "none":
+            refuse("error-feedback", f"codec = {self.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'")
+        if self.error_feedback == "choco" and self.topology == "one-peer-exponential":
+            refuse("error-feedback", "neighbours change, 'choco' needs them to hear everything; allowed: 'none', 'deep-squeeze'")
+        if self.strategy == "gradient-tracking" and self.codec not in ("identity", "fp16", "bf16"):
+            refuse(
+                "codec",
+                "gradient-tracking cannot take it, its trackers would not sum to the gradients'; allowed: 'identity', "
+                "'fp16', 'bf16'",
+            )
+        if self.strategy in CROSS:
+            if self.local_steps > 1:
+                refuse("local-steps", f"{self.strategy} exchanges gradients of every batch; allowed: 1")
+            if self.cross_perturbation == "owner-of-model" and (self.cross_gradients == "model" or self.codec != "identity"):
+                refuse("cross-perturbation", "'owner-of-model' needs cross-gradients = 'data' and codec = 'identity'")
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         def refuse(key: str, why: str) -> None:
@@ -186,7 +255,7 @@ class Config(BaseModel):
 
         if self.min_sites > self.num_sites:
             refuse("min-sites", f"at most num-sites, which is {self.num_sites}")
-        if self.strategy not in ASYNCHRONOUS and self.local_epochs > self.epochs:
+        if self.unit == "round" and self.local_epochs > self.epochs:
             refuse("local-epochs", f"at most epochs, which is {self.epochs}")
         if self.strategy == "co-learning" and self.max_local_epochs < self.local_epochs:
             refuse("max-local-epochs", f"at least local-epochs, which is {self.local_epochs}")
@@ -197,6 +266,8 @@ class Config(BaseModel):
                 refuse("strategy-arguments", f"only for a strategy of Flower; {self.strategy} takes none")
         else:
             strategy_arguments(self.strategy, self.strategy_arguments)
+        if self.strategy in PEERS:
+            self._peers(refuse)
         if self.test_part == "official" and self.data in SOURCES and self.data not in OFFICIAL_TEST:
             refuse("test-part", f"{self.data} has no official test part; allowed: 'own'")
         if self.augment != "none" and self.data in ("audio-folder", "csv", "text-csv"):

@@ -29,11 +29,24 @@ def pack(vectors: Mapping[str, Tensor]) -> ArrayRecord:
 
 def _array(vector: Tensor) -> Array:
     """What ``Array(ndarray)`` makes, with one copy of the data where that makes three."""
-    values = np.ascontiguousarray(vector.detach().cpu().numpy())
+    return _written(np.ascontiguousarray(vector.detach().cpu().numpy()))
+
+
+def _written(values: "np.ndarray[Any, Any]") -> Array:
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
     data = b"".join((header.getvalue(), values.data))
     return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
+
+
+def pack_bytes(data: bytes) -> Array:
+    """Bytes as an array."""
+    return _written(np.frombuffer(data, np.uint8))
+
+
+def unpack_bytes(array: Array) -> bytes:
+    """The bytes of :func:`pack_bytes`."""
+    return unpack(array).numpy().tobytes()
 
 
 def unpack(array: Array) -> Tensor:

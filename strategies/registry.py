@@ -16,6 +16,13 @@ from strategies.averaging.average import Averaging, weighted_metrics
 from strategies.averaging.co_learning import CoLearning
 from strategies.averaging.shipped import Shipped
 from strategies.config import Config, shipped_strategies, strategy_arguments
+from strategies.peer.algorithm import PeerAlgorithm
+from strategies.peer.dmsgd import dmsgd
+from strategies.peer.dsgd import dsgd
+from strategies.peer.gradient_tracking import gradient_tracking
+from strategies.peer.qgm import qgm
+from strategies.randomness import derive
+from strategies.topology import Topology, topology
 
 
 def server_rule(config: Config) -> ServerRule[Any]:
@@ -51,6 +58,39 @@ def server_rule(config: Config) -> ServerRule[Any]:
         weight=weight,
         compensation=strengths.get(base, 0.0),
         adaptive=base == "dc-asgd-a",
+    )
+
+
+def peer_algorithm(config: Config) -> PeerAlgorithm[Any]:
+    """What a peer does, of a strategy without a server."""
+    beta, nesterov = config.momentum, config.nesterov
+    match config.strategy:
+        case "d-psgd" | "cdsgd":
+            return dsgd(beta=0.0, nesterov=False, adapt_first=config.strategy == "d-psgd")
+        case "cdmsgd" | "ngm" | "n-saddle":
+            return dsgd(beta=beta, nesterov=nesterov, adapt_first=False)
+        case "dsgdm" | "dfedsam":
+            return dsgd(beta=beta, nesterov=nesterov, adapt_first=True)
+        case "dmsgd":
+            return dmsgd(beta=beta, omega=config.momentum_consensus_weight, velocity=config.momentum_form == "velocity")
+        case "qgm" | "q-saddle":
+            return qgm(beta=beta, mu=config.quasi_global_decay, nesterov=nesterov)
+        case "gradient-tracking":
+            return gradient_tracking(adapt_first=True)
+    raise ValueError(f"{config.strategy} is no strategy of peers")
+
+
+def peer_topology(config: Config) -> Topology:
+    """Who exchanges with whom: site k is peer k."""
+    return topology(
+        config.topology,
+        config.num_sites,
+        weights=config.mixing,
+        lazy=config.lazy,
+        degree=config.degree,
+        stride=config.stride,
+        edges=config.edges,
+        seed=derive(config.seed, "topology"),
     )
 
 

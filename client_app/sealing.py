@@ -1,0 +1,162 @@
+"""Sealed payloads: what peers exchange is encrypted end to end, so that the relay can neither read, change, swap nor replay it.
+
+A payload is encrypted once, with a fresh content key (AES-256-GCM); that key is wrapped for each reader with a key that only the
+two of them can compute (X25519, HKDF-SHA256, AES-256-GCM). Both are authenticated together with the run, the sender, its step, the
+kind of payload and, for the wrapped key, the reader. A reader takes each step of a sender once, in order.
+
+Whose public key is whose, a site reads from a file of its own (``--node-config 'private-key="..." peer-keys="..."'``), which lists
+for each site number its public key. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the
+public ones on, and a site keeps to the first it was told: that protects from a relay that turns bad later, not from one that was
+bad at first.
+"""
+
+import os
+import tomllib
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from flwr.app import ConfigRecord, Context
+
+NONCE = 12
+KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
+
+
+class SealError(ValueError):
+    """A payload was changed, came twice, or is not for this site; or a key is missing or another one than before."""
+
+
+class Header(NamedTuple):
+    """What a payload is bound to."""
+
+    run: int
+    sender: int
+    step: int
+    kind: str
+
+    def bytes(self, reader: int | None = None) -> bytes:
+        """As it is authenticated."""
+        return f"archipelago:{self.run}:{self.sender}:{self.step}:{self.kind}:{'' if reader is None else reader}".encode()
+
+
+class Keyring:
+    """A site's private key and its neighbours' public ones."""
+
+    def __init__(self, number: int, private: X25519PrivateKey, public: Mapping[int, bytes]) -> None:
+        self._number, self._private, self._public = number, private, public
+
+    def _shared(self, other: int) -> AESGCM:
+        if other not in self._public:
+            raise SealError(f"no public key of site {other} is known")
+        secret = self._private.exchange(X25519PublicKey.from_public_bytes(self._public[other]))
+        return AESGCM(HKDF(hashes.SHA256(), 32, None, b"archipelago content key").derive(secret))
+
+    def seal(self, data: bytes, readers: Iterable[int], header: Header) -> tuple[bytes, dict[int, bytes]]:
+        """The sealed data, and for each reader the key that opens them.
+
+        Raises:
+            SealError: no public key of a reader is known.
+        """
+        content = AESGCM.generate_key(256)
+        nonce = os.urandom(NONCE)
+        sealed = nonce + AESGCM(content).encrypt(nonce, data, header.bytes())
+        wrapped = {}
+        for reader in readers:
+            nonce = os.urandom(NONCE)
+            wrapped[reader] = nonce + self._shared(reader).encrypt(nonce, content, header.bytes(reader))
+        return sealed, wrapped
+
+    def open(self, sealed: bytes, wrapped: bytes, header: Header) -> bytes:
+        """The data of a payload from ``header.sender``.
+
+        Raises:
+            SealError: it was changed, or is not what the header says, or not for this site.
+        """
+        try:
+            content = self._shared(header.sender).decrypt(wrapped[:NONCE], wrapped[NONCE:], header.bytes(self._number))
+            return AESGCM(content).decrypt(sealed[:NONCE], sealed[NONCE:], header.bytes())
+        except InvalidTag:
+            raise SealError(
+                f"step {header.step} was changed on the way, or is not for this site, step or run, or its key is another one"
+            ) from None
+
+
+def public_key(context: Context) -> bytes:
+    """This site's public key where keys are trusted on first use; the private one is made now if there is none."""
+    record = _own(context)
+    private = X25519PrivateKey.from_private_bytes(bytes(record["private"]))  # type: ignore[arg-type]
+    return private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+def _own(context: Context) -> ConfigRecord:
+    record = context.state.get(KEYS)
+    if not isinstance(record, ConfigRecord):
+        made = X25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+        record = ConfigRecord({"private": made})
+        context.state[KEYS] = record
+    return record
+
+
+def keyring(context: Context, sealing: str, number: int, told: Mapping[str, object]) -> Keyring:
+    """The keys of a site.
+
+    Args:
+        context: of the message.
+        sealing: ``keys`` or ``trust-on-first-use``.
+        number: of this site.
+        told: what the message tells; with trust on first use, ``key-K`` is the public key of site K.
+
+    Raises:
+        SealError: the files cannot be read, or a site has another key than before.
+    """
+    if sealing == "keys":
+        return _from_files(context, number)
+    record = _own(context)
+    for name, value in told.items():
+        if name.startswith("key-"):
+            if name in record and record[name] != value:
+                raise SealError(f"site {name.removeprefix('key-')} has another public key than at first: refused")
+            record[name] = value  # type: ignore[assignment]
+    known = {int(name.removeprefix("key-")): bytes(value) for name, value in record.items() if name.startswith("key-")}  # type: ignore[arg-type]
+    return Keyring(number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known)  # type: ignore[arg-type]
+
+
+def _from_files(context: Context, number: int) -> Keyring:
+    node = context.node_config
+    missing = [key for key in ("private-key", KEYS) if key not in node]
+    if missing:
+        raise SealError(
+            f"sealing = 'keys': --node-config has no {' and no '.join(missing)}; python -m client_app.sealing makes a key, "
+            "and in a simulation sealing = 'trust-on-first-use' needs none"
+        )
+    try:
+        private = X25519PrivateKey.from_private_bytes(b64decode(Path(str(node["private-key"])).read_text()))
+        listed = tomllib.loads(Path(str(node[KEYS])).read_text())
+        public = {int(site): b64decode(str(key)) for site, key in listed.items()}
+    except (OSError, ValueError) as error:
+        raise SealError(f"private-key = {node['private-key']!r}, peer-keys = {node[KEYS]!r}: {error}") from None
+    return Keyring(number, private, public)
+
+
+def main() -> None:
+    """Write a new private key into the file named on the command line, for its owner only; print the public one."""
+    import sys
+
+    if len(sys.argv) != 2:
+        raise SystemExit("python -m client_app.sealing PRIVATE-KEY-FILE")
+    private = X25519PrivateKey.generate()
+    descriptor = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(b64encode(private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())))
+    print(b64encode(private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -90,7 +90,7 @@ def train(message: Message, context: Context) -> Message:
     model.load(vectors[X], vectors[STATS])
 
     gradient = training.proximal(
-        training.sharpness_aware(training.plain(model, desk.loss), config.sam_radius),
+        desk.sharp,
         model.x.clone(),
         float(told.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
     )

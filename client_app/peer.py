@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
@@ -40,7 +40,8 @@ from strategies.registry import peer_algorithm
 from strategies.schedules import decay
 
 PEER = "peer"  # the records in the context's state
-OFFER, TO, FROM, KEY = "offer", "to-", "from-", "-key"  # what a step offers to all neighbours, or to one; what came; its sealed key
+OFFER, TO, FROM = "offer", "to-", "from-"  # what a step offers to all neighbours, or to one; what came
+SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 SHIFT = "shift"  # in an offer: how far a model is perturbed by its owner
 
 
@@ -49,14 +50,15 @@ class Refused(ValueError):
 
 
 @lru_cache(maxsize=64)
-def _order(config: Config, site: int, epoch: int, num_examples: int) -> Tensor:
+def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor:
+    """The order [n] of a peer's examples in an epoch, counted from 0."""
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(derive(config.seed, "order", site, epoch)))
 
 
 def nth_batch(config: Config, site: int, part: Any, number: int) -> training.Batch:
     """Batch ``number`` of a peer's training, counted from 0 over the whole run."""
     an_epoch = training.num_batches(len(part.y), config.batch_size)
-    order = _order(config, site, number // an_epoch, len(part.y))
+    order = order_of(config, site, number // an_epoch, len(part.y))
     generator = torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.augment != "none" else None
     augment = training.flip_crop if generator is not None else None
     chosen = order.tensor_split(an_epoch)[number % an_epoch]
@@ -90,10 +92,8 @@ class Peer:
         self._recall()
         self.stats = self._tensors.get(STATS, self.desk.stats)
         model.load(self.state.x, self.stats)
-        heard: Any = zip(self.told["neighbours"], self.told["weights"], strict=True)  # type: ignore[arg-type]
-        self.neighbours: dict[int, float] = dict(heard)
-        self._base = training.plain(model, self.desk.loss)
-        self._sharp = training.sharpness_aware(self._base, config.sam_radius)
+        told: Any = self.told
+        self.neighbours: dict[int, float] = dict(zip(told["neighbours"], told["weights"], strict=True))
 
     # What is remembered: tensors and numbers by name, in two records.
 
@@ -129,21 +129,31 @@ class Peer:
             record = self._message.content.get(f"{FROM}{sender}")
             if not isinstance(record, ArrayRecord):
                 continue
-            try:
-                for step in sorted(int(name) for name in record if not name.endswith(KEY)):
+            steps: dict[int, dict[str, Array]] = {}
+            for name, array in record.items():
+                number, _, part = name.partition("/")
+                steps.setdefault(int(number), {})[part] = array
+            for step in sorted(steps):
+                try:
                     if step <= int(self._numbers.get(f"last-{sender}", -1)):
-                        self.refused.append(f"site {sender}: step {step} came before")
-                        continue
-                    data = unpack_bytes(record[str(step)])
-                    if self.config.sealing != "off":
-                        header = sealing.Header(self._context.run_id, sender, step, kind)
-                        data = self._keys().open(data, unpack_bytes(record[f"{step}{KEY}"]), header)
+                        raise Refused(f"step {step} came before")
+                    payload = self._opened(steps[step], sealing.Header(self._context.run_id, sender, step, kind))
+                except (Refused, sealing.SealError) as error:
+                    self.refused.append(f"site {sender}: {error}")
+                except Exception as error:  # whatever is wrong with bytes that a stranger may have made
+                    self.refused.append(f"site {sender}: cannot be read: {type(error).__name__}: {error}")
+                else:
                     self._numbers[f"last-{sender}"] = step
-                    yield sender, step, {name: value.to(self._device) for name, value in load(data).items()}
-            except (Refused, sealing.SealError) as error:
-                self.refused.append(f"site {sender}: {error}")
-            except Exception as error:  # whatever is wrong with bytes that a stranger may have made
-                self.refused.append(f"site {sender}: cannot be read: {type(error).__name__}: {error}")
+                    yield sender, step, payload
+
+    def _opened(self, arrays: dict[str, Array], header: sealing.Header) -> Payload:
+        if self.config.sealing == "off":
+            return {name: unpack(array).to(self._device) for name, array in arrays.items()}
+        missing = {SEALED, KEY} - set(arrays)
+        if missing:
+            raise Refused(f"step {header.step} is not sealed for this site")
+        data = self._keys().open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header)
+        return {name: value.to(self._device) for name, value in load(data).items()}
 
     def _keys(self) -> sealing.Keyring:
         return sealing.keyring(self._context, self.config.sealing, self.number, self.told)
@@ -204,7 +214,7 @@ class Peer:
 
     def gradient(self, x: Tensor, batch: training.Batch, *, sharp: bool = True, track: bool = False) -> tuple[Tensor, Tensor]:
         """Loss and gradient (a copy) at ``x``, sharpness-aware if asked for, with weight decay towards ``x``'s zero."""
-        value, g = (self._sharp if sharp else self._base)(x, batch, track=track)
+        value, g = (self.desk.sharp if sharp else self.desk.plain)(x, batch, track=track)
         if self.config.clip_norm:
             g = g * min(1.0, self.config.clip_norm / (float(torch.linalg.vector_norm(g)) + 1e-6))
         return value, torch.add(g, x, alpha=self.config.weight_decay)
@@ -253,7 +263,7 @@ class Peer:
 
     # What is offered.
 
-    def offer(self, shift: Tensor | None = None) -> dict[str, bytes]:
+    def offer(self, shift: Tensor | None = None) -> dict[str, Payload]:
         """The model, and what goes with it, for all neighbours."""
         payload: Payload = {}
         generator = torch.Generator().manual_seed(derive(self.config.seed, "codec", self.number, self.step))
@@ -269,9 +279,9 @@ class Peer:
             payload[SHIFT] = shift
         if self._numbers.pop("fresh", 0) and self.config.error_feedback == "choco":
             payload["fresh"] = torch.ones(1, dtype=torch.uint8)
-        return {OFFER: _written(payload)}
+        return {OFFER: payload}
 
-    def offer_gradients(self, gradients: dict[int, Tensor]) -> dict[str, bytes]:
+    def offer_gradients(self, gradients: dict[int, Tensor]) -> dict[str, Payload]:
         """A gradient for each neighbour."""
         offered = {}
         for j, gradient in gradients.items():
@@ -282,7 +292,7 @@ class Peer:
             )
             if memory.numel():
                 self._tensors[f"cross-{j}"] = memory
-            offered[f"{TO}{j}"] = _written(payload)
+            offered[f"{TO}{j}"] = payload
         return offered
 
     def gradients(self) -> dict[int, Tensor]:
@@ -304,18 +314,19 @@ class Peer:
         """What :meth:`keep` kept."""
         return self._tensors.pop(name) if default is None else self._tensors.pop(name, default)
 
-    def reply(self, offered: dict[str, bytes], metrics: dict[str, float | int], kind: str) -> Message:
+    def reply(self, offered: dict[str, Payload], metrics: dict[str, float | int], kind: str) -> Message:
         """Remember everything, seal what is offered, answer."""
-        arrays = {}
-        if self.config.sealing != "off" and offered:
-            ring, header = self._keys(), sealing.Header(self._context.run_id, self.number, self.step, kind)
-            for name, data in offered.items():
-                listeners: Any = [name.removeprefix(TO)] if name.startswith(TO) else self.told["listeners"]
-                sealed, keys = ring.seal(data, map(int, listeners), header)
-                arrays[name] = pack_bytes(sealed)
-                arrays |= {f"{TO}{reader}{KEY}": pack_bytes(key) for reader, key in keys.items()}
-        else:
-            arrays = {name: pack_bytes(data) for name, data in offered.items()}
+        arrays: dict[str, Array] = {}
+        for name, payload in offered.items():
+            if self.config.sealing == "off":
+                arrays |= {f"{name}/{part}": array for part, array in pack(payload).items()}
+                continue
+            listeners: Any = [name.removeprefix(TO)] if name.startswith(TO) else self.told["listeners"]
+            header = sealing.Header(self._context.run_id, self.number, self.step, kind)
+            data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
+            sealed, keys = self._keys().seal(data, map(int, listeners), header)
+            arrays[f"{name}/{SEALED}"] = pack_bytes(sealed)
+            arrays |= {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
         self._remember()
         content = RecordDict(
             {
@@ -342,11 +353,6 @@ def _part(payload: Payload, prefix: str) -> Payload:
     return {name.removeprefix(prefix): value for name, value in payload.items() if name.startswith(prefix)}
 
 
-def _written(payload: Payload) -> bytes:
-    data: bytes = save({name: value.detach().cpu().contiguous() for name, value in payload.items()})
-    return data
-
-
 def take_step(message: Message, context: Context) -> Message:
     """A plain step, or the second one of an exchange of neighbourhood gradients."""
     peer = Peer(message, context)
@@ -364,7 +370,8 @@ def take_step(message: Message, context: Context) -> Message:
     elif peer.step:
         models = peer.models()
         mixed = peer.mixed(models)
-        metrics["disagreement"] = disagreement(peer, models)
+        if peer.told["test"]:
+            metrics["disagreement"] = disagreement(peer, models)
         if crossing:
             batch, sharp = peer.next_batch(), config.cross_perturbation == "owner-of-data"
             with peer.luck():
@@ -409,12 +416,8 @@ def cross_step(message: Message, context: Context) -> Message:
         gradients = {j: peer.gradient(v[0] + shift, batch, sharp=sharp)[1] for j, (v, _, shift) in models.items()}
     peer.used()
     peer.keep(**{"own-gradient": own, "own-loss": value.reshape(1), "mixed": mixed[0]})
-    passes = 2 if config.sam_radius else 1
-    metrics: dict[str, float | int] = {
-        "samples": len(batch[1]) * passes * (1 + len(gradients)),
-        "disagreement": disagreement(peer, models),
-    }
-    return peer.reply(peer.offer_gradients(gradients), metrics, "gradient")
+    samples = len(batch[1]) * (2 if config.sam_radius else 1) * (1 + len(gradients))
+    return peer.reply(peer.offer_gradients(gradients), {"samples": samples, "disagreement": disagreement(peer, models)}, "gradient")
 
 
 def disagreement(peer: Peer, models: dict[int, tuple[Vectors, Tensor, Tensor]]) -> float:

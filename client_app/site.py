@@ -58,16 +58,16 @@ class Workplace(NamedTuple):
         model: the bound model.
         predict: what it predicts for a batch of prepared examples.
         x, stats: the initial model.
+        plain: the gradient of the mean loss over a batch.
+        sharp: the same, sharpness-aware where the run is.
     """
 
     model: FlatModel
     predict: Callable[[Tensor], Tensor]
     x: Tensor
     stats: Tensor
-
-    def loss(self, batch: training.Batch) -> Tensor:
-        """The mean loss [] over a batch."""
-        return F.cross_entropy(self.predict(batch[0]).float(), batch[1])
+    plain: training.Gradient
+    sharp: training.Gradient
 
 
 def config_of_site(context: Context) -> Config:
@@ -168,7 +168,8 @@ def workplace(config: Config, shape: tuple[int, ...], num_classes: int) -> Workp
             logits: Tensor = network(x.contiguous(memory_format=layout))
         return logits
 
-    return Workplace(model, predict, model.x.clone(), model.stats)
+    plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
+    return Workplace(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, config.sam_radius))
 
 
 def name_of(config: Config, place: Place, context: Context) -> str:

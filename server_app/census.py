@@ -161,9 +161,7 @@ def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -
         for node, answer in ordered
     )
     if config.strategy in PEERS and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
-        raise RunError(
-            f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites; see site=... in --node-config"
-        )
+        raise RunError(f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites")
     if config.strategy == "centralized":
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{answer['name']}: {note}" for _, answer in ordered for note in answer["notes"])  # type: ignore[attr-defined]

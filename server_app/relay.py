@@ -26,7 +26,7 @@ from strategies.config import CROSS, Config
 from strategies.records import CONFIG, METRICS, arrays_of, config_of, metrics_of
 from strategies.topology import Topology
 
-OFFER, TO, FROM, KEY = "offer", "to-", "from-", "-key"
+OFFER, TO, FROM = "offer", "to-", "from-"
 
 
 @dataclass
@@ -223,12 +223,10 @@ class Relay:
         for reader in self._nodes:
             if reader == peer or peer not in self._hears(seat.step, reader):
                 continue
-            offered = arrays.get(f"{TO}{reader}") or arrays.get(OFFER)
-            if offered is None:
+            own, all_ = f"{TO}{reader}/", f"{OFFER}/"
+            parts = {f"{step}/{name.partition('/')[2]}": array for name, array in arrays.items() if name.startswith((own, all_))}
+            if not parts:
                 continue
-            parts = {str(step): offered}
-            if (key := arrays.get(f"{TO}{reader}{KEY}")) is not None:
-                parts[f"{step}{KEY}"] = key
             self._links[peer, reader][seat.step - 1] = parts
             if self._config.error_feedback != "choco":  # a reader that is away finds the newest
                 for old in [s for s in self._links[peer, reader] if s < seat.step - 2]:

@@ -31,13 +31,14 @@ from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.census import RunError, take_census
 from server_app.plots import who_has_what
 from server_app.results import EVERYBODY, History, Progress, class_counts, write_description, write_models
 from simulation import plots
+from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import Config, ConfigError
+from strategies.config import PEERS, Config, ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,7 +201,13 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def simulate(
-    conf: str | Path | None = None, *, world: World | None = None, progress: bool = True, threads: int = 1, **changes: Any
+    conf: str | Path | None = None,
+    *,
+    engine: str = "app",
+    world: World | None = None,
+    progress: bool = True,
+    threads: int = 1,
+    **changes: Any,
 ) -> Run:
     """Run the app in this process, in virtual time. Nothing is written; see :meth:`Run.save`.
 
@@ -208,6 +215,7 @@ def simulate(
 
     Args:
         conf: a file of ``conf/``.
+        engine: ``app``; or ``batched``, for peers: all of them in one vectorised pass, without messages and without a world.
         world: speed, links and presence of the sites; by default all alike.
         progress: show a bar.
         threads: of torch; ``flwr run`` gives each site one.
@@ -218,6 +226,7 @@ def simulate(
         RunError: too few sites could take part, or remained.
     """
     config = configuration(conf, **changes)
+    _check_engine(engine, config, world)
     with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
 
         def watch(reached: Progress) -> None:
@@ -225,19 +234,31 @@ def simulate(
             bar.set_postfix(round=reached.round_number, accuracy=f"{accuracy:.4f}", refresh=False)
             bar.update(reached.done - bar.n)
 
-        run = _simulate(config, world or World(), threads, watch)
+        run = _simulate(config, world or World(), engine, threads, watch)
     if not run.finished:
         warnings.warn(f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=2)
     return run
 
 
-def _simulate(config: Config, world: World, threads: int, watch: Callable[[Progress], None]) -> Run:
+def _check_engine(engine: str, config: Config, world: World | None) -> None:
+    if engine not in ("app", "batched"):
+        raise ConfigError(f"engine = {engine!r}: allowed: 'app', 'batched'")
+    if engine == "batched" and config.strategy not in PEERS:
+        raise ConfigError(f"engine = 'batched': runs peers ({', '.join(PEERS)}), not strategy = {config.strategy!r}")
+    if engine == "batched" and world is not None:
+        raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
+
+
+def _simulate(config: Config, world: World, engine: str, threads: int, watch: Callable[[Progress], None]) -> Run:
     grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.kebab())
     history = _Watched(config, watch)
     finished = True
     try:
         with _threads(threads):
-            run_server(grid, config, history)
+            if engine == "batched":
+                Peers(config, take_census(grid, config), history).run(history.tell)
+            else:
+                run_server(grid, config, history)
     except KeyboardInterrupt:
         finished = False
     return Run(config, history.metrics, history.models, history.sites, finished)
@@ -335,6 +356,7 @@ def compare(
     strategies: Mapping[str, Mapping[str, Any]],
     *,
     seeds: int | Sequence[int] = 3,
+    engine: str = "app",
     world: World | None = None,
     processes: int | None = None,
     progress: bool = True,
@@ -347,6 +369,7 @@ def compare(
     Args:
         strategies: for each name, what its run configuration differs in; ``conf="conf/krum.toml"`` takes a file's.
         seeds: so many, from 1 on, or which.
+        engine: as in :func:`simulate`.
         world: that all live in; what is random in it follows from the seed.
         processes: by default one a GPU, or one a core where there is none.
         progress: show a bar.
@@ -359,8 +382,7 @@ def compare(
     chosen = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
     if not chosen or not strategies:
         raise ConfigError(f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed")
-    world = world or World()
-    if not isinstance(world, World):
+    if not isinstance(world, World | None):
         raise ConfigError(f"world = {world!r}: a World(...) is expected")
     jobs = []
     for name, changes in strategies.items():
@@ -371,7 +393,8 @@ def compare(
         try:
             configs = [configuration(conf, **own, seed=seed) for seed in chosen]
             for config in configs:
-                world.sites(config.num_sites, config.seed)
+                _check_engine(engine, config, world)
+                (world or World()).sites(config.num_sites, config.seed)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
         jobs += [(name, config) for config in configs]
@@ -389,7 +412,9 @@ def compare(
         # loky starts fresh processes (torch, once used, does not survive a fork); for one worker there is none.
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
         calls = (
-            joblib.delayed(_run_one)(name, config, world, index % gpus if gpus else None, Path(folder) / str(index))
+            joblib.delayed(_run_one)(
+                name, config, world or World(), engine, index % gpus if gpus else None, Path(folder) / str(index)
+            )
             for index, (name, config) in enumerate(jobs)
         )
         try:
@@ -409,7 +434,7 @@ def compare(
     return Comparison({name: [found[seed] for seed in chosen if seed in found] for name, found in runs.items() if found})
 
 
-def _run_one(name: str, config: Config, world: World, gpu: int | None, file: Path) -> tuple[str, int, Run | str]:
+def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | None, file: Path) -> tuple[str, int, Run | str]:
     """The run, or why there is none: one that fails does not take the others with it."""
     if gpu is not None:
         torch.cuda.set_device(gpu)  # what device = "auto" means in this process
@@ -419,7 +444,7 @@ def _run_one(name: str, config: Config, world: World, gpu: int | None, file: Pat
         file.write_text(f"{reached.done} {name}, seed {config.seed}: accuracy {accuracy:.4f}")
 
     try:
-        return name, config.seed, _simulate(config, world, 1, watch)
+        return name, config.seed, _simulate(config, world, engine, 1, watch)
     except (RunError, ValueError) as error:
         return name, config.seed, str(error)
 

@@ -6,6 +6,7 @@ stochastic, so that exchanging never moves the mean of all peers. Time-varying g
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +39,16 @@ class Topology(NamedTuple):
 
     def neighbours(self, exchange: int, peer: int) -> dict[int, float]:
         """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
-        row = self.mixing(exchange)[peer]
-        return {int(j): float(row[j]) for j in row.nonzero().flatten() if j != peer}
+        return _heard(self.matrices)[exchange % len(self.matrices)][peer]
+
+
+@lru_cache(maxsize=4)
+def _heard(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
+    """Of each matrix and peer; looked up for every message."""
+    return [
+        [{j: weight for j, weight in enumerate(row) if weight and j != peer} for peer, row in enumerate(matrix.tolist())]
+        for matrix in matrices
+    ]
 
 
 def ring(n: int) -> "nx.Graph[int]":

@@ -15,6 +15,7 @@ same on regular graphs). N-SADDLe makes each of these gradients sharpness-aware;
 Special cases: W = I is the own gradient; equal models and exact gradients give the mean of the neighbourhood's gradients.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,7 +39,15 @@ def perturbed(x: Tensor, gradient: Tensor, rho: float) -> Tensor:
 
 
 def cross_gradients(
-    pair: PairGradient, x: Tensor, received: Tensor, mixing: Tensor, *, variant: str, rho: float, perturbation: str
+    pair: PairGradient,
+    x: Tensor,
+    received: Tensor,
+    mixing: Tensor,
+    *,
+    variant: str,
+    rho: float,
+    perturbation: str,
+    carry: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The neighbourhood gradients of all peers at once, [n, d].
 
@@ -50,6 +59,7 @@ def cross_gradients(
         variant: one of ``VARIANTS``.
         rho: SAM radius; 0 for NGM.
         perturbation: one of ``PERTURBATIONS``.
+        carry: what arrives of gradients [m, d] that peers ``owner`` [m] took for peers ``model`` [m]; without it, all of it.
     """
     i, j = mixing.nonzero(as_tuple=True)
     model, owner = (i, j) if variant == "data" else (j, i)
@@ -64,5 +74,7 @@ def cross_gradients(
         gradients = pair(perturbed(points, gradients, rho), owner)
     elif rho and perturbation == "none":
         gradients = torch.where(own, pair(torch.where(own, perturbed(points, gradients, rho), points), owner), gradients)
+    if carry:
+        gradients = carry(gradients, owner, model)
     weights = mixing[i, j].to(x)[:, None]
     return torch.zeros_like(x).index_add_(0, i, weights * gradients)

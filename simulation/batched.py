@@ -63,6 +63,9 @@ class Peers:
         self._traffic = torch.zeros(self._n, 2, dtype=torch.int64)  # bytes up to the relay and down from it
         self._pool = torch.cat([data.train.x for data in self._data]), torch.cat([data.train.y for data in self._data])
         self._starts = [0, *torch.tensor([len(data.train.y) for data in self._data]).cumsum(0).tolist()]
+        # On a CPU, the convolutions of many networks at once are slower than one after the other, but for small pictures.
+        convolutional = any(isinstance(module, torch.nn.Conv2d) for module in model.network.modules())
+        self._one_by_one = self._device.type == "cpu" and convolutional and federation.shape[-1] > 16
         self._gradients = vmap(grad_and_value(self._loss), randomness="different")
         an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / self._n
         self.exchanges = max(1, round(config.epochs * an_epoch / config.local_steps))
@@ -135,10 +138,19 @@ class Peers:
 
     def _gradient(self, x: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Losses [m] and gradients [m, d]."""
-        device = self._device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
-            gradient, value = self._gradients(x, *batch)
-        return value, gradient
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+            if not self._one_by_one:
+                gradient, value = self._gradients(x, *batch)
+                return value, gradient
+            model = self._desk.model
+            values, gradients = [], []
+            for row, inputs, labels, weights in zip(x, *batch, strict=True):
+                model.x.copy_(row)
+                loss = (F.cross_entropy(model.network(inputs).float(), labels, reduction="none") * weights).sum()
+                model.backward(loss)
+                values.append(loss.detach())
+                gradients.append(model.grad.clone())
+        return torch.stack(values), torch.stack(gradients)
 
     def _regular(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Clipped, with weight decay."""

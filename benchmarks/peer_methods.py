@@ -1,0 +1,165 @@
+"""Peer methods on unlike data: accuracy, iterations to a target, consensus, flatness, and what compression costs.
+
+    python -m benchmarks.peer_methods fashion-mnist ROOT      torchvision's layout
+    python -m benchmarks.peer_methods cifar10 CIFAR10.npz     see benchmarks/cifar10_jpeg.py
+
+LeNet-5, one exchange a mini-batch of 32 a peer, in the batched engine; the same seeds and epochs for all. Methods without momentum
+get ten times the learning rate of those with (momentum 0.9), which is the same in the long run. Printed for each method: mean over
+seeds ± standard error of the accuracy of the peers' own models on the official test part, the worst peer's, that of the mean
+model; the consensus distance; iterations to the target (and how many seeds reached it); lambda_max, the largest eigenvalue of the
+Hessian of the training loss at the mean model, by power iteration on 2,000 examples.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jvp
+from torch.nn import functional as F
+
+from client_app.site import Place, site_data
+from client_app.training import prepare
+from models.networks import build
+from simulation.laboratory import Comparison, Run, compare
+
+COMMON: dict[str, Any] = {"model": "lenet5", "test-part": "official", "lr-ratio": 0.1, "evaluate-every": 100, "weight-decay": 1e-4}
+DATA_SETS = {"fashion-mnist": "fashion-mnist", "cifar10": "benchmarks.cifar10_jpeg:load"}
+TARGETS = {"fashion-mnist": 0.7, "cifar10": 0.3}
+SLOW, FAST = 0.01, 0.1
+PLAIN = {"D-PSGD": {"strategy": "d-psgd", "lr": FAST}, "CDSGD": {"strategy": "cdsgd", "lr": FAST}}
+OMEGAS = {
+    f"DMSGD, omega {omega:g}": {"strategy": "dmsgd", "lr": SLOW, "momentum-consensus-weight": omega} for omega in (0.0, 0.5, 1.0)
+}
+MOMENTUM = {**PLAIN, "CDMSGD": {"strategy": "cdmsgd", "lr": SLOW}, **OMEGAS}
+SHARP = {"sam-radius": 0.05}
+QUASI = {"QGM": {"strategy": "qgm", "lr": SLOW}, "Q-SADDLe": {"strategy": "q-saddle", "lr": SLOW, **SHARP}}
+CROSS = {"NGM": {"strategy": "ngm", "lr": SLOW}, "N-SADDLe": {"strategy": "n-saddle", "lr": SLOW, **SHARP}}
+FEWER_BITS = {"codec": "qsgd", "codec-bits": 8, "error-feedback": "choco", "averaging-rate": 0.9}
+COMPRESSED = {
+    f"{name}, 8 bits": {**settings, **FEWER_BITS, **({"cross-codec": "qsgd"} if name in CROSS else {})}
+    for name, settings in {**QUASI, **CROSS}.items()
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "Dirichlet 0.1": {"partition": "dirichlet-equal", "dirichlet-alpha": 0.1},
+    "Dirichlet 0.01": {"partition": "dirichlet-equal", "dirichlet-alpha": 0.01},
+    "1 class each": {"partition": "classes", "classes-per-site": 1},
+}
+EXPERIMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "momentum, ring of 10, Dirichlet 0.1": (MOMENTUM, {"num-sites": 10, **SPLITS["Dirichlet 0.1"]}),
+    "momentum, ring of 10, 1 class each": (MOMENTUM, {"num-sites": 10, **SPLITS["1 class each"]}),
+    "momentum, torus of 16, Dirichlet 0.1": (MOMENTUM, {"num-sites": 16, "topology": "torus", **SPLITS["Dirichlet 0.1"]}),
+    "sharpness, ring of 5, Dirichlet 0.1": (QUASI | CROSS | COMPRESSED, {"num-sites": 5, **SPLITS["Dirichlet 0.1"]}),
+    "sharpness, ring of 5, Dirichlet 0.01": (QUASI | CROSS, {"num-sites": 5, **SPLITS["Dirichlet 0.01"]}),
+    "sharpness, ring of 10, 1 class each": (QUASI | CROSS, {"num-sites": 10, **SPLITS["1 class each"]}),
+    "sharpness, torus of 16, Dirichlet 0.1": (QUASI, {"num-sites": 16, "topology": "torus", **SPLITS["Dirichlet 0.1"]}),
+}
+
+
+def mean_model(run: Run) -> dict[str, Tensor]:
+    """Of all peers."""
+    models = list(run.models.values())
+    return {name: torch.stack([model[name] for model in models]).mean(0) for name in models[0]}
+
+
+def largest_eigenvalue(run: Run, steps: int = 15) -> float:
+    """Of the Hessian of the training loss at the mean model, by power iteration."""
+    config = run.config
+    classes = tuple(str(name) for name in run.sites.columns[4:])
+    parts = [site_data(config, Place(site, config.num_sites, ""), classes, None).train for site in range(config.num_sites)]
+    each = 2000 // len(parts)
+    inputs, labels = prepare(torch.cat([part.x[:each] for part in parts])), torch.cat([part.y[:each] for part in parts])
+    network = build(config.model, tuple(inputs.shape[1:]), len(classes), config.norm, 0)
+    names, at = zip(*mean_model(run).items(), strict=True)
+
+    def gradient(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def loss(values: tuple[Tensor, ...]) -> Tensor:
+            return F.cross_entropy(functional_call(network, dict(zip(names, values, strict=True)), (inputs,)), labels)
+
+        found: tuple[Tensor, ...] = grad(loss)(parameters)
+        return found
+
+    generator = torch.Generator().manual_seed(1)
+    v = tuple(torch.randn(value.shape, generator=generator) for value in at)
+    size = 0.0
+    for _ in range(steps):
+        norm = torch.sqrt(sum((part**2).sum() for part in v))  # type: ignore[arg-type]
+        v = tuple(part / norm for part in v)
+        product = jvp(gradient, (at,), (v,))[1]
+        size = float(sum((a * b).sum() for a, b in zip(v, product, strict=True)))
+        v = product
+    return size
+
+
+def measure(comparison: Comparison, target: float) -> pd.DataFrame:
+    """A row a method and seed."""
+    rows = []
+    for name, runs in comparison.runs.items():
+        for run in runs:
+            table, trained = run.history, run.metrics.query("metric == 'consensus-distance'")
+            reached = table.loc[table["accuracy"] >= target, "round"]
+            last = table.iloc[-1]
+            rows.append(
+                {
+                    "method": name,
+                    "accuracy": last["accuracy"],
+                    "worst": last["accuracy-worst"],
+                    "of the mean": last["accuracy-of-mean"],
+                    "distance": trained["value"].iloc[-1],
+                    "iterations": reached.iloc[0] if len(reached) else np.nan,
+                    "lambda": largest_eigenvalue(run),
+                    "MB": last["megabytes"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def report(measured: pd.DataFrame, target: float) -> str:
+    """A line a method."""
+    groups = measured.groupby("method", sort=False)
+    mean, error = groups.mean(), groups.sem()
+    reached = groups["iterations"].count()
+    lines = []
+    for name in mean.index:
+        shown = [f"{key} {mean.loc[name, key]:.3f} ± {error.loc[name, key]:.3f}" for key in ("accuracy", "worst", "of the mean")]
+        shown.append(f"distance {mean.loc[name, 'distance']:.2f}")
+        shown.append(f"{target:g} after {mean.loc[name, 'iterations']:.0f} ({reached[name]})")
+        shown.append(f"lambda {mean.loc[name, 'lambda']:.0f} ± {error.loc[name, 'lambda']:.0f}")
+        shown.append(f"{mean.loc[name, 'MB']:.0f} MB")
+        lines.append(f"  {name:<18}" + "   ".join(shown))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print experiment after experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("path")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--only", default="", help="experiments whose name holds this, such as 'torus'")
+    arguments = parser.parse_args()
+    for name, (methods, what) in EXPERIMENTS.items():
+        if arguments.only not in name:
+            continue
+        comparison = compare(
+            methods,
+            engine="batched",
+            seeds=arguments.seeds,
+            processes=arguments.processes,
+            progress=False,
+            data=DATA_SETS[arguments.data],
+            data_path=arguments.path,
+            epochs=arguments.epochs,
+            **COMMON,
+            **what,
+        )
+        target = TARGETS[arguments.data]
+        print(f"{arguments.data}, {name}\n{report(measure(comparison, target), target)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -390,7 +390,7 @@ def take_step(message: Message, context: Context) -> Message:
         shift = None
         if config.sam_radius and config.cross_perturbation == "owner-of-model":
             with peer.luck():
-                own = peer.gradient(peer.state.x, peer.next_batch(), sharp=False)[1]
+                own = peer.desk.plain(peer.state.x, peer.next_batch(), track=False)[1]  # weight decay does not perturb
             shift = perturbed(peer.state.x, own, config.sam_radius) - peer.state.x
             peer.keep(shift=shift)
         offered = peer.offer(shift)

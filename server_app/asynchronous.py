@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from server_app.census import Federation, RunError
-from server_app.exchange import LONGEST_WAIT_S, TOO_LATE, Mailbox, clock_of
+from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Moment, Report, numbers
 from server_app.results import History, Progress
 from strategies.asynchronous.rule import ServerRule, Update
@@ -23,10 +23,6 @@ from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
 from strategies.config import Config
 from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
-
-# Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
-# not connected, a ClientApp that stopped. Other errors would come again at once.
-GONE = (TOO_LATE, 3, 5, 8)
 
 
 class _Flight(NamedTuple):

@@ -9,6 +9,9 @@ from flwr.serverapp import Grid
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
+# Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
+# not connected, a ClientApp that stopped. Other errors would come again at once.
+GONE = (TOO_LATE, 3, 5, 8)
 
 
 @runtime_checkable

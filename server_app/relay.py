@@ -18,7 +18,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from server_app.census import Federation, RunError
-from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of
+from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Moment, Report, numbers
 from server_app.results import History, Progress
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
@@ -37,6 +37,7 @@ class _Seat:
         step: of the next message.
         joined: from this step on others wait for what it offers.
         away: whether nobody waits for it.
+        failed: whether it is away since it answered with something that cannot be used, and will again.
         again: it is called again when the front of the run is there.
         failures: since it last answered.
     """
@@ -44,6 +45,7 @@ class _Seat:
     step: int = 0
     joined: int = 0
     away: bool = False
+    failed: bool = False
     again: int = 0
     failures: int = 0
 
@@ -202,14 +204,14 @@ class Relay:
         self._flying.discard(peer)
         seat = self._seats[peer]
         if not self._report.received(self._nodes[peer], reply, None, step):
-            self._lose(peer)
+            self._lose(peer, failed=not reply.has_error() or reply.error.code not in GONE)
             return
         for refusal in config_of(reply).get("refused", ()):  # type: ignore[union-attr]
             log(WARNING, "step %d: site %d refuses what came from %s", step, peer, refusal)
         for j in self._hears(step, peer):
             for taken in [s for s in self._links[j, peer] if s < step]:
                 del self._links[j, peer][taken]
-        seat.failures = 0
+        seat.failures, seat.failed = 0, False
         if seat.away:  # back: it goes on where the others are
             seat.away = False
             front = max((other.step for number, other in self._present().items() if number != peer), default=step + 1)
@@ -240,9 +242,9 @@ class Relay:
         if "test-examples" in metrics:
             self._tested(peer, self._exchange_of(step) + 1, metrics)
 
-    def _lose(self, peer: int) -> None:
+    def _lose(self, peer: int, *, failed: bool = False) -> None:
         seat = self._seats[peer]
-        seat.away = True
+        seat.away, seat.failed = True, failed
         # Who fails again and again is called ever less often.
         seat.failures += 1
         seat.again = max(other.step for other in self._seats.values()) + min(1 << (seat.failures - 1), 64)
@@ -257,8 +259,10 @@ class Relay:
         now = self._clock.now()
         self._too_few_since = now if self._too_few_since is None else self._too_few_since
         left = self._too_few_since + self._config.timeout_s - now
-        if left <= 0:
-            raise RunError(f"{there} peers go on after timeout-s = {self._config.timeout_s:g}, min-sites = {self._least}: stopped")
+        hope = sum(not seat.failed for seat in self._seats.values()) >= self._least
+        if left <= 0 or not hope:
+            when = f"after timeout-s = {self._config.timeout_s:g}" if hope else "and no others will"
+            raise RunError(f"{there} peers go on {when}, min-sites = {self._least}: stopped")
         if not self._mailbox:
             for seat in self._seats.values():  # nobody moves the front: call them again
                 seat.again = 0

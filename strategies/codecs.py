@@ -72,9 +72,10 @@ def rounded(dtype: torch.dtype) -> Codec:
     largest = torch.finfo(dtype).max
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
-        return {"values": vector.clamp(-largest, largest).to(dtype)}
+        # As integers of the same bits: numpy, which writes Flower's arrays, knows no bfloat16.
+        return {"values": vector.clamp(-largest, largest).to(dtype).view(torch.int16)}
 
-    return Codec(encode, lambda payload: payload["values"].float())
+    return Codec(encode, lambda payload: payload["values"].view(dtype).float())
 
 
 def qsgd(sizes: Sequence[int], bits: int) -> Codec:

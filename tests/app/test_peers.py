@@ -1,0 +1,465 @@
+"""Peers: the real ServerApp and ClientApp over the relay, the batched engine beside it, and everything that can go wrong."""
+
+import ast
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from matplotlib.image import imread
+
+from client_app import peer as peer_module
+from client_app import site as site_module
+from client_app.app import app as client_app
+from server_app import relay as relay_module
+from server_app.app import run as run_server
+from server_app.census import RunError
+from server_app.results import History
+from simulation.grid import VirtualGrid
+from simulation.laboratory import Run, configuration, simulate
+from simulation.world import World
+from strategies.config import PEERS, SHARP, ConfigError
+from strategies.records import arrays_of, config_of, unpack
+from strategies.topology import TopologyError
+from tests.conftest import RunApp
+
+SMALL: dict[str, Any] = {"num_sites": 4, "epochs": 4, "model": "mlp", "lr": 0.05, "momentum": 0.5, "progress": False}
+SEALED: dict[str, Any] = {"sealing": "trust-on-first-use"}
+
+
+def run(world: World | None = None, engine: str = "app", **changes: Any) -> Run:
+    if changes.get("strategy") in (*SHARP, "n-saddle") and "sam_radius" not in changes:
+        changes["sam_radius"] = 0.05
+    return simulate(**(SMALL | changes), world=world, engine=engine)
+
+
+@pytest.mark.parametrize("strategy", PEERS)
+def test_every_strategy_of_peers_learns_by_its_name(strategy: str) -> None:
+    found = run(strategy=strategy, epochs=30, batch_size=64, local_steps=3 if strategy == "dfedsam" else 1, lr=0.1)
+    assert found.finished
+    assert found.history["accuracy"].iloc[-1] > 0.75
+    assert set(found.models) == {"model-0", "model-1", "model-2", "model-3"}
+    together = found.metrics.query("split == 'consensus'").set_index("metric")["value"]
+    assert together["accuracy-of-mean"] > 0.75
+    assert together["consensus-distance"] > 0
+
+
+ALIKE: list[dict[str, Any]] = [
+    {"strategy": "d-psgd"},
+    {"strategy": "cdsgd", "topology": "star"},
+    {"strategy": "cdmsgd", "nesterov": True, "lazy": True},
+    {"strategy": "dsgdm", "partition": "sizes", "local_steps": 2},
+    {"strategy": "dmsgd", "topology": "path", "momentum_form": "velocity"},
+    {"strategy": "dmsgd", "topology": "torus", "num_sites": 9, "momentum_consensus_weight": 1.0, "averaging_rate": 0.7},
+    {"strategy": "qgm", "topology": "one-peer-exponential", "clip_norm": 0.5},
+    {"strategy": "q-saddle", "topology": "exponential", "partition": "dirichlet"},
+    {"strategy": "q-saddle", "codec": "random-k", "codec_share": 0.3, "error_feedback": "choco", "averaging_rate": 0.4},
+    {"strategy": "q-saddle", "codec": "random-k", "error_feedback": "deep-squeeze", "averaging_rate": 0.2},
+    {"strategy": "gradient-tracking"},
+    {"strategy": "dfedsam", "local_steps": 3},
+    {"strategy": "ngm"},
+    {"strategy": "ngm", "cross_gradients": "model", "weight_decay": 0.01},
+    {"strategy": "n-saddle", "topology": "complete", "weight_decay": 0.01},
+    {"strategy": "n-saddle", "cross_perturbation": "none"},
+    {"strategy": "n-saddle", "cross_perturbation": "none", "cross_gradients": "model"},
+    {"strategy": "n-saddle", "cross_perturbation": "owner-of-model"},
+    {"strategy": "n-saddle", "codec": "random-k", "codec_share": 0.5, "error_feedback": "choco", "averaging_rate": 0.5},
+    {"strategy": "d-psgd", "model": "cnn", "augment": "flip-crop"},
+]
+
+
+@pytest.mark.parametrize("changes", ALIKE, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_batched_engine_is_the_relay_step_for_step(changes: dict[str, Any]) -> None:
+    relay, batched = (run(engine=engine, epochs=3, **changes) for engine in ("app", "batched"))
+    assert relay.models.keys() == batched.models.keys()
+    for name, model in relay.models.items():
+        for key, value in model.items():
+            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-6)
+    assert list(relay.history["round"]) == list(batched.history["round"])
+    np.testing.assert_allclose(relay.history["accuracy"], batched.history["accuracy"], atol=1e-9)
+    # The relay's messages hold more than payloads: headers, metrics, what sites are told.
+    assert 1 < relay.history["megabytes"].iloc[-1] / batched.history["megabytes"].iloc[-1] < 1.3
+    distance = batched.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]
+    assert relay.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1] == pytest.approx(distance, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("codec", ["qsgd", "sign", "top-k", "fp16", "bf16"])
+def test_codecs_that_jump_are_close_in_both_engines(codec: str) -> None:
+    """A rounding error of one engine can move a number to the next level, by far more than itself, but seldom."""
+    changes: dict[str, Any] = {"strategy": "q-saddle", "codec": codec, "error_feedback": "choco", "averaging_rate": 0.5, "epochs": 2}
+    relay, batched = (run(engine=engine, **changes) for engine in ("app", "batched"))
+    for name, model in relay.models.items():
+        for key, value in model.items():
+            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=5e-3)
+
+
+def test_sealing_changes_no_number_and_keeps_models_from_the_server() -> None:
+    changes: dict[str, Any] = {"strategy": "q-saddle", "codec": "qsgd", "error_feedback": "choco", "averaging_rate": 0.5}
+    open_, sealed = run(**changes), run(**changes, **SEALED)
+    assert list(open_.history["accuracy"]) == list(sealed.history["accuracy"])
+    assert sealed.models == {}
+    assert sealed.metrics.query("split == 'consensus'").empty
+    ngm = run(strategy="ngm", cross_codec="sign", **SEALED)
+    assert list(ngm.history["accuracy"]) == list(run(strategy="ngm", cross_codec="sign").history["accuracy"])
+
+
+def test_same_seed_same_history_and_seeds_differ() -> None:
+    one, two, other = run(strategy="dmsgd"), run(strategy="dmsgd"), run(strategy="dmsgd", seed=2)
+    assert one.metrics.equals(two.metrics)
+    assert not one.metrics.equals(other.metrics)
+
+
+def test_state_survives_the_process() -> None:
+    """Everything a site keeps in memory is dropped before each message: only ``context.state`` remains."""
+
+    def forget(number: int, message: Message, reply: Message) -> Message:
+        for cached in (site_module.workplace, site_module.site_data, peer_module.order_of):
+            cached.cache_clear()
+        return reply
+
+    for changes in ({"strategy": "dmsgd"}, {"strategy": "qgm", "codec": "qsgd", "error_feedback": "choco", "averaging_rate": 0.5}):
+        _, history = watched(forget, **changes, epochs=1)
+        assert (
+            history.metrics.query("metric == 'accuracy'")["value"].tolist()
+            == run(**changes, epochs=1).metrics.query("metric == 'accuracy'")["value"].tolist()
+        )
+
+
+Tamper = Callable[[int, Message, Message], Message | None]
+
+
+def watched(tamper: Tamper | None, world: World | None = None, **changes: Any) -> tuple[VirtualGrid, History]:
+    """A run whose messages ``tamper`` sees."""
+    if changes.get("strategy") in SHARP:
+        changes = {"sam_radius": 0.05} | changes
+    settings = {key: value for key, value in (SMALL | changes).items() if key != "progress"}
+    config = configuration(**settings)
+    history = History(config)
+    grid = VirtualGrid(client_app, (world or World()).sites(config.num_sites, config.seed), config.kebab(), tamper)
+    run_server(grid, config, history)
+    return grid, history
+
+
+def test_relay_does_no_arithmetic_on_payloads() -> None:
+    """It knows neither torch nor numpy, and what it delivers is, byte for byte, what was offered."""
+    source = ast.parse(Path(relay_module.__file__).read_text())
+    imported = {
+        alias.name if isinstance(node, ast.Import) else str(node.module)
+        for node in ast.walk(source)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not any(name.split(".")[0] in ("torch", "numpy") for name in imported)
+    assert not {"unpack", "pack", "arrays"} & {
+        alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    offered: set[bytes] = set()
+    delivered: list[bytes] = []
+
+    def look(number: int, message: Message, reply: Message) -> Message:
+        for name, record in message.content.items():
+            if name.startswith("from-"):
+                assert isinstance(record, ArrayRecord)
+                delivered.extend(array.data for array in record.values())
+        if not reply.has_error():
+            offered.update(array.data for array in arrays_of(reply).values())
+        return reply
+
+    watched(look, strategy="ngm", epochs=1)
+    assert len(delivered) > 100
+    assert set(delivered) <= offered
+
+
+def test_a_message_a_peer_and_exchange_and_two_with_neighbourhood_gradients() -> None:
+    kinds: list[str] = []
+
+    def count(number: int, message: Message, reply: Message) -> Message:
+        kinds.append(message.metadata.message_type)
+        return reply
+
+    watched(count, strategy="dmsgd", epochs=2)  # 4 sites, 12 batches an epoch
+    assert kinds.count("train.peer") == 4 * (24 + 1)
+    kinds.clear()
+    watched(count, strategy="ngm", epochs=2)
+    assert kinds.count("train.cross") == 4 * 24
+    assert kinds.count("train.peer") == 4 * (24 + 1)
+
+
+def test_neighbours_need_not_wait_for_those_far_away() -> None:
+    """On a path the last peer is slow: when it has taken its first steps, the first one is some steps ahead, not one."""
+    steps: dict[int, int] = {}
+    ahead: list[int] = []
+
+    def look(number: int, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train.peer":
+            steps[number] = int(config_of(message)["server-round"])  # type: ignore[arg-type]
+            ahead.append(steps[number] - min(steps.values()))
+        return reply
+
+    world = World(samples_per_s=[1000, 1000, 1000, 1000, 1000, 10])
+    watched(look, world, strategy="d-psgd", num_sites=6, topology="path", epochs=2)
+    assert max(ahead) == 4  # the last but one takes the same step; then one more for each link
+
+
+def accuracy(found: Run, site: int) -> list[float]:
+    rows = found.metrics.query("metric == 'accuracy' and split == 'test'")
+    return [float(value) for value in rows[rows["site"] == str(site)]["value"]]
+
+
+@pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "n-saddle"])
+def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
+    found = run(World(samples_per_s=100, offline={2: [(6.0, math.inf)]}), strategy=strategy, epochs=12)
+    assert found.finished
+    assert len(accuracy(found, 2)) < len(accuracy(found, 0)) == 12
+    assert found.history["accuracy"].iloc[-1] > 0.6
+    assert "model-2" not in found.models
+    assert len(found.models) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "dmsgd"},
+        {"strategy": "n-saddle"},
+        {"strategy": "q-saddle", "codec": "qsgd", "error_feedback": "choco", "averaging_rate": 0.5, **SEALED},
+    ],
+    ids=["dmsgd", "n-saddle", "choco, sealed"],
+)
+def test_peer_that_comes_back_rejoins_with_its_state(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    found = run(World(samples_per_s=100, offline={2: [(6.0, 80.0)]}), epochs=24, **changes)
+    assert found.finished
+    assert "site 2 is back" in caplog.text
+    assert "refuses" not in caplog.text
+    own = accuracy(found, 2)
+    assert len(own) < 24  # it missed tests
+    assert own[-1] > 0.7
+    assert len(accuracy(found, 0)) == 24
+    if "sealing" not in changes:
+        distance = found.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]
+        assert distance < 0.5
+
+
+def test_peer_that_fails_every_time_costs_the_others_little(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+
+    def fail(number: int, message: Message, reply: Message) -> Message:
+        if number == 1 and message.metadata.message_type == "train.peer":
+            reply.content.metric_records["metrics"]["num-examples"] = 0
+        return reply
+
+    _, history = watched(fail, strategy="d-psgd", epochs=6)
+    assert history.metrics.query("site == '1' and metric == 'accuracy'").empty
+    assert len(history.metrics.query("site == '0' and metric == 'accuracy'")) == 6
+    assert caplog.text.count("site 1 (site 1) is left out") < 12  # it is called ever less often
+
+
+def test_peers_that_all_fail_stop_the_run_at_once() -> None:
+    def fail(number: int, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train.peer":
+            reply.content.metric_records["metrics"]["num-examples"] = 0
+        return reply
+
+    with pytest.raises(RunError, match="and no others will, min-sites = 2: stopped"):
+        watched(fail, strategy="d-psgd")
+
+
+def test_too_few_peers_stop_the_run_after_the_timeout() -> None:
+    dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in (0, 1, 2)})
+    with pytest.raises(RunError, match="1 peers go on after timeout-s = 50, min-sites = 2: stopped"):
+        run(dead, strategy="dmsgd", epochs=30, timeout_s=50.0)
+
+
+def test_silent_neighbours_weight_goes_to_the_peer_itself() -> None:
+    """Peer 1 is never heard: on a path of three, the other two go on as if they were alone."""
+
+    def mute(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number == 1 and message.metadata.message_type == "train.peer" else reply
+
+    _, history = watched(mute, strategy="d-psgd", num_sites=3, topology="path", epochs=2, timeout_s=30.0)
+    both = history.models
+    _, alone = watched(mute, strategy="d-psgd", num_sites=3, topology="path", epochs=2, timeout_s=30.0, averaging_rate=0.001)
+    for name in ("model-0", "model-2"):
+        for key, value in both[name].items():
+            torch.testing.assert_close(value, alone.models[name][key])
+
+
+def spoil(what: str) -> Tamper:
+    """Something wrong with what peer 1 offers, or with how the relay delivers it."""
+    seen: dict[str, Array] = {}
+
+    def tamper(number: int, message: Message, reply: Message) -> Message:
+        arrays = reply.content.get("arrays") if not reply.has_error() else None
+        if number != 1 or message.metadata.message_type != "train.peer" or not isinstance(arrays, ArrayRecord):
+            return reply
+        for name in [name for name in arrays if name.endswith(("values", "sealed"))]:
+            data = bytearray(arrays[name].data)
+            match what:
+                case "bit":
+                    data[-1] ^= 1
+                case "nan":
+                    data[-4:] = np.float32(math.nan).tobytes()
+                case "replay":
+                    data = bytearray(seen.setdefault(name, arrays[name]).data)
+                case "short":
+                    arrays[name] = Array(unpack(arrays[name])[:10].numpy())
+                    continue
+            arrays[name] = Array(arrays[name].dtype, arrays[name].shape, arrays[name].stype, bytes(data))
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("what", "settings", "message"),
+    [
+        ("bit", SEALED, "refuses what came from site 1: step 0 was changed on the way"),
+        ("replay", SEALED, "refuses what came from site 1: step 1 was changed on the way"),
+        ("nan", {}, "refuses what came from site 1: "),
+        ("short", {}, r"refuses what came from site 1: a vector is of shape \(10,\)"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(
+    what: str, settings: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    import re
+
+    logging.getLogger("flwr").propagate = True
+    _, history = watched(spoil(what), strategy="d-psgd", epochs=2, **settings)
+    assert re.search(message, caplog.text)
+    assert "site 0 refuses what came from site 1" in caplog.text
+    assert "site 2 refuses what came from site 1" in caplog.text
+    assert "refuses what came from site 3" not in caplog.text
+    assert history.metrics.query("metric == 'accuracy'")["value"].notna().all()
+
+
+def test_payload_delivered_twice_is_refused() -> None:
+    """A relay that turned bad: it delivers the payload of a step again under the same, valid, header."""
+    delivered: list[ArrayRecord] = []
+    refused: list[str] = []
+
+    class Replaying(VirtualGrid):
+        def _send(self, message: Message) -> str:
+            record = message.content.get("from-1")
+            if isinstance(record, ArrayRecord):
+                delivered.append(record)
+                message.content["from-1"] = delivered[0]
+            return super()._send(message)
+
+    def look(number: int, message: Message, reply: Message) -> Message:
+        if not reply.has_error():
+            told: Any = config_of(reply).get("refused", ())
+            refused.extend(told)
+        return reply
+
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="d-psgd", **SEALED)
+    grid = Replaying(client_app, World().sites(4, 1), config.kebab(), look)
+    run_server(grid, config, History(config))
+    assert "site 1: step 0 came before" in refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "dmsgd", "topology": "torus"}, "num-sites = 4 is no product of two numbers"),
+        ({"strategy": "dmsgd", "topology": "star", "mixing": "uniform"}, "not doubly stochastic"),
+        ({"strategy": "dmsgd", "topology": "edges", "edges": "/nowhere"}, "edges = '/nowhere'"),
+    ],
+)
+def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[str, Any], message: str) -> None:
+    class Silent(VirtualGrid):
+        def _send(self, message: Message) -> str:
+            raise AssertionError("a message was sent")
+
+    config = configuration(**{key: value for key, value in (SMALL | changes).items() if key != "progress"})
+    with pytest.raises(TopologyError, match=message):
+        run_server(Silent(client_app, World().sites(4, 1), config.kebab()), config, History(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "q-saddle", "sam_radius": 0.0}, "sam-radius = 0.0: q-saddle is sharpness-aware; above 0"),
+        ({"strategy": "dmsgd", "num_sites": 1, "min_sites": 1}, "num-sites = 1: dmsgd needs peers to exchange with; at least 2"),
+        ({"strategy": "dmsgd", "codec": "top-k"}, "error-feedback = 'none': codec = 'top-k' loses what it leaves out"),
+        ({"strategy": "gradient-tracking", "codec": "qsgd"}, "codec = 'qsgd': gradient-tracking cannot take it"),
+        ({"strategy": "ngm", "local_steps": 2}, "local-steps = 2: ngm exchanges gradients of every batch; allowed: 1"),
+        (
+            {"strategy": "qgm", "codec": "qsgd", "error_feedback": "choco", "topology": "one-peer-exponential"},
+            "error-feedback = 'choco': neighbours change",
+        ),
+        ({"strategy": "dmsgd", "optimizer": "adamw"}, "optimizer = 'adamw': dmsgd brings its own momentum"),
+        (
+            {"strategy": "n-saddle", "sam_radius": 0.05, "cross_perturbation": "owner-of-model", "codec": "fp16"},
+            "cross-perturbation = 'owner-of-model'",
+        ),
+        ({"strategy": "dmsgd", "codec_bits": 3}, "codec-bits = 3: must be 2, 4, 8 or 16"),
+        ({"strategy": "dmsgd", "topology": "circle"}, "topology = 'circle': must be 'ring'"),
+    ],
+)
+def test_what_does_not_go_together_is_an_error_that_names_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(**changes)
+
+
+def test_engine_of_the_laboratory_is_checked() -> None:
+    with pytest.raises(ConfigError, match="engine = 'batched': runs peers"):
+        run(strategy="fedavg", engine="batched")
+    with pytest.raises(ConfigError, match="engine = 'batched': knows no world"):
+        run(World(), strategy="dmsgd", engine="batched")
+    with pytest.raises(ConfigError, match="engine = 'ray': allowed: 'app', 'batched'"):
+        run(strategy="dmsgd", engine="ray")
+    with pytest.raises(ConfigError, match=r"norm = 'batch': engine = 'batched' takes no BatchNorm"):
+        run(strategy="dmsgd", engine="batched", model="resnet20", data="tests.equivalence.test_averaging:few")
+
+
+def test_batch_norm_statistics_are_averaged_with_the_models() -> None:
+    found = run(strategy="dmsgd", model="resnet20", data="tests.equivalence.test_averaging:few", num_sites=2, epochs=1)
+    means = [model["stem.1.running_mean"] for model in found.models.values()]
+    assert not torch.equal(means[0], torch.zeros(16))
+    torch.testing.assert_close(means[0], means[1])  # two peers with weights 1/2 agree after each exchange
+
+
+def test_results_show_the_graph_the_worst_peer_and_every_link(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_app(strategy="dmsgd", num_sites=4, topology="path", epochs=2, draw=True)
+    assert imread(found.folder / "topology.png").shape[0] > 200
+    assert not (found.folder / "schedule.png").exists()
+    assert {file.name for file in found.folder.glob("model*")} == {f"model-{site}.safetensors" for site in range(4)}
+    printed = capsys.readouterr().out
+    assert "exchange    24 | epoch 2/2 | lr" in printed
+    assert "worst 0." in printed
+    assert "apart " in printed
+    assert "dmsgd after 24 exchanges" in printed
+    assert "the mean of all models: accuracy" in printed
+    links = found.metrics.query("split == 'links'")
+    assert {(row.site, row.metric) for row in links.itertuples()} == {
+        ("0", "bytes-to-1"),
+        ("1", "bytes-to-0"),
+        ("1", "bytes-to-2"),
+        ("2", "bytes-to-1"),
+        ("2", "bytes-to-3"),
+        ("3", "bytes-to-2"),
+    }
+    parameters = sum(value.numel() for value in Run.load(found.folder).models["model-0"].values())
+    # 24 exchanges of model and momentum, 128 bytes of a header each.
+    assert set(links["value"]) == {24 * 2 * (4 * parameters + 128)}
+    assert found.trace("accuracy-worst")[-1] <= found.trace("accuracy")[-1] <= found.trace("accuracy-best")[-1]
+
+
+def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", **SEALED)
+    grid = VirtualGrid(client_app, World().sites(4, 1), config.kebab())
+    for number, context in enumerate(grid._contexts.values()):
+        context.node_config["save"] = str(tmp_path / f"site-{number}" / "model.safetensors")
+    run_server(grid, config, History(config))
+    models = [load_file(tmp_path / f"site-{number}" / "model.safetensors") for number in range(4)]
+    expected = run(strategy="dmsgd").models
+    for number, model in enumerate(models):
+        assert all(torch.equal(model[name], value) for name, value in expected[f"model-{number}"].items())

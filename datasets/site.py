@@ -77,11 +77,17 @@ def deal(
     if official is not None:
         tests = np.array_split(generator.permutation(official), num_sites)
         return [Split(pool[part], test) for part, test in zip(parts, tests, strict=True)]
-    return [_split(pool[part], test_fraction, generator) for part in parts]
+    splits = [_split(pool[part], test_fraction, generator) for part in parts]
+    if test_part == "pooled":
+        together = generator.permutation(np.concatenate([split.test for split in splits]))
+        splits = [Split(split.train, test) for split, test in zip(splits, np.array_split(together, num_sites), strict=True)]
+    return splits
 
 
 def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
     """The split of a real site, which holds nothing but its own examples."""
+    if test_part == "pooled":
+        raise ValueError("test-part = 'pooled': sites do not share their test parts outside a simulation; allowed: 'own', 'official'")
     pool, official = _candidates(examples, test_part)
     if len(pool) < FEWEST:
         raise ValueError(f"{len(pool)} examples are too few: one is needed to train on and one to test on")

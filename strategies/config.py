@@ -173,7 +173,7 @@ class Config(BaseModel):
     classes_per_site: Positive
     size_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     iid_fraction: Annotated[float, Field(ge=0, le=1)]
-    test_part: Literal["own", "official"]
+    test_part: Literal["own", "pooled", "official"]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     augment: Literal["none", "flip-crop"]
 

@@ -94,3 +94,20 @@ def test_relabel_counts_in_the_list_of_all_sites() -> None:
     assert relabel(data, ["cat", "dog"]) is data
     with pytest.raises(ValueError, match="classes dog of this site are not among the run's: cat"):
         relabel(data, ["cat"])
+
+
+def test_pooled_test_parts_are_dealt_out_evenly_and_nothing_is_trained_on() -> None:
+    data = examples(test=False)
+    arguments = ARGUMENTS | {"kind": "classes", "classes_per_site": 1}
+    own_parts, pooled = (deal(data, 5, np.random.default_rng(1), **arguments, test_part=part) for part in ("own", "pooled"))
+    for before, after in zip(own_parts, pooled, strict=True):
+        assert np.array_equal(before.train, after.train)
+    tests = [np.concatenate([split.test for split in splits]) for splits in (own_parts, pooled)]
+    assert np.array_equal(np.sort(tests[0]), np.sort(tests[1]))
+    assert abs(len(pooled[0].test) - len(pooled[1].test)) <= 1
+    assert not np.array_equal(tests[0], tests[1])
+
+
+def test_a_real_site_cannot_pool_its_test_part() -> None:
+    with pytest.raises(ValueError, match="test-part = 'pooled': sites do not share"):
+        own(examples(test=False), np.random.default_rng(1), test_part="pooled", test_fraction=0.2)

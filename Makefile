@@ -1,7 +1,7 @@
 # make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='lr=0.1 seed=2' other values
 # make test   the tests; make check: linters and types; make fix: mend what the linter can; make bench: the benchmarks
 # make notebook   Jupyter on notebooks/
-# make stop   end the SuperLink that Flower leaves running for the next `make run`
+# make stop   end the SuperLink that stays for the next `make run`
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -17,7 +17,8 @@ GPU_SHARE ?= $(shell awk 'BEGIN { share = $(GPUS) / $(SITES); print (share > 1 ?
 # for packages there first, and an older checkout's SuperLink would run the older checkout's programs.
 export PATH := $(BIN):$(PATH)
 export FLWR_HOME := $(CURDIR)/.flwr
-export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT := $(shell printf '%s' '$(CURDIR)' | cksum | awk '{ print 20000 + $$1 % 20000 }')
+PORT ?= $(shell printf '%s' '$(CURDIR)' | cksum | awk '{ print 20000 + $$1 % 20000 }')
+export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT := $(PORT)
 export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 # Python keeps its compiled modules, whatever the environment says: torch alone takes 20 seconds to compile.
@@ -34,8 +35,14 @@ export PYTHONDONTWRITEBYTECODE :=
 	.venv/bin/python -m uv sync --quiet --group dev --python .venv/bin/python
 	@touch $@
 
+# The SuperLink that `flwr run` would start by itself makes a copy of the environment for each run, which costs half a minute; deleting
+# it takes more than the five seconds that Flower waits at the end of a run on a slow disk, and the run is then called failed.
 run: .venv/installed
 	@mkdir -p $(FLWR_HOME)
+	@cd $(FLWR_HOME) && there() { python -c 'import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)' 2>/dev/null; }; \
+	there || { nohup flower-superlink --insecure --simulation --host 127.0.0.1 --port $(PORT) --disable-runtime-dependency-installation \
+		--database state.db --log-file superlink.log >/dev/null 2>&1 & \
+	for try in $$(seq 120); do there && break; sleep 0.5; done; }
 	@# Flower takes a file or pairs of key and value, not both: the file becomes pairs.
 	cd $(FLWR_HOME) && flwr run $(CURDIR) --stream \
 		$(if $(CONF),--run-config "$$(sed '/^#/d; s/ *= */=/' $(abspath $(CONF)))") \
@@ -63,5 +70,5 @@ bench: .venv/installed
 	python -m benchmarks.aggregation && python -m benchmarks.local_training && python -m benchmarks.engine && python -m benchmarks.asynchronous
 
 stop:
-	-pkill -f "[f]lower-superlink.*--port $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)"
-	-pkill -f "$(FLWR_HOME)/[r]untime-envs"  # Ray, where a run was going on
+	-pkill -f "[f]lower-superlink.*--port $(PORT)"
+	-pkill -f "$(CURDIR)/.venv/.*/[r]ay/"  # where a run was going on

@@ -26,7 +26,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = [f"FLWR_HOME={home}", f"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT={port}"]
+    settings = [f"FLWR_HOME={home}", f"PORT={port}"]
     clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -67,7 +67,7 @@ notebook: .venv/installed
 	python -m uv pip install --quiet jupyterlab && jupyter lab notebooks/compare_strategies.ipynb
 
 bench: .venv/installed
-	python -m benchmarks.aggregation && python -m benchmarks.local_training && python -m benchmarks.engine && python -m benchmarks.asynchronous
+	python -m benchmarks.aggregation && python -m benchmarks.local_training && python -m benchmarks.engine && python -m benchmarks.asynchronous && python -m benchmarks.peers
 
 stop:
 	-pkill -f "[f]lower-superlink.*--port $(PORT)"

@@ -341,7 +341,7 @@ class Peer:
 
     def _hand_over(self, content: RecordDict) -> None:
         """The finished model: to the server if it may have it, and into the file that the site names."""
-        if self.told["collect"]:
+        if self.told["collect"] and self.config.sealing == "off":  # the site's own word, whatever the server says
             content["model"] = pack({X: self.state.x, STATS: self.stats})
         if "save" in self._context.node_config:
             path = Path(str(self._context.node_config["save"]))

@@ -21,7 +21,7 @@ from datasets import sources
 from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
 from models.flat import FlatModel
 from models.networks import build
-from strategies.config import Config
+from strategies.config import Config, ConfigError
 from strategies.randomness import derive
 from strategies.records import config_of
 
@@ -71,8 +71,17 @@ class Workplace(NamedTuple):
 
 
 def config_of_site(context: Context) -> Config:
-    """The run configuration, checked once."""
-    return _checked(frozenset(context.run_config.items()))
+    """The run configuration, checked once.
+
+    Raises:
+        ConfigError: it is wrong, or would have a site that holds keys for sealing show its models.
+    """
+    config = _checked(frozenset(context.run_config.items()))
+    if "peer-keys" in context.node_config and config.sealing != "keys":
+        raise ConfigError(
+            f"sealing = {config.sealing!r}: this site has peer-keys and takes part in sealed runs only; allowed: 'keys'"
+        )
+    return config
 
 
 @lru_cache(maxsize=4)

@@ -87,7 +87,9 @@ def deal(
 def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
     """The split of a real site, which holds nothing but its own examples."""
     if test_part == "pooled":
-        raise ValueError("test-part = 'pooled': sites do not share their test parts outside a simulation; allowed: 'own', 'official'")
+        raise ValueError(
+            "test-part = 'pooled': sites do not share their test parts outside a simulation; allowed: 'own', 'official'"
+        )
     pool, official = _candidates(examples, test_part)
     if len(pool) < FEWEST:
         raise ValueError(f"{len(pool)} examples are too few: one is needed to train on and one to test on")

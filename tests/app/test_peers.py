@@ -463,3 +463,54 @@ def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> No
     expected = run(strategy="dmsgd").models
     for number, model in enumerate(models):
         assert all(torch.equal(model[name], value) for name, value in expected[f"model-{number}"].items())
+
+
+def test_site_with_keys_takes_part_in_sealed_runs_only() -> None:
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd")
+    grid = VirtualGrid(client_app, World().sites(4, 1), config.kebab())
+    for context in grid._contexts.values():
+        context.node_config["peer-keys"] = "/etc/archipelago/peers.toml"
+    with pytest.raises(RunError, match="sealing = 'off': this site has peer-keys and takes part in sealed runs only"):
+        run_server(grid, config, History(config))
+
+
+def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
+    class Curious(VirtualGrid):
+        def _send(self, message: Message) -> str:
+            told = config_of(message)
+            if "collect" in told:
+                told["collect"] = True
+            return super()._send(message)
+
+    handed: list[str] = []
+
+    def look(number: int, message: Message, reply: Message) -> Message:
+        if not reply.has_error():
+            handed.extend(reply.content)
+        return reply
+
+    for sealing, expected in (("off", True), ("trust-on-first-use", False)):
+        handed.clear()
+        config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", sealing=sealing)
+        run_server(Curious(client_app, World().sites(4, 1), config.kebab(), look), config, History(config))
+        assert ("model" in handed) is expected
+
+
+def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
+    from base64 import b64encode
+
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    private = [X25519PrivateKey.generate() for _ in range(4)]
+    listed = [f'{number} = "{b64encode(key.public_key().public_bytes_raw()).decode()}"' for number, key in enumerate(private)]
+    (tmp_path / "peers.toml").write_text("\n".join(listed))
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", sealing="keys")
+    history = History(config)
+    grid = VirtualGrid(client_app, World().sites(4, 1), config.kebab())
+    for number, context in enumerate(grid._contexts.values()):
+        (tmp_path / f"{number}.key").write_bytes(b64encode(private[number].private_bytes_raw()))
+        context.node_config |= {"private-key": str(tmp_path / f"{number}.key"), "peer-keys": str(tmp_path / "peers.toml")}
+    run_server(grid, config, history)
+    assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(
+        run(strategy="dmsgd").history["accuracy"]
+    )

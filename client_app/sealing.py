@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from flwr.app import ConfigRecord, Context
 
 NONCE = 12
+FIRST = bytes(NONCE)  # a content key is used once, so its nonce need not be another one each time
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
 
 
@@ -65,8 +66,7 @@ class Keyring:
             SealError: no public key of a reader is known.
         """
         content = AESGCM.generate_key(256)
-        nonce = os.urandom(NONCE)
-        sealed = nonce + AESGCM(content).encrypt(nonce, data, header.bytes())
+        sealed = AESGCM(content).encrypt(FIRST, data, header.bytes())
         wrapped = {}
         for reader in readers:
             nonce = os.urandom(NONCE)
@@ -81,7 +81,7 @@ class Keyring:
         """
         try:
             content = self._shared(header.sender).decrypt(wrapped[:NONCE], wrapped[NONCE:], header.bytes(self._number))
-            return AESGCM(content).decrypt(sealed[:NONCE], sealed[NONCE:], header.bytes())
+            return AESGCM(content).decrypt(FIRST, sealed, header.bytes())
         except InvalidTag:
             raise SealError(
                 f"step {header.step} was changed on the way, or is not for this site, step or run, or its key is another one"

@@ -506,7 +506,7 @@ def test_identity_matrix_is_the_own_sharpness_aware_gradient() -> None:
 @pytest.mark.parametrize("name", ["identity", "top-k", "qsgd", "sign", "random-k"])
 def test_what_was_sent_and_what_is_remembered_is_what_was_wanted(name: str) -> None:
     """Deep-Squeeze, over 20 rounds; so nothing is lost for ever."""
-    way = channel(codec(name, (1, 1), bits=4, share=0.5), "deep-squeeze")
+    way = channel(codec(name, (2,), bits=4, share=0.5), "deep-squeeze")
     _, sent, wanted = compressed(ALGORITHMS["dpsgd"], way, 20, 0.3)
     torch.testing.assert_close(sent, wanted)
 

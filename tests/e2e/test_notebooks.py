@@ -28,7 +28,7 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
 
 def test_strategies_are_compared_from_top_to_bottom() -> None:
     notebook = execute_notebook("compare_strategies.ipynb")
-    assert pictures(notebook) == 4
+    assert pictures(notebook) == 6
     # Committed with its outputs: who reads it without running it sees as many pictures.
     committed = nbformat.read(Path(ROOT / "notebooks" / "compare_strategies.ipynb"), as_version=4)
-    assert pictures(committed) == 4
+    assert pictures(committed) == 6

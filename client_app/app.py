@@ -17,6 +17,7 @@ from client_app.site import Place, config_of_site, device_of, dice, name_of, ope
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
+from strategies.config import PEERS
 from strategies.randomness import derive
 from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, pack, unpack
 from strategies.schedules import decay, progress
@@ -82,6 +83,8 @@ def _vectors(message: Message) -> dict[str, Tensor]:
 def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
     config, place, data, desk = open_site(message, context)
+    if config.strategy in PEERS:
+        raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
     vectors = _vectors(message)
     told = config_of(message)
     round_number = int(told["server-round"])  # type: ignore[arg-type]
@@ -146,7 +149,9 @@ def cross(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test the model in the message, or the mean prediction of several, on this site's test part."""
-    _, _, data, desk = open_site(message, context)
+    config, _, data, desk = open_site(message, context)
+    if config.strategy in PEERS and config.sealing != "off":
+        raise ValueError(f"sealing = {config.sealing!r}: a sealed peer tests no model but its own")
     vectors = _vectors(message)
     xs = vectors[X].reshape(-1, desk.model.x.numel())
     result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)

@@ -36,13 +36,20 @@ from strategies.records import (
     unpack,
     unpack_bytes,
 )
-from strategies.registry import peer_algorithm
+from strategies.registry import peer_algorithm, peer_topology
 from strategies.schedules import decay
+from strategies.topology import Topology
 
 PEER = "peer"  # the records in the context's state
 OFFER, TO, FROM = "offer", "to-", "from-"  # what a step offers to all neighbours, or to one; what came
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 SHIFT = "shift"  # in an offer: how far a model is perturbed by its owner
+
+
+@lru_cache(maxsize=4)
+def topology_of(config: Config) -> Topology:
+    """Who exchanges with whom."""
+    return peer_topology(config)
 
 
 class Refused(ValueError):
@@ -89,11 +96,40 @@ class Peer:
         self._cross_way = channel(cross, "none" if config.cross_codec == "identity" else "deep-squeeze")
         # With these, neighbours have exactly what was offered, and nothing more needs to be remembered.
         self._plain = config.codec == "identity" and config.error_feedback == "none"
+        self.sealed = config.sealing != "off"
         self._recall()
+        self._numbers["step"] = self.step
+        self.broken: list[int] = []
+        self.fresh = False
         self.stats = self._tensors.get(STATS, self.desk.stats)
         model.load(self.state.x, self.stats)
+        self.neighbours = self._graph()
+
+    def _graph(self) -> dict[int, float]:
+        """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
+        if self.config.topology != "edges":
+            two_steps = self.config.strategy in CROSS and self.config.cross_gradients == "data"
+            return topology_of(self.config).neighbours((self.step - 1) // (1 + two_steps), self.number) if self.step else {}
         told: Any = self.told
-        self.neighbours: dict[int, float] = dict(zip(told["neighbours"], told["weights"], strict=True))
+        found = dict(zip(told["neighbours"], told["weights"], strict=True))
+        if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
+            raise ValueError(f"the server tells the weights {found}: above 0 and at most 1 in all is expected")
+        return found
+
+    def _listeners(self, name: str) -> list[int]:
+        """Who may read what is offered under ``name``."""
+        told: Any = [name.removeprefix(TO)] if name.startswith(TO) else self.told["listeners"]
+        readers = list(map(int, told))
+        if self.config.topology == "edges":
+            return readers
+        found = topology_of(self.config)
+        known = {
+            i
+            for each in range(len(found.matrices))
+            for i in range(self.config.num_sites)
+            if self.number in found.neighbours(each, i)
+        }
+        return [reader for reader in readers if reader in known]
 
     # What is remembered: tensors and numbers by name, in two records.
 
@@ -110,7 +146,9 @@ class Peer:
             self._numbers |= {"batches": 0, "fresh": 1}
         else:
             self.state = type(fresh)(*(known.get(f"state-{k}", part.new_empty(0)) for k, part in enumerate(fresh)))
-            if self.told.get("rejoin") and self.config.error_feedback == "choco":
+            if self.step < int(self._numbers.get("step", 0)) or (self.sealed and self.step == int(self._numbers["step"])):
+                raise ValueError(f"step {self.step} comes again")  # a sealed step has one content only
+            if (self.told.get("rejoin") or self.told.get("fresh")) and self.config.error_feedback == "choco":
                 # Neighbours may not have what was sent last: both sides start their copies anew.
                 self._tensors = {name: value for name, value in known.items() if not name.startswith("memory-")}
                 self._numbers["fresh"] = 1
@@ -134,20 +172,28 @@ class Peer:
                 number, _, part = name.partition("/")
                 steps.setdefault(int(number), {})[part] = array
             for step in sorted(steps):
+                last = int(self._numbers.get(f"last-{sender}", -1))
+                if step == last and self.told.get("rejoin") and self.config.error_feedback != "choco":
+                    continue  # the answer to it was lost
                 try:
-                    if step <= int(self._numbers.get(f"last-{sender}", -1)):
+                    if step <= last:
                         raise Refused(f"step {step} came before")
                     payload = self._opened(steps[step], sealing.Header(self._context.run_id, sender, step, kind))
-                except (Refused, sealing.SealError) as error:
-                    self.refused.append(f"site {sender}: {error}")
-                except Exception as error:  # whatever is wrong with bytes that a stranger may have made
-                    self.refused.append(f"site {sender}: cannot be read: {type(error).__name__}: {error}")
+                except Exception as error:
+                    self._refuse(sender, error)
                 else:
                     self._numbers[f"last-{sender}"] = step
                     yield sender, step, payload
 
+    def _refuse(self, sender: int, error: Exception) -> None:
+        """Whatever is wrong with numbers that a stranger may have made costs that neighbour its place in this exchange."""
+        known = isinstance(error, Refused | sealing.SealError)
+        self.refused.append(f"site {sender}: {error if known else f'cannot be read: {type(error).__name__}: {error}'}")
+        if self.config.error_feedback == "choco":
+            self.broken.append(sender)
+
     def _opened(self, arrays: dict[str, Array], header: sealing.Header) -> Payload:
-        if self.config.sealing == "off":
+        if not self.sealed:
             return {name: unpack(array).to(self._device) for name, array in arrays.items()}
         missing = {SEALED, KEY} - set(arrays)
         if missing:
@@ -162,30 +208,30 @@ class Peer:
         """Of each neighbour that sent it: its vectors, its statistics, and by how much it perturbs its model."""
         found: dict[int, tuple[Vectors, Tensor, Tensor]] = {}
         like = self._algorithm.outgoing(self.state)
-        hats: dict[int, list[Tensor]] = {}
-        choco = self.config.error_feedback == "choco"
-        for sender, _, payload in self.received("model"):
-            if sender not in hats or "fresh" in payload:
-                known = [self._tensors.get(f"hat-{sender}-{k}") for k in range(len(like))]
-                hats[sender] = [
-                    torch.zeros_like(v) if hat is None or "fresh" in payload else hat for hat, v in zip(known, like, strict=True)
-                ]
+        for sender, step, payload in self.received("model"):
             try:
-                hats[sender] = [self._way.decode(_part(payload, f"{k}."), hat) for k, hat in enumerate(hats[sender])]
-                stats = payload.get(STATS, self.stats)
-                shift = payload.get(SHIFT, like[0].new_zeros(1))
-                for vector, expected in (*((hat, v) for hat, v in zip(hats[sender], like, strict=True)), (stats, self.stats)):
-                    if vector.shape != expected.shape:
-                        raise Refused(f"a vector is of shape {tuple(vector.shape)}, {tuple(expected.shape)} is expected")
+                before = [torch.zeros_like(vector) for vector in like]
+                if self.config.error_feedback == "choco" and "fresh" not in payload:
+                    if int(payload["after"]) != int(self._numbers.get(f"hat-{sender}", -1)):
+                        raise Refused(f"step {step} goes on from a step that is missing here")
+                    before = [self._tensors[f"hat-{sender}-{k}"] for k in range(len(like))]
+                vectors = tuple(self._way.decode(_part(payload, f"{k}."), hat) for k, hat in enumerate(before))
+                stats, shift = payload.get(STATS, self.stats), payload.get(SHIFT, like[0].new_zeros(1))
+                expected = (*like, self.stats, like[0] if SHIFT in payload else shift)
+                for vector, wanted in zip((*vectors, stats, shift), expected, strict=True):
+                    if vector.shape != wanted.shape or vector.dtype != wanted.dtype:
+                        got, asked = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (vector, wanted))
+                        raise Refused(f"a vector is {got}, {asked} is expected")
                     if vector.numel() and (reason := refusal(vector)):
                         raise Refused(reason)
-            except (Refused, KeyError, RuntimeError, ValueError) as error:
-                self.refused.append(f"site {sender}: {error}")
+            except Exception as error:
+                self._refuse(sender, error)
                 found.pop(sender, None)
                 continue
-            found[sender] = tuple(hats[sender]), stats, shift
-            if choco:
-                self._tensors |= {f"hat-{sender}-{k}": hat for k, hat in enumerate(hats[sender])}
+            found[sender] = vectors, stats, shift
+            if self.config.error_feedback == "choco":
+                self._numbers[f"hat-{sender}"] = step
+                self._tensors |= {f"hat-{sender}-{k}": hat for k, hat in enumerate(vectors)}
         return found
 
     def weighted(self, own: Tensor, theirs: dict[int, Tensor]) -> Tensor:
@@ -277,8 +323,11 @@ class Peer:
             payload[STATS] = self.stats
         if shift is not None:
             payload[SHIFT] = shift
-        if self._numbers.pop("fresh", 0) and self.config.error_feedback == "choco":
-            payload["fresh"] = torch.ones(1, dtype=torch.uint8)
+        if self.config.error_feedback == "choco":
+            self.fresh = bool(self._numbers.pop("fresh", 0))
+            after = int(self._numbers.get("offered", -1))
+            payload["fresh" if self.fresh else "after"] = torch.tensor([after])  # a chain: nobody goes on from a wrong copy
+            self._numbers["offered"] = self.step
         return {OFFER: payload}
 
     def offer_gradients(self, gradients: dict[int, Tensor]) -> dict[str, Payload]:
@@ -299,9 +348,14 @@ class Peer:
         """Of each neighbour that sent it: its gradient at this peer's model."""
         found = {}
         for sender, _, payload in self.received("gradient"):
-            gradient = self._cross_way.decode(payload, self.state.x)
-            if gradient.shape != self.state.x.shape or refusal(gradient):
-                self.refused.append(f"site {sender}: {refusal(gradient) or tuple(gradient.shape)}")
+            try:
+                gradient = self._cross_way.decode(payload, self.state.x)
+                if gradient.shape != self.state.x.shape or gradient.dtype != self.state.x.dtype:
+                    raise Refused(f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)}")
+                if reason := refusal(gradient):
+                    raise Refused(reason)
+            except Exception as error:
+                self._refuse(sender, error)
             else:
                 found[sender] = gradient
         return found
@@ -318,13 +372,12 @@ class Peer:
         """Remember everything, seal what is offered, answer."""
         arrays: dict[str, Array] = {}
         for name, payload in offered.items():
-            if self.config.sealing == "off":
+            if not self.sealed:
                 arrays |= {f"{name}/{part}": array for part, array in pack(payload).items()}
                 continue
-            listeners: Any = [name.removeprefix(TO)] if name.startswith(TO) else self.told["listeners"]
             header = sealing.Header(self._context.run_id, self.number, self.step, kind)
             data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
-            sealed, keys = self._keys().seal(data, map(int, listeners), header)
+            sealed, keys = self._keys().seal(data, self._listeners(name), header)
             arrays[f"{name}/{SEALED}"] = pack_bytes(sealed)
             arrays |= {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
         self._remember()
@@ -332,7 +385,7 @@ class Peer:
             {
                 ARRAYS: ArrayRecord(arrays),
                 METRICS: MetricRecord({"num-examples": len(self.data.train.y), **metrics}),
-                CONFIG: ConfigRecord({"refused": self.refused}),
+                CONFIG: ConfigRecord({"refused": self.refused, "broken": self.broken, "fresh": self.fresh}),
             }
         )
         if self.told.get("last"):
@@ -341,7 +394,7 @@ class Peer:
 
     def _hand_over(self, content: RecordDict) -> None:
         """The finished model: to the server if it may have it, and into the file that the site names."""
-        if self.told["collect"] and self.config.sealing == "off":  # the site's own word, whatever the server says
+        if self.config.collect_models and not self.sealed:
             content["model"] = pack({X: self.state.x, STATS: self.stats})
         if "save" in self._context.node_config:
             path = Path(str(self._context.node_config["save"]))

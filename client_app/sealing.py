@@ -119,10 +119,13 @@ def keyring(context: Context, sealing: str, number: int, told: Mapping[str, obje
     if sealing == "keys":
         return _from_files(context, number)
     record = _own(context)
+    pinned = any(name.startswith("key-") for name in record)
     for name, value in told.items():
         if name.startswith("key-"):
-            if name in record and record[name] != value:
+            if record.get(name, value) != value:
                 raise SealError(f"site {name.removeprefix('key-')} has another public key than at first: refused")
+            if name not in record and pinned:
+                raise SealError(f"site {name.removeprefix('key-')} has a public key, and had none at first: refused")
             record[name] = value  # type: ignore[assignment]
     known = {int(name.removeprefix("key-")): bytes(value) for name, value in record.items() if name.startswith("key-")}  # type: ignore[arg-type]
     return Keyring(number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known)  # type: ignore[arg-type]
@@ -140,6 +143,8 @@ def _from_files(context: Context, number: int) -> Keyring:
         private = X25519PrivateKey.from_private_bytes(b64decode(Path(str(node["private-key"])).read_text()))
         listed = tomllib.loads(Path(str(node[KEYS])).read_text())
         public = {int(site): b64decode(str(key)) for site, key in listed.items()}
+        if wrong := [site for site, key in public.items() if len(key) != 32]:
+            raise ValueError(f"the key of site {wrong[0]} is no X25519 public key of 32 bytes in base64")
     except (OSError, ValueError) as error:
         raise SealError(f"private-key = {node['private-key']!r}, peer-keys = {node[KEYS]!r}: {error}") from None
     return Keyring(number, private, public)

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from models.flat import FlatModel
 from models.networks import build
 from server_app.asynchronous import Asynchronous
-from server_app.census import take_census
+from server_app.census import RunError, take_census
 from server_app.consensus import conclude
 from server_app.relay import Relay
 from server_app.results import Folder, History
@@ -40,6 +40,8 @@ def run(grid: Grid, config: Config, history: History) -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     topology = peer_topology(config) if config.strategy in PEERS else None  # one that cannot be stops the run here
     federation = take_census(grid, config)
+    if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
+        raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
     model = FlatModel(build(config.model, federation.shape, len(federation.classes), config.norm, derive(config.seed, "model")))

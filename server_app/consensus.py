@@ -50,7 +50,10 @@ def conclude(
         for site in federation.sites
         if site.number in models
     ]
-    answers = [reply for _, reply in exchange(grid, messages, config.timeout_s) if not reply.has_error()]
+    for message in messages:
+        report.sent(message)
+    replies = exchange(grid, messages, config.timeout_s)
+    answers = [reply for node, reply in replies if report.received(node, reply, None, exchanges)]
     if answers:
         tested = numbers(weighted_metrics([RecordDict({METRICS: metrics_of(reply)}) for reply in answers], NUM_EXAMPLES))
         found |= {f"{name}-of-mean": value for name, value in tested.items() if name in ("accuracy", "loss")}

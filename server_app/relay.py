@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from server_app.census import Federation, RunError
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
-from server_app.report import Moment, Report, numbers
+from server_app.report import Moment, Report, numbers, unusable
 from server_app.results import History, Progress
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
 from strategies.config import CROSS, Config
@@ -40,6 +40,7 @@ class _Seat:
         failed: whether it is away since it answered with something that cannot be used, and will again.
         again: it is called again when the front of the run is there.
         failures: since it last answered.
+        reason: why it is away.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class _Seat:
     failed: bool = False
     again: int = 0
     failures: int = 0
+    reason: str = ""
 
 
 @dataclass
@@ -85,6 +87,11 @@ class Relay:
         self._flying: set[int] = set()
         # What was offered on a link and not yet delivered: by sender and reader, the arrays of each step.
         self._links: dict[tuple[int, int], dict[int, dict[str, Array]]] = defaultdict(dict)
+        # What a message under way delivers, and links on which a difference is missing (CHOCO): nothing more goes over such a link
+        # until its sender starts anew.
+        self._given: dict[int, list[tuple[int, int]]] = {}
+        self._stale: set[tuple[int, int]] = set()
+        self._choco = config.error_feedback == "choco"
         self._two_steps = config.strategy in CROSS and config.cross_gradients == "data"
         an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / len(federation.sites)
         self.exchanges = self._exchanges = max(1, round(config.epochs * an_epoch / config.local_steps))
@@ -156,8 +163,8 @@ class Relay:
                 if self._two_steps and seat.step % 2 == 0 and seat.step:
                     seat.step += 1 if seat.step < self._last else -1
                 calls.append(self._call(peer, rejoin=True))
-            elif self._nodes[peer] not in connected:
-                self._lose(peer)
+            elif seat.step <= self._last and self._nodes[peer] not in connected:
+                self._lose(peer, "not connected")
             elif seat.step <= self._last and self._ready(peer, seat.step):
                 calls.append(self._call(peer, rejoin=False))
         self._mailbox.send(calls)
@@ -174,23 +181,29 @@ class Relay:
             "weights": list(heard.values()),
             "test": not self._is_cross(step) and (last or (step > 0 and (exchange_number + 1) % self._every == 0)),
             "last": last,
-            "collect": self._config.collect_models and self._config.sealing == "off",
             "rejoin": rejoin,
+            "fresh": any(sender == peer and not self._seats[reader].away for sender, reader in self._stale),
             # A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
             "cycle-from": min(1.0, (exchange_number + (0 if step and self._config.strategy in CROSS else 1)) / self._exchanges),
         }
         if self._config.sealing != "off":
-            told["listeners"] = [reader for reader in self._nodes if peer in self._hears(step + 1, reader)]
+            # Who comes back may be heard later than in the next exchange.
+            exchanges = range(len(self._topology.matrices)) if rejoin else [self._exchange_of(step + 1)]
+            told["listeners"] = [
+                reader for reader in self._nodes if any(peer in self._topology.neighbours(each, reader) for each in exchanges)
+            ]
         if self._config.sealing == "trust-on-first-use":
             told |= {f"key-{site.number}": site.key for site in self._federation.sites if site.number != peer}
         records: dict[str, Any] = {CONFIG: ConfigRecord(told)}
         for j in heard:
-            waiting = self._links[j, peer]
-            if self._config.error_feedback == "choco":  # differences must all arrive
+            # On a step of one kind, payloads of the other one are of no use.
+            waiting = {s: arrays for s, arrays in self._links[j, peer].items() if not self._two_steps or (step - s) % 2}
+            if self._choco:  # differences must all arrive
                 steps = [s for s in waiting if s < step]
             else:  # of anything else the newest is enough; who comes back may find an older one
                 steps = [max(waiting)] if rejoin and waiting else [s for s in waiting if s == step - 1]
             if steps:
+                self._given.setdefault(peer, []).extend((j, s) for s in steps)
                 arrays = {name: array for s in steps for name, array in waiting[s].items()}
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
                 self._links_bytes[j, peer] += sum(len(array.data) for array in arrays.values())
@@ -203,20 +216,27 @@ class Relay:
         """A peer took its step, or did not."""
         self._flying.discard(peer)
         seat = self._seats[peer]
-        if not self._report.received(self._nodes[peer], reply, None, step):
-            self._lose(peer, failed=not reply.has_error() or reply.error.code not in GONE)
+        given = self._given.pop(peer, [])
+        if not self._report.received(self._nodes[peer], reply, None, step, "exchange"):
+            self._lose(peer, unusable(reply, None) or "", failed=not reply.has_error() or reply.error.code not in GONE)
             return
-        for refusal in config_of(reply).get("refused", ()):  # type: ignore[union-attr]
+        told: Any = config_of(reply)
+        for refusal in told.get("refused", ()):
             log(WARNING, "step %d: site %d refuses what came from %s", step, peer, refusal)
-        for j in self._hears(step, peer):
-            for taken in [s for s in self._links[j, peer] if s < step]:
-                del self._links[j, peer][taken]
+        for j, s in given:
+            self._links[j, peer].pop(s, None)
+        self._stale |= {(j, peer) for j in told.get("broken", ())}
+        if told.get("fresh"):
+            self._stale -= {(peer, reader) for reader in self._present()}
+            for reader in self._nodes:
+                self._links[peer, reader].clear()
         seat.failures, seat.failed = 0, False
         if seat.away:  # back: it goes on where the others are
             seat.away = False
             front = max((other.step for number, other in self._present().items() if number != peer), default=step + 1)
             front = max(front, step + 1)
-            seat.step = front + ((front - step - 1) % 2 if self._two_steps else 0)
+            front += (front - step - 1) % 2 if self._two_steps else 0
+            seat.step = front if step == self._last else min(front, self._last)  # nobody leaves out the last step
             seat.joined = seat.step - 1
             log(WARNING, "step %d: site %d is back", step, peer)
         else:
@@ -227,24 +247,38 @@ class Relay:
                 continue
             own, all_ = f"{TO}{reader}/", f"{OFFER}/"
             parts = {f"{step}/{name.partition('/')[2]}": array for name, array in arrays.items() if name.startswith((own, all_))}
-            if not parts:
+            if not parts or (peer, reader) in self._stale:
                 continue
             self._links[peer, reader][seat.step - 1] = parts
-            if self._config.error_feedback != "choco":  # a reader that is away finds the newest
+            if not self._choco:  # a reader that is away finds the newest
                 for old in [s for s in self._links[peer, reader] if s < seat.step - 2]:
                     del self._links[peer, reader][old]
         metrics = numbers(metrics_of(reply))
-        for name, value in metrics.items():
-            if name not in (NUM_EXAMPLES, "samples") and not name.startswith("test-"):
-                self._train[peer][name].append(value)
+        if "disagreement" in metrics:  # before it trained on
+            self._train[peer]["disagreement"].append(metrics["disagreement"])
+        if self._config.strategy in CROSS:
+            self._trained(peer, metrics)
         if isinstance(model := reply.content.get("model"), ArrayRecord):
             self._models[peer] = model
         if "test-examples" in metrics:
             self._tested(peer, self._exchange_of(step) + 1, metrics)
+        if self._config.strategy not in CROSS:  # what it trained after it tested
+            self._trained(peer, metrics)
 
-    def _lose(self, peer: int, *, failed: bool = False) -> None:
+    def _trained(self, peer: int, metrics: Mapping[str, float]) -> None:
+        for name in ("loss", "lr-first", "lr-last"):
+            if name in metrics:
+                self._train[peer][name].append(metrics[name])
+
+    def _lose(self, peer: int, reason: str, *, failed: bool = False) -> None:
         seat = self._seats[peer]
-        seat.away, seat.failed = True, failed
+        seat.away, seat.failed, seat.reason = True, failed, reason
+        self._given.pop(peer, None)
+        if self._choco:  # it will miss differences, and may have missed these
+            for sender, reader in list(self._links):
+                if reader == peer:
+                    self._links[sender, peer].clear()
+                    self._stale.add((sender, peer))
         # Who fails again and again is called ever less often.
         seat.failures += 1
         seat.again = max(other.step for other in self._seats.values()) + min(1 << (seat.failures - 1), 64)
@@ -262,7 +296,8 @@ class Relay:
         hope = sum(not seat.failed for seat in self._seats.values()) >= self._least
         if left <= 0 or not hope:
             when = f"after timeout-s = {self._config.timeout_s:g}" if hope else "and no others will"
-            raise RunError(f"{there} peers go on {when}, min-sites = {self._least}: stopped")
+            away = {f"site {peer}: {seat.reason}" for peer, seat in self._seats.items() if seat.away}
+            raise RunError(f"{there} peers go on {when}, min-sites = {self._least}: stopped. {'; '.join(sorted(away))}")
         if not self._mailbox:
             for seat in self._seats.values():  # nobody moves the front: call them again
                 seat.again = 0
@@ -275,7 +310,9 @@ class Relay:
             NUM_EXAMPLES: metrics["test-examples"],
             **{name.removeprefix("test-"): value for name, value in metrics.items() if name in ("test-accuracy", "test-loss")},
         }
-        test.train[peer] = {name: sum(values) / len(values) for name, values in self._train.pop(peer, {}).items()}
+        trained = self._train.pop(peer, {})
+        test.train[peer] = {name: sum(values) / len(values) for name, values in trained.items()}
+        test.train[peer] |= {name: trained[name][place] for name, place in (("lr-first", 0), ("lr-last", -1)) if name in trained}
         self._write_tests()
 
     def _write_tests(self, *, finished: bool = False) -> None:

@@ -57,7 +57,9 @@ class Report:
         up, down = self._traffic[message.metadata.dst_node_id]
         self._traffic[message.metadata.dst_node_id] = up, down + num_bytes(message)
 
-    def received(self, node: int, reply: Message, sizes: Mapping[str, int] | None, round_number: int) -> bool:
+    def received(
+        self, node: int, reply: Message, sizes: Mapping[str, int] | None, round_number: int, phase: str | None = None
+    ) -> bool:
         """A reply is there: whether it can be used. If not, a warning names the site and the reason.
 
         Args:
@@ -65,12 +67,13 @@ class Report:
             reply: the reply.
             sizes: length of each vector that a model must hold; None where no model is expected.
             round_number: of the warning.
+            phase: what the site is left out of; by default the test where no model is expected, else the training.
         """
         up, down = self._traffic[node]
         self._traffic[node] = up + num_bytes(reply), down
         reason = unusable(reply, sizes)
         if reason:
-            site, phase = self._sites[node], "test" if sizes is None else "training"
+            site, phase = self._sites[node], phase or ("test" if sizes is None else "training")
             when = f"{self._unit} {round_number}"
             log(WARNING, "%s: %s (site %d) is left out of the %s: %s", when, site.name, site.number, phase, reason)
         return not reason

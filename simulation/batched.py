@@ -161,21 +161,26 @@ class Peers:
 
     def _cross(self, number: int, received: Tensor, mixing: Tensor) -> Tensor:
         config, batch = self._config, self._batch()
+        seen: list[bool] = []
 
         def pair(x: Tensor, owner: Tensor) -> Tensor:
             value, gradient = self._gradient(x, (batch[0][owner], batch[1][owner], batch[2][owner]))
-            if len(self._losses) <= number:  # the first pass: at the models themselves
+            if not seen:  # the first pass: at the models themselves
+                seen.append(True)
                 own = torch.zeros(self._n, dtype=value.dtype, device=value.device).index_add_(0, owner, value)
                 self._losses.append(own / torch.bincount(owner, minlength=self._n))
             return gradient
 
         def carry(gradients: Tensor, owner: Tensor, model: Tensor) -> Tensor:
+            own = (owner == model)[:, None]
+            gradients = self._regular(gradients, torch.where(own, self.state.x[model], received[model]))
+            if config.cross_gradients == "model":
+                return gradients  # they stay where they were taken
             arrived = []
-            for gradient, sender, reader in zip(gradients, owner.tolist(), model.tolist(), strict=True):
+            for wanted, sender, reader in zip(gradients, owner.tolist(), model.tolist(), strict=True):
                 if sender == reader:
-                    arrived.append(self._regular(gradient[None], self.state.x[reader][None])[0])
+                    arrived.append(wanted)
                     continue
-                wanted = self._regular(gradient[None], received[reader][None])[0]
                 if self._cross_way is None:
                     arrived.append(wanted)
                     count = 4 * wanted.numel()
@@ -190,8 +195,7 @@ class Peers:
                 self._traffic[reader, 1] += count
             return torch.stack(arrived)
 
-        data = config.cross_gradients == "data"
-        found = cross_gradients(
+        return cross_gradients(
             pair,
             self.state.x,
             received,
@@ -199,9 +203,8 @@ class Peers:
             variant=config.cross_gradients,
             rho=config.sam_radius,
             perturbation=config.cross_perturbation,
-            carry=carry if data else None,
+            carry=carry,
         )
-        return found if data else self._regular(found, mixing.to(received) @ received)
 
     # Exchanges.
 
@@ -243,13 +246,15 @@ class Peers:
         for x, data in zip(self.state.x, self._data, strict=True):
             own.append(training.evaluate(self._desk.predict, model, x[None], none, data.test))
             of_mean.append(training.evaluate(self._desk.predict, model, mean[None], none, data.test))
-        losses = torch.stack(self._losses[-self._every :]).mean(0) if self._losses else torch.full((self._n,), torch.nan)
+        losses = torch.stack(self._losses).mean(0)
+        self._losses.clear()
         epochs = config.epochs / self.exchanges
-        lr = config.lr * decay(config.lr_shape, config.lr_ratio, (number - 1) / self.exchanges)
+        since = (number - 1) // self._every * self._every  # the first exchange after the last test
+        first, last = (config.lr * decay(config.lr_shape, config.lr_ratio, each / self.exchanges) for each in (since, number - 1))
         train = {
             "loss": float(losses.mean()),
-            "lr-first": lr,
-            "lr-last": lr,
+            "lr-first": first,
+            "lr-last": last,
             "local-epochs": min(number, self._every) * epochs,
             "consensus-distance": consensus_distance(self.state.x),
         }

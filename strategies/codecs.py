@@ -187,4 +187,8 @@ def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _scatter(values: Tensor, places: Tensor, d: int) -> Tensor:
+    if (
+        places.numel() and not 0 <= int(places.min()) <= int(places.max()) < d
+    ):  # a neighbour's numbers; a GPU would stop the process
+        raise ValueError(f"places from {int(places.min())} to {int(places.max())} in a vector of {d}")
     return values.new_zeros(d).index_put_((places,), values)

@@ -41,6 +41,11 @@ class Topology(NamedTuple):
         """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
         return _heard(self.matrices)[exchange % len(self.matrices)][peer]
 
+    def parts(self, peers: set[int]) -> list[list[int]]:
+        """The parts that these peers fall into when the others are not there; none where they hang together."""
+        found = [sorted(part) for part in nx.connected_components(nx.Graph(self.graph).subgraph(peers))]
+        return sorted(found) if len(found) > 1 else []
+
 
 @lru_cache(maxsize=4)
 def _heard(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
@@ -242,7 +247,7 @@ def check(matrices: list[Tensor], name: str) -> None:
     for matrix in matrices:
         for kind, sums in (("row", matrix.sum(1)), ("column", matrix.sum(0))):
             worst = int((sums - 1).abs().argmax())
-            if abs(float(sums[worst]) - 1) > TOLERANCE:
+            if not abs(float(sums[worst]) - 1) <= TOLERANCE:  # so that NaN is refused too
                 raise TopologyError(
                     f"topology = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to "
                     f"{float(sums[worst]):.6g}; mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"

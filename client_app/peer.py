@@ -27,8 +27,11 @@ from strategies.randomness import derive
 from strategies.records import (
     ARRAYS,
     CONFIG,
+    FROM,
     METRICS,
+    OFFER,
     STATS,
+    TO,
     X,
     config_of,
     pack,
@@ -41,7 +44,6 @@ from strategies.schedules import decay
 from strategies.topology import Topology
 
 PEER = "peer"  # the records in the context's state
-OFFER, TO, FROM = "offer", "to-", "from-"  # what a step offers to all neighbours, or to one; what came
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 SHIFT = "shift"  # in an offer: how far a model is perturbed by its owner
 
@@ -108,8 +110,8 @@ class Peer:
     def _graph(self) -> dict[int, float]:
         """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
         if self.config.topology != "edges":
-            two_steps = self.config.strategy in CROSS and self.config.cross_gradients == "data"
-            return topology_of(self.config).neighbours((self.step - 1) // (1 + two_steps), self.number) if self.step else {}
+            exchange_number = (self.step - 1) // (2 if self.config.two_steps else 1)
+            return topology_of(self.config).neighbours(exchange_number, self.number) if self.step else {}
         told: Any = self.told
         found = dict(zip(told["neighbours"], told["weights"], strict=True))
         if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
@@ -414,7 +416,7 @@ def take_step(message: Message, context: Context) -> Message:
     metrics: dict[str, float | int] = {}
     samples = 0
     passes = 2 if config.sam_radius else 1
-    if peer.step and crossing and config.cross_gradients == "data":
+    if peer.step and config.two_steps:
         found = peer.gradients()
         own = peer.kept("own-gradient")
         peer.descend(peer.weighted(own, found))

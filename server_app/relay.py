@@ -23,10 +23,8 @@ from server_app.report import Moment, Report, numbers, unusable
 from server_app.results import History, Progress
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
 from strategies.config import CROSS, Config
-from strategies.records import CONFIG, METRICS, arrays_of, config_of, metrics_of
+from strategies.records import CONFIG, FROM, METRICS, OFFER, TO, arrays_of, config_of, metrics_of
 from strategies.topology import Topology
-
-OFFER, TO, FROM = "offer", "to-", "from-"
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Relay:
     def __init__(self, grid: Grid, topology: Topology, federation: Federation, config: Config, history: History) -> None:
         self._grid, self._topology, self._config, self._history = grid, topology, config, history
         self._federation, self._clock = federation, clock_of(grid)
-        self.report = self._report = Report(federation, history, self._clock, "step")
+        self.report = Report(federation, history, self._clock, "step")
         self._mailbox = Mailbox(grid, config.timeout_s)
         self._nodes = {site.number: site.node for site in federation.sites}
         self._numbers = {site.node: site.number for site in federation.sites}
@@ -92,11 +90,11 @@ class Relay:
         self._given: dict[int, list[tuple[int, int]]] = {}
         self._stale: set[tuple[int, int]] = set()
         self._choco = config.error_feedback == "choco"
-        self._two_steps = config.strategy in CROSS and config.cross_gradients == "data"
+        self._two_steps = config.two_steps
         an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / len(federation.sites)
-        self.exchanges = self._exchanges = max(1, round(config.epochs * an_epoch / config.local_steps))
+        self.exchanges = max(1, round(config.epochs * an_epoch / config.local_steps))
         self._every = config.evaluate_every or max(1, round(an_epoch / config.local_steps))
-        self._last = self._exchanges * (2 if self._two_steps else 1)  # the last step
+        self._last = self.exchanges * (2 if self._two_steps else 1)  # the last step
         self._least = min(config.min_sites, len(self._nodes))
         self._tests: dict[int, _Test] = {}
         self._train: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -120,7 +118,7 @@ class Relay:
                 self._answered(self._numbers[message.metadata.dst_node_id], int(config_of(message)["server-round"]), reply)  # type: ignore[arg-type]
         self._write_tests(finished=True)
         for (sender, reader), count in sorted(self._links_bytes.items()):
-            self._report.write(self._exchanges, "links", {self._nodes[sender]: {f"bytes-to-{reader}": float(count)}}, None)
+            self.report.write(self.exchanges, "links", {self._nodes[sender]: {f"bytes-to-{reader}": float(count)}}, None)
         return self._models
 
     def _present(self) -> dict[int, _Seat]:
@@ -184,7 +182,7 @@ class Relay:
             "rejoin": rejoin,
             "fresh": any(sender == peer and not self._seats[reader].away for sender, reader in self._stale),
             # A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
-            "cycle-from": min(1.0, (exchange_number + (0 if step and self._config.strategy in CROSS else 1)) / self._exchanges),
+            "cycle-from": min(1.0, (exchange_number + (0 if step and self._config.strategy in CROSS else 1)) / self.exchanges),
         }
         if self._config.sealing != "off":
             # Who comes back may be heard later than in the next exchange.
@@ -209,7 +207,7 @@ class Relay:
                 self._links_bytes[j, peer] += sum(len(array.data) for array in arrays.values())
         message = Message(RecordDict(records), self._nodes[peer], "train.cross" if self._is_cross(step) else "train.peer")
         self._flying.add(peer)
-        self._report.sent(message)
+        self.report.sent(message)
         return message
 
     def _answered(self, peer: int, step: int, reply: Message) -> None:
@@ -217,7 +215,7 @@ class Relay:
         self._flying.discard(peer)
         seat = self._seats[peer]
         given = self._given.pop(peer, [])
-        if not self._report.received(self._nodes[peer], reply, None, step, "exchange"):
+        if not self.report.received(self._nodes[peer], reply, None, step, "exchange"):
             self._lose(peer, unusable(reply, None) or "", failed=not reply.has_error() or reply.error.code not in GONE)
             return
         told: Any = config_of(reply)
@@ -304,8 +302,8 @@ class Relay:
             self._clock.wait(LONGEST_WAIT_S, left)
 
     def _tested(self, peer: int, exchange_number: int, metrics: Mapping[str, float]) -> None:
-        test = self._tests.setdefault(exchange_number, _Test(self._report.moment()))
-        test.moment = self._report.moment()  # of the last answer
+        test = self._tests.setdefault(exchange_number, _Test(self.report.moment()))
+        test.moment = self.report.moment()  # of the last answer
         test.answers[peer] = {
             NUM_EXAMPLES: metrics["test-examples"],
             **{name.removeprefix("test-"): value for name, value in metrics.items() if name in ("test-accuracy", "test-loss")},
@@ -329,16 +327,16 @@ class Relay:
     def _write(self, number: int, test: _Test) -> None:
         nodes = self._nodes
         train = _means(test.train)
-        train["local-epochs"] = min(number, self._every) * self._config.epochs / self._exchanges
-        self._report.write(number, "train", {nodes[peer]: each for peer, each in test.train.items()}, train, test.moment)
+        train["local-epochs"] = min(number, self._every) * self._config.epochs / self.exchanges
+        self.report.write(number, "train", {nodes[peer]: each for peer, each in test.train.items()}, train, test.moment)
         answers = [
             RecordDict({METRICS: MetricRecord({**each, NUM_EXAMPLES: int(each[NUM_EXAMPLES])})}) for each in test.answers.values()
         ]
         mean = numbers(weighted_metrics(answers, NUM_EXAMPLES))
         accuracies = [each["accuracy"] for each in test.answers.values()]
         mean |= {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)}
-        self._report.write(number, "test", {nodes[peer]: each for peer, each in test.answers.items()}, mean, test.moment)
-        done = round(number * self._config.epochs / self._exchanges)
+        self.report.write(number, "test", {nodes[peer]: each for peer, each in test.answers.items()}, mean, test.moment)
+        done = round(number * self._config.epochs / self.exchanges)
         now = test.moment
         self._history.tell(Progress("exchange", number, None, done, self._config.epochs, now.seconds, now.megabytes(), train, mean))
 

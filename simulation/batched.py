@@ -211,7 +211,6 @@ class Peers:
     def _send(self, number: int) -> Vectors:
         """What everybody offers, as neighbours have it; its bytes are counted."""
         offered = self._algorithm.outgoing(self.state)
-        two = self._config.strategy in CROSS and self._config.cross_gradients == "data"
         sizes = torch.zeros(self._n, dtype=torch.int64)
         if self._way is None:
             sent = offered
@@ -219,7 +218,7 @@ class Peers:
         else:
             rows: list[list[Tensor]] = [[] for _ in offered]
             for peer in range(self._n):
-                seed = derive(self._config.seed, "codec", peer, (2 if two else 1) * number)
+                seed = derive(self._config.seed, "codec", peer, (2 if self._config.two_steps else 1) * number)
                 generator = torch.Generator().manual_seed(seed)
                 for k, vector in enumerate(offered):
                     memory = self._memories.get((peer, k))

@@ -223,6 +223,11 @@ class Config(BaseModel):
         """What the run counts: round, update of the server, or exchange of peers."""
         return "update" if self.strategy in ASYNCHRONOUS else "exchange" if self.strategy in PEERS else "round"
 
+    @property
+    def two_steps(self) -> bool:
+        """Whether peers exchange gradients after their models: two messages an exchange."""
+        return self.strategy in CROSS and self.cross_gradients == "data"
+
     def _peers(self, refuse: Callable[[str, str], None]) -> None:
         """What does not go together in a strategy of peers."""
         if self.num_sites < 2:
@@ -238,8 +243,7 @@ class Config(BaseModel):
         if self.strategy == "gradient-tracking" and self.codec not in ("identity", "fp16", "bf16"):
             refuse(
                 "codec",
-                "gradient-tracking cannot take it, its trackers would not sum to the gradients'; allowed: 'identity', "
-                "'fp16', 'bf16'",
+                "gradient-tracking cannot take it, its trackers carry on every error; allowed: 'identity', 'fp16', 'bf16'",
             )
         if self.strategy in CROSS:
             if self.local_steps > 1:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records of a message; Flower's strategies use these names
 X, STATS = "x", "stats"  # the arrays of a model
+OFFER, TO, FROM = "offer", "to-", "from-"  # what a peer offers to all neighbours, or to one; what came from one
 _COUNTED = "_archipelago_bytes"  # where a message keeps its size
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from simulation.laboratory import Run, simulate
 from tests.conftest import ROOT
+from tests.e2e.test_deployment import free_port
 from tests.e2e.test_notebooks import execute_notebook
 
 pytestmark = pytest.mark.e2e
@@ -23,10 +23,7 @@ Make = Callable[..., "subprocess.CompletedProcess[str]"]
 def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """``make("run", "SET=...")`` with a SuperLink of the tests' own, ended after them."""
     home = tmp_path_factory.mktemp("flwr")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = [f"FLWR_HOME={home}", f"PORT={port}"]
+    settings = [f"FLWR_HOME={home}", f"PORT={free_port()}"]
     clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":

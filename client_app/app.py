@@ -11,6 +11,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from client_app import training
+from client_app.memory import keep_on_disk
 from client_app.peer import cross_step, take_step
 from client_app.sealing import public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
@@ -40,7 +41,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-app = ClientApp(mods=[answer_always])
+app = ClientApp(mods=[answer_always, keep_on_disk])
 
 
 @app.query("site")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.serde import context_to_proto
 from matplotlib.image import imread
 
 from client_app import peer as peer_module
@@ -128,6 +129,47 @@ def test_state_survives_the_process() -> None:
             history.metrics.query("metric == 'accuracy'")["value"].tolist()
             == run(**changes, epochs=1).metrics.query("metric == 'accuracy'")["value"].tolist()
         )
+
+
+def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
+    """What Flower remembers of site 2 is gone before each message, as when its SuperNode was started anew."""
+    changes: dict[str, Any] = {"strategy": "qgm", "codec": "qsgd", "error_feedback": "choco", "averaging_rate": 0.5, **SEALED}
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, **changes)
+
+    def accuracies(settings: dict[str, str]) -> list[float]:
+        def forget(number: int, message: Message, reply: Message) -> Message:
+            context_of_site_2().state = RecordDict()
+            return reply
+
+        def context_of_site_2() -> Context:
+            return list(grid._contexts.values())[2]
+
+        grid, history = VirtualGrid(client_app, World().sites(4, 1), config.kebab(), forget), History(config)
+        context_of_site_2().node_config |= settings
+        run_server(grid, config, history)
+        found: list[float] = history.metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
+        return found
+
+    file = tmp_path / "of" / "site-2.state"
+    file.parent.mkdir()
+    of_another_run = Context(7, 7, {}, RecordDict({"peer": ConfigRecord()}), {})
+    file.write_bytes(context_to_proto(of_another_run).SerializeToString())
+    undisturbed = run(**changes).metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
+    assert accuracies({"state": str(file)}) == undisturbed
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in file.parent.iterdir()] == ["site-2.state"]
+    assert accuracies({}) != undisturbed
+
+
+def test_state_file_that_cannot_be_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    file = tmp_path / "site.state"
+    file.write_bytes(b"no state")
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd")
+    grid = VirtualGrid(client_app, World().sites(4, 1), config.kebab())
+    list(grid._contexts.values())[1].node_config["state"] = str(file)
+    run_server(grid, config, History(config))
+    assert f"--node-config state = '{file}': " in caplog.text
 
 
 Tamper = Callable[[int, Message, Message], Message | None]

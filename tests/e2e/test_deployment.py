@@ -1,5 +1,7 @@
-"""Sites in processes of their own: a SuperLink, SuperNodes that know where their data lie, and one of them killed."""
+"""Sites in processes of their own: a SuperLink with TLS, SuperNodes with keys, and one of them killed."""
 
+import datetime
+import ipaddress
 import os
 import re
 import signal
@@ -10,6 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from flwr.common.serde import context_from_proto
+from flwr.proto.message_pb2 import Context as SavedContext
+from safetensors.torch import load_file
 
 from simulation.laboratory import Run
 from tests.conftest import ROOT
@@ -23,28 +32,40 @@ class Deployment:
 
     def __init__(self, home: Path) -> None:
         self._home = home
-        self._port = free_port()
+        self._address = f"127.0.0.1:{free_port()}"
         clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
         quiet = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         self._env = clean | quiet | {"PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"}
-        address = f"127.0.0.1:{self._port}"
+        certify(home)
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self._address}"\n'
+            f'root-certificates = "{home / "server.crt"}"\n'
         )
-        self._processes = [
-            self._start("superlink", f"--insecure --host 127.0.0.1 --port {self._port} --disable-runtime-dependency-installation")
-        ]
-        wait_for(lambda: answers(self._port), 60)
+        host, port = self._address.split(":")
+        files = "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
+        arguments = f"--host {host} --port {port} {files} --disable-runtime-dependency-installation"
+        self._processes = {"superlink": self._start("superlink", arguments)}
+        wait_for(lambda: answers(int(port)), 60)
         for site in range(SITES):
-            node = f"partition-id={site} num-partitions={SITES}"
-            self._processes.append(
-                self._start(f"supernode-{site}", f"--insecure --superlink {address} --port {free_port()}", "--node-config", node)
-            )
+            make_node_key(home / f"node-{site}")
+            self._flwr("supernode", "register", str(home / f"node-{site}.pub"), "here").check_returncode()
 
     def _start(self, name: str, arguments: str, *more: str) -> "subprocess.Popen[bytes]":
         command = [f"flower-{name.split('-')[0]}", *arguments.split(), *more]
-        with (self._home / f"{name}.log").open("wb") as log:
+        with (self._home / f"{name}.log").open("ab") as log:
             return subprocess.Popen(command, cwd=self._home, env=self._env, stdout=log, stderr=log, start_new_session=True)
+
+    def _flwr(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["flwr", *arguments], cwd=self._home, env=self._env, capture_output=True, text=True, check=False)
+
+    def join(self, site: int, node_config: str = "") -> None:
+        """Start a site's SuperNode."""
+        keys = f"--root-certificates server.crt --auth-supernode-private-key node-{site}"
+        node = f"partition-id={site} num-partitions={SITES} {node_config}"
+        name = f"supernode-{site}"
+        self._processes[name] = self._start(
+            name, f"--superlink {self._address} --port {free_port()} {keys}", "--node-config", node.strip()
+        )
 
     def run(self, settings: str) -> "subprocess.Popen[str]":
         """``flwr run``, its log on standard output."""
@@ -53,16 +74,43 @@ class Deployment:
             command, cwd=self._home, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
         )
 
-    def kill(self, number: int) -> None:
-        """End a process (0 is the SuperLink, then the sites) and what it started, at once."""
-        os.killpg(self._processes[number].pid, signal.SIGKILL)
-        self._processes[number].wait()
+    def running(self, name: str) -> bool:
+        """Whether a process is there."""
+        return self._processes[name].poll() is None
+
+    def kill(self, name: str) -> None:
+        """End a process (``superlink``, ``supernode-0``, ...) and what it started, at once."""
+        os.killpg(self._processes[name].pid, signal.SIGKILL)
+        self._processes[name].wait()
 
     def end(self) -> None:
         """End all that still run."""
-        for number, process in enumerate(self._processes):
-            if process.poll() is None:
-                self.kill(number)
+        for name in self._processes:
+            if self.running(name):
+                self.kill(name)
+
+
+def certify(folder: Path) -> None:
+    """``server.key`` and ``server.crt``, its own authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    here = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1))
+        .add_extension(here, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "server.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+
+
+def make_node_key(path: Path) -> None:
+    """What ``ssh-keygen -t ecdsa -b 384`` makes."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
 
 
 def free_port() -> int:
@@ -91,6 +139,8 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Path) -> None:
+    for site in range(SITES):
+        deployment.join(site)
     results = tmp_path / "runs"
     settings = f'results-dir="{results}" strategy="gsgm" num-sites=3 epochs=5 local-steps=15 lr=0.05 timeout-s=60.0'
     seen, killed = [], False
@@ -99,7 +149,7 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
         for line in process.stdout:
             seen.append(line)
             if not killed and re.search(r"update +\d+ \| epoch 1/5", line):
-                deployment.kill(SITES)
+                deployment.kill("supernode-2")
                 killed = True
     log = "".join(seen)
     assert killed, log
@@ -114,3 +164,55 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     assert updates["2"].iloc[-1] == 0
     assert updates["all"].sum() == 5 * 45 / 15
     assert run.history["accuracy"].iloc[-1] > 0.5
+
+
+def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deployment, tmp_path: Path) -> None:
+    """Two of three cannot go on alone (``min-sites``): they wait for the third, which remembers all it did."""
+    public = {}
+    for site in range(SITES):
+        made = subprocess.run(
+            [ROOT / ".venv/bin/python", "-m", "client_app.sealing", tmp_path / f"{site}.seal"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        public[site] = made.stdout.strip()
+
+    def join(site: int) -> None:
+        (tmp_path / f"{site}.toml").write_text("".join(f'{j} = "{key}"\n' for j, key in public.items() if j != site))
+        kinds = {"private-key": "seal", "peer-keys": "toml", "save": "safetensors", "state": "state"}
+        deployment.join(site, " ".join(f'{key}="{tmp_path}/{site}.{kind}"' for key, kind in kinds.items()))
+
+    for site in range(SITES):
+        join(site)
+    results = tmp_path / "runs"
+    settings = f'results-dir="{results}" strategy="dmsgd" sealing="keys" num-sites=3 min-sites=3 epochs=2 local-steps=5 lr=0.05'
+
+    def batches(site: int) -> int:
+        """That a site has trained on, by its own memory."""
+        file = tmp_path / f"{site}.state"
+        if not file.exists():
+            return 0
+        saved = context_from_proto(SavedContext.FromString(file.read_bytes()))
+        return int(saved.state.config_records["peer-numbers"]["batches"])  # type: ignore[arg-type]
+
+    with deployment.run(settings) as process:
+        wait_for(lambda: batches(2) >= 15, 120)
+        deployment.kill("supernode-2")
+        time.sleep(65)  # Flower takes it to be online for so long, and refuses it
+        join(2)
+        log = process.communicate()[0]
+    (folder,) = results.iterdir()
+    run = Run.load(folder)
+    assert run.finished, log
+    assert "site 2 is back" in log
+    assert "refuses" not in log
+    assert run.models == {}
+    assert "goes on with what it remembers in" in (tmp_path / "supernode-2.log").read_text()
+    exchanges = run.history["round"].iloc[-1]
+    for site in range(SITES):
+        assert load_file(tmp_path / f"{site}.safetensors")
+    assert batches(0) == batches(1) == 5 * exchanges
+    # It may have missed the exchange in which it was killed and the one after it; begun anew, it would have fewer than half.
+    assert 5 * (exchanges - 2) <= batches(2) <= 5 * exchanges

@@ -5,9 +5,9 @@
     python -m benchmarks.gsgm speakers FOLDER         spoken digits, as conf/audio.toml expects: 60 classes, who says what
 
 One mini-batch a contribution, LeNet-5 (speakers: the small CNN, clipped), the same learning rate, updates and seeds for all; the
-speed of a site is lognormal. Printed for each experiment: the mean over seeds ± its standard error. Accuracy is the mean of the last five tests; "at equal
-time" of the last five before the fastest method was done; sigma and jump are those of ``Run.summary``, in brackets the part of
-ASGD's that is saved. Half an hour on two cores for either of the larger two.
+speed of a site is lognormal. Printed for each experiment: the mean over seeds ± its standard error. Accuracy is the mean of the
+last five tests; "at equal time" of the last five before the fastest method was done; sigma and jump are those of ``Run.summary``,
+in brackets the part of ASGD's that is saved. Half an hour on two cores for either of the larger two.
 """
 
 import argparse

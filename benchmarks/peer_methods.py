@@ -3,14 +3,16 @@
     python -m benchmarks.peer_methods fashion-mnist ROOT      torchvision's layout
     python -m benchmarks.peer_methods cifar10 CIFAR10.npz     see benchmarks/cifar10_jpeg.py
 
-LeNet-5, one exchange a mini-batch of 32 a peer, in the batched engine; the same seeds and epochs for all. Methods without momentum
-get ten times the learning rate of those with (momentum 0.9), which is the same in the long run. Printed for each method: mean over
-seeds ± standard error of the accuracy of the peers' own models on the official test part, the worst peer's, that of the mean
-model; the consensus distance; iterations to the target (and how many seeds reached it); lambda_max, the largest eigenvalue of the
-Hessian of the training loss at the mean model, by power iteration on 2,000 examples.
+``peer_methods.toml`` beside this file says what is run: LeNet-5, one exchange a mini-batch of 32 a peer, in the batched engine, the
+same seeds and epochs for all. Printed for each method: mean over seeds ± standard error of the accuracy of the peers' own models on
+the official test part, the worst peer's, that of the mean model; the consensus distance; iterations to the target (and how many
+seeds reached it); lambda_max, the largest eigenvalue of the Hessian of the training loss at the mean model, by power iteration on
+2,000 examples.
 """
 
 import argparse
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,37 +27,8 @@ from client_app.training import prepare
 from models.networks import build
 from simulation.laboratory import Comparison, Run, compare
 
-COMMON: dict[str, Any] = {"model": "lenet5", "test-part": "official", "lr-ratio": 0.1, "evaluate-every": 100, "weight-decay": 1e-4}
-DATA_SETS = {"fashion-mnist": "fashion-mnist", "cifar10": "benchmarks.cifar10_jpeg:load"}
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 TARGETS = {"fashion-mnist": 0.7, "cifar10": 0.3}
-SLOW, FAST = 0.01, 0.1
-PLAIN = {"D-PSGD": {"strategy": "d-psgd", "lr": FAST}, "CDSGD": {"strategy": "cdsgd", "lr": FAST}}
-OMEGAS = {
-    f"DMSGD, omega {omega:g}": {"strategy": "dmsgd", "lr": SLOW, "momentum-consensus-weight": omega} for omega in (0.0, 0.5, 1.0)
-}
-MOMENTUM = {**PLAIN, "CDMSGD": {"strategy": "cdmsgd", "lr": SLOW}, **OMEGAS}
-SHARP = {"sam-radius": 0.05}
-QUASI = {"QGM": {"strategy": "qgm", "lr": SLOW}, "Q-SADDLe": {"strategy": "q-saddle", "lr": SLOW, **SHARP}}
-CROSS = {"NGM": {"strategy": "ngm", "lr": SLOW}, "N-SADDLe": {"strategy": "n-saddle", "lr": SLOW, **SHARP}}
-FEWER_BITS = {"codec": "qsgd", "codec-bits": 8, "error-feedback": "choco", "averaging-rate": 0.9}
-COMPRESSED = {
-    f"{name}, 8 bits": {**settings, **FEWER_BITS, **({"cross-codec": "qsgd"} if name in CROSS else {})}
-    for name, settings in {**QUASI, **CROSS}.items()
-}
-SPLITS: dict[str, dict[str, Any]] = {
-    "Dirichlet 0.1": {"partition": "dirichlet-equal", "dirichlet-alpha": 0.1},
-    "Dirichlet 0.01": {"partition": "dirichlet-equal", "dirichlet-alpha": 0.01},
-    "1 class each": {"partition": "classes", "classes-per-site": 1},
-}
-EXPERIMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "momentum, ring of 10, Dirichlet 0.1": (MOMENTUM, {"num-sites": 10, **SPLITS["Dirichlet 0.1"]}),
-    "momentum, ring of 10, 1 class each": (MOMENTUM, {"num-sites": 10, **SPLITS["1 class each"]}),
-    "momentum, torus of 16, Dirichlet 0.1": (MOMENTUM, {"num-sites": 16, "topology": "torus", **SPLITS["Dirichlet 0.1"]}),
-    "sharpness, ring of 5, Dirichlet 0.1": (QUASI | CROSS | COMPRESSED, {"num-sites": 5, **SPLITS["Dirichlet 0.1"]}),
-    "sharpness, ring of 5, Dirichlet 0.01": (QUASI | CROSS, {"num-sites": 5, **SPLITS["Dirichlet 0.01"]}),
-    "sharpness, ring of 10, 1 class each": (QUASI | CROSS, {"num-sites": 10, **SPLITS["1 class each"]}),
-    "sharpness, torus of 16, Dirichlet 0.1": (QUASI, {"num-sites": 16, "topology": "torus", **SPLITS["Dirichlet 0.1"]}),
-}
 
 
 def mean_model(run: Run) -> dict[str, Tensor]:
@@ -135,27 +108,24 @@ def report(measured: pd.DataFrame, target: float) -> str:
 def main() -> None:
     """Print experiment after experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("data", choices=SETTINGS["data"])
     parser.add_argument("path")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=SETTINGS["common"]["epochs"])
     parser.add_argument("--processes", type=int)
     parser.add_argument("--only", default="", help="experiments whose name holds this, such as 'torus'")
     arguments = parser.parse_args()
-    for name, (methods, what) in EXPERIMENTS.items():
+    common = SETTINGS["common"] | SETTINGS["data"][arguments.data] | {"data-path": arguments.path, "epochs": arguments.epochs}
+    for name, experiment in SETTINGS["experiments"].items():
         if arguments.only not in name:
             continue
+        what = {key: value for key, value in experiment.items() if key != "methods"}
         comparison = compare(
-            methods,
+            {method: common | what | SETTINGS["methods"][method] for method in experiment["methods"]},
             engine="batched",
             seeds=arguments.seeds,
             processes=arguments.processes,
             progress=False,
-            data=DATA_SETS[arguments.data],
-            data_path=arguments.path,
-            epochs=arguments.epochs,
-            **COMMON,
-            **what,
         )
         target = TARGETS[arguments.data]
         print(f"{arguments.data}, {name}\n{report(measure(comparison, target), target)}", flush=True)

@@ -155,11 +155,12 @@ class Peer:
                 self._tensors = {name: value for name, value in known.items() if not name.startswith("memory-")}
                 self._numbers["fresh"] = 1
 
-    def _remember(self) -> None:
+    def _remember(self) -> ArrayRecord:
         self._tensors |= {f"state-{k}": part for k, part in enumerate(self.state)}
         self._tensors[STATS] = self.stats
-        self._context.state[PEER] = pack(self._tensors)
+        memory = self._context.state[PEER] = pack(self._tensors)
         self._context.state[f"{PEER}-numbers"] = ConfigRecord(self._numbers)
+        return memory
 
     # What neighbours sent.
 
@@ -209,11 +210,11 @@ class Peer:
     def models(self) -> dict[int, tuple[Vectors, Tensor, Tensor]]:
         """Of each neighbour that sent it: its vectors, its statistics, and by how much it perturbs its model."""
         found: dict[int, tuple[Vectors, Tensor, Tensor]] = {}
-        like = self._algorithm.outgoing(self.state)
+        like, choco = self._algorithm.outgoing(self.state), self.config.error_feedback == "choco"
         for sender, step, payload in self.received("model"):
             try:
-                before = [torch.zeros_like(vector) for vector in like]
-                if self.config.error_feedback == "choco" and "fresh" not in payload:
+                before = [torch.zeros_like(vector) for vector in like] if choco else list(like)  # the others decode without it
+                if choco and "fresh" not in payload:
                     if int(payload["after"]) != int(self._numbers.get(f"hat-{sender}", -1)):
                         raise Refused(f"step {step} goes on from a step that is missing here")
                     before = [self._tensors[f"hat-{sender}-{k}"] for k in range(len(like))]
@@ -231,7 +232,7 @@ class Peer:
                 found.pop(sender, None)
                 continue
             found[sender] = vectors, stats, shift
-            if self.config.error_feedback == "choco":
+            if choco:
                 self._numbers[f"hat-{sender}"] = step
                 self._tensors |= {f"hat-{sender}-{k}": hat for k, hat in enumerate(vectors)}
         return found
@@ -373,16 +374,19 @@ class Peer:
     def reply(self, offered: dict[str, Payload], metrics: dict[str, float | int], kind: str) -> Message:
         """Remember everything, seal what is offered, answer."""
         arrays: dict[str, Array] = {}
+        memory = self._remember()
+        packed = {id(tensor): memory[name] for name, tensor in self._tensors.items() if name in memory}
         for name, payload in offered.items():
-            if not self.sealed:
-                arrays |= {f"{name}/{part}": array for part, array in pack(payload).items()}
+            if not self.sealed:  # what is remembered too need not be copied twice
+                known = {part: packed[id(value)] for part, value in payload.items() if id(value) in packed}
+                new = pack({part: value for part, value in payload.items() if part not in known})
+                arrays |= {f"{name}/{part}": array for part, array in (known | dict(new)).items()}
                 continue
             header = sealing.Header(self._context.run_id, self.number, self.step, kind)
             data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
             sealed, keys = self._keys().seal(data, self._listeners(name), header)
             arrays[f"{name}/{SEALED}"] = pack_bytes(sealed)
             arrays |= {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
-        self._remember()
         content = RecordDict(
             {
                 ARRAYS: ArrayRecord(arrays),

@@ -34,10 +34,16 @@ def _array(vector: Tensor) -> Array:
 
 
 def _written(values: "np.ndarray[Any, Any]") -> Array:
-    header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), values.data))
+    data = b"".join((_header(values.dtype, values.shape), values.data))
     return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
+
+
+@lru_cache(maxsize=64)
+def _header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
+    """That of numpy's format."""
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def pack_bytes(data: bytes) -> Array:

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server_app.census import Federation, RunError
+from server_app.census import Federation, RunError, budget
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Moment, Report, numbers
 from server_app.results import History, Progress
@@ -95,11 +95,11 @@ class Asynchronous:
         self._flying: dict[int, _Flight] = {}
         self._waiting: dict[int, _Contribution] = {}
         self._failed: set[int] = set()
-        self._gone: dict[int, float] = {}  # since when
+        self._gone: dict[int, float] = {}  # silent, or gone from the grid: since when
+        self._absent: set[int] = set()  # those gone from the grid
         self._least = min(config.min_sites, len(self._nodes))
         an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites)
-        self._total = max(1, round(config.epochs * an_epoch / config.local_steps))
-        self._every = config.evaluate_every or max(1, round(an_epoch / config.local_steps))
+        self._total, self._every = budget(config, an_epoch)
         self._updates = 0
         self._period = _Period()
         self._tests: dict[int, _Test] = {}
@@ -151,7 +151,6 @@ class Asynchronous:
             if node not in connected:
                 self._lose(node)
                 continue
-            self._gone.pop(node, None)
             self._failed.discard(node)
             messages.append(Message(RecordDict({ARRAYS: model, CONFIG: told}), node, MessageType.TRAIN))
             self._flying[node] = _Flight(unpack(model[X]), self._state.version)
@@ -166,6 +165,7 @@ class Asynchronous:
             if reply.has_error() and reply.error.code in GONE:
                 self._lose(node)
             else:
+                self._gone.pop(node, None)
                 self._failed.add(node)
                 if len(self._nodes) - len(self._failed) < self._least:
                     raise RunError(
@@ -174,6 +174,7 @@ class Asynchronous:
                     )
                 self._apply(self._list.set_aside(node))
             return
+        self._gone.pop(node, None)
         if self._updates >= self._total:  # it came too late to matter
             return
         metrics, arrays = numbers(metrics_of(reply)), arrays_of(reply)
@@ -213,13 +214,20 @@ class Asynchronous:
 
     def _lose(self, node: int) -> None:
         """A site is silent or gone."""
+        self._failed.discard(node)
         self._gone.setdefault(node, self._clock.now())
         self._apply(self._list.set_aside(node))
 
     def _readmit(self) -> None:
-        """Sites that are back get the newest model; without enough of them the run waits for ``timeout-s``."""
-        back = [node for node in self._grid.get_node_ids() if node in self._gone] if self._gone else []
-        self._dispatch(back)
+        """Sites that may be back get the newest model; without enough that answer the run waits for ``timeout-s``."""
+        connected = set(self._grid.get_node_ids()) if self._gone else set()
+        for node in self._gone:
+            if node not in connected:
+                self._absent.add(node)
+            elif node in self._absent:  # from now on it has its time to answer
+                self._absent.discard(node)
+                self._gone[node] = self._clock.now()
+        self._dispatch([node for node in self._gone if node in connected])
         working = len(self._nodes) - len(self._gone) - len(self._failed)
         if working >= self._least or self._updates >= self._total:
             return
@@ -228,7 +236,7 @@ class Asynchronous:
         left = self._config.timeout_s - (self._clock.now() - since)
         if left <= 0:
             raise RunError(
-                f"update {self._updates}: {working} sites are connected after timeout-s = {self._config.timeout_s:g}, "
+                f"update {self._updates}: {working} sites answer after timeout-s = {self._config.timeout_s:g}, "
                 f"min-sites = {self._least}: stopped"
             )
         if not self._mailbox:

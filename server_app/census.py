@@ -18,6 +18,21 @@ class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
+def budget(config: Config, an_epoch: float) -> tuple[int, int]:
+    """How often ``local-steps`` batches fit into the epochs of a run of ``an_epoch`` batches an epoch; and from test to test.
+
+    Raises:
+        RunError: not once, or for FedBuff not as often as it waits for.
+    """
+    batches = config.epochs * an_epoch
+    if batches < config.local_steps:
+        raise RunError(f"local-steps = {config.local_steps}: epochs = {config.epochs} have {batches:g} batches; at most these")
+    total = round(batches / config.local_steps)
+    if config.strategy == "fedbuff" and total < config.buffer_size:
+        raise RunError(f"buffer-size = {config.buffer_size}: epochs = {config.epochs} have {total} contributions; at most these")
+    return total, config.evaluate_every or max(1, round(an_epoch / config.local_steps))
+
+
 class Site(NamedTuple):
     """One data center.
 

@@ -57,7 +57,7 @@ class WhiteList(Generic[Site]):
         return self._release()
 
     def _least(self) -> int:
-        return min((self.counts[site] for site in self._active), default=0)
+        return min((self.counts[site] for site in self._active), default=max(self.counts.values(), default=0))
 
     def _release(self) -> list[Site]:
         released: list[Site] = []

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
 from matplotlib.image import imread
 
+from client_app.app import app as client_app
+from server_app.app import run as run_server
 from server_app.census import RunError
-from simulation.laboratory import Run, simulate
+from server_app.results import History
+from simulation.grid import VirtualGrid
+from simulation.laboratory import Run, configuration, simulate
 from simulation.world import Lognormal, World
 from strategies.config import ASYNCHRONOUS
 from tests.conftest import RunApp
@@ -138,12 +142,6 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
     def all_but_one(number: int, message: Message, reply: Message) -> Message:
         return spoil(number)(number, message, reply) if number > 0 else reply
 
-    from client_app.app import app as client_app
-    from server_app.app import run as run_server
-    from server_app.results import History
-    from simulation.grid import VirtualGrid
-    from simulation.laboratory import configuration
-
     config = configuration(strategy="gsgm", num_sites=3, epochs=2, model="mlp")
     history = History(config)
     with pytest.raises(RunError, match="1 sites send what can be used, min-sites = 2: stopped"):
@@ -173,8 +171,32 @@ def test_site_that_died_at_work_is_missed_even_where_sites_come_and_go() -> None
 
 def test_everybody_dead_ends_the_run_with_what_was_reached() -> None:
     dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in range(4)})
-    with pytest.raises(RunError, match=r"0 sites are connected after timeout-s = 3600, min-sites = 2: stopped"):
+    with pytest.raises(RunError, match=r"0 sites answer after timeout-s = 3600, min-sites = 2: stopped"):
         run(dead, strategy="gsgm")
+
+
+def test_everybody_too_slow_ends_the_run() -> None:
+    with pytest.raises(RunError, match=r"0 sites answer after timeout-s = 5, min-sites = 2: stopped"):
+        run(World(samples_per_s=1), strategy="gsgm", timeout_s=5.0)
+
+
+def test_site_that_fails_and_then_is_gone_counts_once() -> None:
+    def fail(number: int, message: Message, reply: Message) -> Message:
+        training = message.metadata.message_type == "train"
+        return Message(Error(2, "out of memory"), reply_to=message) if number == 3 and training else reply
+
+    config = configuration(strategy="asgd", num_sites=4, min_sites=3, epochs=8, model="mlp", timeout_s=50.0, evaluate_every=20)
+    history = History(config)
+    sites = World(samples_per_s=100, offline={3: [(2.0, math.inf)]}).sites(4, 1)
+    run_server(VirtualGrid(client_app, sites, config.kebab(), fail), config, history)
+    assert sum(history.metrics.query("metric == 'updates' and site == 'all'")["value"]) == 8 * 48
+
+
+def test_budget_that_holds_no_update_is_refused() -> None:
+    with pytest.raises(RunError, match="local-steps = 1000: epochs = 2 have 96 batches; at most these"):
+        run(strategy="gsgm", local_steps=1000, epochs=2)
+    with pytest.raises(RunError, match="buffer-size = 100: epochs = 2 have 96 contributions; at most these"):
+        run(strategy="fedbuff", buffer_size=100, epochs=2)
 
 
 def test_results_show_staleness_and_contributions(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:

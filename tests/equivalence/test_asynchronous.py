@@ -269,6 +269,17 @@ def test_infinite_slack_applies_everything_on_arrival() -> None:
     assert [white_list.arrive(site) for site in (0, 0, 0, 2)] == [[0], [0], [0], [2]]
 
 
+def test_nobody_makes_up_for_a_time_in_which_all_were_away() -> None:
+    listed = WhiteList(range(3), 0.0)
+    listed.set_aside(0)
+    for _ in range(100):
+        assert [*listed.arrive(1), *listed.arrive(2)] == [1, 2]
+    listed.set_aside(1)
+    listed.set_aside(2)
+    assert [listed.arrive(site) for site in (0, 1, 2)] == [[0], [1], [2]]
+    assert max(listed.counts.values()) - min(listed.counts.values()) <= 1
+
+
 def test_list_by_hand() -> None:
     white_list = WhiteList("abc", 0)
     assert white_list.arrive("a") == ["a"]

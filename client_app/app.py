@@ -12,8 +12,8 @@ from torch import Tensor
 
 from client_app import training
 from client_app.memory import keep_on_disk
-from client_app.peer import cross_step, take_step
-from client_app.sealing import public_key
+from client_app.peer import cross_step, take_step, topology_of
+from client_app.sealing import SealError, keyring, public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
 from datasets.partitions import PartitionError
 from datasets.site import moments
@@ -71,6 +71,11 @@ def describe(message: Message, context: Context) -> Message:
         record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.sealing == "trust-on-first-use":
         record["public-key"] = public_key(context)
+    elif config.sealing == "keys":
+        keys = keyring(context, config.sealing, place.number, {})
+        linked = topology_of(config).linked(place.number) if config.topology != "edges" else []  # the file is the server's
+        if missing := [other for other in linked if not keys.knows(other)]:
+            raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
     return Message(RecordDict({CONFIG: record}), reply_to=message)
 
 

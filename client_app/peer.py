@@ -143,13 +143,16 @@ class Peer:
         self._tensors = known
         self._numbers: dict[str, Any] = dict(numbers) if isinstance(numbers, ConfigRecord) else {}
         fresh = self._algorithm.init(self.desk.x)
+        self._anew = not known and self.step > 0
         if not known:
             self.state = fresh
             self._numbers |= {"batches": 0, "fresh": 1}
         else:
             self.state = type(fresh)(*(known.get(f"state-{k}", part.new_empty(0)) for k, part in enumerate(fresh)))
-            if self.step < int(self._numbers.get("step", 0)) or (self.sealed and self.step == int(self._numbers["step"])):
-                raise ValueError(f"step {self.step} comes again")  # a sealed step has one content only
+            done = int(self._numbers.get("step", 0))
+            # A sealed step has one content only; in the last there is none.
+            if self.step < done or (self.sealed and self.step == done and not self.told["last"]):
+                raise ValueError(f"step {self.step} comes again")
             if (self.told.get("rejoin") or self.told.get("fresh")) and self.config.error_feedback == "choco":
                 # Neighbours may not have what was sent last: both sides start their copies anew.
                 self._tensors = {name: value for name, value in known.items() if not name.startswith("memory-")}
@@ -384,14 +387,16 @@ class Peer:
                 continue
             header = sealing.Header(self._context.run_id, self.number, self.step, kind)
             data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
-            sealed, keys = self._keys().seal(data, self._listeners(name), header)
+            ring, readers = self._keys(), self._listeners(name)
+            self.refused += [f"site {reader}: this site has no public key of it" for reader in readers if not ring.knows(reader)]
+            sealed, keys = ring.seal(data, filter(ring.knows, readers), header)
             arrays[f"{name}/{SEALED}"] = pack_bytes(sealed)
             arrays |= {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
         content = RecordDict(
             {
                 ARRAYS: ArrayRecord(arrays),
                 METRICS: MetricRecord({"num-examples": len(self.data.train.y), **metrics}),
-                CONFIG: ConfigRecord({"refused": self.refused, "broken": self.broken, "fresh": self.fresh}),
+                CONFIG: ConfigRecord({"refused": self.refused, "broken": self.broken, "fresh": self.fresh, "anew": self._anew}),
             }
         )
         if self.told.get("last"):

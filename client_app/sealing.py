@@ -59,6 +59,10 @@ class Keyring:
         secret = self._private.exchange(X25519PublicKey.from_public_bytes(self._public[other]))
         return AESGCM(HKDF(hashes.SHA256(), 32, None, b"archipelago content key").derive(secret))
 
+    def knows(self, other: int) -> bool:
+        """Whether there is a public key of a site."""
+        return other in self._public
+
     def seal(self, data: bytes, readers: Iterable[int], header: Header) -> tuple[bytes, dict[int, bytes]]:
         """The sealed data, and for each reader the key that opens them.
 

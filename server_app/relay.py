@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from server_app.census import Federation, RunError
+from server_app.census import Federation, RunError, budget
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Moment, Report, numbers, unusable
 from server_app.results import History, Progress
@@ -92,11 +92,11 @@ class Relay:
         self._choco = config.error_feedback == "choco"
         self._two_steps = config.two_steps
         an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / len(federation.sites)
-        self.exchanges = max(1, round(config.epochs * an_epoch / config.local_steps))
-        self._every = config.evaluate_every or max(1, round(an_epoch / config.local_steps))
+        self.exchanges, self._every = budget(config, an_epoch)
         self._last = self.exchanges * (2 if self._two_steps else 1)  # the last step
         self._least = min(config.min_sites, len(self._nodes))
         self._tests: dict[int, _Test] = {}
+        self._written = 0  # the exchange of the last test that was written down
         self._train: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._models: dict[int, ArrayRecord] = {}
         self._too_few_since: float | None = None
@@ -217,6 +217,8 @@ class Relay:
         given = self._given.pop(peer, [])
         if not self.report.received(self._nodes[peer], reply, None, step, "exchange"):
             self._lose(peer, unusable(reply, None) or "", failed=not reply.has_error() or reply.error.code not in GONE)
+            if self._config.sealing != "off" and step < self._last:  # it may have done it, and takes a sealed step once only
+                seat.step = step + 1
             return
         told: Any = config_of(reply)
         for refusal in told.get("refused", ()):
@@ -236,7 +238,8 @@ class Relay:
             front += (front - step - 1) % 2 if self._two_steps else 0
             seat.step = front if step == self._last else min(front, self._last)  # nobody leaves out the last step
             seat.joined = seat.step - 1
-            log(WARNING, "step %d: site %d is back", step, peer)
+            how = ", remembers nothing of this run and starts anew" if told.get("anew") else ""
+            log(WARNING, "step %d: site %d is back%s", step, peer, how)
         else:
             seat.step = step + 1
         arrays = arrays_of(reply)
@@ -249,7 +252,9 @@ class Relay:
                 continue
             self._links[peer, reader][seat.step - 1] = parts
             if not self._choco:  # a reader that is away finds the newest
-                for old in [s for s in self._links[peer, reader] if s < seat.step - 2]:
+                other = self._seats[reader]
+                first = seat.step - 2 if other.away else other.step - 1  # on a directed graph a reader may be far behind
+                for old in [s for s in self._links[peer, reader] if s < first]:
                     del self._links[peer, reader][old]
         metrics = numbers(metrics_of(reply))
         if "disagreement" in metrics:  # before it trained on
@@ -298,10 +303,14 @@ class Relay:
             raise RunError(f"{there} peers go on {when}, min-sites = {self._least}: stopped. {'; '.join(sorted(away))}")
         if not self._mailbox:
             for seat in self._seats.values():  # nobody moves the front: call them again
-                seat.again = 0
-            self._clock.wait(LONGEST_WAIT_S, left)
+                seat.again = seat.again if seat.failed else 0
+            self._send()
+            if not self._mailbox:
+                self._clock.wait(LONGEST_WAIT_S, left)
 
     def _tested(self, peer: int, exchange_number: int, metrics: Mapping[str, float]) -> None:
+        if exchange_number <= self._written:  # it was away when the others took it
+            return
         test = self._tests.setdefault(exchange_number, _Test(self.report.moment()))
         test.moment = self.report.moment()  # of the last answer
         test.answers[peer] = {
@@ -327,7 +336,8 @@ class Relay:
     def _write(self, number: int, test: _Test) -> None:
         nodes = self._nodes
         train = _means(test.train)
-        train["local-epochs"] = min(number, self._every) * self._config.epochs / self.exchanges
+        train["local-epochs"] = (number - self._written) * self._config.epochs / self.exchanges
+        self._written = number
         self.report.write(number, "train", {nodes[peer]: each for peer, each in test.train.items()}, train, test.moment)
         answers = [
             RecordDict({METRICS: MetricRecord({**each, NUM_EXAMPLES: int(each[NUM_EXAMPLES])})}) for each in test.answers.values()

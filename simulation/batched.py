@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from client_app import training
 from client_app.peer import nth_batch, order_of
 from client_app.site import Place, device_of, site_data, workplace
-from server_app.census import Federation
+from server_app.census import Federation, RunError, budget
 from server_app.consensus import consensus_distance
 from server_app.results import EVERYBODY, History, Progress
 from strategies.codecs import codec, num_bytes
@@ -68,8 +68,7 @@ class Peers:
         self._one_by_one = self._device.type == "cpu" and convolutional and federation.shape[-1] > 16
         self._gradients = vmap(grad_and_value(self._loss), randomness="different")
         an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / self._n
-        self.exchanges = max(1, round(config.epochs * an_epoch / config.local_steps))
-        self._every = config.evaluate_every or max(1, round(an_epoch / config.local_steps))
+        self.exchanges, self._every = budget(config, an_epoch)
 
     def _channel(self, name: str, feedback: str) -> Channel | None:
         """None where neighbours have exactly what was offered."""
@@ -236,7 +235,13 @@ class Peers:
         return sent
 
     def _test(self, number: int, seconds: float, watch: Callable[[Progress], None]) -> None:
-        """Every peer's model on its own test part, their mean on everybody's; written down."""
+        """Every peer's model on its own test part, their mean on everybody's; written down.
+
+        Raises:
+            RunError: a model is not finite.
+        """
+        if wrong := (~self.state.x.isfinite().all(1)).nonzero().flatten().tolist():
+            raise RunError(f"exchange {number}: the models of the sites {wrong} are not finite; a smaller lr may help")
         history, config, model = self._history, self._config, self._desk.model
         none = self.state.x.new_empty(1, 0)
         mean = self.state.x.double().mean(0).float()
@@ -254,7 +259,7 @@ class Peers:
             "loss": float(losses.mean()),
             "lr-first": first,
             "lr-last": last,
-            "local-epochs": min(number, self._every) * epochs,
+            "local-epochs": (number - since) * epochs,
             "consensus-distance": consensus_distance(self.state.x),
         }
         share = counts / counts.sum()

@@ -17,7 +17,6 @@ IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 ASYNCHRONOUS = ("gsgm", "asgd", "asgd-momentum", "dc-asgd-c", "dc-asgd-a", "fedasync", "fedbuff")
 SHARP = ("q-saddle", "n-saddle", "dfedsam")  # these are others with sharpness-aware gradients
 CROSS = ("ngm", "n-saddle")
-DIRECTED = ("exponential", "one-peer-exponential")  # topologies in which what i hears from j is not what j hears from i
 PEERS = ("d-psgd", "cdsgd", "cdmsgd", "dsgdm", "dmsgd", "qgm", "ngm", "gradient-tracking", *SHARP)
 OWN_STRATEGIES = ("co-learning", "fedavg", "local", "ensemble", "centralized", *ASYNCHRONOUS, *PEERS)
 Codec = Literal["identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign"]
@@ -246,14 +245,8 @@ class Config(BaseModel):
                 "codec",
                 "gradient-tracking cannot take it, its trackers carry on every error; allowed: 'identity', 'fp16', 'bf16'",
             )
-        if self.topology in DIRECTED:
-            if self.two_steps:
-                refuse(
-                    "topology",
-                    "gradients go back where models came from, against its links; or cross-gradients = 'model'",
-                )
-            if self.strategy == "dmsgd" and self.momentum_form == "position":
-                refuse("topology", "disagreement grows on directed graphs; or momentum-form = 'velocity'")
+        if self.topology in ("exponential", "one-peer-exponential") and self.two_steps:
+            refuse("topology", "gradients go back where models came from, against its links; or cross-gradients = 'model'")
         if self.strategy in CROSS:
             if self.local_steps > 1:
                 refuse("local-steps", f"{self.strategy} exchanges gradients of every batch; allowed: 1")

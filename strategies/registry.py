@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from flwr.serverapp.strategy import Strategy
 
 from strategies.asynchronous.adaptive import adaptive
@@ -17,12 +18,12 @@ from strategies.averaging.co_learning import CoLearning
 from strategies.averaging.shipped import Shipped
 from strategies.config import Config, shipped_strategies, strategy_arguments
 from strategies.peer.algorithm import PeerAlgorithm
-from strategies.peer.dmsgd import dmsgd
+from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
 from strategies.peer.gradient_tracking import gradient_tracking
 from strategies.peer.qgm import qgm
 from strategies.randomness import derive
-from strategies.topology import Topology, topology
+from strategies.topology import Topology, TopologyError, topology
 
 
 def server_rule(config: Config) -> ServerRule[Any]:
@@ -81,8 +82,12 @@ def peer_algorithm(config: Config) -> PeerAlgorithm[Any]:
 
 
 def peer_topology(config: Config) -> Topology:
-    """Who exchanges with whom: site k is peer k."""
-    return topology(
+    """Who exchanges with whom: site k is peer k.
+
+    Raises:
+        TopologyError: they cannot be connected as asked, or would never agree.
+    """
+    found = topology(
         config.topology,
         config.num_sites,
         weights=config.mixing,
@@ -92,6 +97,17 @@ def peer_topology(config: Config) -> Topology:
         edges=config.edges,
         seed=derive(config.seed, "topology"),
     )
+    if config.strategy == "dmsgd" and config.momentum_form == "position":
+        mixing = [torch.lerp(torch.eye(len(w), dtype=w.dtype), w, config.averaging_rate) for w in found.matrices]
+        omega = config.momentum_consensus_weight
+        factor = growth(mixing, beta=config.momentum, omega=omega)
+        if factor > 1 + 1e-6:
+            raise TopologyError(
+                f"topology = {config.topology!r}, momentum = {config.momentum:g}, momentum-consensus-weight = {omega:g}: disagreement "
+                f"grows by {factor:.3g} an exchange in dmsgd's position form; lazy = true, momentum-form = 'velocity', a smaller "
+                "momentum or another topology may help"
+            )
+    return found
 
 
 def round_strategy(config: Config, num_examples: Mapping[int, int]) -> Strategy:

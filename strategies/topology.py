@@ -5,6 +5,7 @@ stochastic, so that exchanging never moves the mean of all peers. Time-varying g
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +41,10 @@ class Topology(NamedTuple):
     def neighbours(self, exchange: int, peer: int) -> dict[int, float]:
         """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
         return _heard(self.matrices)[exchange % len(self.matrices)][peer]
+
+    def linked(self, peer: int) -> list[int]:
+        """Whom ``peer`` hears from or is heard by in any exchange."""
+        return sorted(set(nx.all_neighbors(self.graph, peer)))
 
     def parts(self, peers: set[int]) -> list[list[int]]:
         """The parts that these peers fall into when the others are not there; none where they hang together."""
@@ -184,13 +189,17 @@ def read_edges(file: str, n: int) -> tuple["nx.Graph[int]", Tensor | None]:
     """Links from a file, a line each, ``i j`` or ``i j weight``; where weights are given, the matrix they make."""
     try:
         lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
-        rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:3]]) for row in lines if row]
+        rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:]]) for row in lines if row]
     except (OSError, ValueError, IndexError) as error:
         raise TopologyError(f"edges = {file!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}") from None
     if wrong := [row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]]:
         raise TopologyError(f"edges = {file!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}")
-    if len({len(row[2]) for row in rows}) > 1:
-        raise TopologyError(f"edges = {file!r}: either all links have a weight or none")
+    if {len(row[2]) for row in rows} not in (set(), {0}, {1}):
+        raise TopologyError(f"edges = {file!r}: either all links have one weight or none")
+    if twice := [link for link, count in Counter(frozenset(row[:2]) for row in rows if row[2]).items() if count > 1]:
+        raise TopologyError(f"edges = {file!r}: the link {tuple(sorted(twice[0]))} has two weights")
+    if zero := [row[:2] for row in rows if row[2] == [0]]:
+        raise TopologyError(f"edges = {file!r}: the link {zero[0]} has the weight 0; above 0, or leave it out")
     links = nx.Graph(row[:2] for row in rows)
     links.add_nodes_from(range(n))
     if not rows or not rows[0][2]:

@@ -11,8 +11,11 @@ same group: which of the two forms is the paper's, and that omega weighs the nei
 Differs: with several local steps, momentum counts exchanges; both forms keep the learning rates of past steps.
 Special cases: beta = 0 is CDSGD; velocity form, omega = 0 is CDMSGD; W = I is heavy ball, in both forms.
 Invariant: the mean of all peers moves the same whatever omega, W and the form.
+Trap: in the position form, disagreement itself has momentum, and grows where W has eigenvalues far below 0 or far from real ones:
+:func:`growth`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,3 +56,19 @@ def dmsgd(*, beta: float, omega: float, velocity: bool) -> PeerAlgorithm[HeavyBa
         return HeavyBall(x, x, push.add_(state.x).sub_(state.start) if velocity else x - state.start)
 
     return PeerAlgorithm(init, descend, outgoing, mix)
+
+
+def growth(matrices: Sequence[Tensor], *, beta: float, omega: float) -> float:
+    """The factor by which disagreement in the position form grows an exchange in the long run, without gradients.
+
+    Peers agree in the end if it is below 1. It is the spectral radius of ``(x, x_last) -> (W x + beta q, x)``, q as above, taken
+    over all ``matrices`` in turn, each W [n, n] float64, on what is orthogonal to agreement.
+    """
+    n = len(matrices[0])
+    apart = torch.eye(n, dtype=torch.float64) - 1 / n
+    product = torch.eye(2 * n, dtype=torch.float64)
+    for matrix in matrices:
+        w = matrix @ apart
+        momentum = beta * ((1 - omega) * apart + omega * w)
+        product = torch.cat([torch.cat([w + momentum, -momentum], 1), torch.cat([apart, torch.zeros_like(w)], 1)]) @ product
+    return float(torch.linalg.eigvals(product).abs().max() ** (1 / len(matrices)))

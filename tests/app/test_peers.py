@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.common.serde import context_to_proto
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from matplotlib.image import imread
 
 from client_app import peer as peer_module
@@ -136,9 +135,12 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"strategy": "qgm", "codec": "qsgd", "error_feedback": "choco", "averaging_rate": 0.5, **SEALED}
     config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, **changes)
 
+    folder, modes = tmp_path / "of" / "site-2", set[int]()
+
     def accuracies(settings: dict[str, str]) -> list[float]:
         def forget(number: int, message: Message, reply: Message) -> Message:
             context_of_site_2().state = RecordDict()
+            modes.update(path.stat().st_mode & 0o777 for path in folder.glob("*"))
             return reply
 
         def context_of_site_2() -> Context:
@@ -150,26 +152,31 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
         found: list[float] = history.metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
         return found
 
-    file = tmp_path / "of" / "site-2.state"
-    file.parent.mkdir()
-    of_another_run = Context(7, 7, {}, RecordDict({"peer": ConfigRecord()}), {})
-    file.write_bytes(context_to_proto(of_another_run).SerializeToString())
     undisturbed = run(**changes).metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
-    assert accuracies({"state": str(file)}) == undisturbed
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert [path.name for path in file.parent.iterdir()] == ["site-2.state"]
+    assert accuracies({"state": str(folder)}) == undisturbed
+    assert list(folder.iterdir()) == []  # it was deleted after the last step
+    assert modes == {0o600}
     assert accuracies({}) != undisturbed
 
 
-def test_state_file_that_cannot_be_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wrong", ["a file", "no state"])
+def test_state_that_cannot_be_used_is_named_before_any_work(wrong: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flwr").propagate = True
-    file = tmp_path / "site.state"
-    file.write_bytes(b"no state")
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd")
+    folder = tmp_path / "state"
+    if wrong == "a file":
+        folder.write_bytes(b"")
+    else:
+        folder.mkdir()
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", min_sites=4)
     grid = VirtualGrid(client_app, World().sites(4, 1), config.kebab())
-    list(grid._contexts.values())[1].node_config["state"] = str(file)
-    run_server(grid, config, History(config))
-    assert f"--node-config state = '{file}': " in caplog.text
+    node, context = list(grid._contexts.items())[1]
+    context.node_config["state"] = str(folder)
+    if wrong == "no state":
+        (folder / f"1-{node}.state").write_bytes(b"no state")
+    history = History(config)
+    with pytest.raises(RunError, match=rf"--node-config state = '{folder}': "):
+        run_server(grid, config, history)
+    assert history.metrics.empty
 
 
 Tamper = Callable[[int, Message, Message], Message | None]
@@ -286,6 +293,59 @@ def test_peer_that_comes_back_rejoins_with_its_state(changes: dict[str, Any], ca
     if "sealing" not in changes:
         distance = found.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]
         assert distance < 0.5
+
+
+def test_slow_peer_gets_all_that_its_neighbours_offered() -> None:
+    """On a directed graph these may be several exchanges ahead."""
+    changes: dict[str, Any] = {"strategy": "d-psgd", "topology": "exponential", "num_sites": 8, "batch_size": 16, "epochs": 2}
+    slow, batched = run(World(samples_per_s=[5.0, *[1000.0] * 7]), **changes), run(engine="batched", **changes)
+    for name, model in slow.models.items():
+        for key, value in model.items():
+            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-5)
+
+
+def test_each_exchange_is_tested_once_though_a_peer_comes_late() -> None:
+    late = World(samples_per_s=100, offline={2: [(1.0, 2.0)]})
+    found = run(late, strategy="d-psgd", num_sites=3, epochs=1, evaluate_every=1, timeout_s=3.0)
+    assert list(found.history["round"]) == list(range(1, 16))
+
+
+@pytest.mark.parametrize("sealing", ["off", "trust-on-first-use"])
+@pytest.mark.parametrize("lost_at", [2.98, 3.0])  # while the replies are on their way; before
+def test_peers_that_are_all_away_for_a_while_go_on(sealing: str, lost_at: float) -> None:
+    away = World(samples_per_s=100, offline={site: [(lost_at, 20.0)] for site in range(3)})
+    found = run(away, strategy="dmsgd", num_sites=3, epochs=8, timeout_s=30.0, sealing=sealing)
+    assert found.finished
+    assert found.history["accuracy"].iloc[-1] > 0.7
+
+
+@pytest.mark.parametrize("engine", ["app", "batched"])
+def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
+    found = run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, evaluate_every=7)
+    rows = found.metrics.query("metric == 'local-epochs'")
+    assert list(rows["value"]) == pytest.approx([7 / 15, 7 / 15, 1 / 15])
+    with pytest.raises(RunError, match="local-steps = 1000: epochs = 1 have 15 batches; at most these"):
+        run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, local_steps=1000)
+
+
+def test_batched_run_that_diverges_says_so() -> None:
+    with pytest.raises(RunError, match=r"exchange \d+: the models of the sites \[0, 1, 2, 3\] are not finite"):
+        run(engine="batched", strategy="d-psgd", lr=1e6)
+
+
+def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+
+    def forget(number: int, message: Message, reply: Message) -> Message:
+        if number == 1 and config_of(message).get("server-round") == 5:
+            list(grids[0]._contexts.values())[1].state = RecordDict()
+            return Message(Error(5, "no heartbeat"), reply_to=message)
+        return reply
+
+    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd")
+    grids = [VirtualGrid(client_app, World().sites(4, 1), config.kebab(), forget)]
+    run_server(grids[0], config, History(config))
+    assert "site 1 is back, remembers nothing of this run and starts anew" in caplog.text
 
 
 def test_peer_that_fails_every_time_costs_the_others_little(caplog: pytest.LogCaptureFixture) -> None:
@@ -412,6 +472,10 @@ def test_payload_delivered_twice_is_refused() -> None:
         ({"strategy": "dmsgd", "topology": "torus"}, "num-sites = 4 is no product of two numbers"),
         ({"strategy": "dmsgd", "topology": "star", "mixing": "uniform"}, "not doubly stochastic"),
         ({"strategy": "dmsgd", "topology": "edges", "edges": "/nowhere"}, "edges = '/nowhere'"),
+        (
+            {"strategy": "dmsgd", "topology": "bipartite", "num_sites": 8, "momentum_consensus_weight": 1.0},
+            "topology = 'bipartite', momentum = 0.5, momentum-consensus-weight = 1: disagreement grows by 1.16",
+        ),
     ],
 )
 def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[str, Any], message: str) -> None:
@@ -437,6 +501,7 @@ def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[st
             "error-feedback = 'choco': neighbours change",
         ),
         ({"strategy": "dmsgd", "optimizer": "adamw"}, "optimizer = 'adamw': dmsgd brings its own momentum"),
+        ({"strategy": "ngm", "topology": "exponential"}, "topology = 'exponential': gradients go back where models came from"),
         (
             {"strategy": "n-saddle", "sam_radius": 0.05, "cross_perturbation": "owner-of-model", "codec": "fp16"},
             "cross-perturbation = 'owner-of-model'",
@@ -557,6 +622,13 @@ def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(
         run(strategy="dmsgd").history["accuracy"]
     )
+
+    (tmp_path / "few.toml").write_text("\n".join(listed[:3]))
+    grid = VirtualGrid(client_app, World().sites(4, 1), config.kebab())
+    for number, context in enumerate(grid._contexts.values()):
+        context.node_config |= {"private-key": str(tmp_path / f"{number}.key"), "peer-keys": str(tmp_path / "few.toml")}
+    with pytest.raises(RunError, match=r"few.toml': no keys of the neighbours \[3\]"):
+        run_server(grid, config.model_copy(update={"min_sites": 4}), History(config))
 
 
 CHOCO: dict[str, Any] = {"codec": "qsgd", "error_feedback": "choco", "averaging_rate": 0.5}

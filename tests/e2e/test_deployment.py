@@ -167,7 +167,7 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
 
 
 def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deployment, tmp_path: Path) -> None:
-    """Two of three cannot go on alone (``min-sites``): they wait for the third, which remembers all it did."""
+    """Two of three cannot go on alone (``min-sites``): they wait for the third, which goes on from the batch it had reached."""
     public = {}
     for site in range(SITES):
         made = subprocess.run(
@@ -181,8 +181,13 @@ def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deploymen
 
     def join(site: int) -> None:
         (tmp_path / f"{site}.toml").write_text("".join(f'{j} = "{key}"\n' for j, key in public.items() if j != site))
-        kinds = {"private-key": "seal", "peer-keys": "toml", "save": "safetensors", "state": "state"}
-        deployment.join(site, " ".join(f'{key}="{tmp_path}/{site}.{kind}"' for key, kind in kinds.items()))
+        names = {
+            "private-key": f"{site}.seal",
+            "peer-keys": f"{site}.toml",
+            "save": f"{site}.safetensors",
+            "state": f"state-{site}",
+        }
+        deployment.join(site, " ".join(f'{key}="{tmp_path / name}"' for key, name in names.items()))
 
     for site in range(SITES):
         join(site)
@@ -191,9 +196,10 @@ def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deploymen
 
     def batches(site: int) -> int:
         """That a site has trained on, by its own memory."""
-        file = tmp_path / f"{site}.state"
-        if not file.exists():
+        files = list((tmp_path / f"state-{site}").glob("*.state"))
+        if not files:
             return 0
+        (file,) = files
         saved = context_from_proto(SavedContext.FromString(file.read_bytes()))
         return int(saved.state.config_records["peer-numbers"]["batches"])  # type: ignore[arg-type]
 
@@ -202,6 +208,7 @@ def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deploymen
         deployment.kill("supernode-2")
         time.sleep(65)  # Flower takes it to be online for so long, and refuses it
         join(2)
+        wait_for(lambda: batches(2) > 15, 120)
         log = process.communicate()[0]
     (folder,) = results.iterdir()
     run = Run.load(folder)
@@ -210,9 +217,6 @@ def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deploymen
     assert "refuses" not in log
     assert run.models == {}
     assert "goes on with what it remembers in" in (tmp_path / "supernode-2.log").read_text()
-    exchanges = run.history["round"].iloc[-1]
     for site in range(SITES):
         assert load_file(tmp_path / f"{site}.safetensors")
-    assert batches(0) == batches(1) == 5 * exchanges
-    # It may have missed the exchange in which it was killed and the one after it; begun anew, it would have fewer than half.
-    assert 5 * (exchanges - 2) <= batches(2) <= 5 * exchanges
+        assert list((tmp_path / f"state-{site}").iterdir()) == []  # it ends with the run

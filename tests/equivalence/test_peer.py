@@ -11,7 +11,7 @@ from strategies.codecs import codec
 from strategies.peer.algorithm import PeerAlgorithm, exchange, gossip_round
 from strategies.peer.channel import Channel, channel
 from strategies.peer.cross_gradients import PERTURBATIONS, cross_gradients
-from strategies.peer.dmsgd import dmsgd
+from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
 from strategies.peer.gradient_tracking import gradient_tracking
 from strategies.peer.qgm import qgm
@@ -537,3 +537,28 @@ def test_codecs_keep_the_mean(feedback: str) -> None:
     """D-PSGD with a common Hessian: its mean is gradient descent, whatever was lost on the way."""
     state, _, _ = compressed(ALGORITHMS["cdsgd"], channel(TOP_1, feedback), 1, 0.3)
     torch.testing.assert_close(state.x.mean(0), (LR * H * B).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "omega", "expected"),
+    [
+        ("torus", 16, 1.0, 1.5),  # the root of z^2 - 1.9 lambda z + 0.9 lambda at lambda = -3/5
+        ("torus", 16, 0.0, 0.9**0.5),
+        ("exponential", 8, 0.0, None),
+        ("exponential", 16, 0.5, None),
+        ("one-peer-exponential", 16, 1.0, None),
+        ("ring", 10, 0.5, None),
+    ],
+)
+def test_growth_of_disagreement_in_the_position_form(name: str, n: int, omega: float, expected: float | None) -> None:
+    found = topology(name, n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1)
+    factor = growth(found.matrices, beta=0.9, omega=omega)
+    if expected is not None:
+        assert factor == pytest.approx(expected, abs=1e-9)
+    algorithm = dmsgd(beta=0.9, omega=omega, velocity=False)
+    state = algorithm.init(torch.randn(n, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    sizes = []
+    for number in range(240):
+        state = gossip_round(algorithm, state, torch.zeros_like, 0.1, found.mixing(number))
+        sizes.append(float(torch.linalg.vector_norm(state.x - state.x.mean(0))))
+    assert (sizes[-1] / sizes[119]) ** (1 / 120) == pytest.approx(factor, rel=0.01)

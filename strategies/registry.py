@@ -104,8 +104,8 @@ def peer_topology(config: Config) -> Topology:
         if factor > 1 + 1e-6:
             raise TopologyError(
                 f"topology = {config.topology!r}, momentum = {config.momentum:g}, momentum-consensus-weight = {omega:g}: "
-                f"disagreement grows by {factor:.3g} an exchange in dmsgd's position form; lazy = true, momentum-form = 'velocity', "
-                "a smaller momentum or another topology may help"
+                f"disagreement grows by {factor:.3g} an exchange in dmsgd's position form; lazy = true, momentum-form = 'velocity' "
+                "or a smaller momentum may help"
             )
     return found
 

@@ -160,19 +160,20 @@ class Peers:
 
     def _cross(self, number: int, received: Tensor, mixing: Tensor) -> Tensor:
         config, batch = self._config, self._batch()
-        seen: list[bool] = []
+        passes: list[Tensor] = []
 
         def pair(x: Tensor, owner: Tensor) -> Tensor:
             value, gradient = self._gradient(x, (batch[0][owner], batch[1][owner], batch[2][owner]))
-            if not seen:  # the first pass: at the models themselves
-                seen.append(True)
-                own = torch.zeros(self._n, dtype=value.dtype, device=value.device).index_add_(0, owner, value)
-                self._losses.append(own / torch.bincount(owner, minlength=self._n))
+            passes.append(value)
             return gradient
 
         def carry(gradients: Tensor, owner: Tensor, model: Tensor) -> Tensor:
-            own = (owner == model)[:, None]
-            gradients = self._regular(gradients, torch.where(own, self.state.x[model], received[model]))
+            own = owner == model
+            values = next(each for each in passes if len(each) == len(owner))
+            losses = values.new_zeros(self._n).index_add_(0, owner, values) / torch.bincount(owner, minlength=self._n)
+            losses[owner[own]] = values[own]  # all of them, but for a peer that gives itself no weight
+            self._losses.append(losses)
+            gradients = self._regular(gradients, torch.where(own[:, None], self.state.x[model], received[model]))
             if config.cross_gradients == "model":
                 return gradients  # they stay where they were taken
             arrived = []

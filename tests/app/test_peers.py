@@ -83,10 +83,9 @@ def test_batched_engine_is_the_relay_step_for_step(changes: dict[str, Any]) -> N
             torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-6)
     assert list(relay.history["round"]) == list(batched.history["round"])
     np.testing.assert_allclose(relay.history["accuracy"], batched.history["accuracy"], atol=1e-9)
-    losses = [
-        found.metrics.query("metric == 'loss' and split == 'train'").set_index(["round", "site"]) for found in (relay, batched)
-    ]
-    pd.testing.assert_series_equal(*(each["value"].sort_index() for each in losses), rtol=1e-4)
+    trained = (found.metrics.query("metric == 'loss' and split == 'train'") for found in (relay, batched))
+    own, other = (each.set_index(["round", "site"])["value"].sort_index() for each in trained)
+    pd.testing.assert_series_equal(own, other, rtol=1e-4)
     # The relay's messages hold more than payloads: headers, metrics, what sites are told.
     assert 1 < relay.history["megabytes"].iloc[-1] / batched.history["megabytes"].iloc[-1] < 1.3
     distance = batched.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]

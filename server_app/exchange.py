@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
+from threading import Thread
 from typing import Protocol, runtime_checkable
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
+PATIENCE_S = 0.5  # with one reply, before others are looked for while it comes
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
 # not connected, a ClientApp that stopped. Other errors would come again at once.
@@ -53,6 +56,7 @@ class Mailbox:
         self._grid, self._timeout_s = grid, timeout_s
         self._clock = clock_of(grid)
         self._waiting: dict[str, tuple[Message, float]] = {}
+        self._coming: dict[str, Future[list[Message]]] = {}
         self._poll = FIRST_WAIT_S
 
     def __len__(self) -> int:
@@ -76,8 +80,7 @@ class Mailbox:
         while self._waiting:
             arrived = False
             for identity in list(self._waiting):
-                # One at a time: a grid hands over all replies that are there at once, each as large as a model.
-                for reply in self._grid.pull_messages([identity]):
+                for reply in self._pull(identity):
                     # Replies that Flower makes up itself name node 1 as their source: the message tells who was asked.
                     arrived = True
                     yield self._waiting.pop(identity)[0], reply
@@ -88,6 +91,7 @@ class Mailbox:
             late = [identity for identity, (_, deadline) in self._waiting.items() if deadline <= now]
             for identity in late:
                 message, _ = self._waiting.pop(identity)
+                self._coming.pop(identity, None)
                 error = Error(TOO_LATE, f"no answer within timeout-s = {self._timeout_s:g}")
                 yield message, Message(error, reply_to=message)
             if late:
@@ -96,6 +100,31 @@ class Mailbox:
             self._poll = min(2 * self._poll, LONGEST_WAIT_S)
             if once:
                 return
+
+    def _pull(self, identity: str) -> list[Message]:
+        """The reply to a message, if it is there.
+
+        One at a time: a grid hands over all replies that are there at once, each as large as a model. But Flower announces a
+        reply before it is sent and then waits for it, for minutes if the site's link is slow or the site has died: such a reply
+        comes in a thread of its own.
+        """
+        if isinstance(self._grid, Clock):
+            return list(self._grid.pull_messages([identity]))
+        coming = self._coming.get(identity)
+        if coming is None:
+            coming = self._coming[identity] = Future()
+            Thread(target=_pull_into, args=(coming, self._grid, identity), daemon=True).start()
+            wait([coming], PATIENCE_S)
+        if not coming.done():
+            return []
+        return self._coming.pop(identity).result()
+
+
+def _pull_into(coming: Future[list[Message]], grid: Grid, identity: str) -> None:
+    try:
+        coming.set_result(list(grid.pull_messages([identity])))
+    except BaseException as error:  # whatever it is, whoever waits for the reply must hear of it
+        coming.set_exception(error)
 
 
 def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:

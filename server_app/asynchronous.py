@@ -296,7 +296,7 @@ class Asynchronous:
         mean = numbers(weighted_metrics(answers, NUM_EXAMPLES)) if answers else {}
         answered = {each: numbers(metrics) for each, metrics in test.answers.items()}
         self._report.write(number, "test", answered, mean or None, test.moment)
-        done = round(number * self._config.epochs / self._total)
+        done = number * self._config.epochs / self._total
         now = test.moment
         progress = Progress("update", number, None, done, self._config.epochs, now.seconds, now.megabytes(), test.train, mean)
         self._history.tell(progress)

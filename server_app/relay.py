@@ -346,7 +346,7 @@ class Relay:
         accuracies = [each["accuracy"] for each in test.answers.values()]
         mean |= {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)}
         self.report.write(number, "test", {nodes[peer]: each for peer, each in test.answers.items()}, mean, test.moment)
-        done = round(number * self._config.epochs / self.exchanges)
+        done = number * self._config.epochs / self.exchanges
         now = test.moment
         self._history.tell(Progress("exchange", number, None, done, self._config.epochs, now.seconds, now.megabytes(), train, mean))
 

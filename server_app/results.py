@@ -36,7 +36,7 @@ class Progress(NamedTuple):
         unit: what is counted: round, update of the server, or exchange of peers.
         round_number: how many there were.
         epochs: local epochs of this round, or None where there are no rounds.
-        done, total: local epochs so far, and of the whole run.
+        done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of the whole run.
         seconds: since the first round.
         megabytes: sent and received so far.
         train, test: means over the sites.
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
     unit: str
     round_number: int
     epochs: int | None
-    done: int
+    done: float
     total: int
     seconds: float
     megabytes: float
@@ -58,7 +58,7 @@ class Progress(NamedTuple):
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
         parts = (
             f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
-            f"epoch {self.done:>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs})" if rounds else ""),
+            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs})" if rounds else ""),
             f"lr {rates:<15}",
             f"train loss {self.train.get('loss', math.nan):.4f}",
             f"test accuracy {self.test.get('accuracy', math.nan):.4f}",

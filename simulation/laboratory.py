@@ -232,7 +232,7 @@ def simulate(
         def watch(reached: Progress) -> None:
             accuracy = reached.test.get("accuracy", math.nan)
             bar.set_postfix(round=reached.round_number, accuracy=f"{accuracy:.4f}", refresh=False)
-            bar.update(reached.done - bar.n)
+            bar.update(round(reached.done) - bar.n)
 
         run = _simulate(config, world or World(), engine, threads, watch)
     if not run.finished:
@@ -441,7 +441,7 @@ def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | No
 
     def watch(reached: Progress) -> None:
         accuracy = reached.test.get("accuracy", math.nan)
-        file.write_text(f"{reached.done} {name}, seed {config.seed}: accuracy {accuracy:.4f}")
+        file.write_text(f"{round(reached.done)} {name}, seed {config.seed}: accuracy {accuracy:.4f}")
 
     try:
         return name, config.seed, _simulate(config, world, engine, 1, watch)

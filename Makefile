@@ -8,7 +8,7 @@ BIN := $(CURDIR)/.venv/bin
 CONF ?=
 SET ?=
 RESULTS ?= $(CURDIR)/runs
-SITES := $(shell { echo '$(SET)' | tr ' ' '\n'; cat $(CONF) pyproject.toml; } | sed -n 's/^num-sites *= *\([0-9]*\).*/\1/p' | head -n 1)
+SITES := $(shell { echo '$(SET)' | tr ' ' '\n'; cat $(CONF) pyproject.toml 2>/dev/null; } | sed -n 's/^num-sites *= *\([0-9]*\).*/\1/p' | head -n 1)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 # Each site's share of a GPU; 0 on a machine without one.
 GPU_SHARE ?= $(shell awk 'BEGIN { share = $(GPUS) / $(SITES); print (share > 1 ? 1 : int(share * 100) / 100) }')
@@ -38,6 +38,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # The SuperLink that `flwr run` would start by itself makes a copy of the environment for each run, which costs half a minute; deleting
 # it takes more than the five seconds that Flower waits at the end of a run on a slow disk, and the run is then called failed.
 run: .venv/installed
+	@python -m strategies.config '$(CONF)' '$(SET)'
 	@mkdir -p $(FLWR_HOME)
 	@cd $(FLWR_HOME) && there() { python -c 'import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)' 2>/dev/null; }; \
 	there || { nohup flower-superlink --insecure --simulation --host 127.0.0.1 --port $(PORT) --disable-runtime-dependency-installation \

@@ -17,9 +17,9 @@ from client_app.app import app as client_app
 from server_app.app import run as run_server
 from server_app.results import History
 from simulation.grid import VirtualGrid
-from simulation.laboratory import configuration
 from simulation.world import World
 from strategies.asynchronous.rule import Update
+from strategies.config import configuration
 from strategies.registry import server_rule
 
 SIZE = 25_000_000

@@ -36,8 +36,8 @@ from models.networks import build
 from server_app.app import run as run_server
 from server_app.results import History, Progress
 from simulation.grid import VirtualGrid
-from simulation.laboratory import configuration
 from simulation.world import World
+from strategies.config import configuration
 
 SITES, ROUNDS, BATCH, LR, MOMENTUM = 10, 20, 32, 0.05, 0.9
 SETTINGS: dict[str, Any] = {"strategy": "fedavg", "num_sites": SITES, "epochs": ROUNDS, "local_epochs": 1, "lr_ratio": 1.0}

@@ -30,9 +30,8 @@ from server_app.relay import Relay
 from server_app.results import History
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
-from simulation.laboratory import ROOT, configuration
 from simulation.world import World
-from strategies.config import Config
+from strategies.config import ROOT, Config, configuration
 from strategies.randomness import derive
 
 

@@ -18,7 +18,7 @@ from client_app.site import Place, config_of_site, device_of, dice, name_of, ope
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
-from strategies.config import PEERS
+from strategies.config import PEERS, ConfigError
 from strategies.randomness import derive
 from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, pack, unpack
 from strategies.schedules import decay, progress
@@ -36,7 +36,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if not isinstance(error, SourceError | PartitionError):  # these say all there is to say
+        if not isinstance(error, SourceError | PartitionError | ConfigError):  # these say all there is to say
             traceback.print_exc()
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 

@@ -150,12 +150,20 @@ def device_of(name: str) -> torch.device:
     """The device to compute on; ``auto`` takes an accelerator where there is one.
 
     Where Ray gave this process a fraction of a GPU, its memory is held to that fraction.
+
+    Raises:
+        ConfigError: this site does not have it.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = found or torch.device("cpu")
     else:
         device = torch.device(name)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch's parts say it
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"device = {name!r}: {reason}; allowed here: 'auto', or one that this site has") from error
     ray = sys.modules.get("ray")
     if device.type == "cuda" and ray is not None and ray.is_initialized():
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1)

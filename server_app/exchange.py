@@ -1,6 +1,8 @@
 """Messages to sites and their replies, as they come; and the time, which a simulation keeps itself."""
 
+import math
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from threading import Thread
@@ -11,6 +13,7 @@ from flwr.serverapp import Grid
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
 PATIENCE_S = 0.5  # with one reply, before others are looked for while it comes
+AT_ONCE = 8  # replies that come: as many models may be in memory
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
 # not connected, a ClientApp that stopped. Other errors would come again at once.
@@ -68,9 +71,12 @@ class Mailbox:
         for message in sent:
             message.metadata.ttl = self._timeout_s
         deadline = self._clock.now() + self._timeout_s
-        self._waiting |= {
-            identity: (message, deadline) for identity, message in zip(self._grid.push_messages(sent), sent, strict=True)
-        }
+        identities = list(self._grid.push_messages(sent))
+        if len(identities) != len(sent):
+            raise RuntimeError(f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: too large or too old")
+        for identity, message in zip(identities, sent, strict=True):
+            # Without an identity it was not taken, its node having gone: nobody will answer.
+            self._waiting[identity or uuid.uuid4().hex] = (message, deadline if identity else -math.inf)
 
     def receive(self, *, once: bool = False) -> Iterator[tuple[Message, Message]]:
         """Wait until something is there, then yield messages with their replies, in the order of arrival.
@@ -78,7 +84,7 @@ class Mailbox:
         With ``once`` nothing may be yielded: the caller has more to look after.
         """
         while self._waiting:
-            arrived = False
+            arrived, now = False, self._clock.now()
             for identity in list(self._waiting):
                 for reply in self._pull(identity):
                     # Replies that Flower makes up itself name node 1 as their source: the message tells who was asked.
@@ -87,7 +93,6 @@ class Mailbox:
             if arrived:
                 self._poll = FIRST_WAIT_S
                 return
-            now = self._clock.now()
             late = [identity for identity, (_, deadline) in self._waiting.items() if deadline <= now]
             for identity in late:
                 message, _ = self._waiting.pop(identity)
@@ -106,15 +111,17 @@ class Mailbox:
 
         One at a time: a grid hands over all replies that are there at once, each as large as a model. But Flower announces a
         reply before it is sent and then waits for it, for minutes if the site's link is slow or the site has died: such a reply
-        comes in a thread of its own.
+        comes in a thread of its own, beside a few others.
         """
         if isinstance(self._grid, Clock):
             return list(self._grid.pull_messages([identity]))
         coming = self._coming.get(identity)
         if coming is None:
+            if len(self._coming) == AT_ONCE:
+                return []
             coming = self._coming[identity] = Future()
             Thread(target=_pull_into, args=(coming, self._grid, identity), daemon=True).start()
-            wait([coming], PATIENCE_S)
+            wait([coming], PATIENCE_S if len(self._coming) == 1 else FIRST_WAIT_S)
         if not coming.done():
             return []
         return self._coming.pop(identity).result()

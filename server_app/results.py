@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,7 +21,7 @@ from torch import Tensor
 from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation
-from strategies.config import ASYNCHRONOUS, PEERS, Config
+from strategies.config import ASYNCHRONOUS, PEERS, Config, ConfigError
 from strategies.records import STATS, X, unpack
 from strategies.registry import peer_topology
 
@@ -179,7 +180,18 @@ class Folder(History):
 
     Attributes:
         path: absolute.
+
+    Raises:
+        ConfigError: nothing can be written where it should be.
     """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        wanted = Path(config.results_dir).expanduser().absolute()
+        try:
+            TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
+        except OSError as error:
+            raise ConfigError(f"results-dir = {config.results_dir!r}: nothing can be written there: {error}") from error
 
     def begin(self, federation: Federation, model: FlatModel) -> None:
         """Make the folder and say what is about to run."""

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -38,9 +37,7 @@ from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import PEERS, Config, ConfigError
-
-ROOT = Path(__file__).parent.parent
+from strategies.config import PEERS, Config, ConfigError, configuration
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,28 +162,6 @@ class _Watched(History):
     def tell(self, progress: Progress) -> None:
         """Pass it on."""
         self._watch(progress)
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
-
-
-def configuration(conf: str | Path | None = None, **changes: Any) -> Config:
-    """The configuration of a run: the defaults of ``pyproject.toml``, then a file of ``conf/``, then ``changes``.
-
-    Keys are those of the run configuration, ``-`` or ``_`` between their words.
-
-    Raises:
-        ConfigError: names every key that is wrong, its value and what is allowed.
-    """
-    from_file = {}
-    if conf is not None:
-        path = next((path for path in (Path(conf), ROOT / conf) if path.is_file()), None)
-        if path is None:
-            raise ConfigError(f"conf = {str(conf)!r}: there is no such file")
-        from_file = tomllib.loads(path.read_text())
-    return Config.read(_defaults() | from_file | {key.replace("_", "-"): value for key, value in changes.items()})
 
 
 @contextmanager

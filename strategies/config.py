@@ -5,19 +5,27 @@ Defaults stand in ``pyproject.toml`` under ``[tool.flwr.app.config]`` and nowher
 
 import inspect
 import re
+import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import flwr.serverapp.strategy as shipped
+from click import ClickException
+from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+ROOT = Path(__file__).parent.parent
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 ASYNCHRONOUS = ("gsgm", "asgd", "asgd-momentum", "dc-asgd-c", "dc-asgd-a", "fedasync", "fedbuff")
 SHARP = ("q-saddle", "n-saddle", "dfedsam")  # these are others with sharpness-aware gradients
 CROSS = ("ngm", "n-saddle")
 PEERS = ("d-psgd", "cdsgd", "cdmsgd", "dsgdm", "dmsgd", "qgm", "ngm", "gradient-tracking", *SHARP)
+ONLY_PEERS = {"sealing": "off", "codec": "identity", "error-feedback": "none", "cross-codec": "identity"}
 OWN_STRATEGIES = ("co-learning", "fedavg", "local", "ensemble", "centralized", *ASYNCHRONOUS, *PEERS)
 Codec = Literal["identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign"]
 NETWORKS = ("cnn", "mlp", "lenet5", "resnet20", "vgg11")
@@ -84,7 +92,7 @@ class Config(BaseModel):
     epochs: Positive
     local_epochs: Positive
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    timeout_s: Rate
+    timeout_s: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     results_dir: Annotated[str, Field(min_length=1)]
 
     max_local_epochs: Positive
@@ -274,6 +282,15 @@ class Config(BaseModel):
             strategy_arguments(self.strategy, self.strategy_arguments)
         if self.strategy in PEERS:
             self._peers(refuse)
+        else:
+            for key, default in {
+                "sealing": "off",
+                "codec": "identity",
+                "error-feedback": "none",
+                "cross-codec": "identity",
+            }.items():
+                if self.kebab()[key] != default:
+                    refuse(key, f"only for a strategy of peers, not for {self.strategy}; allowed: {default!r}")
         if self.test_part == "official" and self.data in SOURCES and self.data not in OFFICIAL_TEST:
             refuse("test-part", f"{self.data} has no official test part; allowed: 'own'")
         if self.augment != "none" and self.data in ("audio-folder", "csv", "text-csv"):
@@ -281,6 +298,32 @@ class Config(BaseModel):
         if self.model == "mlp" and self.channels_last:
             refuse("channels-last", "only for a convolutional model; allowed: False")
         return self
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
+
+
+def configuration(conf: str | Path | None = None, **changes: Any) -> Config:
+    """The configuration of a run: the defaults of ``pyproject.toml``, then a file of ``conf/``, then ``changes``.
+
+    Keys are those of the run configuration, ``-`` or ``_`` between their words.
+
+    Raises:
+        ConfigError: names every key that is wrong, its value and what is allowed.
+    """
+    return _configuration(conf, {key.replace("_", "-"): value for key, value in changes.items()})
+
+
+def _configuration(conf: str | Path | None, changes: Mapping[str, Any]) -> Config:
+    from_file = {}
+    if conf is not None:
+        path = next((path for path in (Path(conf), ROOT / conf) if path.is_file()), None)
+        if path is None:
+            raise ConfigError(f"conf = {str(conf)!r}: there is no such file")
+        from_file = tomllib.loads(path.read_text())
+    return Config.read(_defaults() | from_file | dict(changes))
 
 
 def _one_of(name: str, allowed: tuple[str, ...]) -> str:
@@ -309,3 +352,10 @@ def _explain(error: Any) -> str:
         case "missing":
             return f"{key}: missing"
     return f"{key} = {error['input']!r}: {message}" if key else message
+
+
+if __name__ == "__main__":  # `make run` lets it look at CONF and SET before anything is started
+    try:
+        _configuration(sys.argv[1] or None, parse_config_args(sys.argv[2:]))
+    except (ConfigError, ClickException) as wrong:
+        sys.exit(str(wrong))

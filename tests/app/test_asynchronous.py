@@ -15,9 +15,9 @@ from server_app.app import run as run_server
 from server_app.census import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
-from simulation.laboratory import Run, configuration, simulate
+from simulation.laboratory import Run, simulate
 from simulation.world import Lognormal, World
-from strategies.config import ASYNCHRONOUS
+from strategies.config import ASYNCHRONOUS, configuration
 from tests.conftest import RunApp
 
 UNEQUAL = World(samples_per_s=Lognormal(median=100, sigma=0.7))

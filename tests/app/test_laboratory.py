@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from server_app.census import RunError
-from simulation.laboratory import Comparison, Run, compare, configuration, simulate
+from simulation.laboratory import Comparison, Run, compare, simulate
 from simulation.world import Lognormal, World
-from strategies.config import ConfigError
+from strategies.config import ConfigError, configuration
 from tests.conftest import ROOT, RunApp
 
 SMALL: dict[str, Any] = {"num_sites": 3, "epochs": 4, "local_epochs": 1, "epsilon": 0.0, "model": "mlp", "progress": False}

@@ -22,9 +22,9 @@ from server_app.app import run as run_server
 from server_app.census import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
-from simulation.laboratory import Run, configuration, simulate
+from simulation.laboratory import Run, simulate
 from simulation.world import World
-from strategies.config import PEERS, SHARP, ConfigError
+from strategies.config import PEERS, SHARP, ConfigError, configuration
 from strategies.records import arrays_of, config_of, unpack
 from strategies.topology import TopologyError
 from tests.conftest import RunApp

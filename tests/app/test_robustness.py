@@ -178,6 +178,7 @@ def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
 
 def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> None:
     assert messages_sent({"lr": 0.0}, tmp_path) == 0
+    assert messages_sent({"results-dir": "/proc/runs"}, tmp_path) == 0
     assert not (tmp_path / "runs").exists()
 
 
@@ -193,6 +194,7 @@ def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> Non
         ({"data": "csv", "data_path": "/nowhere"}, "0 sites can take part, min-sites = 2. SourceError: data-path = '/nowhere'"),
         ({"partition": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
         ({"partition": "classes", "classes_per_site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
+        ({"device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: device = 'cuda:99'"),
         ({"model": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
     ],
 )

@@ -60,9 +60,25 @@ def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_pa
     execute_notebook("read_results.ipynb", RUNS=str(tmp_path / "ray"))
 
 
-def test_wrong_configuration_fails_the_command_and_is_named(make: Make, tmp_path: Path) -> None:
-    failed = make("run", f"RESULTS={tmp_path / 'none'}", "SET=lr=-1.0")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("SET=lr=-1.0 num-sites=0", "num-sites = 0: must be greater than or equal to 1\nlr = -1.0: must be greater than 0"),
+        ("SET=num_sites=3", "num_sites = 3: unknown key; did you mean 'num-sites'?"),
+        ("SET=lr=high", "invalid format"),
+        ("CONF=conf/nope.toml", "conf = 'conf/nope.toml': there is no such file"),
+    ],
+)
+def test_wrong_configuration_is_named_and_nothing_is_started(make: Make, argument: str, message: str, tmp_path: Path) -> None:
+    failed = make("run", f"RESULTS={tmp_path / 'none'}", argument)
     assert failed.returncode != 0
-    assert "lr = -1.0: must be greater than 0" in failed.stdout
-    assert "The run failed: see above." in failed.stderr
+    assert message in failed.stderr
+    assert "flwr run" not in failed.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_run_that_fails_fails_the_command(make: Make, tmp_path: Path) -> None:
+    failed = make("run", f"RESULTS={tmp_path / 'none'}", 'SET=data="csv" data-path="/nowhere"')
+    assert failed.returncode != 0
+    assert "data-path = '/nowhere'" in failed.stdout
+    assert "The run failed: see above." in failed.stderr

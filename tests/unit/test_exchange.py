@@ -1,8 +1,9 @@
 """Replies as Flower's Grid hands them over: announced first, sent afterwards."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from threading import Event
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -10,62 +11,97 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from server_app import exchange as module
-from server_app.exchange import TOO_LATE, Mailbox, exchange
+from server_app.exchange import AT_ONCE, GONE, TOO_LATE, exchange
+
+NOBODY = 99
 
 
 class Announced:
-    """The part of a Grid that a mailbox uses. Every reply is there, but that to "0" takes until ``sent``: who asks for it waits."""
+    """The part of a Grid that a mailbox uses: all replies are announced, and whoever asks for one that is not there yet waits.
 
-    def __init__(self, sent: Event) -> None:
+    Args:
+        slow: nodes whose replies take until ``sent``.
+    """
+
+    def __init__(self, slow: Iterable[int]) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        self.sent = sent
-        self.messages: dict[str, Message] = {}
+        self.slow, self.sent, self.asked_for = set(slow), Event(), Event()
+        self.under_way = 0
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        self.messages = {str(number): message for number, message in enumerate(messages)}
-        return list(self.messages)
+        self.messages = {str(message.metadata.dst_node_id): message for message in messages}
+        return [identity if identity != str(NOBODY) else "" for identity in self.messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         [identity] = message_ids
-        if identity == "0":
-            self.sent.wait()
-            if not self.messages:
-                raise ConnectionError("the SuperLink is gone")
+        if identity not in self.messages:
+            return []
+        if int(identity) in self.slow:
+            self.under_way += 1
+            self.asked_for.set()
+            assert self.sent.wait(60)
         return [Message(RecordDict(), reply_to=self.messages[identity])]
 
-
-def asked() -> list[Message]:
-    return [Message(RecordDict(), node, "train") for node in (1, 2, 3)]
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.01)
-    event = Event()
-    yield event
-    event.set()
+    def exchange(self, nodes: Iterable[int], timeout_s: float = 60) -> Iterator[tuple[int, Message]]:
+        return exchange(cast(Grid, self), [Message(RecordDict(), node, "train") for node in nodes], timeout_s)
 
 
-def test_a_reply_that_takes_long_to_send_keeps_no_other_waiting(sent: Event) -> None:
-    grid = cast(Grid, Announced(sent))
-    arrivals = exchange(grid, asked(), 60)
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.2)
+
+
+def test_a_reply_that_takes_long_to_send_keeps_no_other_waiting() -> None:
+    grid = Announced(slow=[1])
+    arrivals = grid.exchange([1, 2, 3])
     assert [next(arrivals)[0], next(arrivals)[0]] == [2, 3]
-    sent.set()
-    assert next(arrivals)[0] == 1
+    grid.sent.set()
+    assert [node for node, _ in arrivals] == [1]
 
 
-def test_a_reply_that_is_never_sent_whole_is_too_late(sent: Event) -> None:
-    grid = cast(Grid, Announced(sent))
-    *others, (node, reply) = exchange(grid, asked(), 0.2)
+def test_a_reply_that_is_never_sent_whole_is_too_late() -> None:
+    *others, (node, reply) = Announced(slow=[1]).exchange([1, 2, 3], timeout_s=0.5)
     assert [other for other, _ in others] == [2, 3]
     assert (node, reply.error.code) == (1, TOO_LATE)
 
 
-def test_what_goes_wrong_while_a_reply_comes_is_raised(sent: Event) -> None:
-    grid = Announced(sent)
-    mailbox = Mailbox(cast(Grid, grid), 60)
-    mailbox.send(asked()[:1])
-    grid.messages = {}
-    sent.set()
-    with pytest.raises(ConnectionError, match="SuperLink"):
-        list(mailbox.receive())
+def test_a_reply_that_is_there_in_time_is_not_too_late_because_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Announced(slow=[2])
+    pull = grid.pull_messages
+    # The reply of 1 is announced while the mailbox waits for that of 2, for longer than both have.
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: [] if ids == ["1"] and not grid.asked_for.is_set() else pull(ids))
+    assert [(node, reply.has_error()) for node, reply in grid.exchange([1, 2], timeout_s=0.1)] == [(1, False), (2, True)]
+
+
+def test_few_replies_are_in_memory_at_once() -> None:
+    grid = Announced(slow=range(1, 31))
+    arrivals = grid.exchange([*range(1, 31), 31], timeout_s=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: grid.sent.set())  # the first round of questions is over
+        first = next(arrivals)
+    assert grid.under_way == AT_ONCE
+    assert sorted([first[0], *(node for node, _ in arrivals)]) == list(range(1, 32))
+
+
+def test_a_message_that_flower_did_not_take_is_answered_too() -> None:
+    found = dict(Announced(slow=[]).exchange([1, NOBODY, 2]))
+    assert found.keys() == {1, 2, NOBODY}
+    assert found[NOBODY].error.code in GONE
+
+
+def test_messages_that_flower_drops_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Announced(slow=[])
+    monkeypatch.setattr(grid, "push_messages", lambda _: ["1"])
+    with pytest.raises(RuntimeError, match="did not take 1 of 2 messages"):
+        list(grid.exchange([1, 2]))
+
+
+def test_what_goes_wrong_while_a_reply_comes_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Announced(slow=[])
+
+    def fails(_: Iterable[str]) -> Iterable[Message]:
+        raise ConnectionError("the SuperLink is gone")
+
+    monkeypatch.setattr(grid, "pull_messages", fails)
+    with pytest.raises(ConnectionError, match="the SuperLink is gone"):
+        list(grid.exchange([1]))

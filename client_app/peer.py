@@ -124,13 +124,7 @@ class Peer:
         readers = list(map(int, told))
         if self.config.topology == "edges":
             return readers
-        found = topology_of(self.config)
-        known = {
-            i
-            for each in range(len(found.matrices))
-            for i in range(self.config.num_sites)
-            if self.number in found.neighbours(each, i)
-        }
+        known = topology_of(self.config).readers(self.number)
         return [reader for reader in readers if reader in known]
 
     # What is remembered: tensors and numbers by name, in two records.

@@ -161,7 +161,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch's parts say it
+        except (RuntimeError, AssertionError) as error:  # as torch's parts say it
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"device = {name!r}: {reason}; allowed here: 'auto', or one that this site has") from error
     ray = sys.modules.get("ray")

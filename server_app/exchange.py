@@ -95,10 +95,11 @@ class Mailbox:
                 return
             late = [identity for identity, (_, deadline) in self._waiting.items() if deadline <= now]
             for identity in late:
-                message, _ = self._waiting.pop(identity)
+                message, deadline = self._waiting.pop(identity)
                 self._coming.pop(identity, None)
-                error = Error(TOO_LATE, f"no answer within timeout-s = {self._timeout_s:g}")
-                yield message, Message(error, reply_to=message)
+                taken = deadline > -math.inf
+                reason = f"no answer within timeout-s = {self._timeout_s:g}" if taken else "Flower did not take the message for it"
+                yield message, Message(Error(TOO_LATE, reason), reply_to=message)
             if late:
                 return
             self._clock.wait(self._poll, min(deadline for _, deadline in self._waiting.values()) - now)

@@ -275,8 +275,7 @@ class Peers:
         history.record(number, seconds, EVERYBODY, "train", train, up, down)
         history.record(number, seconds, EVERYBODY, "test", test, up, down)
         history.keep(pack({X: self.state.x}))
-        done = round(number * epochs)
-        watch(Progress("exchange", number, None, done, config.epochs, seconds, (up + down) / 1e6, train, test))
+        watch(Progress("exchange", number, None, number * epochs, config.epochs, seconds, (up + down) / 1e6, train, test))
 
 
 @lru_cache(maxsize=16)

@@ -283,14 +283,9 @@ class Config(BaseModel):
         if self.strategy in PEERS:
             self._peers(refuse)
         else:
-            for key, default in {
-                "sealing": "off",
-                "codec": "identity",
-                "error-feedback": "none",
-                "cross-codec": "identity",
-            }.items():
-                if self.kebab()[key] != default:
-                    refuse(key, f"only for a strategy of peers, not for {self.strategy}; allowed: {default!r}")
+            for key, without in ONLY_PEERS.items():
+                if getattr(self, key.replace("-", "_")) != without:
+                    refuse(key, f"only for a strategy of peers, not for {self.strategy}; allowed: {without!r}")
         if self.test_part == "official" and self.data in SOURCES and self.data not in OFFICIAL_TEST:
             refuse("test-part", f"{self.data} has no official test part; allowed: 'own'")
         if self.augment != "none" and self.data in ("audio-folder", "csv", "text-csv"):

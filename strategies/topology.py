@@ -42,6 +42,10 @@ class Topology(NamedTuple):
         """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
         return _heard(self.matrices)[exchange % len(self.matrices)][peer]
 
+    def readers(self, peer: int) -> set[int]:
+        """Who hears ``peer`` in any exchange."""
+        return {other for other in self.graph if self.graph.has_edge(other, peer)}
+
     def linked(self, peer: int) -> list[int]:
         """Whom ``peer`` hears from or is heard by in any exchange."""
         return sorted(set(nx.all_neighbors(self.graph, peer)))

@@ -590,15 +590,17 @@ def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
     class Curious(VirtualGrid):
         def _send(self, message: Message) -> str:
             told = config_of(message)
-            if "collect" in told:
-                told["collect"] = True
+            if "listeners" in told:
+                told["listeners"] = [0, 1, 2, 3]
             return super()._send(message)
 
     handed: list[str] = []
+    wrapped: set[tuple[int, str]] = set()
 
     def look(number: int, message: Message, reply: Message) -> Message:
         if not reply.has_error():
             handed.extend(reply.content)
+            wrapped.update((number, name) for name in arrays_of(reply) if name.endswith("/key"))
         return reply
 
     for sealing, expected in (("off", True), ("trust-on-first-use", False)):
@@ -606,6 +608,8 @@ def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
         config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", sealing=sealing)
         run_server(Curious(client_app, World().sites(4, 1), config.kebab(), look), config, History(config))
         assert ("model" in handed) is expected
+    # A content key for each neighbour on the ring, and for nobody else.
+    assert wrapped == {(peer, f"to-{(peer + side) % 4}/key") for peer in range(4) for side in (1, -1)}
 
 
 def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from strategies.averaging.alone import Alone
 from strategies.averaging.average import Averaging, weighted_metrics
 from strategies.averaging.co_learning import CoLearning
 from strategies.averaging.shipped import Shipped
-from strategies.config import Config, shipped_strategies, strategy_arguments
+from strategies.config import CROSS, Config, shipped_strategies, strategy_arguments
+from strategies.method import Neighbourhood, PeerPlan
 from strategies.peer.algorithm import PeerAlgorithm
 from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
@@ -79,6 +80,13 @@ def peer_algorithm(config: Config) -> PeerAlgorithm[Any]:
         case "gradient-tracking":
             return gradient_tracking(adapt_first=True)
     raise ValueError(f"{config.strategy} is no strategy of peers")
+
+
+def peer_plan(config: Config) -> PeerPlan:
+    """What a run of peers executes."""
+    at: Any = config.cross_gradients if config.strategy in CROSS else "own"
+    gradient = Neighbourhood(at, config.sam_radius, config.cross_perturbation)
+    return PeerPlan(peer_algorithm(config), gradient, config.local_steps)
 
 
 def peer_topology(config: Config) -> Topology:

@@ -1,0 +1,232 @@
+"""A method of the literature as a value: the keys it takes, and a plan that a driver executes without knowing its name.
+
+A plan is one of a few kinds, each with a driver of its own: :class:`RoundPlan` (synchronous averaging), :class:`ArrivalPlan`
+(the model changes when a site answers) and :class:`PeerPlan` (no server). Nothing here knows Flower.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from strategies.asynchronous.rule import ServerRule
+from strategies.peer.algorithm import PeerAlgorithm
+from strategies.topology import Topology
+
+Vectors = Mapping[str, Tensor]
+
+
+class Section(BaseModel):
+    """A table of the run configuration: typed keys, each with a default and a description, written with hyphens."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        populate_by_name=True,
+        alias_generator=lambda field: field.replace("_", "-"),
+        use_attribute_docstrings=True,
+    )
+
+
+class Run(NamedTuple):
+    """What a plan may depend on beside its own keys.
+
+    Attributes:
+        lr: the learning rate at the start of the run.
+        sam_radius: of sharpness-aware training of any method; 0: off.
+    """
+
+    lr: float
+    sam_radius: float
+
+
+class Local(NamedTuple):
+    """An order to a site: what it does with the model that comes with it.
+
+    Attributes:
+        epochs: passes over its training part; or
+        steps: batches.
+        lr: the rate at the start of a cycle.
+        cycle: fractions of the cycle, in [0, 1], at the first batch and after the last.
+        proximal: mu of the pull towards the model that was sent.
+        delta: whether the site answers how far it moved (sent minus made) instead of the model it made.
+        keep_moments: whether the optimizer's moments stay at the site for its next order.
+    """
+
+    lr: float
+    cycle: tuple[float, float]
+    epochs: int = 0
+    steps: int = 0
+    proximal: float = 0.0
+    delta: bool = False
+    keep_moments: bool = False
+
+
+# Synchronous rounds.
+
+
+class Moment(NamedTuple):
+    """Where a run in rounds stands when a round begins.
+
+    Attributes:
+        round_number: counts from 1.
+        done: epochs a site so far.
+        total: epochs a site in the whole run.
+        an_epoch: batches an epoch, the mean over the sites.
+    """
+
+    round_number: int
+    done: float
+    total: int
+    an_epoch: float
+
+
+S = TypeVar("S")
+M = TypeVar("M")
+
+
+class SiteRule(NamedTuple, Generic[M]):
+    """What a site remembers from round to round, and what it does to its gradients.
+
+    Attributes:
+        init: the memory at a model [d], before the first round.
+        correct: memory, what the server sent and a gradient [d] to the gradient that is followed; it may be written in place.
+        finish: memory, what the server sent, the model [d] at the end and the sum of the learning rates to the new memory and
+            the vectors that go back beside the model.
+    """
+
+    init: Callable[[Tensor], M]
+    correct: Callable[[M, Vectors, Tensor], Tensor]
+    finish: Callable[[M, Vectors, Tensor, float], tuple[M, Vectors]]
+
+
+class RoundPlan(NamedTuple, Generic[S]):
+    """Synchronous averaging: instruct the sites, take the mean of what they made, step.
+
+    Attributes:
+        init: the server's state at a model [d]; a NamedTuple with a field ``x``.
+        instruct: what sites do in a round.
+        absorb: the state after a round, from the mean over the sites of each vector they sent (``x`` [d] and the site rule's).
+        beside: vectors that go to the sites beside the model, by name.
+        site: what sites remember; None for nothing.
+        weighting: whether sites count the same or by their training examples.
+    """
+
+    init: Callable[[Tensor], S]
+    instruct: Callable[[S, Moment], Local]
+    absorb: Callable[[S, Vectors], S]
+    beside: Callable[[S], Vectors] = lambda state: {}
+    site: SiteRule[Any] | None = None
+    weighting: Literal["equal", "samples"] = "equal"
+
+
+class AlonePlan(NamedTuple):
+    """Sites that learn nothing from each other: yardsticks.
+
+    Attributes:
+        instruct: as in :class:`RoundPlan`.
+        ensemble: test the mean prediction of all models instead of each site's own.
+    """
+
+    instruct: Callable[[Any, Moment], Local]
+    ensemble: bool
+
+
+# Arrivals.
+
+
+class Schedule(NamedTuple):
+    """When a contribution that arrived is applied (:mod:`strategies.asynchronous.white_list`).
+
+    Attributes:
+        kind: ``arrival``: at once. ``list``: each site once before any again; a site that contributed waits for its turn and
+            starts again with the model of its release. ``refill``: the same, and when the list is empty all sites are sent the
+            same newest model. ``local``: a site goes on while it waits, and what it made meanwhile is averaged.
+        slack: contributions by which a site may be ahead of the slowest; not of ``arrival``.
+    """
+
+    kind: Literal["arrival", "list", "refill", "local"] = "arrival"
+    slack: float = 0.0
+
+
+class ArrivalPlan(NamedTuple):
+    """Asynchronous training.
+
+    Attributes:
+        rule: what an arrival does to the model.
+        schedule: when it does.
+        steps: batches of a contribution.
+        proximal: mu of the sites' pull towards the model that was sent.
+        least: contributions without which the model never changes.
+        by_speed: whether a site takes local steps in proportion to its speed.
+    """
+
+    rule: ServerRule[Any]
+    schedule: Schedule = Schedule()
+    steps: int = 1
+    proximal: float = 0.0
+    least: int = 1
+    by_speed: bool = False
+
+
+# Peers.
+
+
+class Neighbourhood(NamedTuple):
+    """What gradient a peer follows.
+
+    Attributes:
+        at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model, which takes a second message.
+            ``model``: its own gradients at the neighbours' models.
+        rho: radius of sharpness-aware minimization; 0: off.
+        perturbed_by: of gradients in the neighbourhood, who perturbs (:mod:`strategies.peer.cross_gradients`).
+    """
+
+    at: Literal["own", "data", "model"] = "own"
+    rho: float = 0.0
+    perturbed_by: Literal["owner-of-data", "none", "owner-of-model"] = "owner-of-data"
+
+    @property
+    def messages(self) -> int:
+        """Messages to a peer in an exchange."""
+        return 2 if self.at == "data" else 1
+
+
+class PeerPlan(NamedTuple):
+    """Peers without a server.
+
+    Attributes:
+        algorithm: what a peer does with gradients and with what its neighbours sent.
+        gradient: where it takes them.
+        steps: batches between two exchanges.
+        check: a topology and the averaging rate with which the method works; raises TopologyError for others.
+        exact: whether its vectors bear no lossy codec, whose errors it would carry on.
+    """
+
+    algorithm: PeerAlgorithm[Any]
+    gradient: Neighbourhood = Neighbourhood()
+    steps: int = 1
+    check: Callable[[Topology, float], None] = lambda topology, rate: None
+    exact: bool = False
+
+
+Plan = RoundPlan[Any] | AlonePlan | ArrivalPlan | PeerPlan
+K = TypeVar("K", bound=Section)
+
+
+class Method(NamedTuple, Generic[K]):
+    """A named method.
+
+    Attributes:
+        name: as in the configuration; the section with its keys bears the same name.
+        keys: that section.
+        plan: what its keys and the run make of it.
+        unused: keys of other sections that have no effect with it, such as ``training.momentum``.
+    """
+
+    name: str
+    keys: type[K]
+    plan: Callable[[K, Run], Plan]
+    unused: frozenset[str] = frozenset()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client_app import training
 from client_app.memory import keep_on_disk
-from client_app.peer import cross_step, take_step, topology_of
+from client_app.peer import take_step, topology_of
 from client_app.sealing import SealError, keyring, public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
 from datasets.partitions import PartitionError
@@ -149,7 +149,7 @@ def peer(message: Message, context: Context) -> Message:
 @app.train("cross")
 def cross(message: Message, context: Context) -> Message:
     """A peer's gradients at its neighbours' models."""
-    return cross_step(message, context)
+    return take_step(message, context)
 
 
 @app.evaluate()

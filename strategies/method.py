@@ -112,6 +112,7 @@ class RoundPlan(NamedTuple, Generic[S]):
         beside: vectors that go to the sites beside the model, by name.
         site: what sites remember; None for nothing.
         weighting: whether sites count the same or by their training examples.
+        pooled: whether there is one site, which holds everybody's data; only in a simulation.
     """
 
     init: Callable[[Tensor], S]
@@ -120,18 +121,33 @@ class RoundPlan(NamedTuple, Generic[S]):
     beside: Callable[[S], Vectors] = lambda state: {}
     site: SiteRule[Any] | None = None
     weighting: Literal["equal", "samples"] = "equal"
+    pooled: bool = False
 
 
 class AlonePlan(NamedTuple):
     """Sites that learn nothing from each other: yardsticks.
 
     Attributes:
-        instruct: as in :class:`RoundPlan`.
+        instruct: what sites do in a round.
         ensemble: test the mean prediction of all models instead of each site's own.
     """
 
-    instruct: Callable[[Any, Moment], Local]
+    instruct: Callable[[Moment], Local]
     ensemble: bool
+
+
+class ForeignPlan(NamedTuple):
+    """Rounds whose aggregation is another framework's.
+
+    Attributes:
+        build: makes the other framework's object.
+        instruct: what sites do in a round.
+        weighting: as in :class:`RoundPlan`; of BatchNorm statistics, which that object never sees.
+    """
+
+    build: Callable[[], Any]
+    instruct: Callable[[Moment], Local]
+    weighting: Literal["equal", "samples"] = "equal"
 
 
 # Arrivals.
@@ -212,7 +228,7 @@ class PeerPlan(NamedTuple):
     exact: bool = False
 
 
-Plan = RoundPlan[Any] | AlonePlan | ArrivalPlan | PeerPlan
+Plan = RoundPlan[Any] | AlonePlan | ForeignPlan | ArrivalPlan | PeerPlan
 K = TypeVar("K", bound=Section)
 
 
@@ -220,13 +236,20 @@ class Method(NamedTuple, Generic[K]):
     """A named method.
 
     Attributes:
-        name: as in the configuration; the section with its keys bears the same name.
-        keys: that section.
+        name: as in the configuration.
+        keys: what it takes.
         plan: what its keys and the run make of it.
-        unused: keys of other sections that have no effect with it, such as ``training.momentum``.
+        unused: keys of other sections that have no effect with it, such as ``training.sam-radius``.
+        section: where its keys stand, by default under its name.
     """
 
     name: str
     keys: type[K]
     plan: Callable[[K, Run], Plan]
     unused: frozenset[str] = frozenset()
+    section: str = ""
+
+    @property
+    def table(self) -> str:
+        """The name of its section."""
+        return self.section or self.name

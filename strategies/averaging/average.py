@@ -10,13 +10,11 @@ Special cases: one site keeps what it returns; the mean of K identical models is
 import math
 from collections.abc import Iterable, Mapping
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
 
-from strategies.averaging.mean import StreamingMean
+from strategies.averaging.mean import StreamingMean, relative_change
 from strategies.records import METRICS, X, arrays_of, metrics_of, pack, unpack
 
 NUM_EXAMPLES, CHANGE = "num-examples", "model-change"
@@ -33,15 +31,6 @@ def weighted_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecor
         if key != weight_key
     }
     return MetricRecord({**means, weight_key: total})
-
-
-def relative_change(new: Tensor, old: Tensor) -> float:
-    """``|x' - x| / |x|``, Euclidean norms over all trainable parameters [d]; in blocks, so that no third vector is needed."""
-    moved = size = 0.0
-    for a, b in zip(new.split(1 << 18), old.split(1 << 18), strict=True):
-        moved += torch.dist(a, b).item() ** 2
-        size += torch.linalg.vector_norm(b).item() ** 2
-    return math.sqrt(moved) / (math.sqrt(size) + 1e-12)
 
 
 class Averaging(FedAvg):

@@ -1,0 +1,10 @@
+"""Sites train alone; what they predict is averaged (probabilities), not what they learned.
+
+Special case: of one site, ``local``.
+"""
+
+from strategies.averaging.local import Keys
+from strategies.keys import decaying
+from strategies.method import AlonePlan, Method
+
+METHOD = Method("ensemble", Keys, lambda keys, run: AlonePlan(decaying(keys.local_epochs, run), True))

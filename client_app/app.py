@@ -12,13 +12,15 @@ from torch import Tensor
 
 from client_app import training
 from client_app.memory import keep_on_disk
-from client_app.peer import cross_step, take_step, topology_of
+from client_app.peer import cross_step, take_step
 from client_app.sealing import SealError, keyring, public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
-from strategies.config import PEERS, ConfigError
+from strategies.method import PeerPlan
 from strategies.randomness import derive
 from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, pack, unpack
 from strategies.schedules import decay, progress
@@ -49,7 +51,7 @@ def describe(message: Message, context: Context) -> Message:
     """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
     config, place = config_of_site(context), Place.of(context)
     data = raw_data(config, place)
-    device_of(config.device)
+    device_of(config.computing.device)
     record = ConfigRecord(
         {
             "site": place.number,
@@ -69,11 +71,11 @@ def describe(message: Message, context: Context) -> Message:
         record["known"], record["mean"], record["variance"] = map(list, own_moments)
     if place.num_sites:  # how many examples of each class a real site has is its own business
         record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
-    if config.sealing == "trust-on-first-use":
+    if config.wire.sealing == "trust-on-first-use":
         record["public-key"] = public_key(context)
-    elif config.sealing == "keys":
-        keys = keyring(context, config.sealing, place.number, {})
-        linked = topology_of(config).linked(place.number) if config.topology != "edges" else []  # the file is the server's
+    elif config.wire.sealing == "keys":
+        keys = keyring(context, config.wire.sealing, place.number, {})
+        linked = graph_of(config).linked(place.number) if config.topology.name != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
     return Message(RecordDict({CONFIG: record}), reply_to=message)
@@ -89,7 +91,7 @@ def _vectors(message: Message) -> dict[str, Tensor]:
 def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
     config, place, data, desk = open_site(message, context)
-    if config.strategy in PEERS:
+    if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
     vectors = _vectors(message)
     told = config_of(message)
@@ -104,24 +106,28 @@ def train(message: Message, context: Context) -> Message:
         float(told.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
     )
     order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, round_number))
-    augment = training.flip_crop if config.augment == "flip-crop" else None
-    an_epoch = training.num_batches(len(data.train.y), config.batch_size)
+    augment = training.flip_crop if config.data.augment == "flip-crop" else None
+    an_epoch = training.num_batches(len(data.train.y), config.training.batch_size)
     # So many epochs or, of an asynchronous strategy, so many batches.
     steps = int(told["local-steps"]) if "local-steps" in told else an_epoch * int(told["local-epochs"])  # type: ignore[arg-type]
 
     def rate(step: int) -> float:
         return lr * decay(
-            config.lr_shape, config.lr_ratio, start + (stop - start) * progress(step, steps, an_epoch, config.lr_steps)
+            config.training.lr_shape,
+            config.training.lr_ratio,
+            start + (stop - start) * progress(step, steps, an_epoch, config.training.lr_steps),
         )
 
     def batches() -> Iterator[training.Batch]:
         while True:
-            yield from training.batches(data.train, config.batch_size, order, augment)
+            yield from training.batches(data.train, config.training.batch_size, order, augment)
 
     device = model.x.device
     with dice(device, derive(config.seed, "layers", place.number, round_number)):
-        step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
-        mean_loss, _ = training.train(model, gradient, step, islice(batches(), steps), rate, config.clip_norm)
+        step = training.optimizer(
+            config.training.optimizer, model, lr, config.training.momentum, config.training.nesterov, config.training.weight_decay
+        )
+        mean_loss, _ = training.train(model, gradient, step, islice(batches(), steps), rate, config.training.clip_norm)
     metrics = MetricRecord(
         {
             "loss": mean_loss,
@@ -129,7 +135,7 @@ def train(message: Message, context: Context) -> Message:
             "lr-last": rate(steps - 1),
             "num-examples": len(data.train.y),
             # Gradients computed, one an example.
-            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
+            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if config.training.sam_radius else 1),
         }
     )
     x = model.x
@@ -156,8 +162,8 @@ def cross(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Test the model in the message, or the mean prediction of several, on this site's test part."""
     config, _, data, desk = open_site(message, context)
-    if config.strategy in PEERS and config.sealing != "off":
-        raise ValueError(f"sealing = {config.sealing!r}: a sealed peer tests no model but its own")
+    if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
+        raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
     vectors = _vectors(message)
     xs = vectors[X].reshape(-1, desk.model.x.numel())
     result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from client_app import sealing, training
 from client_app.site import dice, open_site
+from configuration.config import Config
+from configuration.graph import graph_of as topology_of
 from strategies.averaging.mean import refusal
 from strategies.codecs import Payload, codec
-from strategies.config import CROSS, Config
+from strategies.method import PeerPlan
 from strategies.peer.algorithm import Vectors, exchange
 from strategies.peer.channel import channel
 from strategies.peer.cross_gradients import perturbed
@@ -39,19 +41,11 @@ from strategies.records import (
     unpack,
     unpack_bytes,
 )
-from strategies.registry import peer_algorithm, peer_topology
 from strategies.schedules import decay
-from strategies.topology import Topology
 
 PEER = "peer"  # the records in the context's state
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 SHIFT = "shift"  # in an offer: how far a model is perturbed by its owner
-
-
-@lru_cache(maxsize=4)
-def topology_of(config: Config) -> Topology:
-    """Who exchanges with whom."""
-    return peer_topology(config)
 
 
 class Refused(ValueError):
@@ -66,9 +60,11 @@ def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor
 
 def nth_batch(config: Config, site: int, part: Any, number: int) -> training.Batch:
     """Batch ``number`` of a peer's training, counted from 0 over the whole run."""
-    an_epoch = training.num_batches(len(part.y), config.batch_size)
+    an_epoch = training.num_batches(len(part.y), config.training.batch_size)
     order = order_of(config, site, number // an_epoch, len(part.y))
-    generator = torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.augment != "none" else None
+    generator = (
+        torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.data.augment != "none" else None
+    )
     augment = training.flip_crop if generator is not None else None
     chosen = order.tensor_split(an_epoch)[number % an_epoch]
     return training.batch(part, chosen, generator or torch.Generator(), augment)
@@ -88,17 +84,19 @@ class Peer:
         self.number = self.place.number
         self.refused: list[str] = []
         self._message, self._context = message, context
-        self._algorithm = peer_algorithm(self.config)
+        assert isinstance(self.config.plan, PeerPlan)
+        self.plan = self.config.plan
+        self._algorithm = self.plan.algorithm
         config, model = self.config, self.desk.model
         self._device = model.x.device
         self._way = channel(
-            codec(config.codec, model.sizes, bits=config.codec_bits, share=config.codec_share), config.error_feedback
+            codec(config.wire.codec, model.sizes, bits=config.wire.bits, share=config.wire.share), config.wire.error_feedback
         )
-        cross = codec(config.cross_codec, model.sizes, bits=config.codec_bits, share=config.codec_share)
-        self._cross_way = channel(cross, "none" if config.cross_codec == "identity" else "deep-squeeze")
+        cross = codec(config.wire.cross_codec, model.sizes, bits=config.wire.bits, share=config.wire.share)
+        self._cross_way = channel(cross, "none" if config.wire.cross_codec == "identity" else "deep-squeeze")
         # With these, neighbours have exactly what was offered, and nothing more needs to be remembered.
-        self._plain = config.codec == "identity" and config.error_feedback == "none"
-        self.sealed = config.sealing != "off"
+        self._plain = config.wire.codec == "identity" and config.wire.error_feedback == "none"
+        self.sealed = config.wire.sealing != "off"
         self._recall()
         self._numbers["step"] = self.step
         self.broken: list[int] = []
@@ -109,8 +107,8 @@ class Peer:
 
     def _graph(self) -> dict[int, float]:
         """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
-        if self.config.topology != "edges":
-            exchange_number = (self.step - 1) // (2 if self.config.two_steps else 1)
+        if self.config.topology.name != "edges":
+            exchange_number = (self.step - 1) // self.plan.gradient.messages
             return topology_of(self.config).neighbours(exchange_number, self.number) if self.step else {}
         told: Any = self.told
         found = dict(zip(told["neighbours"], told["weights"], strict=True))
@@ -122,7 +120,7 @@ class Peer:
         """Who may read what is offered under ``name``."""
         told: Any = [name.removeprefix(TO)] if name.startswith(TO) else self.told["listeners"]
         readers = list(map(int, told))
-        if self.config.topology == "edges":
+        if self.config.topology.name == "edges":
             return readers
         known = topology_of(self.config).readers(self.number)
         return [reader for reader in readers if reader in known]
@@ -147,7 +145,7 @@ class Peer:
             # A sealed step has one content only; in the last there is none.
             if self.step < done or (self.sealed and self.step == done and not self.told["last"]):
                 raise ValueError(f"step {self.step} comes again")
-            if (self.told.get("rejoin") or self.told.get("fresh")) and self.config.error_feedback == "choco":
+            if (self.told.get("rejoin") or self.told.get("fresh")) and self.config.wire.error_feedback == "choco":
                 # Neighbours may not have what was sent last: both sides start their copies anew.
                 self._tensors = {name: value for name, value in known.items() if not name.startswith("memory-")}
                 self._numbers["fresh"] = 1
@@ -173,7 +171,7 @@ class Peer:
                 steps.setdefault(int(number), {})[part] = array
             for step in sorted(steps):
                 last = int(self._numbers.get(f"last-{sender}", -1))
-                if step == last and self.told.get("rejoin") and self.config.error_feedback != "choco":
+                if step == last and self.told.get("rejoin") and self.config.wire.error_feedback != "choco":
                     continue  # the answer to it was lost
                 try:
                     if step <= last:
@@ -189,7 +187,7 @@ class Peer:
         """Whatever is wrong with numbers that a stranger may have made costs that neighbour its place in this exchange."""
         known = isinstance(error, Refused | sealing.SealError)
         self.refused.append(f"site {sender}: {error if known else f'cannot be read: {type(error).__name__}: {error}'}")
-        if self.config.error_feedback == "choco":
+        if self.config.wire.error_feedback == "choco":
             self.broken.append(sender)
 
     def _opened(self, arrays: dict[str, Array], header: sealing.Header) -> Payload:
@@ -202,12 +200,12 @@ class Peer:
         return {name: value.to(self._device) for name, value in load(data).items()}
 
     def _keys(self) -> sealing.Keyring:
-        return sealing.keyring(self._context, self.config.sealing, self.number, self.told)
+        return sealing.keyring(self._context, self.config.wire.sealing, self.number, self.told)
 
     def models(self) -> dict[int, tuple[Vectors, Tensor, Tensor]]:
         """Of each neighbour that sent it: its vectors, its statistics, and by how much it perturbs its model."""
         found: dict[int, tuple[Vectors, Tensor, Tensor]] = {}
-        like, choco = self._algorithm.outgoing(self.state), self.config.error_feedback == "choco"
+        like, choco = self._algorithm.outgoing(self.state), self.config.wire.error_feedback == "choco"
         for sender, step, payload in self.received("model"):
             try:
                 before = [torch.zeros_like(vector) for vector in like] if choco else list(like)  # the others decode without it
@@ -254,16 +252,16 @@ class Peer:
 
     def exchange(self, mixed: Vectors) -> None:
         """Take over what was mixed."""
-        self.state = exchange(self._algorithm, self.state, self.sent(), mixed, self.config.averaging_rate)
+        self.state = exchange(self._algorithm, self.state, self.sent(), mixed, self.config.topology.averaging_rate)
 
     # Training.
 
     def gradient(self, x: Tensor, batch: training.Batch, *, sharp: bool = True, track: bool = False) -> tuple[Tensor, Tensor]:
         """Loss and gradient (a copy) at ``x``, sharpness-aware if asked for, with weight decay towards ``x``'s zero."""
         value, g = (self.desk.sharp if sharp else self.desk.plain)(x, batch, track=track)
-        if self.config.clip_norm:
-            g = g * min(1.0, self.config.clip_norm / (float(torch.linalg.vector_norm(g)) + 1e-6))
-        return value, torch.add(g, x, alpha=self.config.weight_decay)
+        if self.config.training.clip_norm:
+            g = g * min(1.0, self.config.training.clip_norm / (float(torch.linalg.vector_norm(g)) + 1e-6))
+        return value, torch.add(g, x, alpha=self.config.training.weight_decay)
 
     def next_batch(self) -> training.Batch:
         """The batch that comes next; :meth:`used` goes on to the one after it."""
@@ -276,7 +274,7 @@ class Peer:
     def rate(self) -> float:
         """The learning rate."""
         config, done = self.config, float(self.told["cycle-from"])  # type: ignore[arg-type]
-        return config.lr * decay(config.lr_shape, config.lr_ratio, done)
+        return config.training.lr * decay(config.training.lr_shape, config.training.lr_ratio, done)
 
     def luck(self) -> Any:
         """What layers draw in this step."""
@@ -291,14 +289,14 @@ class Peer:
         model, total = self.desk.model, torch.zeros((), device=self._device)
         model.load(self.state.x, self.stats)
         with self.luck():
-            for _ in range(self.config.local_steps):
+            for _ in range(self.plan.steps):
                 model.x.copy_(self.state.x)
                 value, g = self.gradient(model.x, self.next_batch(), track=True)
                 self.used()
                 total += value
                 self.descend(g)
         self.stats = model.stats
-        return float(total) / self.config.local_steps
+        return float(total) / self.plan.steps
 
     def test(self) -> dict[str, float | int]:
         """The own model on the own test part."""
@@ -323,7 +321,7 @@ class Peer:
             payload[STATS] = self.stats
         if shift is not None:
             payload[SHIFT] = shift
-        if self.config.error_feedback == "choco":
+        if self.config.wire.error_feedback == "choco":
             self.fresh = bool(self._numbers.pop("fresh", 0))
             after = int(self._numbers.get("offered", -1))
             payload["fresh" if self.fresh else "after"] = torch.tensor([after])  # a chain: nobody goes on from a wrong copy
@@ -399,7 +397,7 @@ class Peer:
 
     def _hand_over(self, content: RecordDict) -> None:
         """The finished model: to the server if it may have it, and into the file that the site names."""
-        if self.config.collect_models and not self.sealed:
+        if self.config.wire.collect_models and not self.sealed:
             content["model"] = pack({X: self.state.x, STATS: self.stats})
         if "save" in self._context.node_config:
             path = Path(str(self._context.node_config["save"]))
@@ -415,11 +413,12 @@ def take_step(message: Message, context: Context) -> Message:
     """A plain step, or the second one of an exchange of neighbourhood gradients."""
     peer = Peer(message, context)
     config = peer.config
-    crossing = config.strategy in CROSS
+    plan = peer.plan
+    crossing = plan.gradient.at != "own"
     metrics: dict[str, float | int] = {}
     samples = 0
-    passes = 2 if config.sam_radius else 1
-    if peer.step and config.two_steps:
+    passes = 2 if peer.plan.gradient.rho else 1
+    if peer.step and plan.gradient.messages == 2:
         found = peer.gradients()
         own = peer.kept("own-gradient")
         peer.descend(peer.weighted(own, found))
@@ -431,7 +430,7 @@ def take_step(message: Message, context: Context) -> Message:
         if peer.told["test"]:
             metrics["disagreement"] = disagreement(peer, models)
         if crossing:
-            batch, sharp = peer.next_batch(), config.cross_perturbation == "owner-of-data"
+            batch, sharp = peer.next_batch(), plan.gradient.perturbed_by == "owner-of-data"
             with peer.luck():
                 value, own = peer.gradient(peer.state.x, batch, track=True)
                 theirs = {j: peer.gradient(v[0], batch, sharp=sharp)[1] for j, (v, _, _) in models.items()}
@@ -446,15 +445,15 @@ def take_step(message: Message, context: Context) -> Message:
         return peer.reply({}, {**metrics, "samples": samples}, "model")
     if crossing:
         shift = None
-        if config.sam_radius and config.cross_perturbation == "owner-of-model":
+        if plan.gradient.rho and plan.gradient.perturbed_by == "owner-of-model":
             with peer.luck():
                 own = peer.desk.plain(peer.state.x, peer.next_batch(), track=False)[1]  # weight decay does not perturb
-            shift = perturbed(peer.state.x, own, config.sam_radius) - peer.state.x
+            shift = perturbed(peer.state.x, own, peer.plan.gradient.rho) - peer.state.x
             peer.keep(shift=shift)
         offered = peer.offer(shift)
     else:
         metrics |= {"loss": peer.train(), "lr-first": peer.rate(), "lr-last": peer.rate()}
-        samples += passes * config.local_steps * min(config.batch_size, len(peer.data.train.y))
+        samples += passes * plan.steps * min(config.training.batch_size, len(peer.data.train.y))
         offered = peer.offer()
     return peer.reply(offered, {**metrics, "samples": samples}, "model")
 
@@ -466,15 +465,15 @@ def cross_step(message: Message, context: Context) -> Message:
     models = peer.models()
     mixed = peer.mixed(models)
     batch = peer.next_batch()
-    by_model = bool(config.sam_radius) and config.cross_perturbation == "owner-of-model"
+    by_model = bool(peer.plan.gradient.rho) and peer.plan.gradient.perturbed_by == "owner-of-model"
     with peer.luck():
         here = peer.state.x + peer.kept("shift", torch.zeros(1)) if by_model else peer.state.x
         value, own = peer.gradient(here, batch, sharp=not by_model, track=True)
-        sharp = config.cross_perturbation == "owner-of-data"
+        sharp = peer.plan.gradient.perturbed_by == "owner-of-data"
         gradients = {j: peer.gradient(v[0] + shift, batch, sharp=sharp)[1] for j, (v, _, shift) in models.items()}
     peer.used()
     peer.keep(**{"own-gradient": own, "own-loss": value.reshape(1), "mixed": mixed[0]})
-    samples = len(batch[1]) * (2 if config.sam_radius else 1) * (1 + len(gradients))
+    samples = len(batch[1]) * (2 if peer.plan.gradient.rho else 1) * (1 + len(gradients))
     return peer.reply(peer.offer_gradients(gradients), {"samples": samples, "disagreement": disagreement(peer, models)}, "gradient")
 
 

@@ -16,17 +16,19 @@ from torch.nn import functional as F
 from client_app import training
 from client_app.peer import nth_batch, order_of
 from client_app.site import Place, device_of, site_data, workplace
-from server_app.census import Federation, RunError, budget
+from configuration.config import Config
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
+from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
 from server_app.results import EVERYBODY, History, Progress
 from strategies.codecs import codec, num_bytes
-from strategies.config import CROSS, Config, ConfigError
+from strategies.method import PeerPlan
 from strategies.peer.algorithm import Vectors, exchange
 from strategies.peer.channel import Channel, channel
 from strategies.peer.cross_gradients import cross_gradients, perturbed
 from strategies.randomness import derive
 from strategies.records import X, pack
-from strategies.registry import peer_algorithm, peer_topology
 from strategies.schedules import decay
 
 
@@ -44,19 +46,25 @@ class Peers:
 
     def __init__(self, config: Config, federation: Federation, history: History) -> None:
         self._config, self._federation, self._history = config, federation, history
-        self._topology, self._algorithm = peer_topology(config), peer_algorithm(config)
+        assert isinstance(config.plan, PeerPlan)
+        self._plan = config.plan
+        self._topology, self._algorithm = graph_of(config), config.plan.algorithm
         self._n = len(federation.sites)
         places = [Place(site.number, self._n, "") for site in federation.sites]
         self._data = [site_data(config, place, federation.classes, federation.moments) for place in places]
         self._desk = workplace(config, federation.shape, len(federation.classes))
         model = self._desk.model
         if model.num_stats:
-            raise ConfigError(f"norm = {config.norm!r}: engine = 'batched' takes no BatchNorm; allowed: 'group', 'evonorm'")
+            raise ConfigError(
+                f"model.norm = {config.model.norm!r}: engine = 'batched' takes no BatchNorm; allowed: 'group', 'evonorm'"
+            )
         history.begin(federation, model)
         self.state = self._algorithm.init(self._desk.x.expand(self._n, -1).clone())
-        self._device = device_of(config.device)
-        self._way = self._channel(config.codec, config.error_feedback)
-        self._cross_way = self._channel(config.cross_codec, "none" if config.cross_codec == "identity" else "deep-squeeze")
+        self._device = device_of(config.computing.device)
+        self._way = self._channel(config.wire.codec, config.wire.error_feedback)
+        self._cross_way = self._channel(
+            config.wire.cross_codec, "none" if config.wire.cross_codec == "identity" else "deep-squeeze"
+        )
         self._memories: dict[tuple[object, ...], Tensor] = {}
         self._batches = 0
         self._losses: list[Tensor] = []
@@ -67,14 +75,13 @@ class Peers:
         convolutional = any(isinstance(module, torch.nn.Conv2d) for module in model.network.modules())
         self._one_by_one = self._device.type == "cpu" and convolutional and federation.shape[-1] > 16
         self._gradients = vmap(grad_and_value(self._loss), randomness="different")
-        an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / self._n
-        self.exchanges, self._every = budget(config, an_epoch)
+        self.exchanges, self._every = budget(config, config.plan, an_epoch(federation, config.training.batch_size))
 
     def _channel(self, name: str, feedback: str) -> Channel | None:
         """None where neighbours have exactly what was offered."""
         if name == "identity" and feedback == "none":
             return None
-        found = codec(name, self._desk.model.sizes, bits=self._config.codec_bits, share=self._config.codec_share)
+        found = codec(name, self._desk.model.sizes, bits=self._config.wire.bits, share=self._config.wire.share)
         return channel(found, feedback)
 
     def run(self, watch: Callable[[Progress], None]) -> None:
@@ -88,22 +95,22 @@ class Peers:
     def step(self, number: int) -> None:
         """Local steps and the exchange ``number``, counted from 0."""
         config = self._config
-        lr = config.lr * decay(config.lr_shape, config.lr_ratio, number / self.exchanges)
+        lr = config.training.lr * decay(config.training.lr_shape, config.training.lr_ratio, number / self.exchanges)
         mixing = self._topology.mixing(number).to(self._device)
-        if config.strategy in CROSS:
+        if self._plan.gradient.at != "own":
             sent = self._send(number)
             self.state = self._algorithm.descend(self.state, self._cross(number, sent[0], mixing), lr)
         else:
-            for _ in range(config.local_steps):
+            for _ in range(self._plan.steps):
                 batch = self._batch()
                 value, gradient = self._gradient(self.state.x, batch)
-                if config.sam_radius:
-                    gradient = self._gradient(perturbed(self.state.x, gradient, config.sam_radius), batch)[1]
+                if self._plan.gradient.rho:
+                    gradient = self._gradient(perturbed(self.state.x, gradient, self._plan.gradient.rho), batch)[1]
                 self._losses.append(value)
                 self.state = self._algorithm.descend(self.state, self._regular(gradient, self.state.x), lr)
             sent = self._send(number)
         mixed = tuple(mixing.to(vector) @ vector for vector in sent)
-        self.state = exchange(self._algorithm, self.state, sent, mixed, config.averaging_rate)
+        self.state = exchange(self._algorithm, self.state, sent, mixed, config.topology.averaging_rate)
 
     # Gradients.
 
@@ -120,7 +127,7 @@ class Peers:
         """Everybody's next batch: inputs [n, b, ...], labels [n, b], and weights [n, b], 0 where a smaller batch is padded."""
         config, number = self._config, self._batches
         self._batches += 1
-        if config.augment != "none":
+        if config.data.augment != "none":
             batches = [nth_batch(config, peer, data.train, number) for peer, data in enumerate(self._data)]
             longest = max(len(y) for _, y in batches)
             inputs = torch.stack([F.pad(x, (0, 0) * (x.dim() - 1) + (0, longest - len(x))) for x, _ in batches])
@@ -128,7 +135,7 @@ class Peers:
             return inputs, labels, _weights([len(y) for _, y in batches], longest).to(inputs.device)
         chosen = []
         for peer, data in enumerate(self._data):
-            an_epoch = training.num_batches(len(data.train.y), config.batch_size)
+            an_epoch = training.num_batches(len(data.train.y), config.training.batch_size)
             order = order_of(config, peer, number // an_epoch, len(data.train.y))
             chosen.append(self._starts[peer] + order.tensor_split(an_epoch)[number % an_epoch])
         places = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True).to(self._device)
@@ -137,7 +144,7 @@ class Peers:
 
     def _gradient(self, x: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Losses [m] and gradients [m, d]."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.computing.precision == "bfloat16"):
             if not self._one_by_one:
                 gradient, value = self._gradients(x, *batch)
                 return value, gradient
@@ -153,10 +160,10 @@ class Peers:
 
     def _regular(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Clipped, with weight decay."""
-        if self._config.clip_norm:
+        if self._config.training.clip_norm:
             norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-            gradient = gradient * (self._config.clip_norm / (norms + 1e-6)).clamp(max=1)
-        return torch.add(gradient, x, alpha=self._config.weight_decay)
+            gradient = gradient * (self._config.training.clip_norm / (norms + 1e-6)).clamp(max=1)
+        return torch.add(gradient, x, alpha=self._config.training.weight_decay)
 
     def _cross(self, number: int, received: Tensor, mixing: Tensor) -> Tensor:
         config, batch = self._config, self._batch()
@@ -174,7 +181,7 @@ class Peers:
             losses[owner[own]] = values[own]  # all of them, but for a peer that gives itself no weight
             self._losses.append(losses)
             gradients = self._regular(gradients, torch.where(own[:, None], self.state.x[model], received[model]))
-            if config.cross_gradients == "model":
+            if self._plan.gradient.at == "model":
                 return gradients  # they stay where they were taken
             arrived = []
             for wanted, sender, reader in zip(gradients, owner.tolist(), model.tolist(), strict=True):
@@ -200,9 +207,9 @@ class Peers:
             self.state.x,
             received,
             mixing,
-            variant=config.cross_gradients,
-            rho=config.sam_radius,
-            perturbation=config.cross_perturbation,
+            variant=self._plan.gradient.at,
+            rho=self._plan.gradient.rho,
+            perturbation=self._plan.gradient.perturbed_by,
             carry=carry,
         )
 
@@ -218,7 +225,7 @@ class Peers:
         else:
             rows: list[list[Tensor]] = [[] for _ in offered]
             for peer in range(self._n):
-                seed = derive(self._config.seed, "codec", peer, (2 if self._config.two_steps else 1) * number)
+                seed = derive(self._config.seed, "codec", peer, self._plan.gradient.messages * number)
                 generator = torch.Generator().manual_seed(seed)
                 for k, vector in enumerate(offered):
                     memory = self._memories.get((peer, k))
@@ -228,7 +235,7 @@ class Peers:
                     rows[k].append(own)
                     sizes[peer] += num_bytes(payload)
             sent = tuple(torch.stack(each) for each in rows)
-        if self._config.strategy in CROSS and self._config.cross_perturbation == "owner-of-model" and self._config.sam_radius:
+        if self._plan.gradient.at != "own" and self._plan.gradient.perturbed_by == "owner-of-model" and self._plan.gradient.rho:
             sizes *= 2  # the perturbation goes with the model
         self._traffic[:, 0] += sizes
         for peer in range(self._n):
@@ -255,7 +262,10 @@ class Peers:
         self._losses.clear()
         epochs = config.epochs / self.exchanges
         since = (number - 1) // self._every * self._every  # the first exchange after the last test
-        first, last = (config.lr * decay(config.lr_shape, config.lr_ratio, each / self.exchanges) for each in (since, number - 1))
+        first, last = (
+            config.training.lr * decay(config.training.lr_shape, config.training.lr_ratio, each / self.exchanges)
+            for each in (since, number - 1)
+        )
         train = {
             "loss": float(losses.mean()),
             "lr-first": first,

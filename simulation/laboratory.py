@@ -29,6 +29,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
+from configuration.config import Config, configuration
+from configuration.errors import ConfigError
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
 from server_app.plots import who_has_what
@@ -37,7 +39,7 @@ from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import PEERS, Config, ConfigError, configuration
+from strategies.method import PeerPlan
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +63,7 @@ class Run:
 
     def __repr__(self) -> str:
         found = ", ".join(f"{key} {value:.4g}" for key, value in self.summary.items())
-        return f"{self.config.strategy} on {self.config.data}: {found or 'nothing yet'}{'' if self.finished else ', unfinished'}"
+        return f"{self.config.strategy} on {self.config.data.source}: {found or 'nothing yet'}{'' if self.finished else ', unfinished'}"
 
     @property
     def model(self) -> dict[str, Tensor]:
@@ -218,14 +220,14 @@ def simulate(
 def _check_engine(engine: str, config: Config, world: World | None) -> None:
     if engine not in ("app", "batched"):
         raise ConfigError(f"engine = {engine!r}: allowed: 'app', 'batched'")
-    if engine == "batched" and config.strategy not in PEERS:
-        raise ConfigError(f"engine = 'batched': runs peers ({', '.join(PEERS)}), not strategy = {config.strategy!r}")
+    if engine == "batched" and not isinstance(config.plan, PeerPlan):
+        raise ConfigError(f"engine = 'batched': runs peers, not strategy = {config.strategy!r}")
     if engine == "batched" and world is not None:
         raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
 
 
 def _simulate(config: Config, world: World, engine: str, threads: int, watch: Callable[[Progress], None]) -> Run:
-    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.kebab())
+    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.flat())
     history = _Watched(config, watch)
     finished = True
     try:

@@ -48,7 +48,7 @@ RunApp = Callable[..., Run]
 @pytest.fixture
 def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
     """``run_app(tamper=None, draw=False, local_epochs=1, ...)`` runs the app on digits, small and fast unless told otherwise."""
-    small = {"num-sites": 3, "epochs": 2, "local-epochs": 1, "model": "mlp", "results-dir": str(tmp_path / "runs")}
+    small = {"num-sites": 3, "epochs": 2, "METHOD.local-epochs": 1, "model.name": "mlp", "results.folder": str(tmp_path / "runs")}
     torch.set_num_threads(1)
 
     def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:

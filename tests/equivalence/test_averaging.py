@@ -22,7 +22,7 @@ from strategies.averaging.alone import Alone
 from strategies.averaging.average import Averaging, relative_change, weighted_metrics
 from strategies.averaging.co_learning import CoLearning, next_local_epochs
 from strategies.averaging.shipped import Shipped
-from strategies.config import Config
+from configuration.config import Config
 from strategies.randomness import derive
 from strategies.records import pack, unpack
 from tests.conftest import Run, RunApp, default_config
@@ -40,38 +40,40 @@ def distance(one: Run, two: Run) -> float:
 
 
 def test_same_seed_same_model_bit_for_bit_and_another_seed_another(run_app: RunApp) -> None:
-    one, two, other = run_app(model="cnn"), run_app(model="cnn"), run_app(model="cnn", seed=2)
+    one, two, other = run_app(**{"model.name": "cnn"}), run_app(**{"model.name": "cnn"}), run_app(**{"model.name": "cnn"}, seed=2)
     assert same(one, two)
     assert one.metrics.drop(columns="seconds").equals(two.metrics.drop(columns="seconds"))
     assert not same(one, other)
 
 
 def test_ratio_one_and_epsilon_zero_is_fedavg_bit_for_bit(run_app: RunApp) -> None:
-    constant = {"epochs": 4, "lr_ratio": 1.0}
-    co_learning = run_app(strategy="co-learning", epsilon=0.0, **constant)
+    constant = {"epochs": 4, "training.lr-ratio": 1.0}
+    co_learning = run_app(strategy="co-learning", **{"co-learning.epsilon": 0.0}, **constant)
     assert same(co_learning, run_app(strategy="fedavg", **constant))
-    assert not same(co_learning, run_app(strategy="co-learning", epsilon=0.0, epochs=4, lr_ratio=0.25))
-    assert not same(co_learning, run_app(strategy="co-learning", epsilon=1e9, **constant))
+    assert not same(
+        co_learning, run_app(strategy="co-learning", **{"co-learning.epsilon": 0.0, "training.lr-ratio": 0.25}, epochs=4)
+    )
+    assert not same(co_learning, run_app(strategy="co-learning", **{"co-learning.epsilon": 1e9}, **constant))
 
 
 def test_weighting_by_samples_is_flowers_fedavg(run_app: RunApp) -> None:
-    unequal = {"partition": "sizes", "size_ratio": 4.0}
-    ours, theirs = run_app(strategy="fedavg", weighting="samples", **unequal), run_app(strategy="FedAvg", **unequal)
+    unequal = {"partition.kind": "sizes", "partition.size-ratio": 4.0}
+    ours, theirs = run_app(strategy="fedavg", **{"fedavg.weighting": "samples"}, **unequal), run_app(strategy="FedAvg", **unequal)
     assert distance(ours, theirs) < 1e-6  # they add in float32, we in fixed point; two rounds
-    assert distance(run_app(strategy="fedavg", weighting="equal", **unequal), theirs) > 1e-4
+    assert distance(run_app(strategy="fedavg", **{"fedavg.weighting": "equal"}, **unequal), theirs) > 1e-4
 
 
 def test_proximal_term_of_weight_zero_is_fedavg_and_of_weight_one_is_not(run_app: RunApp) -> None:
     fedavg = run_app(strategy="FedAvg")
-    assert same(run_app(strategy="FedProx", strategy_arguments="proximal_mu=0.0"), fedavg)
-    near = run_app(strategy="FedProx", strategy_arguments="proximal_mu=1.0")
+    assert same(run_app(strategy="FedProx", **{"flower.arguments": "proximal_mu=0.0"}), fedavg)
+    near = run_app(strategy="FedProx", **{"flower.arguments": "proximal_mu=1.0"})
     assert not same(near, fedavg)
     assert near.trace("model-change", "train")[0] < fedavg.trace("model-change", "train")[0]
 
 
 def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
     """K = 1: the same steps in a plain loop of torch, the rate restarting with each of two rounds of two epochs."""
-    changes = {"num-sites": 1, "min-sites": 1, "epochs": 4, "local-epochs": 2, "model": "mlp", "epsilon": 0.0}
+    changes = {"num-sites": 1, "min-sites": 1, "epochs": 4, "METHOD.local-epochs": 2, "model.name": "mlp", "METHOD.epsilon": 0.0}
     run = run_app(**{key.replace("-", "_"): value for key, value in changes.items()})
     config = Config.read(default_config() | changes)
     data = site_data(config, Place(0, 1, ""), tuple("0123456789"), None)
@@ -91,7 +93,16 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
 
 
 def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
-    run = run_app(epochs=6, local_epochs=2, epsilon=0.0, lr=0.1, lr_ratio=0.25, lr_envelope=0.5)
+    run = run_app(
+        epochs=6,
+        **{
+            "METHOD.local-epochs": 2,
+            "METHOD.epsilon": 0.0,
+            "training.lr": 0.1,
+            "training.lr-ratio": 0.25,
+            "METHOD.lr-envelope": 0.5,
+        },
+    )
     steps = 2 * math.ceil(479 / 32)  # 1,797 digits over 3 sites, less a fifth
     tops = [0.1, 0.05, 0.025]
     assert run.trace("lr-first", "train") == pytest.approx(tops)
@@ -99,12 +110,14 @@ def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
 
 
 def test_rate_of_fedavg_decays_over_the_run_without_restart(run_app: RunApp) -> None:
-    run = run_app(strategy="fedavg", epochs=4, lr=0.1, lr_ratio=0.01, lr_steps="epoch")
+    run = run_app(strategy="fedavg", epochs=4, **{"training.lr": 0.1, "training.lr-ratio": 0.01, "training.lr-steps": "epoch"})
     assert run.trace("lr-first", "train") == pytest.approx([0.1 * 0.01 ** (k / 4) for k in range(4)])
 
 
 def test_local_epochs_only_double_and_only_after_the_average_stood_still(run_app: RunApp) -> None:
-    run = run_app(epochs=30, local_epochs=1, max_local_epochs=8, epsilon=0.08, lr=0.02)
+    run = run_app(
+        epochs=30, **{"METHOD.local-epochs": 1, "METHOD.max-local-epochs": 8, "METHOD.epsilon": 0.08, "training.lr": 0.02}
+    )
     epochs, changes = run.trace("local-epochs", "train"), run.trace("model-change", "train")
     assert sum(epochs) == 30
     assert max(epochs) > 2  # it did double, more than once
@@ -113,7 +126,7 @@ def test_local_epochs_only_double_and_only_after_the_average_stood_still(run_app
 
 
 def test_local_epochs_never_exceed_the_cap_or_what_is_left(run_app: RunApp) -> None:
-    run = run_app(epochs=9, local_epochs=1, max_local_epochs=3, epsilon=1e9)
+    run = run_app(epochs=9, **{"METHOD.local-epochs": 1, "METHOD.max-local-epochs": 3, "METHOD.epsilon": 1e9})
     assert run.trace("local-epochs", "train") == [1, 2, 3, 3]
 
 
@@ -146,8 +159,10 @@ def test_centralized_trains_on_everything_once(run_app: RunApp) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_sharpness_aware_training_is_open_to_every_strategy(run_app: RunApp, optimizer: str) -> None:
-    plain = run_app(strategy="FedAvgM", optimizer=optimizer, lr=0.01)
-    assert not same(plain, run_app(strategy="FedAvgM", optimizer=optimizer, lr=0.01, sam_radius=0.1))
+    plain = run_app(strategy="FedAvgM", **{"training.optimizer": optimizer, "training.lr": 0.01})
+    assert not same(
+        plain, run_app(strategy="FedAvgM", **{"training.optimizer": optimizer, "training.lr": 0.01, "training.sam-radius": 0.1})
+    )
 
 
 # --- strategies by themselves ------------------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ def nodes(counts: list[int]) -> dict[int, float]:
 
 
 def started(strategy: Averaging | Shipped | Alone, before: ArrayRecord, num_sites: int) -> None:
-    config = ConfigRecord({"local-epochs": 1})
+    config = ConfigRecord({"METHOD.local-epochs": 1})
     list(strategy.configure_train(1, before, config, VirtualGrid(app, World().sites(num_sites, 0), {})))
 
 
@@ -273,7 +288,11 @@ def test_co_learning_does_not_write_into_the_configuration_it_is_given() -> None
 
 def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> None:
     """torchvision's ResNet-18: what is evaluated at the sites is the saved model with its averaged statistics."""
-    run = run_app(model="torchvision:resnet18", num_sites=2, epochs=2, data="tests.equivalence.test_averaging:few", lr=0.01)
+    run = run_app(
+        **{"model.name": "torchvision:resnet18", "data.source": "tests.equivalence.test_averaging:few", "training.lr": 0.01},
+        num_sites=2,
+        epochs=2,
+    )
     assert run.trace("loss", "train")[1] < run.trace("loss", "train")[0]
     assert run.model["1.bn1.num_batches_tracked"] == 0  # integer buffers stay where they are
     assert not torch.equal(run.model["1.bn1.running_mean"], torch.zeros(64))
@@ -284,21 +303,25 @@ def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> No
 
 
 def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunApp) -> None:
-    common: dict[str, Any] = {"model": "resnet20", "data": "tests.equivalence.test_averaging:few", "weighting": "samples"}
-    ours, flowers = (run_app(strategy=name, partition="sizes", **common) for name in ("fedavg", "FedAvg"))
+    common: dict[str, Any] = {
+        "model.name": "resnet20",
+        "data.source": "tests.equivalence.test_averaging:few",
+        "METHOD.weighting": "samples",
+    }
+    ours, flowers = (run_app(strategy=name, **{"partition.kind": "sizes"}, **common) for name in ("fedavg", "FedAvg"))
     for name, value in ours.model.items():
         torch.testing.assert_close(flowers.model[name], value, rtol=1e-4, atol=1e-5)  # two rounds apart in the order of summation
     assert not torch.equal(ours.model["stem.1.running_mean"], torch.zeros(16))
 
 
 def test_saved_model_reproduces_the_reported_accuracy(run_app: RunApp) -> None:
-    run = run_app(model="cnn", epochs=4)
+    run = run_app(**{"model.name": "cnn"}, epochs=4)
     assert reproduced(run, "cnn", "digits", 3) == pytest.approx(run.trace("accuracy")[-1])
 
 
 def reproduced(run: Run, name: str, source: str, num_sites: int) -> float:
     """Accuracy of the saved model on all sites' test parts, without any of the app's evaluation."""
-    config = Config.read(default_config() | {"data": source, "num-sites": num_sites})
+    config = Config.read(default_config() | {"data.source": source, "num-sites": num_sites})
     network = build(name, (1, 8, 8), 10, "batch", 99)
     network.load_state_dict(run.model)
     network.eval()

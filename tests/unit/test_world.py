@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from simulation.world import Lognormal, SiteWorld, World
-from strategies.config import ConfigError
+from configuration.errors import ConfigError
 
 
 @pytest.mark.parametrize(

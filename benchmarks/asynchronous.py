@@ -20,6 +20,7 @@ from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
 from strategies.asynchronous.rule import Update
+from strategies.method import ArrivalPlan
 
 SIZE = 25_000_000
 RULES: dict[str, dict[str, Any]] = {
@@ -40,7 +41,9 @@ def rules(repeats: int) -> None:
     deltas = [torch.randn(SIZE) * 1e-3 for _ in range(4)]
     base = torch.randn(SIZE)
     for name, changes in RULES.items():
-        rule = configuration(**changes).plan.rule
+        plan = configuration(**changes).plan
+        assert isinstance(plan, ArrivalPlan)
+        rule = plan.rule
         state, x = rule.init(base), base.clone()
         times: dict[str, list[float]] = {"add": [], "rule": []}
         for repeat in range(repeats + 3):
@@ -63,7 +66,7 @@ def driver() -> None:
 
     training.train = lambda model, *_: (0.0, 1)
     model = "benchmarks.asynchronous:hundred_kilobytes"
-    config = configuration(strategy="gsgm", num_sites=10, epochs=40, **{"model.name": model, "results.evaluate-every": 10**9})
+    config = configuration(strategy="gsgm", num_sites=10, epochs=40, model={"name": model}, results={"evaluate_every": 10**9})
     history = History(config)
     grid = VirtualGrid(client_app, World().sites(10, 1), config.flat())
     start = time.perf_counter()

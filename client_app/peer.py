@@ -461,7 +461,6 @@ def take_step(message: Message, context: Context) -> Message:
 def cross_step(message: Message, context: Context) -> Message:
     """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
     peer = Peer(message, context)
-    config = peer.config
     models = peer.models()
     mixed = peer.mixed(models)
     batch = peer.next_batch()

@@ -101,7 +101,7 @@ def _run(config: "Config") -> Iterator[str]:
     training, keys = config.training, config.keys
     if config.min_sites > config.num_sites:
         yield f"min-sites = {config.min_sites}: at most num-sites, which is {config.num_sites}"
-    local_epochs = getattr(keys, "local_epochs", 0)
+    local_epochs = changed(keys).get("local-epochs", 0)
     if local_epochs > config.epochs:
         yield f"{config.method.table}.local-epochs = {local_epochs}: at most epochs, which is {config.epochs}"
     for table, section in (("training", training), (config.method.table, keys)):

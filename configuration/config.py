@@ -92,7 +92,7 @@ class Config(BaseModel):
         if former:
             raise ConfigError("\n".join(f"{key} = {shown(flat[key])}: this key is now {new}" for key, new in former.items()))
         known = SECTIONS | {each.table: each.keys for each in METHODS.values()} | {method.table: method.keys}
-        errors = [_unknown(key, value, known) for key, value in flat.items() if not _is_known(key, known)]
+        errors = [_unknown(key, value, method) for key, value in flat.items() if not _is_known(key, known)]
         values: dict[str, Any] = {}
         for table, kind in known.items():
             given = {key.partition(".")[2]: flat[key] for key in flat if key.partition(".")[0] == table and _is_known(key, known)}
@@ -166,11 +166,14 @@ def _is_known(key: str, known: Mapping[str, type[Section]]) -> bool:
     return any(rest == field.alias and rest not in known and rest != "keys" for field in fields.values())
 
 
-def _unknown(key: str, value: object, known: Mapping[str, type[Section]]) -> str:
-    keys = [f"{table}.{field.alias}" for table, kind in known.items() for field in kind.model_fields.values()]
-    keys += [str(field.alias) for name, field in Config.model_fields.items() if name not in known]
-    guess = get_close_matches(key, keys, n=1) or [each for each in keys if each.endswith(f".{key}")][:1]
-    return f"{key} = {shown(value)}: unknown key" + (f"; did you mean {guess[0]!r}?" if guess else "")
+def _unknown(key: str, value: object, method: Method[Any]) -> str:
+    """With a guess among the keys that this run takes: by the whole key, or by what comes after the dot."""
+    own = {method.table: method.keys, **SECTIONS}
+    keys = [f"{table}.{field.alias}" for table, kind in own.items() for field in kind.model_fields.values()]
+    keys += [str(field.alias) for name, field in Config.model_fields.items() if name not in (*SECTIONS, "keys")]
+    last = {each.rpartition(".")[2]: each for each in reversed(keys)}
+    close = get_close_matches(key, keys, n=1) or [last[each] for each in get_close_matches(key, last, n=1)]
+    return f"{key} = {shown(value)}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str]) -> S | None:

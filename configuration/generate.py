@@ -1,4 +1,4 @@
-"""``make docs``: the defaults in ``pyproject.toml``, the reference of keys and the table of methods, from the sections themselves."""
+"""``make docs``: from the sections, the defaults in ``pyproject.toml``, the reference of keys and the table of methods."""
 
 import json
 import re

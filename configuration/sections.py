@@ -4,9 +4,11 @@ Each key has its type, its default and a line that says what it does; ``pyprojec
 by ``make docs``. ``Only`` marks a key that has an effect only with some values of a key beside it.
 """
 
+from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from strategies.keys import Above0, Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
@@ -36,7 +38,29 @@ TOPOLOGIES = (
 UNDIRECTED = tuple(name for name in TOPOLOGIES if not name.endswith("exponential"))
 CODECS = ("identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign")
 
-IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> AfterValidator:
+    """One of ``allowed`` names, or of ``more`` (looked up when needed), or an import path."""
+
+    def check(name: str) -> str:
+        module, colon, value = name.partition(":")
+        if name in allowed or (colon and module != "torchvision" and value.isidentifier()):
+            return name
+        names = (*allowed, *(more() if colon else ()))
+        if name in names:
+            return name
+        guess = get_close_matches(name, names, n=1)
+        hint = f"; did you mean {guess[0]!r}?" if guess else ""
+        kinds = (*allowed, *(("torchvision:NAME",) if more is not tuple else ()), "package.module:NAME")
+        raise ValueError(f"allowed: {', '.join(kinds)}{hint}")
+
+    return AfterValidator(check)
+
+
+def _torchvision() -> tuple[str, ...]:
+    from torchvision import models  # here: it takes a second to import
+
+    return tuple(f"torchvision:{name}" for name in models.list_models(module=models))
 
 
 class Training(Section):
@@ -69,8 +93,8 @@ class Training(Section):
 class Model(Section):
     """The network."""
 
-    name: str = "cnn"
-    """cnn, mlp, lenet5, resnet20, vgg11, torchvision:NAME, or one's own: package.module:function"""
+    name: Annotated[str, _one_of(*NETWORKS, more=_torchvision)] = "cnn"
+    """cnn, mlp, lenet5, resnet20, vgg11, torchvision:NAME, or one's own: package.module:NAME"""
     norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=("resnet20", "vgg11"))] = "batch"
     """batch, group, evonorm"""
 
@@ -78,8 +102,8 @@ class Model(Section):
 class Data(Section):
     """What sites hold."""
 
-    source: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, audio-folder, csv, text-csv, package.module:function"""
+    source: Annotated[str, _one_of(*SOURCES)] = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, audio-folder, csv, text-csv, package.module:NAME"""
     path: str = ""
     """file or folder; for torchvision's sets the root"""
     label: Annotated[str, Field(min_length=1), Only(source=("csv", "text-csv"))] = "label"
@@ -103,8 +127,8 @@ class Data(Section):
 class Partition(Section):
     """Who gets what in a simulation."""
 
-    kind: str = "iid"
-    """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:function"""
+    kind: Annotated[str, _one_of(*PARTITIONS)] = "iid"
+    """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:NAME"""
     alpha: Annotated[Above0, Only(kind=("dirichlet", "dirichlet-equal"))] = 0.5
     """smaller is more skewed"""
     classes_per_site: Annotated[Positive, Only(kind=("classes",))] = 2
@@ -118,7 +142,7 @@ class Partition(Section):
 class TopologyKeys(Section):
     """Who exchanges with whom, of peers."""
 
-    name: str = "ring"
+    name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
     """ring, path, star, complete, torus, hypercube, bipartite, hubs, circulant, random-regular, exponential, ..."""
     mixing: Annotated[Literal["metropolis", "uniform"], Only(name=UNDIRECTED)] = "metropolis"
     """weights of neighbours: metropolis, uniform (regular graphs)"""
@@ -137,7 +161,7 @@ class TopologyKeys(Section):
 class Wire(Section):
     """What peers send."""
 
-    codec: str = "identity"
+    codec: Annotated[str, _one_of(*CODECS)] = "identity"
     """of models and momentum: identity, fp16, bf16, qsgd, top-k, random-k, sign, or one's own: package.module:NAME"""
     bits: Literal[2, 4, 8, 16] = 8
     """of qsgd, the sign included: 2, 4, 8, 16"""
@@ -145,7 +169,7 @@ class Wire(Section):
     """of top-k and random-k: of so many numbers of each layer"""
     error_feedback: Literal["none", "deep-squeeze", "choco"] = "none"
     """none, deep-squeeze, choco"""
-    cross_codec: str = "identity"
+    cross_codec: Annotated[str, _one_of(*CODECS)] = "identity"
     """of cross-gradients (ngm, n-saddle), with error feedback for each neighbour"""
     sealing: Literal["off", "keys", "trust-on-first-use"] = "off"
     """end-to-end encryption: off, keys (each site has a list of its neighbours'), trust-on-first-use"""

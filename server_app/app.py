@@ -63,12 +63,12 @@ def run(grid: Grid, config: Config, history: History) -> None:
             case RoundPlan() as plan:
                 planned = Planned(plan, _shares(federation, plan.weighting))
                 Rounds(grid, planned, planned.instruct, federation, config, history).run(initial)
-            case AlonePlan() as plan:
-                alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=plan.ensemble)
-                Rounds(grid, alone, lambda moment, _: plan.instruct(moment), federation, config, history).run(initial)
-            case ForeignPlan() as plan:
-                shipped = Shipped(plan.build(), _shares(federation, plan.weighting))
-                Rounds(grid, shipped, lambda moment, _: plan.instruct(moment), federation, config, history).run(initial)
+            case AlonePlan(instruct=by_itself, ensemble=ensemble):
+                alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
+                Rounds(grid, alone, lambda moment, _: by_itself(moment), federation, config, history).run(initial)
+            case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
+                shipped = Shipped(make(), _shares(federation, weighting))
+                Rounds(grid, shipped, lambda moment, _: foreign(moment), federation, config, history).run(initial)
     finally:  # whatever stopped the run
         history.end()
 

@@ -53,26 +53,26 @@ _ALL: tuple[Method[Any], ...] = (
 METHODS = {method.name: method for method in _ALL}
 
 
-def find(name: str) -> Method[Any]:
+def find(name: object) -> Method[Any]:
     """The method of a name, or one's own by ``package.module:NAME``.
 
     Raises:
         ValueError: there is none.
     """
-    if name in METHODS:
+    if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     return imported(name, Method, METHODS, "METHOD")
 
 
-def imported(path: str, kind: type[T], known: Iterable[str], example: str) -> T:
+def imported(path: object, kind: type[T], known: Iterable[str], example: str) -> T:
     """A value of one's own by ``package.module:NAME``.
 
     Raises:
         ValueError: there is none, or it is of another kind.
     """
-    module, colon, name = path.partition(":")
+    module, colon, name = str(path).partition(":")
     if not colon:
-        guess = get_close_matches(path, known, n=1)
+        guess = get_close_matches(str(path), known, n=1)
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
         raise ValueError(f"allowed: {', '.join(known)}, package.module:{example}{hint}")
     try:

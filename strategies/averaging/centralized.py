@@ -1,4 +1,4 @@
-"""The union of all data in one place: what no federation can do, as a yardstick. Only in a simulation.
+"""Centralized training: the union of all data in one place: what no federation can do, as a yardstick. Only in a simulation.
 
 Special case: FedAvg with one site.
 """

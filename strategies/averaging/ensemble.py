@@ -1,10 +1,15 @@
-"""Sites train alone; what they predict is averaged (probabilities), not what they learned.
+"""Ensemble: sites train alone; what they predict is averaged (probabilities), not what they learned.
 
 Special case: of one site, ``local``.
 """
 
-from strategies.averaging.local import Keys
+from strategies.averaging import local
 from strategies.keys import decaying
 from strategies.method import AlonePlan, Method
+
+
+class Keys(local.Keys):
+    """How often sites are tested."""
+
 
 METHOD = Method("ensemble", Keys, lambda keys, run: AlonePlan(decaying(keys.local_epochs, run), True))

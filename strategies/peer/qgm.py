@@ -1,4 +1,4 @@
-"""Quasi-global momentum: momentum fed by how the model moved across an exchange.
+"""QGM, quasi-global momentum: momentum fed by how the model moved across an exchange.
 
     m      = beta m_hat + g
     x_half = x - lr m, or with Nesterov x - lr (g + beta m)

@@ -17,6 +17,9 @@ from matplotlib.image import imread
 from client_app import peer as peer_module
 from client_app import site as site_module
 from client_app.app import app as client_app
+from configuration.checks import kind_of
+from configuration.config import Config, configuration
+from configuration.errors import ConfigError
 from server_app import relay as relay_module
 from server_app.app import run as run_server
 from server_app.census import RunError
@@ -24,35 +27,38 @@ from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.laboratory import Run, simulate
 from simulation.world import World
-from configuration.config import configuration
-from configuration.errors import ConfigError
+from strategies.methods import METHODS
 from strategies.records import arrays_of, config_of, unpack
 from strategies.topology import TopologyError
-from tests.conftest import RunApp
+from tests.conftest import RunApp, own
 
 SMALL: dict[str, Any] = {
     "num_sites": 4,
     "epochs": 4,
     "model.name": "mlp",
     "training.lr": 0.05,
-    "training.momentum": 0.5,
     "progress": False,
 }
 SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
 
 
+def small(**changes: Any) -> Config:
+    """The configuration of :func:`run`."""
+    half = own(changes.get("strategy", "dmsgd"), momentum=0.5)
+    return configuration(**{key: value for key, value in (SMALL | half | changes).items() if key != "progress"})
+
+
 def run(world: World | None = None, engine: str = "app", **changes: Any) -> Run:
-    if changes.get("strategy") in (*SHARP, "n-saddle") and "sam_radius" not in changes:
-        changes["sam_radius"] = 0.05
-    return simulate(**(SMALL | changes), world=world, engine=engine)
+    half = own(changes.get("strategy", "co-learning"), momentum=0.5)
+    return simulate(**(SMALL | half | changes), world=world, engine=engine)
 
 
-@pytest.mark.parametrize("strategy", PEERS)
+@pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "peers"])
 def test_every_strategy_of_peers_learns_by_its_name(strategy: str) -> None:
     found = run(
         strategy=strategy,
         epochs=30,
-        **{"training.batch-size": 64, "METHOD.local-steps": 3 if strategy == "dfedsam" else 1, "training.lr": 0.1},
+        training={"batch_size": 64, "lr": 0.1},
     )
     assert found.finished
     assert found.history["accuracy"].iloc[-1] > 0.75
@@ -94,7 +100,8 @@ ALIKE: list[dict[str, Any]] = [
         "wire.error-feedback": "choco",
         "topology.averaging-rate": 0.5,
     },
-    {"strategy": "d-psgd", "model.name": "cnn", "data.augment": "flip-crop"},
+    {"strategy": "d-psgd", "data.augment": "flip-crop"},
+    {"strategy": "d-psgd", "model.name": "cnn"},
 ]
 
 
@@ -104,7 +111,9 @@ def test_batched_engine_is_the_relay_step_for_step(changes: dict[str, Any]) -> N
     assert relay.models.keys() == batched.models.keys()
     for name, model in relay.models.items():
         for key, value in model.items():
-            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-6)
+            # A convolution's last bits differ, and then max pooling takes another one of two equal numbers.
+            tolerance = 1e-3 if changes.get("model.name") == "cnn" else 1e-6
+            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=tolerance)
     assert list(relay.history["round"]) == list(batched.history["round"])
     np.testing.assert_allclose(relay.history["accuracy"], batched.history["accuracy"], atol=1e-9)
     trained = (found.metrics.query("metric == 'loss' and split == 'train'") for found in (relay, batched))
@@ -142,8 +151,8 @@ def test_sealing_changes_no_number_and_keeps_models_from_the_server() -> None:
     assert list(open_.history["accuracy"]) == list(sealed.history["accuracy"])
     assert sealed.models == {}
     assert sealed.metrics.query("split == 'consensus'").empty
-    ngm = run(strategy="ngm", **{"wire.cross-codec": "sign"}, **SEALED)
-    assert list(ngm.history["accuracy"]) == list(run(strategy="ngm", **{"wire.cross-codec": "sign"}).history["accuracy"])
+    ngm = run(strategy="ngm", wire={"cross_codec": "sign"}, **SEALED)
+    assert list(ngm.history["accuracy"]) == list(run(strategy="ngm", wire={"cross_codec": "sign"}).history["accuracy"])
 
 
 def test_same_seed_same_history_and_seeds_differ() -> None:
@@ -180,7 +189,7 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
         "topology.averaging-rate": 0.5,
         **SEALED,
     }
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, **changes)
+    config = small(**changes)
 
     folder, modes = tmp_path / "of" / "site-2", set[int]()
 
@@ -214,7 +223,7 @@ def test_state_that_cannot_be_used_is_named_before_any_work(wrong: str, tmp_path
         folder.write_bytes(b"")
     else:
         folder.mkdir()
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", min_sites=4)
+    config = small(strategy="dmsgd", min_sites=4)
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
     node, context = list(grid._contexts.items())[1]
     context.node_config["state"] = str(folder)
@@ -231,10 +240,7 @@ Tamper = Callable[[int, Message, Message], Message | None]
 
 def watched(tamper: Tamper | None, world: World | None = None, **changes: Any) -> tuple[VirtualGrid, History]:
     """A run whose messages ``tamper`` sees."""
-    if changes.get("strategy") in SHARP:
-        changes = {"training.sam-radius": 0.05} | changes
-    settings = {key: value for key, value in (SMALL | changes).items() if key != "progress"}
-    config = configuration(**settings)
+    config = small(**changes)
     history = History(config)
     grid = VirtualGrid(client_app, (world or World()).sites(config.num_sites, config.seed), config.flat(), tamper)
     run_server(grid, config, history)
@@ -298,7 +304,7 @@ def test_neighbours_need_not_wait_for_those_far_away() -> None:
         return reply
 
     world = World(samples_per_s=[1000, 1000, 1000, 1000, 1000, 10])
-    watched(look, world, strategy="d-psgd", num_sites=6, **{"topology.name": "path"}, epochs=2)
+    watched(look, world, strategy="d-psgd", num_sites=6, topology={"name": "path"}, epochs=2)
     assert max(ahead) == 4  # the last but one takes the same step; then one more for each link
 
 
@@ -343,7 +349,7 @@ def test_peer_that_comes_back_rejoins_with_its_state(changes: dict[str, Any], ca
     assert len(own) <= 24  # it may have missed tests
     assert own[-1] > 0.7
     assert len(accuracy(found, 0)) == 24
-    if "sealing" not in changes:
+    if "wire.sealing" not in changes:
         distance = found.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]
         assert distance < 0.5
 
@@ -365,7 +371,7 @@ def test_slow_peer_gets_all_that_its_neighbours_offered() -> None:
 
 def test_each_exchange_is_tested_once_though_a_peer_comes_late() -> None:
     late = World(samples_per_s=100, offline={2: [(1.0, 2.0)]})
-    found = run(late, strategy="d-psgd", num_sites=3, epochs=1, **{"results.evaluate-every": 1}, timeout_s=3.0)
+    found = run(late, strategy="d-psgd", num_sites=3, epochs=1, results={"evaluate_every": 1}, timeout_s=3.0)
     assert list(found.history["round"]) == list(range(1, 16))
 
 
@@ -373,23 +379,23 @@ def test_each_exchange_is_tested_once_though_a_peer_comes_late() -> None:
 @pytest.mark.parametrize("lost_at", [2.98, 3.0])  # while the replies are on their way; before
 def test_peers_that_are_all_away_for_a_while_go_on(sealing: str, lost_at: float) -> None:
     away = World(samples_per_s=100, offline={site: [(lost_at, 20.0)] for site in range(3)})
-    found = run(away, strategy="dmsgd", num_sites=3, epochs=8, timeout_s=30.0, **{"wire.sealing": sealing})
+    found = run(away, strategy="dmsgd", num_sites=3, epochs=8, timeout_s=30.0, wire={"sealing": sealing})
     assert found.finished
     assert found.history["accuracy"].iloc[-1] > 0.7
 
 
 @pytest.mark.parametrize("engine", ["app", "batched"])
 def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
-    found = run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, **{"results.evaluate-every": 7})
+    found = run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, results={"evaluate_every": 7})
     rows = found.metrics.query("metric == 'local-epochs'")
     assert list(rows["value"]) == pytest.approx([7 / 15, 7 / 15, 1 / 15])
     with pytest.raises(RunError, match="local-steps = 1000: epochs = 1 have 15 batches; at most these"):
-        run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, **{"d-psgd.local-steps": 1000})
+        run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, d_psgd={"local_steps": 1000})
 
 
 def test_batched_run_that_diverges_says_so() -> None:
     with pytest.raises(RunError, match=r"exchange \d+: the models of the sites \[0, 1, 2, 3\] are not finite"):
-        run(engine="batched", strategy="d-psgd", **{"training.lr": 1e6})
+        run(engine="batched", strategy="d-psgd", training={"lr": 1e6})
 
 
 def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -401,7 +407,7 @@ def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) 
             return Message(Error(5, "no heartbeat"), reply_to=message)
         return reply
 
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd")
+    config = small(strategy="dmsgd")
     grids = [VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget)]
     run_server(grids[0], config, History(config))
     assert "site 1 is back, remembers nothing of this run and starts anew" in caplog.text
@@ -443,13 +449,13 @@ def test_silent_neighbours_weight_goes_to_the_peer_itself() -> None:
     def mute(number: int, message: Message, reply: Message) -> Message | None:
         return None if number == 1 and message.metadata.message_type == "train.peer" else reply
 
-    _, history = watched(mute, strategy="d-psgd", num_sites=3, **{"topology.name": "path"}, epochs=2, timeout_s=30.0)
+    _, history = watched(mute, strategy="d-psgd", num_sites=3, topology={"name": "path"}, epochs=2, timeout_s=30.0)
     both = history.models
     _, alone = watched(
         mute,
         strategy="d-psgd",
         num_sites=3,
-        **{"topology.name": "path", "topology.averaging-rate": 0.001},
+        topology={"name": "path", "averaging_rate": 0.001},
         epochs=2,
         timeout_s=30.0,
     )
@@ -526,7 +532,7 @@ def test_payload_delivered_twice_is_refused() -> None:
             refused.extend(told)
         return reply
 
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="d-psgd", **SEALED)
+    config = small(strategy="d-psgd", **SEALED)
     grid = Replaying(client_app, World().sites(4, 1), config.flat(), look)
     run_server(grid, config, History(config))
     assert "site 1: step 0 came before" in refused
@@ -540,7 +546,7 @@ def test_payload_delivered_twice_is_refused() -> None:
         ({"strategy": "dmsgd", "topology.name": "edges", "topology.edges": "/nowhere"}, "edges = '/nowhere'"),
         (
             {"strategy": "dmsgd", "topology.name": "bipartite", "num_sites": 8, "dmsgd.consensus-weight": 1.0},
-            "topology = 'bipartite', momentum = 0.5, momentum-consensus-weight = 1: disagreement grows by 1.16",
+            "dmsgd.momentum = 0.5, dmsgd.consensus-weight = 1: disagreement grows by 1.16",
         ),
     ],
 )
@@ -549,7 +555,7 @@ def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[st
         def _send(self, message: Message) -> str:
             raise AssertionError("a message was sent")
 
-    config = configuration(**{key: value for key, value in (SMALL | changes).items() if key != "progress"})
+    config = small(**changes)
     with pytest.raises(TopologyError, match=message):
         run_server(Silent(client_app, World().sites(4, 1), config.flat()), config, History(config))
 
@@ -557,23 +563,32 @@ def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "q-saddle", "q-saddle.rho": 0.0}, "sam-radius = 0.0: q-saddle is sharpness-aware; above 0"),
+        ({"strategy": "q-saddle", "q-saddle.rho": 0.0}, "q-saddle.rho = 0.0: must be greater than 0"),
         ({"strategy": "dmsgd", "num_sites": 1, "min_sites": 1}, "num-sites = 1: dmsgd needs peers to exchange with; at least 2"),
         ({"strategy": "dmsgd", "wire.codec": "top-k"}, "error-feedback = 'none': codec = 'top-k' loses what it leaves out"),
-        ({"strategy": "gradient-tracking", "wire.codec": "qsgd"}, "codec = 'qsgd': gradient-tracking cannot take it"),
-        ({"strategy": "ngm", "ngm.local-steps": 2}, "local-steps = 2: ngm exchanges gradients of every batch; allowed: 1"),
+        (
+            {"strategy": "gradient-tracking", "wire.codec": "qsgd"},
+            "wire.codec = 'qsgd': gradient-tracking would carry on every error",
+        ),
+        ({"strategy": "ngm", "ngm.local-steps": 2}, "ngm.local-steps = 2: unknown key"),
         (
             {"strategy": "qgm", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.name": "one-peer-exponential"},
             "error-feedback = 'choco': neighbours change",
         ),
-        ({"strategy": "dmsgd", "training.optimizer": "adamw"}, "optimizer = 'adamw': dmsgd brings its own momentum"),
-        ({"strategy": "ngm", "topology.name": "exponential"}, "topology = 'exponential': gradients go back where models came from"),
+        (
+            {"strategy": "dmsgd", "training.optimizer": "adamw"},
+            "training.optimizer = 'adamw': has no effect with strategy = 'dmsgd'",
+        ),
+        (
+            {"strategy": "ngm", "topology.name": "exponential"},
+            "topology.name = 'exponential': gradients go back where models came from",
+        ),
         (
             {"strategy": "n-saddle", "n-saddle.rho": 0.05, "n-saddle.perturbed-by": "owner-of-model", "wire.codec": "fp16"},
-            "cross-perturbation = 'owner-of-model'",
+            "wire.codec = 'fp16': n-saddle.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'",
         ),
-        ({"strategy": "dmsgd", "wire.bits": 3}, "codec-bits = 3: must be 2, 4, 8 or 16"),
-        ({"strategy": "dmsgd", "topology.name": "circle"}, "topology = 'circle': must be 'ring'"),
+        ({"strategy": "dmsgd", "wire.bits": 3}, "wire.bits = 3: must be 2, 4, 8 or 16"),
+        ({"strategy": "dmsgd", "topology.name": "circle"}, "topology.name = 'circle': allowed: ring"),
     ],
 )
 def test_what_does_not_go_together_is_an_error_that_names_the_key(changes: dict[str, Any], message: str) -> None:
@@ -589,12 +604,12 @@ def test_engine_of_the_laboratory_is_checked() -> None:
     with pytest.raises(ConfigError, match="engine = 'ray': allowed: 'app', 'batched'"):
         run(strategy="dmsgd", engine="ray")
     with pytest.raises(ConfigError, match=r"norm = 'batch': engine = 'batched' takes no BatchNorm"):
-        run(strategy="dmsgd", engine="batched", **{"model.name": "resnet20", "data.source": "tests.equivalence.test_averaging:few"})
+        run(strategy="dmsgd", engine="batched", model={"name": "resnet20"}, data={"source": "tests.equivalence.test_averaging:few"})
 
 
 def test_batch_norm_statistics_are_averaged_with_the_models() -> None:
     found = run(
-        strategy="dmsgd", **{"model.name": "resnet20", "data.source": "tests.equivalence.test_averaging:few"}, num_sites=2, epochs=1
+        strategy="dmsgd", model={"name": "resnet20"}, data={"source": "tests.equivalence.test_averaging:few"}, num_sites=2, epochs=1
     )
     means = [model["stem.1.running_mean"] for model in found.models.values()]
     assert not torch.equal(means[0], torch.zeros(16))
@@ -602,7 +617,7 @@ def test_batch_norm_statistics_are_averaged_with_the_models() -> None:
 
 
 def test_results_show_the_graph_the_worst_peer_and_every_link(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_app(strategy="dmsgd", num_sites=4, **{"topology.name": "path"}, epochs=2, draw=True)
+    found = run_app(strategy="dmsgd", num_sites=4, topology={"name": "path"}, epochs=2, draw=True)
     assert imread(found.folder / "topology.png").shape[0] > 200
     assert not (found.folder / "schedule.png").exists()
     assert {file.name for file in found.folder.glob("model*")} == {f"model-{site}.safetensors" for site in range(4)}
@@ -630,7 +645,7 @@ def test_results_show_the_graph_the_worst_peer_and_every_link(run_app: RunApp, c
 def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", **SEALED)
+    config = small(strategy="dmsgd", **SEALED)
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
     for number, context in enumerate(grid._contexts.values()):
         context.node_config["save"] = str(tmp_path / f"site-{number}" / "model.safetensors")
@@ -642,7 +657,7 @@ def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> No
 
 
 def test_site_with_keys_takes_part_in_sealed_runs_only() -> None:
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd")
+    config = small(strategy="dmsgd")
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
     for context in grid._contexts.values():
         context.node_config["peer-keys"] = "/etc/archipelago/peers.toml"
@@ -669,7 +684,7 @@ def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
 
     for sealing, expected in (("off", True), ("trust-on-first-use", False)):
         handed.clear()
-        config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", **{"wire.sealing": sealing})
+        config = small(strategy="dmsgd", wire={"sealing": sealing})
         run_server(Curious(client_app, World().sites(4, 1), config.flat(), look), config, History(config))
         assert ("model" in handed) is expected
     # A content key for each neighbour on the ring, and for nobody else.
@@ -684,7 +699,7 @@ def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
     private = [X25519PrivateKey.generate() for _ in range(4)]
     listed = [f'{number} = "{b64encode(key.public_key().public_bytes_raw()).decode()}"' for number, key in enumerate(private)]
     (tmp_path / "peers.toml").write_text("\n".join(listed))
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="dmsgd", **{"wire.sealing": "keys"})
+    config = small(strategy="dmsgd", wire={"sealing": "keys"})
     history = History(config)
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
     for number, context in enumerate(grid._contexts.values()):
@@ -736,10 +751,7 @@ def test_hats_are_never_wrong_whoever_comes_and_goes(strategy: str, seed: int, t
                             torch.testing.assert_close(unpack(array), hats[sender, step], rtol=0, atol=0)
             return identity
 
-    settings = {k: v for k, v in SMALL.items() if k != "progress"} | CHOCO
-    config = configuration(
-        **settings, strategy=strategy, **{"training.sam-radius": 0.05}, min_sites=1, seed=seed, timeout_s=timeout_s
-    )
+    config = small(strategy=strategy, min_sites=1, seed=seed, timeout_s=timeout_s, **CHOCO)
     world = World(samples_per_s=100, mean_up_s=30, mean_down_s=20)
     grids.append(Looking(client_app, world.sites(4, seed), config.flat()))
     run_server(grids[0], config, History(config))
@@ -830,7 +842,7 @@ def test_sealed_peers_answer_no_plain_training_and_no_new_keys() -> None:
                 answers["stranger"] = str(reply.error.reason) if reply.has_error() else "answered"
             return super()._send(message)
 
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="d-psgd", **SEALED)
+    config = small(strategy="d-psgd", **SEALED)
     run_server(Bad(client_app, World().sites(4, 1), config.flat()), config, History(config))
     assert "a peer trains its own model" in answers["train"]
     assert "a sealed peer tests no model but its own" in answers["evaluate"]
@@ -845,7 +857,7 @@ def test_weights_that_the_server_tells_are_not_believed() -> None:
                 told["weights"] = [50.0, 50.0]
             return super()._send(message)
 
-    config = configuration(**{k: v for k, v in SMALL.items() if k != "progress"}, strategy="d-psgd")
+    config = small(strategy="d-psgd")
     history = History(config)
     run_server(Wrong(client_app, World().sites(4, 1), config.flat()), config, history)
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(
@@ -856,7 +868,7 @@ def test_weights_that_the_server_tells_are_not_believed() -> None:
 def test_sites_that_do_not_take_part_must_not_cut_the_graph() -> None:
     world = World(offline={0: [(0.0, math.inf)]})
     with pytest.raises(RunError, match=r"the peers fall into parts: \[1\], \[2\], \[3\]"):
-        run(world, strategy="d-psgd", **{"topology.name": "star"}, timeout_s=30.0)
+        run(world, strategy="d-psgd", topology={"name": "star"}, timeout_s=30.0)
 
 
 def test_training_is_reported_alike_by_both_engines() -> None:

@@ -11,11 +11,11 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from client_app.app import app as client_app
+from configuration.errors import ConfigError
 from server_app.app import app as server_app
 from server_app.census import RunError
 from simulation.grid import VirtualGrid, run_in_process
 from simulation.world import World
-from configuration.errors import ConfigError
 from strategies.records import pack
 from tests.conftest import RunApp, default_config, read_run
 
@@ -138,7 +138,7 @@ def test_site_comes_back(run_app: RunApp) -> None:
     def first_lost(reply: Message) -> Message | None:
         return reply if next(rounds) else None
 
-    run = run_app(spoil(1, first_lost), epochs=3, **{"co-learning.epsilon": 0.0})
+    run = run_app(spoil(1, first_lost), epochs=3, co_learning={"epsilon": 0.0})
     trained = run.metrics[(run.metrics["site"] == "1") & (run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
     assert list(trained["round"]) == [2, 3]
 
@@ -197,7 +197,7 @@ def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> Non
         ),
         ({"partition.kind": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
         ({"partition.kind": "classes", "partition.classes-per-site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
-        ({"computing.device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: device = 'cuda:99'"),
+        ({"computing.device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: computing.device = 'cuda:99'"),
         ({"model.name": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
     ],
 )
@@ -280,5 +280,5 @@ def test_killed_run_leaves_its_rows(run_app: RunApp, tmp_path: Path) -> None:
             assert (folder / "model.safetensors").exists() == (seen[-1] > 0)
         return reply
 
-    run_app(look, draw=True, epochs=3, **{"co-learning.epsilon": 0.0})
+    run_app(look, draw=True, epochs=3, co_learning={"epsilon": 0.0})
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -131,9 +131,7 @@ def test_switches_off_is_asgd_bit_for_bit(switch: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(asgd, same, strict=True))
 
 
-@pytest.mark.parametrize(
-    "switch", [{"beta": 0.5}, {"window": 2}, {"compensation": 0.5}, {"weight": polynomial(0.5)}, {"eta": 0.5}]
-)
+@pytest.mark.parametrize("switch", [{"beta": 0.5}, {"window": 2}, {"compensation": 0.5}, {"weight": polynomial(0.5)}, {"eta": 0.5}])
 def test_every_switch_switches_something(switch: dict[str, Any]) -> None:
     x = torch.ones(5, dtype=torch.float64)
     asgd, other = (follow(rule, x, walk(1)) for rule in (RULES["asgd"](), descent(**PLAIN | switch)))

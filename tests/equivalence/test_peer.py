@@ -426,7 +426,7 @@ def test_exchange_without_a_local_step_teaches_qgm_nothing() -> None:
 @pytest.mark.parametrize("name", ["gt", "gt-awc"])
 def test_gradient_tracking_reaches_the_common_optimum(name: str) -> None:
     common = (H * B).sum(0) / H.sum(0)
-    torch.testing.assert_close(run(ALGORITHMS[name], 3000, **{"training.lr": 0.05}).x, common.expand(N, -1))
+    torch.testing.assert_close(run(ALGORITHMS[name], 3000, lr=0.05).x, common.expand(N, -1))
 
 
 @pytest.mark.parametrize(("name", "bias"), [("dpsgd", 0.2832), ("qgm", 0.2832), ("ngm", 0.7455)])

@@ -102,11 +102,11 @@ def test_natural_sites_are_the_groups() -> None:
     [
         ("natural", 3, {}, "no natural sites"),
         ("natural", 3, {"groups": LABELS, "names": tuple("abcdefghij")}, r"num-sites = 3: .* needs 10 sites, .* a, b, c"),
-        ("classes", 3, {"partition.classes-per-site": 2}, "classes-per-site = 2: 3 sites would leave out .* at least 4"),
-        ("classes", 3, {"partition.classes-per-site": 11}, "classes-per-site = 11: there are 10 classes"),
+        ("classes", 3, {"classes_per_site": 2}, "classes-per-site = 2: 3 sites would leave out .* at least 4"),
+        ("classes", 3, {"classes_per_site": 11}, "classes-per-site = 11: there are 10 classes"),
         ("dirichlet", 100, {"alpha": 1e-4}, "dirichlet-alpha = 0.0001: a site stayed empty"),
         ("iid", 400, {}, "num-sites = 400: 600 examples are too few"),
-        ("sizes", 100, {"partition.size-ratio": 1000.0}, "partition = 'sizes': a site got 0 examples"),
+        ("sizes", 100, {"size_ratio": 1000.0}, "partition = 'sizes': a site got 0 examples"),
     ],
 )
 def test_what_cannot_be_dealt_is_an_error_that_names_the_key(

@@ -13,13 +13,7 @@ from datasets.sources import Examples, SourceError, load, log_mel
 
 
 def read(source: str, path: Path | str, **changes: Any) -> Examples:
-    arguments: dict[str, Any] = {
-        "data.label": "label",
-        "data.group": "",
-        "data.image-size": 8,
-        "data.audio-seconds": 0.5,
-        "data.text-buckets": 64,
-    } | changes
+    arguments: dict[str, Any] = {"label": "label", "group": "", "image_size": 8, "audio_seconds": 0.5, "text_buckets": 64} | changes
     return load(source, str(path), **arguments)
 
 
@@ -155,7 +149,7 @@ def test_own_source_by_import_path() -> None:
         ("csv", "a,b\n1,1\n", {}, "label = 'label' is no column of .* expression of its columns: a, b"),
         ("csv", "a,label\n1,\n", {}, "label = 'label': 1 rows of .* have none"),
         ("csv", "label\n1\n", {}, "no column is left"),
-        ("csv", "a,label\n1,1\n", {"data.group": "ward"}, "group = 'ward' is no column"),
+        ("csv", "a,label\n1,1\n", {"group": "ward"}, "group = 'ward' is no column"),
         ("csv", "", {}, "is not a table"),
         ("text-csv", "body,label\nx,1\n", {}, "there is no column 'text'; columns: body, label"),
         ("tests.unit.test_sources:missing", "", {}, "data = 'tests.unit.test_sources:missing': .*missing"),

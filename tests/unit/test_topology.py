@@ -107,17 +107,17 @@ def test_edges_of_ones_own(tmp_path: Path) -> None:
         ("hypercube", 12, {}, "topology = 'hypercube': num-sites = 12 is no power of two"),
         ("hubs", 3, {}, "topology = 'hubs': num-sites = 3; allowed: 4"),
         ("dyck", 16, {}, "num-sites = 16; allowed: 32"),
-        ("random-regular", 5, {"topology.degree": 3}, "degree = 3: topology = 'random-regular' with num-sites = 5 allows 2 to 4"),
+        ("random-regular", 5, {"degree": 3}, "degree = 3: topology = 'random-regular' with num-sites = 5 allows 2 to 4"),
         ("star", 5, {"weights": "uniform"}, "not doubly stochastic, column 0 sums to 2.2; mixing = 'metropolis' suits every"),
-        ("edges", 4, {"topology.edges": "0 1\n2 3\n"}, r"the graph is not connected, its parts are \[0, 1\], \[2, 3\]"),
-        ("edges", 3, {"topology.edges": "0 1 0.7\n1 2 0.7\n"}, r"the weight of \(1, 1\) is -0.4; at least 0"),
-        ("edges", 3, {"topology.edges": "0 1\n1 3\n"}, r"\(1, 3\) is no link between two of the sites 0 to 2"),
-        ("edges", 3, {"topology.edges": "0 one\n"}, "a file with a link 'i j' or 'i j weight' a line is expected"),
-        ("edges", 3, {"topology.edges": "0 1\n1 2 0.5\n"}, "either all links have one weight or none"),
-        ("edges", 3, {"topology.edges": "0 1 0.5 0.5\n1 2 0.5 0.1\n"}, "either all links have one weight or none"),
-        ("edges", 3, {"topology.edges": "0 1 0.5\n1 2 0.3\n1 0 0.2\n"}, r"the link \(0, 1\) has two weights"),
-        ("edges", 3, {"topology.edges": "0 1 0.5\n1 2 0.5\n0 2 0\n"}, r"the link \(0, 2\) has the weight 0"),
-        ("edges", 3, {"topology.edges": ""}, r"edges = .*: the graph|the graph is not connected"),
+        ("edges", 4, {"edges": "0 1\n2 3\n"}, r"the graph is not connected, its parts are \[0, 1\], \[2, 3\]"),
+        ("edges", 3, {"edges": "0 1 0.7\n1 2 0.7\n"}, r"the weight of \(1, 1\) is -0.4; at least 0"),
+        ("edges", 3, {"edges": "0 1\n1 3\n"}, r"\(1, 3\) is no link between two of the sites 0 to 2"),
+        ("edges", 3, {"edges": "0 one\n"}, "a file with a link 'i j' or 'i j weight' a line is expected"),
+        ("edges", 3, {"edges": "0 1\n1 2 0.5\n"}, "either all links have one weight or none"),
+        ("edges", 3, {"edges": "0 1 0.5 0.5\n1 2 0.5 0.1\n"}, "either all links have one weight or none"),
+        ("edges", 3, {"edges": "0 1 0.5\n1 2 0.3\n1 0 0.2\n"}, r"the link \(0, 1\) has two weights"),
+        ("edges", 3, {"edges": "0 1 0.5\n1 2 0.5\n0 2 0\n"}, r"the link \(0, 2\) has the weight 0"),
+        ("edges", 3, {"edges": ""}, r"edges = .*: the graph|the graph is not connected"),
         ("ring", 1, {}, "num-sites = 1: peers need somebody to exchange with"),
     ],
 )
@@ -126,6 +126,6 @@ def test_what_cannot_be_is_an_error_that_names_the_key(
 ) -> None:
     if "edges" in changes:
         (tmp_path / "links").write_text(changes["edges"])
-        changes = {"topology.edges": str(tmp_path / "links")}
+        changes = {"edges": str(tmp_path / "links")}
     with pytest.raises(TopologyError, match=message):
         build(name, n, **changes)

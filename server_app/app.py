@@ -62,7 +62,8 @@ def run(grid: Grid, config: Config, history: History) -> None:
                 conclude(grid, relay.run(), federation, config, history, relay.report, relay.exchanges)
             case RoundPlan() as plan:
                 planned = Planned(plan, _shares(federation, plan.weighting))
-                Rounds(grid, planned, planned.instruct, federation, config, history).run(initial)
+                beside = plan.site.sends if plan.site else ()
+                Rounds(grid, planned, planned.instruct, federation, config, history).run(initial, beside)
             case AlonePlan(instruct=by_itself, ensemble=ensemble):
                 alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
                 Rounds(grid, alone, lambda moment, _: by_itself(moment), federation, config, history).run(initial)

@@ -51,14 +51,19 @@ class Rounds:
         self._report = Report(federation, history, self._clock, "round")
         self._least = min(config.min_sites, len(self._sites))
 
-    def run(self, arrays: ArrayRecord) -> ArrayRecord:
+    def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
         """From the initial model to the last one.
+
+        Args:
+            arrays: the initial model.
+            beside: vectors of the model's size that sites send beside theirs.
 
         Raises:
             RunError: fewer than ``min-sites`` sites answered; what was reached so far is in the history.
         """
         total, done, round_number = self._config.epochs, 0.0, 0
         sizes = {name: array.shape[-1] for name, array in arrays.items()}
+        sizes |= dict.fromkeys(beside, sizes[X])
         while done < total - 1e-9:
             round_number += 1
             local = self._instruct(Moment(round_number, done, total, self._an_epoch), unpack(arrays[X]))

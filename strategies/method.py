@@ -53,6 +53,7 @@ class Local(NamedTuple):
         proximal: mu of the pull towards the model that was sent.
         delta: whether the site answers how far it moved (sent minus made) instead of the model it made.
         keep_moments: whether the optimizer's moments stay at the site for its next order.
+        plain: whether the optimizer is SGD without momentum, whatever the configuration says.
     """
 
     lr: float
@@ -62,6 +63,7 @@ class Local(NamedTuple):
     proximal: float = 0.0
     delta: bool = False
     keep_moments: bool = False
+    plain: bool = False
 
 
 # Synchronous rounds.
@@ -95,11 +97,30 @@ class SiteRule(NamedTuple, Generic[M]):
         correct: memory, what the server sent and a gradient [d] to the gradient that is followed; it may be written in place.
         finish: memory, what the server sent, the model [d] at the end and the sum of the learning rates to the new memory and
             the vectors that go back beside the model.
+        sends: the names of these vectors, each [d].
     """
 
     init: Callable[[Tensor], M]
     correct: Callable[[M, Vectors, Tensor], Tensor]
     finish: Callable[[M, Vectors, Tensor, float], tuple[M, Vectors]]
+    sends: tuple[str, ...] = ()
+
+
+class Mean(NamedTuple):
+    """What came back from a round.
+
+    Attributes:
+        vectors: the mean over the sites that answered of each vector that they sent: ``x`` [d] and the site rule's.
+        share: the weight of the sites that answered, of 1 for all.
+    """
+
+    vectors: Vectors
+    share: float
+
+    @property
+    def x(self) -> Tensor:
+        """The mean of the models."""
+        return self.vectors["x"]
 
 
 class RoundPlan(NamedTuple, Generic[S]):
@@ -108,7 +129,7 @@ class RoundPlan(NamedTuple, Generic[S]):
     Attributes:
         init: the server's state at a model [d]; a NamedTuple with a field ``x``.
         instruct: what sites do in a round.
-        absorb: the state after a round, from the mean over the sites of each vector they sent (``x`` [d] and the site rule's).
+        absorb: the state after a round.
         beside: vectors that go to the sites beside the model, by name.
         site: what sites remember; None for nothing.
         weighting: whether sites count the same or by their training examples.
@@ -117,7 +138,7 @@ class RoundPlan(NamedTuple, Generic[S]):
 
     init: Callable[[Tensor], S]
     instruct: Callable[[S, Moment], Local]
-    absorb: Callable[[S, Vectors], S]
+    absorb: Callable[[S, Mean], S]
     beside: Callable[[S], Vectors] = lambda state: {}
     site: SiteRule[Any] | None = None
     weighting: Literal["equal", "samples"] = "equal"

@@ -91,7 +91,29 @@ def order(local: Local) -> dict[str, bool | int | float | str]:
     told: dict[str, bool | int | float | str] = {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
     told |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
     told |= {"reply": "delta", "proximal-mu": local.proximal} if local.delta else {}
-    return told | ({"keep-moments": True} if local.keep_moments else {})
+    return told | {key: True for key in ("keep-moments", "plain") if getattr(local, key.replace("-", "_"))}
+
+
+def order_of(message: Message) -> Local:
+    """The order in a message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    told: Any = config_of(message)
+    try:
+        return Local(
+            float(told["lr"]),
+            (float(told["cycle-from"]), float(told["cycle-to"])),
+            epochs=int(told.get("local-epochs", 0)),
+            steps=int(told.get("local-steps", 0)),
+            proximal=float(told.get("proximal-mu", 0.0)),
+            delta=told.get("reply") == "delta",
+            keep_moments=bool(told.get("keep-moments", False)),
+            plain=bool(told.get("plain", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the message holds no order to train: {type(error).__name__}: {error}") from None
 
 
 # Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole content, which would keep a

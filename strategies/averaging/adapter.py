@@ -17,7 +17,7 @@ from torch import Tensor
 
 from strategies.averaging.average import CHANGE, NUM_EXAMPLES, weighted_metrics
 from strategies.averaging.mean import StreamingMean, relative_change
-from strategies.method import Local, Moment, RoundPlan
+from strategies.method import Local, Mean, Moment, RoundPlan
 from strategies.records import METRICS, STATS, X, arrays_of, metrics_of, order, pack, unpack
 
 
@@ -92,9 +92,10 @@ class Planned(FedAvg):
             metrics.append(RecordDict({METRICS: metrics_of(reply)}))
         if not metrics:
             return None, None
+        answered = means[X].share
         mean = {name: means.pop(name).result() for name in list(means)}
         stats = mean.pop(STATS, torch.empty(0))
-        self.state = self._plan.absorb(self.state, mean)
+        self.state = self._plan.absorb(self.state, Mean(mean, answered))
         summary = weighted_metrics(metrics, NUM_EXAMPLES)
         summary[CHANGE] = relative_change(self.state.x, self._sent[X])
         return pack({X: self.state.x, STATS: stats}), summary

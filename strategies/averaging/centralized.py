@@ -15,7 +15,7 @@ class Keys(Section):
     """epochs from test to test"""
 
 
-def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Mean]:
+def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
     """FedAvg of one site."""
     return fedavg.plan(fedavg.Keys(local_epochs=keys.local_epochs), run, pooled=True)
 

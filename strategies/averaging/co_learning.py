@@ -18,7 +18,7 @@ from torch import Tensor
 
 from strategies.averaging.mean import relative_change
 from strategies.keys import Above0, NotNegative, Positive, RoundKeys
-from strategies.method import Local, Method, Moment, RoundPlan, Run, Vectors
+from strategies.method import Local, Mean, Method, Moment, RoundPlan, Run
 
 
 class Keys(RoundKeys):
@@ -59,9 +59,9 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Cycle]:
         epochs = min(state.local_epochs, round(moment.total - moment.done))
         return Local(run.lr * keys.lr_envelope ** (moment.round_number - 1), (0.0, 1.0), epochs=epochs)
 
-    def absorb(state: Cycle, mean: Vectors) -> Cycle:
-        change = relative_change(mean["x"], state.x)
-        return Cycle(mean["x"], next_local_epochs(state.local_epochs, change, keys.epsilon, keys.max_local_epochs))
+    def absorb(state: Cycle, mean: Mean) -> Cycle:
+        change = relative_change(mean.x, state.x)
+        return Cycle(mean.x, next_local_epochs(state.local_epochs, change, keys.epsilon, keys.max_local_epochs))
 
     return RoundPlan(lambda x: Cycle(x, keys.local_epochs), instruct, absorb, weighting=keys.weighting)
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from strategies.keys import RoundKeys, decaying
-from strategies.method import Method, RoundPlan, Run, Vectors
+from strategies.method import Mean, Method, RoundPlan, Run
 
 
-class Mean(NamedTuple):
+class Average(NamedTuple):
     """The model."""
 
     x: Tensor
@@ -25,14 +25,14 @@ class Keys(RoundKeys):
     """FedAvg takes what every method in rounds takes."""
 
 
-def plan(keys: RoundKeys, run: Run, *, pooled: bool = False) -> RoundPlan[Mean]:
+def plan(keys: RoundKeys, run: Run, *, pooled: bool = False) -> RoundPlan[Average]:
     """Instruct and average."""
     instruct = decaying(keys.local_epochs, run)
 
-    def absorb(_: Mean, mean: Vectors) -> Mean:
-        return Mean(mean["x"])
+    def absorb(_: Average, mean: Mean) -> Average:
+        return Average(mean.x)
 
-    return RoundPlan(Mean, lambda _, moment: instruct(moment), absorb, weighting=keys.weighting, pooled=pooled)
+    return RoundPlan(Average, lambda _, moment: instruct(moment), absorb, weighting=keys.weighting, pooled=pooled)
 
 
 METHOD = Method("fedavg", Keys, plan)

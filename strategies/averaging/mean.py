@@ -60,6 +60,11 @@ class StreamingMean:
                 target.add_(self._whole[: source.numel()].copy_(product))
         self._shares.append(share)
 
+    @property
+    def share(self) -> float:
+        """Of what was added, together."""
+        return math.fsum(self._shares)
+
     def result(self) -> Tensor:
         """The mean of what was added, float32; the end of this object, whose memory becomes the mean's.
 

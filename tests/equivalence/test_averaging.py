@@ -295,9 +295,9 @@ def test_co_learning_cycles_from_its_envelope_and_takes_no_more_epochs_than_are_
     state = plan.init(torch.ones(3))
     assert plan.instruct(state, method.Moment(3, 4.0, 32, 10.0)) == method.Local(0.025, (0.0, 1.0), epochs=2)
     assert plan.instruct(state, method.Moment(1, 31.0, 32, 10.0)).epochs == 1
-    still, moved = (plan.absorb(state, {"x": torch.full((3,), value)}) for value in (1.05, 1.2))
+    still, moved = (plan.absorb(state, method.Mean({"x": torch.full((3,), value)}, 1.0)) for value in (1.05, 1.2))
     assert (still.local_epochs, moved.local_epochs) == (4, 2)
-    assert plan.absorb(still, {"x": still.x}).local_epochs == 4  # the cap
+    assert plan.absorb(still, method.Mean({"x": still.x}, 1.0)).local_epochs == 4  # the cap
 
 
 def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> None:

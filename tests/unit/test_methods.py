@@ -19,10 +19,10 @@ class Keys(Section):
     """how strong"""
 
 
-def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Mean]:
+def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
     """FedAvg that goes a part of the way."""
     found = fedavg.plan(fedavg.Keys(), run)
-    return found._replace(absorb=lambda state, mean: fedavg.Mean(state.x.lerp(mean["x"], keys.strength)))
+    return found._replace(absorb=lambda state, mean: fedavg.Average(state.x.lerp(mean.x, keys.strength)))
 
 
 MINE = Method("mine", Keys, plan)

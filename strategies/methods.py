@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, fedasync, fedbuff, gsgm
-from strategies.averaging import centralized, co_learning, ensemble, fedavg, flower, local
+from strategies.averaging import centralized, co_learning, diloco, ensemble, fedavg, flower, local
 from strategies.method import Method
 from strategies.peer import (
     cdmsgd,
@@ -27,6 +27,7 @@ T = TypeVar("T")
 _ALL: tuple[Method[Any], ...] = (
     co_learning.METHOD,
     fedavg.METHOD,
+    diloco.METHOD,
     local.METHOD,
     ensemble.METHOD,
     centralized.METHOD,

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, fedasync, fedbuff, gsgm
-from strategies.averaging import centralized, co_learning, diloco, ensemble, fedavg, flower, local
+from strategies.averaging import centralized, co_learning, diloco, ensemble, fedavg, flower, local, scaffold
 from strategies.method import Method
 from strategies.peer import (
     cdmsgd,
@@ -28,6 +28,7 @@ _ALL: tuple[Method[Any], ...] = (
     co_learning.METHOD,
     fedavg.METHOD,
     diloco.METHOD,
+    scaffold.METHOD,
     local.METHOD,
     ensemble.METHOD,
     centralized.METHOD,

@@ -9,10 +9,12 @@ Each experiment is what ``make run`` does. Twenty minutes on two cores for eithe
 """
 
 import argparse
+import tomllib
 from typing import Any
 
 import numpy as np
 
+from configuration.config import ROOT, flatten
 from simulation.laboratory import compare
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,7 @@ LARGE = {
     "training.batch-size": 64,
     "training.lr": 0.02,
     "epochs": 16,
+    **{f"{name}.local-epochs": 1 for name in ("co-learning", "fedavg", "ensemble", "local", "centralized")},
     "co-learning.epsilon": 0.1,
     "data.test-part": "official",
 }
@@ -52,6 +55,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
     common = DATA_SETS[arguments.data] | {"data.path": arguments.path}
+    if conf := common.pop("conf", None):  # a file's section of Co-learning counts where Co-learning runs
+        common = flatten(tomllib.loads((ROOT / conf).read_text())) | common
     comparison = compare(METHODS, seeds=arguments.seeds, processes=arguments.processes, **common)
     print(comparison.text().to_string())
     for name, runs in comparison.runs.items():

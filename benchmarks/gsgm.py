@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     arguments = parser.parse_args()
     common = DATA_SETS[arguments.data] | {"data.path": arguments.path, "partition.kind": "classes", "training.lr-ratio": 1.0}
-    common |= {key: value for key in ("lr", "epochs") if (value := getattr(arguments, key)) is not None}
+    given = {"training.lr": arguments.lr, "epochs": arguments.epochs}
+    common |= {key: value for key, value in given.items() if value is not None}
     for name, (what, methods) in experiments(arguments.data).items():
         if arguments.only not in name:
             continue

@@ -23,6 +23,7 @@ from client_app.app import app as client_app
 from client_app.peer import nth_batch
 from client_app.sealing import Header, Keyring
 from client_app.site import Place, site_data
+from configuration.__main__ import pairs
 from configuration.config import ROOT, Config, configuration
 from models.networks import build
 from server_app.app import run as run_server
@@ -104,23 +105,7 @@ def relay(config: Config) -> float:
 def ray_engine(config: Config) -> float:
     """Seconds from the first message to the last in ``make run``."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = " ".join(
-            f'{key}="{value}"' if isinstance(value, str) else f"{key}={str(value).lower()}"
-            for key, value in (
-                (key, getattr(config, key.replace("-", "_")))
-                for key in (
-                    "strategy",
-                    "num-sites",
-                    "model",
-                    "lr",
-                    "lr-ratio",
-                    "weight-decay",
-                    "collect-models",
-                    "evaluate-every",
-                    "epochs",
-                )
-            )
-        )
+        settings = pairs(config)
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
         subprocess.run(
             ["make", "--no-print-directory", "run", f"RESULTS={folder}", f"SET={settings}"],

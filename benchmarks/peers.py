@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from client_app.app import app as client_app
-from client_app.peer import nth_batch
+from client_app.oracle import nth_batch
 from client_app.sealing import Header, Keyring
 from client_app.site import Place, site_data
 from configuration.__main__ import pairs

@@ -10,8 +10,8 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from client_app import training
-from client_app.memory import RULE, keep_on_disk, recall_moments, remember, remember_moments, remembered
-from client_app.peer import cross_step, take_step
+from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
 from configuration.errors import ConfigError
@@ -142,7 +142,7 @@ def train(message: Message, context: Context) -> Message:
         metrics["lr-sum"] = lr_sum
     if rule:
         memory, beside = rule.finish(memory, sent, model.x, lr_sum)
-        remember(context, RULE, memory)
+        keep(context, RULE, memory)
         made |= beside
     if local.keep_moments:
         remember_moments(context, step)
@@ -158,7 +158,7 @@ def peer(message: Message, context: Context) -> Message:
 @app.train("cross")
 def cross(message: Message, context: Context) -> Message:
     """A peer's gradients at its neighbours' models."""
-    return cross_step(message, context)
+    return take_step(message, context)
 
 
 @app.evaluate()

@@ -218,7 +218,7 @@ class Neighbourhood(NamedTuple):
         at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model, which takes a second message.
             ``model``: its own gradients at the neighbours' models.
         rho: radius of sharpness-aware minimization; 0: off.
-        perturbed_by: of gradients in the neighbourhood, who perturbs (:mod:`strategies.peer.cross_gradients`).
+        perturbed_by: of gradients in the neighbourhood, who perturbs (:mod:`strategies.peer.neighbourhood`).
     """
 
     at: Literal["own", "data", "model"] = "own"

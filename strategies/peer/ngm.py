@@ -5,7 +5,7 @@
     v = beta v - lr g_i;    x = sum_j w_ij x_j + v
 
 Source: Aketi et al., "Neighborhood Gradient Clustering", arXiv 2209.14390, and its code; the differences stand in
-:mod:`strategies.peer.cross_gradients`, the descent in :mod:`strategies.peer.dsgd`.
+:mod:`strategies.peer.neighbourhood`, the descent in :mod:`strategies.peer.dsgd`.
 Special case: W = I is CDMSGD.
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from logging import INFO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
@@ -20,6 +20,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as SavedContext
+from torch import Tensor
 
 from datasets.site import Moments
 from strategies.peer.state import PeerState
@@ -27,6 +28,8 @@ from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
 TENSORS, NUMBERS, RUN = "peer", "peer-numbers", "peer-run"  # the records in the context's state
+RULE, MOMENTS = "rule", "moments"
+T = TypeVar("T", bound=tuple[Any, ...])
 
 
 def run_of(message: Message, context: Context) -> dict[str, str]:
@@ -80,6 +83,39 @@ def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[in
     arrays = {id(tensor): array for tensor, array in zip(tensors.values(), pack(tensors).values(), strict=True)}
     record = ArrayRecord({name: arrays[id(tensor)] for name, tensor in tensors.items()})
     return (record, ConfigRecord(dict(numbers))), arrays
+
+
+def remembered(context: Context, name: str, like: T) -> T:
+    """What this site remembers under a name in this run: a NamedTuple of tensors like ``like``, which is what it begins with."""
+    record = context.state.get(name)
+    known = context.state.get(f"{name}-run")
+    if not isinstance(record, ArrayRecord) or not isinstance(known, ConfigRecord) or known.get("run") != context.run_id:
+        return like  # Flower keeps a context from run to run of a series
+    vectors = {field: unpack(array) for field, array in record.items()}
+    return type(like)(*(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True)))  # type: ignore[attr-defined]
+
+
+def keep(context: Context, name: str, memory: Any) -> None:
+    """Remember a NamedTuple of tensors."""
+    context.state[name] = pack(memory._asdict())
+    context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
+
+
+def recall_moments(context: Context, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer goes on with the moments of this site's last order in this run; with none before the first."""
+    (whole,) = optimizer.param_groups[0]["params"]
+    record, known = context.state.get(MOMENTS), context.state.get(f"{MOMENTS}-run")
+    if isinstance(record, ArrayRecord) and isinstance(known, ConfigRecord) and known.get("run") == context.run_id:
+        # A copy: what a message holds must not be written.
+        optimizer.state[whole] = {field: unpack(array).clone().to(whole.device) for field, array in record.items()}
+
+
+def remember_moments(context: Context, optimizer: torch.optim.Optimizer) -> None:
+    """Keep the optimizer's moments for this site's next order."""
+    (whole,) = optimizer.param_groups[0]["params"]
+    moments = {field: value.float() for field, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
+    context.state[MOMENTS] = pack(moments)
+    context.state[f"{MOMENTS}-run"] = ConfigRecord({"run": context.run_id})
 
 
 def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from client_app import training
 from client_app.site import Workplace
+from configuration.config import Config
 from datasets.site import SiteData
-from strategies.config import Config
 from strategies.peer.state import Metrics
 from strategies.randomness import derive
 
@@ -22,9 +22,11 @@ def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor
 
 def nth_batch(config: Config, site: int, part: Any, number: int) -> training.Batch:
     """Batch ``number`` of a peer's training, counted from 0 over the whole run."""
-    an_epoch = training.num_batches(len(part.y), config.batch_size)
+    an_epoch = training.num_batches(len(part.y), config.training.batch_size)
     order = order_of(config, site, number // an_epoch, len(part.y))
-    generator = torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.augment != "none" else None
+    generator = (
+        torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.data.augment != "none" else None
+    )
     augment = training.flip_crop if generator is not None else None
     chosen = order.tensor_split(an_epoch)[number % an_epoch]
     return training.batch(part, chosen, generator or torch.Generator(), augment)
@@ -39,7 +41,7 @@ class Oracle:
 
     def __init__(self, config: Config, number: int, data: SiteData, network: Workplace) -> None:
         self._data, self._network, self.samples = data, network, 0
-        self._a_batch = min(config.batch_size, len(data.train.y))
+        self._a_batch = min(config.training.batch_size, len(data.train.y))
         self._batch = lru_cache(maxsize=1)(partial(nth_batch, config, number, data.train))
 
     def gradient(self, x: Tensor, stats: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

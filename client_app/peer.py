@@ -6,7 +6,7 @@ The step itself is a function that knows no Flower (:mod:`strategies.peer.step`)
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ from client_app.memory import check_run, recall, remember, run_of, written
 from client_app.oracle import Oracle
 from client_app.site import Workplace, dice, open_site
 from client_app.training import num_batches
+from configuration.config import Config
+from configuration.graph import graph_of
 from datasets.site import SiteData
 from strategies.codecs import Payload, codec
-from strategies.config import Config
 from strategies.gradients import regularised
+from strategies.method import PeerPlan
 from strategies.peer.channel import channel
 from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Result
 from strategies.peer.step import Refused, begin, cross_step, models_step, why
@@ -41,30 +43,23 @@ from strategies.records import (
     unpack,
     unpack_bytes,
 )
-from strategies.registry import peer_plan, peer_topology
 from strategies.schedules import decay
-from strategies.topology import Topology
 
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
-
-
-@lru_cache(maxsize=4)
-def topology_of(config: Config) -> Topology:
-    """Who exchanges with whom."""
-    return peer_topology(config)
 
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
     """Peer ``number`` of a run, whose network has layers of ``sizes``, and which reports means over at least so many losses."""
     offered, gradients = (
-        codec(name, sizes, bits=config.codec_bits, share=config.codec_share) for name in (config.codec, config.cross_codec)
+        codec(name, sizes, bits=config.wire.bits, share=config.wire.share) for name in (config.wire.codec, config.wire.cross_codec)
     )
+    assert isinstance(config.plan, PeerPlan)
     return Peer(
-        peer_plan(config),
-        channel(offered, config.error_feedback),
+        config.plan,
+        channel(offered, config.wire.error_feedback),
         channel(gradients, "none" if gradients.exact else "deep-squeeze"),
-        partial(regularised, clip_norm=config.clip_norm, weight_decay=config.weight_decay),
-        config.averaging_rate,
+        partial(regularised, clip_norm=config.training.clip_norm, weight_decay=config.training.weight_decay),
+        config.topology.averaging_rate,
         number,
         config.seed,
         loss_batches,
@@ -73,7 +68,7 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
 
 def learning_rate(config: Config, done: float) -> float:
     """The rate when a fraction ``done`` of the run is over."""
-    return config.lr * decay(config.lr_shape, config.lr_ratio, done)
+    return config.training.lr * decay(config.training.lr_shape, config.training.lr_ratio, done)
 
 
 class _Call(NamedTuple):
@@ -102,9 +97,9 @@ def take_step(message: Message, context: Context) -> Message:
     config, site, data, network = open_site(message, context)
     run, ring, loss_batches = run_of(message, context), None, 1
     check_run(context, run)
-    if config.sealing != "off":
-        ring = sealing.keyring(context, config.sealing, site.number, config_of(message))
-        loss_batches = -(-num_batches(len(data.train.y), config.batch_size) // 2)  # half an epoch
+    if config.wire.sealing != "off":
+        ring = sealing.keyring(context, config.wire.sealing, site.number, config_of(message))
+        loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)  # half an epoch
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
@@ -144,9 +139,9 @@ def _order(call: _Call) -> Order:
 
 def _neighbours(call: _Call, step: int) -> dict[int, float]:
     """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
-    if call.config.topology != "edges":
+    if call.config.topology.name != "edges":
         exchange = (step - 1) // call.peer.plan.gradient.messages
-        return topology_of(call.config).neighbours(exchange, call.peer.number) if step else {}
+        return graph_of(call.config).neighbours(exchange, call.peer.number) if step else {}
     fields: Any = config_of(call.message)
     found = dict(zip(fields["neighbours"], fields["weights"], strict=True))
     if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
@@ -232,15 +227,15 @@ def _readers(call: _Call, reader: int | None) -> list[int]:
     """Who may read an offer."""
     fields: Any = config_of(call.message)
     readers: Iterable[int] = fields["listeners"] if reader is None else [reader]
-    if call.config.topology == "edges":
+    if call.config.topology.name == "edges":
         return list(readers)
-    known = topology_of(call.config).readers(call.peer.number)
+    known = graph_of(call.config).readers(call.peer.number)
     return [each for each in readers if each in known]
 
 
 def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
     """The finished model: to the server if it may have it, and into the file that the site names."""
-    if call.config.collect_models and call.ring is None:
+    if call.config.wire.collect_models and call.ring is None:
         content["model"] = pack({X: state.x, STATS: state.stats})
     if "save" in call.context.node_config and state.batches:  # a model that was not trained replaces none
         path = Path(str(call.context.node_config["save"]))

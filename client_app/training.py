@@ -79,6 +79,16 @@ def proximal(base: Gradient, anchor: Tensor, mu: float) -> Gradient:
     return gradient
 
 
+def corrected(base: Gradient, correct: Callable[[Tensor], Tensor]) -> Gradient:
+    """The gradient that ``correct`` makes of the base gradient [d]."""
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        value, g = base(x, batch, track=track)
+        return value, correct(g)
+
+    return gradient
+
+
 def prepare(x: Tensor) -> Tensor:
     """Examples as the network takes them: float32; pictures (bytes) from 0..255 to -2..2, the same for every site."""
     return x.float().div_(63.75).sub_(2) if x.dtype == torch.uint8 else x.float()

@@ -13,17 +13,18 @@ from torch import Tensor
 from client_app import training
 from client_app.peer import learning_rate, peer_of
 from client_app.site import Place, device_of, site_data, workplace
-from server_app.census import Federation, RunError, budget
+from configuration.config import Config
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
+from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
 from server_app.results import EVERYBODY, History, Progress
 from simulation.vectorised import Batch, Networks
 from strategies.codecs import num_bytes
-from strategies.config import Config, ConfigError
 from strategies.peer.algorithm import Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.step import encode, encode_gradient
 from strategies.records import X, pack
-from strategies.registry import peer_topology
 
 
 class Peers:
@@ -40,25 +41,27 @@ class Peers:
 
     def __init__(self, config: Config, federation: Federation, history: History) -> None:
         self._config, self._federation, self._history = config, federation, history
-        self._topology, self._n = peer_topology(config), len(federation.sites)
+        self._topology, self._n = graph_of(config), len(federation.sites)
         sites = [Place(site.number, self._n, "") for site in federation.sites]
         self._data = [site_data(config, site, federation.classes, federation.moments) for site in sites]
         self._network = workplace(config, federation.shape, len(federation.classes))
         model = self._network.model
         if model.num_stats:
-            raise ConfigError(f"norm = {config.norm!r}: engine = 'batched' takes no BatchNorm; allowed: 'group', 'evonorm'")
+            raise ConfigError(
+                f"model.norm = {config.model.norm!r}: engine = 'batched' takes no BatchNorm; allowed: 'group', 'evonorm'"
+            )
         history.begin(federation, model)
         self._peer = peer_of(config, 0, model.sizes)
         self._algorithm = self._peer.plan.algorithm
         self.state = self._algorithm.init(self._network.x.expand(self._n, -1).clone())
-        self._device = device_of(config.device)
+        self._device = device_of(config.computing.device)
         self._memories: list[Vectors] = [()] * self._n
         self._gradient_memories: dict[tuple[int, int], Tensor] = {}
         self._networks = Networks(config, model, [data.train for data in self._data])
         self._losses: list[Tensor] = []
         self._traffic = torch.zeros(self._n, 2, dtype=torch.int64)  # bytes up to the relay and down from it
-        an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / self._n
-        self.exchanges, self._every = budget(config, an_epoch)
+        batches = an_epoch(federation, config.training.batch_size)
+        self.exchanges, self._every = budget(config, self._peer.plan, batches)
 
     def run(self, watch: Callable[[Progress], None]) -> None:
         """All exchanges."""

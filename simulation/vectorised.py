@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from client_app import training
 from client_app.oracle import nth_batch, order_of
+from configuration.config import Config
 from datasets.site import Part
 from models.flat import FlatModel
-from strategies.config import Config
 from strategies.peer.neighbourhood import Gradients
 
 
@@ -57,7 +57,7 @@ class Networks:
         """Everybody's next batch."""
         config, number = self._config, self._batches
         self._batches += 1
-        if config.augment != "none":
+        if config.data.augment != "none":
             batches = [nth_batch(config, peer, part, number) for peer, part in enumerate(self._parts)]
             longest = max(len(y) for _, y in batches)
             inputs = torch.stack([F.pad(x, (0, 0) * (x.dim() - 1) + (0, longest - len(x))) for x, _ in batches])
@@ -65,7 +65,7 @@ class Networks:
             return Batch(inputs, labels, _weights([len(y) for _, y in batches], longest).to(inputs.device))
         chosen = []
         for peer, part in enumerate(self._parts):
-            an_epoch = training.num_batches(len(part.y), config.batch_size)
+            an_epoch = training.num_batches(len(part.y), config.training.batch_size)
             order = order_of(config, peer, number // an_epoch, len(part.y))
             chosen.append(self._starts[peer] + order.tensor_split(an_epoch)[number % an_epoch])
         rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True).to(self._device)
@@ -74,7 +74,7 @@ class Networks:
 
     def gradients(self, x: Tensor, batch: Batch) -> Gradients:
         """Models ``x`` [m, d], each on its batch."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.computing.precision == "bfloat16"):
             if not self._one_by_one:
                 gradients, losses = self._all_at_once(x, *batch)
                 return Gradients(losses, gradients, x.new_empty(len(x), 0))

@@ -317,11 +317,11 @@ def _train(peer: Peer, state: PeerState, order: Order, oracle: Oracle) -> tuple[
 
 def _trained(peer: Peer, state: PeerState, loss: float, order: Order) -> tuple[PeerState, Metrics]:
     """Report the mean ``loss`` of a step's batches, or keep it until it is one of many: few losses tell the examples."""
-    metrics: Metrics = {"lr-first": order.lr, "lr-last": order.lr}
     losses, unreported = state.losses + peer.plan.steps * loss, state.unreported + peer.plan.steps
     if unreported < peer.loss_batches:
-        return state._replace(losses=losses, unreported=unreported), metrics
-    return state._replace(losses=0.0, unreported=0), {"loss": losses / unreported, **metrics}
+        return state._replace(losses=losses, unreported=unreported), {}
+    metrics: Metrics = {"loss": losses / unreported, "lr-first": order.lr, "lr-last": order.lr}
+    return state._replace(losses=0.0, unreported=0), metrics
 
 
 # What is offered and kept.

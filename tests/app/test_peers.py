@@ -702,6 +702,7 @@ def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
     for number, context in enumerate(grid._contexts.values()):
         (tmp_path / f"{number}.key").write_bytes(b64encode(private[number].private_bytes_raw()))
+        (tmp_path / f"{number}.key").chmod(0o600)
         context.node_config |= {"private-key": str(tmp_path / f"{number}.key"), "peer-keys": str(tmp_path / "peers.toml")}
     run_server(grid, config, history)
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(

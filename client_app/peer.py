@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 
 from client_app import sealing
 from client_app.memory import check_run, recall, remember, run_of, written
@@ -21,31 +21,15 @@ from client_app.training import num_batches
 from configuration.config import Config
 from configuration.graph import graph_of
 from datasets.site import SiteData
-from strategies.codecs import Payload, codec
+from strategies.codecs import codec
 from strategies.gradients import regularised
 from strategies.method import PeerPlan
 from strategies.peer.channel import channel
-from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Result
-from strategies.peer.step import Refused, begin, cross_step, models_step, why
+from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Refusal, Result
+from strategies.peer.step import begin, cross_step, models_step, why
 from strategies.randomness import derive
-from strategies.records import (
-    ARRAYS,
-    CONFIG,
-    FROM,
-    METRICS,
-    OFFER,
-    STATS,
-    TO,
-    X,
-    config_of,
-    pack,
-    pack_bytes,
-    unpack,
-    unpack_bytes,
-)
+from strategies.records import ARRAYS, CONFIG, FROM, METRICS, OFFER, STATS, TO, X, config_of, pack, unpack
 from strategies.schedules import decay
-
-SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
@@ -174,19 +158,13 @@ def _received(call: _Call, order: Order) -> Iterator[Received]:
 
 
 def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Received:
+    kind = "gradient" if call.peer.plan.gradient.messages == 2 and not call.crossing else "model"
+    header = sealing.Header(call.context.run_id, sender, step, kind)
     try:
-        payload = _unsealed(call, call.ring, sender, step, arrays) if call.ring else {k: unpack(v) for k, v in arrays.items()}
+        payload = sealing.unseal(call.ring, arrays, header) if call.ring else {k: unpack(v) for k, v in arrays.items()}
         return Received(sender, step, {name: value.to(call.network.x.device) for name, value in payload.items()})
     except Exception as error:  # whatever is wrong with it costs its sender the exchange
         return Received(sender, step, {}, str(error) if isinstance(error, sealing.SealError) else why(error))
-
-
-def _unsealed(call: _Call, ring: sealing.Keyring, sender: int, step: int, arrays: dict[str, Array]) -> Payload:
-    if {SEALED, KEY} - set(arrays):
-        raise Refused(f"step {step} is not sealed for this site")
-    kind = "gradient" if call.peer.plan.gradient.messages == 2 and not call.crossing else "model"
-    header = sealing.Header(call.context.run_id, sender, step, kind)
-    return load(ring.open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header))
 
 
 # What is written.
@@ -194,33 +172,24 @@ def _unsealed(call: _Call, ring: sealing.Keyring, sender: int, step: int, arrays
 
 def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: dict[int, Array], *, forgotten: bool) -> Message:
     """Seal what is offered, answer; what is ``packed`` need not be copied twice."""
-    refused = [f"site {sender}: {reason}" for sender, reason in result.refused]
-    arrays: dict[str, Array] = {}
+    refused, arrays = list(result.refused), dict[str, Array]()
+    header = sealing.Header(call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model")
     for reader, payload in result.offers.items():
         name = OFFER if reader is None else f"{TO}{reader}"
         if call.ring:
-            found, problems = _sealed(call, call.ring, order, name, reader, payload)
-            refused += problems
+            found, problems = sealing.seal(call.ring, name, payload, _readers(call, reader), header)
+            refused += [Refusal(*problem) for problem in problems.items()]
         else:
             new = pack({part: value for part, value in payload.items() if id(value) not in packed})
             found = {f"{name}/{part}": new[part] if part in new else packed[id(value)] for part, value in payload.items()}
         arrays |= found
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
-    answer: dict[str, Any] = {"refused": refused, "broken": broken, "fresh": result.restarted, "anew": forgotten}
+    reasons = [f"site {site}: {reason}" for site, reason in refused]
+    answer: dict[str, Any] = {"refused": reasons, "broken": broken, "fresh": result.restarted, "anew": forgotten}
     content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics}), CONFIG: ConfigRecord(answer)})
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
-
-
-def _sealed(
-    call: _Call, ring: sealing.Keyring, order: Order, name: str, reader: int | None, payload: Payload
-) -> tuple[dict[str, Array], list[str]]:
-    header = sealing.Header(call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model")
-    data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
-    sealed, keys, problems = ring.seal(data, _readers(call, reader), header)
-    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {f"{TO}{k}/{KEY}": pack_bytes(key) for k, key in keys.items()}
-    return arrays, [f"site {k}: {problem}" for k, problem in problems.items()]
 
 
 def _readers(call: _Call, reader: int | None) -> list[int]:

@@ -26,10 +26,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from flwr.app import ConfigRecord, Context
+from flwr.app import Array, ConfigRecord, Context
+from safetensors.torch import load, save
+
+from strategies.codecs import Payload
+from strategies.records import TO, pack_bytes, unpack_bytes
 
 NONCE = 12
 FIRST = bytes(NONCE)  # a content key is used once, so its nonce need not be another one each time
+SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
 
 
@@ -105,6 +110,27 @@ class Keyring:
             raise SealError(
                 f"step {header.step} was changed on the way, or is not for this site, step or run, or its key is another one"
             ) from None
+
+
+def seal(
+    ring: Keyring, name: str, payload: Payload, readers: Iterable[int], header: Header
+) -> tuple[dict[str, Array], dict[int, str]]:
+    """A payload as the sealed arrays that are sent under ``name``; and the readers that cannot have it, and why."""
+    data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
+    sealed, keys, problems = ring.seal(data, readers, header)
+    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
+    return arrays, problems
+
+
+def unseal(ring: Keyring, arrays: Mapping[str, Array], header: Header) -> Payload:
+    """The payload of sealed arrays, on the CPU.
+
+    Raises:
+        SealError: it is not sealed for this site, or was changed.
+    """
+    if {SEALED, KEY} - set(arrays):
+        raise SealError(f"step {header.step} is not sealed for this site")
+    return load(ring.open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header))
 
 
 def _public_of(private: X25519PrivateKey) -> bytes:

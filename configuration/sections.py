@@ -66,8 +66,8 @@ def _torchvision() -> tuple[str, ...]:
 class Training(Section):
     """Training at the sites, of every method."""
 
-    lr: Above0 = 0.05
-    """learning rate at the start of a cycle; a cycle is a round in Co-learning, the run elsewhere"""
+    lr: NotNegative = 0.0
+    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
     lr_shape: Literal["exponential", "linear", "cosine"] = "exponential"
@@ -84,10 +84,15 @@ class Training(Section):
     """factor of the pull towards 0"""
     batch_size: Positive = 32
     """examples of a batch"""
-    clip_norm: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0
     """largest gradient norm; 0: no clipping"""
     sam_radius: NotNegative = 0.0
     """radius of sharpness-aware minimization; 0: off"""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at the start of a cycle."""
+        return self.lr or {"sgd": 0.05, "adamw": 0.001}[self.optimizer]
 
 
 class Model(Section):

@@ -80,13 +80,18 @@ class _ThreeChannels(nn.Module):
 
 
 def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Two convolutions, a hidden layer: 55 thousand parameters on digits, 0.5 million on CIFAR-10."""
+    """Two convolutions, a hidden layer: 55 thousand parameters on digits, 0.5 million on CIFAR-10.
+
+    Its normalisation (GroupNorm) holds parameters only, which average well; without one, momentum diverges on larger pictures.
+    """
     channels, height, width = shape
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
+        nn.GroupNorm(8, 32),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1),
+        nn.GroupNorm(8, 64),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),

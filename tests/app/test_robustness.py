@@ -177,7 +177,7 @@ def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
 
 
 def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> None:
-    assert messages_sent({"training.lr": 0.0}, tmp_path) == 0
+    assert messages_sent({"training.lr": -1.0}, tmp_path) == 0
     assert messages_sent({"results.folder": "/proc/runs"}, tmp_path) == 0
     assert not (tmp_path / "runs").exists()
 

@@ -59,7 +59,7 @@ def test_configuration_survives_flowers_command_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.lr": -1.0}, "training.lr = -1.0: must be greater than 0"),
+        ({"training.lr": -1.0}, "training.lr = -1.0: must be greater than or equal to 0"),
         ({"training.lr": float("nan")}, "training.lr = nan: "),
         ({"training.lr": "0.1"}, "training.lr = '0.1': must be a valid number"),
         ({"epochs": 2.5}, "epochs = 2.5: must be a valid integer"),
@@ -203,8 +203,8 @@ def test_file_of_a_run_of_before_is_answered_with_every_new_key() -> None:
 
 
 def test_every_mistake_is_named_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"training.lr = 0.0: .*\nepochs = 0: "):
-        Config.read({"epochs": 0, "training.lr": 0.0})
+    with pytest.raises(ConfigError, match=r"training.lr = -0.1: .*\nepochs = 0: "):
+        Config.read({"epochs": 0, "training.lr": -0.1})
 
 
 def test_method_of_ones_own_has_its_section() -> None:

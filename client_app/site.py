@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from client_app import training
 from datasets import sources
+from datasets.names import fault
 from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
 from models.flat import FlatModel
 from models.networks import build
@@ -194,7 +195,10 @@ def name_of(config: Config, place: Place, context: Context) -> str:
     name = f"site {place.number}"
     if place.num_sites and config.partition == "natural":
         name = _pool(config, config.data_path).groups[place.number]
-    return str(context.node_config.get("name", name))
+    name = str(context.node_config.get("name", name))
+    if wrong := fault([name]):
+        raise ConfigError(f"name of --node-config: {wrong}")
+    return name
 
 
 def open_site(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace]:

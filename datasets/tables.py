@@ -1,6 +1,5 @@
 """Tables in CSV files: numbers with a label, and texts with one."""
 
-import csv as csv_files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from datasets.examples import LARGEST, Examples, SourceError
 from datasets.expressions import ALLOWED, ExpressionError, evaluate
 from datasets.files import existing, naming
-from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
+from datasets.names import fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
 
@@ -55,8 +54,6 @@ def csv(path: str | Path, label: str, group: str) -> Examples:
     features = table.rows.drop(columns=[*used, *([group] if group and group not in used else [])])
     if features.columns.empty:
         raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
-    if wrong := fault(list(features.columns), LONGEST_COLUMN):
-        raise SourceError(f"{table.path}, columns: {wrong}")
     text = [str(name) for name, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     if text:
         raise SourceError(f"{table.path}: columns {listed(text)} are not numeric: leave them out")
@@ -93,8 +90,10 @@ def _read(path: Path) -> Table:
     tables = []
     for file in files:
         with naming(file, "a table"):
-            _check_rows(file)
-            tables.append(pd.read_csv(file, index_col=False, low_memory=False))
+            # Of a first row longer than the header pandas would take the first field for the row's
+            # name, and move the others by one column. A row longer than one before is an error.
+            pd.read_csv(file, header=None, nrows=2, dtype=str)
+            tables.append(pd.read_csv(file, low_memory=False))
         if list(tables[-1].columns) != list(tables[0].columns):
             raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}")
         if tables[-1].empty:
@@ -108,21 +107,6 @@ def _read(path: Path) -> Table:
         files,
         np.repeat(np.arange(len(files)), [len(table) for table in tables]),
     )
-
-
-def _check_rows(file: Path) -> None:
-    """Refuse a first row that is longer than the header.
-
-    pandas takes its first field for the name of the row, or leaves out its last. Of later rows it
-    says itself which is longer.
-    """
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv_files.reader(lines)
-        records = (row for row in reader if len(row) > 1 or "".join(row).strip())
-        header, first = next(records, []), next(records, [])
-        if len(first) > len(header):
-            said = f"{shown(str(file))}, line {reader.line_num}"
-            raise SourceError(f"{said}: {len(first)} fields, the header has {len(header)}")
 
 
 def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str]]:

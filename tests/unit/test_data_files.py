@@ -118,12 +118,12 @@ def test_png_of_any_kind_is_complete_with_all_its_rows(folder: Path, kind: int, 
 @pytest.mark.parametrize("ending", ["png", "tif", "tiff"])
 def test_16_bits_a_pixel_are_scaled_to_8(folder: Path, ending: str) -> None:
     grey = np.full((8, 8), 200 * 257, dtype=np.uint16)
-    grey[:, 4:] = 20 * 257 + 128
+    grey[:, 4:] = 20 * 257 + 129
     Image.fromarray(grey).save(folder / "cat" / f"deep.{ending}")
     picture = read("image-folder", folder).x[0]
     assert picture.dtype == torch.uint8
     assert picture[:, :, :4].unique().tolist() == [200]
-    assert picture[:, :, 4:].unique().tolist() == [20]
+    assert picture[:, :, 4:].unique().tolist() == [21]
 
 
 @pytest.mark.parametrize("ending", ["bmp", "tif", "tiff", "webp", "jpg", "JPEG", "png"])
@@ -287,6 +287,8 @@ def write(path: Path, text: str) -> Path:
         ("\n\nage,bp,label\n\n30,100,0,\n40,110,1\n", 5, 4),
         ("age,bp,label\n30,100,0\n\n40,110,1,2,3\n", 4, 5),
         ('age,bp,label\n"30","100",0,"9"\n', 2, 4),
+        ("age,bp,label\n,,,\n30,100,0,9\n", 2, 4),
+        ('" "\n1,0\n2,1\n', 2, 2),
     ],
 )
 def test_row_longer_than_the_header_is_named(tmp_path: Path, text: str, line: int, fields: int) -> None:

@@ -302,6 +302,7 @@ NO_TEXT: Any = ("no", 1)
         ),
         (GOOD._replace(groups=("a\nb",)), "groups: name 1 of 1 holds characters"),
         (TABLE._replace(columns=("a", "b", "c\r")), "columns: name 3 of 3 holds characters"),
+        (TABLE._replace(columns=("a", "b", "c" * 201)), "columns: name 3 of 3 has 201 characters"),
     ],
 )
 def test_data_set_that_training_would_stumble_over_is_refused(examples: Any, message: str) -> None:

@@ -56,7 +56,8 @@ def csv(path: str | Path, label: str, group: str) -> Examples:
         raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
     text = [str(name) for name, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     if text:
-        raise SourceError(f"{table.path}: columns {listed(text)} are not numeric: leave them out")
+        said = f"{table.path}: columns {listed(text)} are not numeric"
+        raise SourceError(f"{said}: turn them into numbers or leave them out")
     with np.errstate(over="ignore"):  # what a float32 cannot hold becomes infinite
         x = features.to_numpy(np.float32, na_value=np.nan, copy=True)
     if (large := np.argwhere(np.abs(x) > LARGEST)).size:

@@ -46,7 +46,7 @@ def test_long_values_are_shortened_and_odd_ones_escaped() -> None:
 
 def test_long_lists_are_shortened() -> None:
     assert listed(["a", "b\n"]) == r"a, 'b\n'"
-    assert listed([str(number) for number in range(50)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..."
+    assert listed([str(number) for number in range(50)]) == ", ".join(map(str, range(20))) + ", ..."
 
 
 def test_name_of_a_site_is_checked_where_it_leaves() -> None:

@@ -23,8 +23,10 @@ from client_app.app import app
 from server_app.report import unusable
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
-from strategies.averaging.average import Averaging
+from strategies.averaging import fedavg
+from strategies.averaging.adapter import Planned
 from strategies.averaging.mean import StreamingMean
+from strategies.method import Run
 from strategies.records import arrays_of, pack, unpack
 
 MILLION = 1_000_000
@@ -70,8 +72,8 @@ class Peak:
 def ours(sites: int, before: ArrayRecord, replies: Iterable[Message]) -> None:
     """What the server does with the replies of a round, checks included."""
     grid = VirtualGrid(app, World().sites(sites, 0), {})
-    strategy = Averaging({FIRST_NODE + site: 1 / sites for site in range(sites)})
-    list(strategy.configure_train(1, before, ConfigRecord(), grid))
+    strategy = Planned(fedavg.plan(fedavg.Keys(), Run(1.0, 0.0)), {FIRST_NODE + site: 1 / sites for site in range(sites)})
+    list(strategy.configure_train(1, before, ConfigRecord({"training.lr": 1.0}), grid))
     sizes = {"x": before["x"].shape[0]}
     strategy.aggregate_train(1, (each for each in replies if not unusable(each, sizes)))
 

@@ -1,8 +1,7 @@
 """What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
 
 import traceback
-from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, count, islice
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -11,16 +10,18 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from client_app import training
-from client_app.memory import keep_on_disk
-from client_app.peer import cross_step, take_step, topology_of
+from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
-from strategies.config import PEERS, ConfigError
+from strategies.method import PeerPlan, RoundPlan
 from strategies.randomness import derive
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, pack, unpack
+from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, order_of, pack, unpack
 from strategies.schedules import decay, progress
 
 RAISED = 2  # Flower's code for a ClientApp that raised an exception
@@ -49,7 +50,7 @@ def describe(message: Message, context: Context) -> Message:
     """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
     config, place = config_of_site(context), Place.of(context)
     data = raw_data(config, place)
-    device_of(config.device)
+    device_of(config.computing.device)
     record = ConfigRecord(
         {
             "site": place.number,
@@ -69,11 +70,11 @@ def describe(message: Message, context: Context) -> Message:
         record["known"], record["mean"], record["variance"] = map(list, own_moments)
     if place.num_sites:  # how many examples of each class a real site has is its own business
         record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
-    if config.sealing == "trust-on-first-use":
+    if config.wire.sealing == "trust-on-first-use":
         record["public-key"] = public_key(context)
-    elif config.sealing == "keys":
-        keys = keyring(context, config.sealing, place.number, {})
-        linked = topology_of(config).linked(place.number) if config.topology != "edges" else []  # the file is the server's
+    elif config.wire.sealing == "keys":
+        keys = keyring(context, config.wire.sealing, place.number, {})
+        linked = graph_of(config).linked(place.number) if config.topology.name != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
     return Message(RecordDict({CONFIG: record}), reply_to=message)
@@ -89,39 +90,41 @@ def _vectors(message: Message) -> dict[str, Tensor]:
 def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
     config, place, data, desk = open_site(message, context)
-    if config.strategy in PEERS:
+    if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
-    vectors = _vectors(message)
-    told = config_of(message)
-    round_number = int(told["server-round"])  # type: ignore[arg-type]
-    lr, start, stop = (float(told[key]) for key in ("lr", "cycle-from", "cycle-to"))  # type: ignore[arg-type]
-    model = desk.model
+    vectors, local = _vectors(message), order_of(message)
+    round_number = int(config_of(message)["server-round"])  # type: ignore[arg-type]
+    keys, model = config.training, desk.model
     model.load(vectors[X], vectors[STATS])
-
-    gradient = training.proximal(
-        desk.sharp,
-        model.x.clone(),
-        float(told.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-    )
-    order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, round_number))
-    augment = training.flip_crop if config.augment == "flip-crop" else None
-    an_epoch = training.num_batches(len(data.train.y), config.batch_size)
-    # So many epochs or, of an asynchronous strategy, so many batches.
-    steps = int(told["local-steps"]) if "local-steps" in told else an_epoch * int(told["local-epochs"])  # type: ignore[arg-type]
+    sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
+    an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
+    steps = local.steps or local.epochs * an_epoch
 
     def rate(step: int) -> float:
-        return lr * decay(
-            config.lr_shape, config.lr_ratio, start + (stop - start) * progress(step, steps, an_epoch, config.lr_steps)
-        )
+        done = local.cycle[0] + (local.cycle[1] - local.cycle[0]) * progress(step, steps, an_epoch, keys.lr_steps)
+        return local.lr * decay(keys.lr_shape, keys.lr_ratio, done)
 
-    def batches() -> Iterator[training.Batch]:
-        while True:
-            yield from training.batches(data.train, config.batch_size, order, augment)
-
-    device = model.x.device
-    with dice(device, derive(config.seed, "layers", place.number, round_number)):
-        step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
-        mean_loss, _ = training.train(model, gradient, step, islice(batches(), steps), rate, config.clip_norm)
+    rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
+    memory = remembered(context, RULE, rule.init(model.x)) if rule else None
+    gradient = training.proximal(desk.sharp, sent[X], local.proximal)
+    if rule:
+        gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
+    step = training.optimizer(
+        "sgd" if local.plain else keys.optimizer,
+        model,
+        local.lr,
+        0.0 if local.plain else keys.momentum,
+        keys.nesterov and not local.plain,
+        keys.weight_decay,
+    )
+    if local.keep_moments:
+        recall_moments(context, step)
+    order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, round_number))
+    augment = training.flip_crop if config.data.augment == "flip-crop" else None
+    epochs = (training.batches(data.train, keys.batch_size, order, augment) for _ in count())
+    with dice(model.x.device, derive(config.seed, "layers", place.number, round_number)):
+        batches = islice(chain.from_iterable(epochs), steps)
+        mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
     metrics = MetricRecord(
         {
             "loss": mean_loss,
@@ -129,15 +132,21 @@ def train(message: Message, context: Context) -> Message:
             "lr-last": rate(steps - 1),
             "num-examples": len(data.train.y),
             # Gradients computed, one an example.
-            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
+            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
         }
     )
-    x = model.x
-    if told.get("reply") == "delta":  # how far the site moved, and the sum of its rates: delta / lr-sum is its mean gradient
-        x = vectors[X].to(device) - model.x
-        metrics["lr-sum"] = sum(map(rate, range(steps)))
-    content = RecordDict({ARRAYS: pack({X: x, STATS: model.stats}), METRICS: metrics})
-    return Message(content, reply_to=message)
+    made = {X: model.x, STATS: model.stats}
+    lr_sum = sum(map(rate, range(steps)))
+    if local.delta:  # how far the site moved, and the sum of its rates: delta / lr-sum is its mean gradient
+        made[X] = sent[X] - model.x
+        metrics["lr-sum"] = lr_sum
+    if rule:
+        memory, beside = rule.finish(memory, sent, model.x, lr_sum)
+        keep(context, RULE, memory)
+        made |= beside
+    if local.keep_moments:
+        remember_moments(context, step)
+    return Message(RecordDict({ARRAYS: pack(made), METRICS: metrics}), reply_to=message)
 
 
 @app.train("peer")
@@ -149,15 +158,15 @@ def peer(message: Message, context: Context) -> Message:
 @app.train("cross")
 def cross(message: Message, context: Context) -> Message:
     """A peer's gradients at its neighbours' models."""
-    return cross_step(message, context)
+    return take_step(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test the model in the message, or the mean prediction of several, on this site's test part."""
     config, _, data, desk = open_site(message, context)
-    if config.strategy in PEERS and config.sealing != "off":
-        raise ValueError(f"sealing = {config.sealing!r}: a sealed peer tests no model but its own")
+    if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
+        raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
     vectors = _vectors(message)
     xs = vectors[X].reshape(-1, desk.model.x.numel())
     result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)

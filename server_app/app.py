@@ -1,24 +1,27 @@
 """The server: reads the configuration, counts the sites, builds the strategy, runs it, writes the results."""
 
 import logging
-import math
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from configuration.config import Config
+from configuration.graph import graph_of
 from models.flat import FlatModel
 from models.networks import build
 from server_app.asynchronous import Asynchronous
-from server_app.census import RunError, take_census
+from server_app.census import Federation, RunError, take_census
 from server_app.consensus import conclude
 from server_app.relay import Relay
 from server_app.results import Folder, History
 from server_app.rounds import Rounds
-from strategies.config import ASYNCHRONOUS, PEERS, Config
+from strategies.averaging.adapter import Planned
+from strategies.averaging.alone import Alone
+from strategies.averaging.shipped import Shipped
+from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, PeerPlan, RoundPlan
 from strategies.randomness import derive
 from strategies.records import STATS, X, pack
-from strategies.registry import peer_topology, round_strategy, server_rule
 
 app = ServerApp()
 
@@ -38,26 +41,41 @@ def run(grid: Grid, config: Config, history: History) -> None:
     """
     # Flower's own lines about sampling and aggregation would drown ours; its warnings and errors stay.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    topology = peer_topology(config) if config.strategy in PEERS else None  # one that cannot be stops the run here
+    topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None  # one that cannot be stops the run here
     federation = take_census(grid, config)
     if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    model = FlatModel(build(config.model, federation.shape, len(federation.classes), config.norm, derive(config.seed, "model")))
+    model = FlatModel(
+        build(config.model.name, federation.shape, len(federation.classes), config.model.norm, derive(config.seed, "model"))
+    )
     history.begin(federation, model)
     initial = pack({X: model.x, STATS: model.stats})
     try:
-        if config.strategy in ASYNCHRONOUS:
-            gsgm = config.strategy == "gsgm"
-            slack, blocking = config.slack if gsgm else math.inf, config.schedule == "white-list"
-            rule = server_rule(config)
-            Asynchronous(grid, rule, federation, config, history, slack=slack, blocking=blocking).run(initial)
-        elif topology is not None:
-            relay = Relay(grid, topology, federation, config, history)
-            conclude(grid, relay.run(), federation, config, history, relay.report, relay.exchanges)
-        else:
-            strategy = round_strategy(config, {site.node: site.num_train for site in federation.sites})
-            Rounds(grid, strategy, federation, config, history).run(initial)
+        match config.plan:
+            case ArrivalPlan() as plan:
+                Asynchronous(grid, plan, federation, config, history).run(initial)
+            case PeerPlan():
+                assert topology is not None
+                relay = Relay(grid, topology, federation, config, history)
+                conclude(grid, relay.run(), federation, config, history, relay.report, relay.exchanges)
+            case RoundPlan() as plan:
+                planned = Planned(plan, _shares(federation, plan.weighting))
+                beside = plan.site.sends if plan.site else ()
+                Rounds(grid, planned, planned.instruct, federation, config, history).run(initial, beside)
+            case AlonePlan(instruct=by_itself, ensemble=ensemble):
+                alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
+                Rounds(grid, alone, lambda moment, _: by_itself(moment), federation, config, history).run(initial)
+            case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
+                shipped = Shipped(make(), _shares(federation, weighting))
+                Rounds(grid, shipped, lambda moment, _: foreign(moment), federation, config, history).run(initial)
     finally:  # whatever stopped the run
         history.end()
+
+
+def _shares(federation: Federation, weighting: str) -> dict[int, float]:
+    """Each node's share in a mean, in the order of the sites; together 1."""
+    sites = federation.sites
+    total = sum(site.num_train for site in sites)
+    return {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}

@@ -14,15 +14,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server_app.census import Federation, RunError, budget
+from configuration.config import Config
+from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Moment, Report, numbers
 from server_app.results import History, Progress
-from strategies.asynchronous.rule import ServerRule, Update
+from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
-from strategies.config import Config
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
+from strategies.method import ArrivalPlan, Local
+from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, metrics_of, order, pack, unpack
 
 
 class _Flight(NamedTuple):
@@ -66,9 +67,7 @@ class Asynchronous:
 
     Args:
         grid: the way to the sites.
-        rule: what an arrival does to the model.
-        slack: of the white list; infinite to apply everything on arrival.
-        blocking: whether a site waits while its contribution does.
+        plan: what an arrival does to the model, and when.
         federation: the sites.
         config: the run.
         history: is told everything.
@@ -77,29 +76,27 @@ class Asynchronous:
     def __init__(
         self,
         grid: Grid,
-        rule: ServerRule[Any],
+        plan: ArrivalPlan,
         federation: Federation,
         config: Config,
         history: History,
-        *,
-        slack: float,
-        blocking: bool,
     ) -> None:
-        self._grid, self._rule, self._federation, self._config, self._history = grid, rule, federation, config, history
+        self._grid, self._plan, self._federation, self._config, self._history = grid, plan, federation, config, history
+        self._rule = plan.rule
         self._clock = clock_of(grid)
         self._report = Report(federation, history, self._clock, "update")
         self._mailbox = Mailbox(grid, config.timeout_s)
         self._nodes = [site.node for site in federation.sites]
-        self._list = WhiteList(self._nodes, slack)
-        self._blocking = blocking
+        self._list = WhiteList(self._nodes, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack)
+        self._blocking = plan.schedule.kind != "local"
         self._flying: dict[int, _Flight] = {}
         self._waiting: dict[int, _Contribution] = {}
         self._failed: set[int] = set()
         self._gone: dict[int, float] = {}  # silent, or gone from the grid: since when
         self._absent: set[int] = set()  # those gone from the grid
         self._least = min(config.min_sites, len(self._nodes))
-        an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites)
-        self._total, self._every = budget(config, an_epoch)
+        batches = an_epoch(federation, config.training.batch_size) * len(federation.sites)
+        self._total, self._every = budget(config, plan, batches)
         self._updates = 0
         self._period = _Period()
         self._tests: dict[int, _Test] = {}
@@ -132,17 +129,13 @@ class Asynchronous:
         nodes = [node for node in nodes if node not in self._flying]
         if not nodes or self._updates >= self._total:
             return
-        config, model = self._config, self._model()
+        model, cycle = self._model(), (self._updates / self._total, (self._updates + 1) / self._total)
+        local = Local(self._config.training.lr, cycle, steps=self._plan.steps, proximal=self._plan.proximal, delta=True)
         told = ConfigRecord(
             {
                 "server-round": self._updates + 1,
                 **self._federation.agreed(),
-                "local-steps": config.local_steps,
-                "reply": "delta",
-                "lr": config.lr,
-                "cycle-from": self._updates / self._total,
-                "cycle-to": (self._updates + 1) / self._total,
-                "proximal-mu": config.proximal_mu if config.strategy == "fedasync" else 0.0,
+                **order(local),
             }
         )
         connected = set(self._grid.get_node_ids())

@@ -8,9 +8,10 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from configuration.config import Config
 from datasets.site import Moments, merge
 from server_app.exchange import clock_of, exchange, why
-from strategies.config import PEERS, Config
+from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.records import code_version, config_of
 
 
@@ -18,19 +19,24 @@ class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
-def budget(config: Config, an_epoch: float) -> tuple[int, int]:
-    """How often ``local-steps`` batches fit into the epochs of a run of ``an_epoch`` batches an epoch; and from test to test.
+def an_epoch(federation: "Federation", batch_size: int) -> float:
+    """Batches of an epoch, the mean over the sites."""
+    return sum(-(-site.num_train // batch_size) for site in federation.sites) / len(federation.sites)
+
+
+def budget(config: Config, plan: ArrivalPlan | PeerPlan, batches: float) -> tuple[int, int]:
+    """How often the steps of a plan fit into the epochs of a run of ``batches`` an epoch; and from test to test.
 
     Raises:
-        RunError: not once, or for FedBuff not as often as it waits for.
+        RunError: not once, or not as often as the plan waits for.
     """
-    batches = config.epochs * an_epoch
-    if batches < config.local_steps:
-        raise RunError(f"local-steps = {config.local_steps}: epochs = {config.epochs} have {batches:g} batches; at most these")
-    total = round(batches / config.local_steps)
-    if config.strategy == "fedbuff" and total < config.buffer_size:
-        raise RunError(f"buffer-size = {config.buffer_size}: epochs = {config.epochs} have {total} contributions; at most these")
-    return total, config.evaluate_every or max(1, round(an_epoch / config.local_steps))
+    whole, table = config.epochs * batches, config.method.table
+    if whole < plan.steps:
+        raise RunError(f"{table}.local-steps = {plan.steps}: epochs = {config.epochs} have {whole:g} batches; at most these")
+    total = round(whole / plan.steps)
+    if isinstance(plan, ArrivalPlan) and total < plan.least:
+        raise RunError(f"epochs = {config.epochs}: {total} contributions, and {config.strategy} needs {plan.least} for a step")
+    return total, config.results.evaluate_every or max(1, round(batches / plan.steps))
 
 
 class Site(NamedTuple):
@@ -175,9 +181,9 @@ def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -
         )
         for node, answer in ordered
     )
-    if config.strategy in PEERS and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
+    if isinstance(config.plan, PeerPlan) and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
         raise RunError(f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites")
-    if config.strategy == "centralized":
+    if isinstance(config.plan, RoundPlan) and config.plan.pooled:
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{answer['name']}: {note}" for _, answer in ordered for note in answer["notes"])  # type: ignore[attr-defined]
     shape: tuple[int, ...] = tuple(reference["shape"])  # type: ignore[arg-type]

@@ -7,12 +7,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from configuration.config import Config
 from server_app.census import Federation
 from server_app.exchange import exchange
 from server_app.report import Report, numbers
 from server_app.results import History
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
-from strategies.config import Config
 from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, metrics_of, pack, unpack
 
 

@@ -17,12 +17,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from server_app.census import Federation, RunError, budget
+from configuration.config import Config
+from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Moment, Report, numbers, unusable
 from server_app.results import History, Progress
 from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
-from strategies.config import CROSS, Config
+from strategies.method import PeerPlan
 from strategies.records import CONFIG, FROM, METRICS, OFFER, TO, arrays_of, config_of, metrics_of
 from strategies.topology import Topology
 
@@ -89,10 +90,11 @@ class Relay:
         # until its sender starts anew.
         self._given: dict[int, list[tuple[int, int]]] = {}
         self._stale: set[tuple[int, int]] = set()
-        self._choco = config.error_feedback == "choco"
-        self._two_steps = config.two_steps
-        an_epoch = sum(-(-site.num_train // config.batch_size) for site in federation.sites) / len(federation.sites)
-        self.exchanges, self._every = budget(config, an_epoch)
+        self._choco = config.wire.error_feedback == "choco"
+        assert isinstance(config.plan, PeerPlan)
+        self._crossing = config.plan.gradient.at != "own"
+        self._two_steps = config.plan.gradient.messages == 2
+        self.exchanges, self._every = budget(config, config.plan, an_epoch(federation, config.training.batch_size))
         self._last = self.exchanges * (2 if self._two_steps else 1)  # the last step
         self._least = min(config.min_sites, len(self._nodes))
         self._tests: dict[int, _Test] = {}
@@ -182,15 +184,15 @@ class Relay:
             "rejoin": rejoin,
             "fresh": any(sender == peer and not self._seats[reader].away for sender, reader in self._stale),
             # A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
-            "cycle-from": min(1.0, (exchange_number + (0 if step and self._config.strategy in CROSS else 1)) / self.exchanges),
+            "cycle-from": min(1.0, (exchange_number + (0 if step and self._crossing else 1)) / self.exchanges),
         }
-        if self._config.sealing != "off":
+        if self._config.wire.sealing != "off":
             # Who comes back may be heard later than in the next exchange.
             exchanges = range(len(self._topology.matrices)) if rejoin else [self._exchange_of(step + 1)]
             told["listeners"] = [
                 reader for reader in self._nodes if any(peer in self._topology.neighbours(each, reader) for each in exchanges)
             ]
-        if self._config.sealing == "trust-on-first-use":
+        if self._config.wire.sealing == "trust-on-first-use":
             told |= {f"key-{site.number}": site.key for site in self._federation.sites if site.number != peer}
         records: dict[str, Any] = {CONFIG: ConfigRecord(told)}
         for j in heard:
@@ -217,7 +219,7 @@ class Relay:
         given = self._given.pop(peer, [])
         if not self.report.received(self._nodes[peer], reply, None, step, "exchange"):
             self._lose(peer, unusable(reply, None) or "", failed=not reply.has_error() or reply.error.code not in GONE)
-            if self._config.sealing != "off" and step < self._last:  # it may have done it, and takes a sealed step once only
+            if self._config.wire.sealing != "off" and step < self._last:  # it may have done it, and takes a sealed step once only
                 seat.step = step + 1
             return
         told: Any = config_of(reply)
@@ -259,13 +261,13 @@ class Relay:
         metrics = numbers(metrics_of(reply))
         if "disagreement" in metrics:  # before it trained on
             self._train[peer]["disagreement"].append(metrics["disagreement"])
-        if self._config.strategy in CROSS:
+        if self._crossing:
             self._trained(peer, metrics)
         if isinstance(model := reply.content.get("model"), ArrayRecord):
             self._models[peer] = model
         if "test-examples" in metrics:
             self._tested(peer, self._exchange_of(step) + 1, metrics)
-        if self._config.strategy not in CROSS:  # what it trained after it tested
+        if not self._crossing:  # what it trained after it tested
             self._trained(peer, metrics)
 
     def _trained(self, peer: int, metrics: Mapping[str, float]) -> None:

@@ -18,12 +18,14 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configuration.config import Config
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
 from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation
-from strategies.config import ASYNCHRONOUS, PEERS, Config, ConfigError
+from strategies.method import ArrivalPlan, PeerPlan
 from strategies.records import STATS, X, unpack
-from strategies.registry import peer_topology
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 DRAW_EVERY_S = 15.0
@@ -36,7 +38,7 @@ class Progress(NamedTuple):
     Attributes:
         unit: what is counted: round, update of the server, or exchange of peers.
         round_number: how many there were.
-        epochs: local epochs of this round, or None where there are no rounds.
+        epochs: local epochs of this round (a fraction where it counts steps), or None where there are no rounds.
         done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of the whole run.
         seconds: since the first round.
         megabytes: sent and received so far.
@@ -45,7 +47,7 @@ class Progress(NamedTuple):
 
     unit: str
     round_number: int
-    epochs: int | None
+    epochs: float | None
     done: float
     total: int
     seconds: float
@@ -59,7 +61,7 @@ class Progress(NamedTuple):
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
         parts = (
             f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
-            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs})" if rounds else ""),
+            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
             f"lr {rates:<15}",
             f"train loss {self.train.get('loss', math.nan):.4f}",
             f"test accuracy {self.test.get('accuracy', math.nan):.4f}",
@@ -168,7 +170,7 @@ def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]]) -> No
 def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None:
     """``config.toml``, the whole configuration, which ``--run-config`` takes back, and ``sites.csv``."""
     with (folder / "config.toml").open("wb") as file:
-        tomli_w.dump(config.kebab(), file)
+        tomli_w.dump(config.flat(), file)
     sites.to_csv(folder / "sites.csv", index=False)
 
 
@@ -187,32 +189,32 @@ class Folder(History):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        wanted = Path(config.results_dir).expanduser().absolute()
+        wanted = Path(config.results.folder).expanduser().absolute()
         try:
             TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
         except OSError as error:
-            raise ConfigError(f"results-dir = {config.results_dir!r}: nothing can be written there: {error}") from error
+            raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
 
     def begin(self, federation: Federation, model: FlatModel) -> None:
         """Make the folder and say what is about to run."""
         super().begin(federation, model)
-        self.path = new_folder(Path(self.config.results_dir), self.config.strategy)
+        self.path = new_folder(Path(self.config.results.folder), self.config.strategy)
         self._drawn = time.monotonic()
         write_description(self.path, self.config, self.sites)
         with (self.path / "metrics.csv").open("w", newline="") as file:
             csv.writer(file).writerow(COLUMNS)
         train = sum(site.num_train for site in federation.sites)
         print(
-            f"{self.config.strategy}: {len(federation.sites)} sites, {train:,} training examples of {self.config.data} "
-            f"{federation.shape} in {len(federation.classes)} classes, {self.config.model} of {model.x.numel():,} parameters, "
+            f"{self.config.strategy}: {len(federation.sites)} sites, {train:,} training examples of {self.config.data.source} "
+            f"{federation.shape} in {len(federation.classes)} classes, {self.config.model.name} of {model.x.numel():,} parameters, "
             f"{self.config.epochs} epochs a site\nresults: {self.path}",
             flush=True,
         )
         if not (counts := class_counts(self.sites)).empty:
             plots.save(plots.who_has_what(counts), self.path / "sites.png")
-        if self.config.strategy in PEERS:
-            found = peer_topology(self.config)
-            plots.save(plots.graph(found, self.config.topology, self.sites["name"].tolist()), self.path / "topology.png")
+        if isinstance(self.config.plan, PeerPlan):
+            found = graph_of(self.config)
+            plots.save(plots.graph(found, self.config.topology.name, self.sites["name"].tolist()), self.path / "topology.png")
 
     def append(self, rows: list[tuple[object, ...]]) -> None:
         """Append to ``metrics.csv``."""
@@ -233,13 +235,13 @@ class Folder(History):
 
     def _draw(self) -> None:
         metrics = self.metrics
-        title = f"{self.config.strategy} on {self.config.data}, {self.config.num_sites} sites"
-        epsilon = self.config.epsilon if self.config.strategy == "co-learning" else 0
+        title = f"{self.config.strategy} on {self.config.data.source}, {self.config.num_sites} sites"
+        epsilon = getattr(self.config.keys, "epsilon", 0.0)
         plots.save(plots.curves(metrics, title, self.config.unit), self.path / "curves.png")
-        if self.config.strategy in ASYNCHRONOUS:
+        if isinstance(self.config.plan, ArrivalPlan):
             plots.save(plots.arrivals(metrics, title), self.path / "arrivals.png")
-        elif self.config.strategy not in PEERS:
-            plots.save(plots.schedule(metrics, title, self.config.lr_shape, epsilon), self.path / "schedule.png")
+        elif not isinstance(self.config.plan, PeerPlan):
+            plots.save(plots.schedule(metrics, title, self.config.training.lr_shape, epsilon), self.path / "schedule.png")
         self._drawn = time.monotonic()
 
     def end(self) -> None:

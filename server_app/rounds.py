@@ -1,19 +1,21 @@
 """Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
-from server_app.census import Federation, RunError
+from configuration.config import Config
+from server_app.census import Federation, RunError, an_epoch
 from server_app.exchange import LONGEST_WAIT_S, clock_of, exchange
 from server_app.report import Report, numbers
 from server_app.results import History, Progress
-from strategies.config import Config
-from strategies.records import config_of, metrics_of
+from strategies.method import Local, Moment
+from strategies.records import X, metrics_of, order, unpack
 
 
 class Rounds:
@@ -25,6 +27,7 @@ class Rounds:
     Args:
         grid: the way to the sites.
         strategy: what happens to the models.
+        instruct: what sites do in a round that begins with a model [d], or with models [n, d] where they learn alone.
         federation: the sites.
         config: the run.
         history: is told everything.
@@ -34,29 +37,38 @@ class Rounds:
         self,
         grid: Grid,
         strategy: Strategy,
+        instruct: Callable[[Moment, Tensor], Local],
         federation: Federation,
         config: Config,
         history: History,
     ) -> None:
         self._grid, self._strategy, self._config = grid, strategy, config
+        self._instruct = instruct
+        self._an_epoch = an_epoch(federation, config.training.batch_size)
         self._federation, self._history = federation, history
         self._clock = clock_of(grid)
         self._sites = {site.node: site for site in federation.sites}
         self._report = Report(federation, history, self._clock, "round")
         self._least = min(config.min_sites, len(self._sites))
 
-    def run(self, arrays: ArrayRecord) -> ArrayRecord:
+    def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
         """From the initial model to the last one.
+
+        Args:
+            arrays: the initial model.
+            beside: vectors of the model's size that sites send beside theirs.
 
         Raises:
             RunError: fewer than ``min-sites`` sites answered; what was reached so far is in the history.
         """
-        total, done, round_number = self._config.epochs, 0, 0
+        total, done, round_number = self._config.epochs, 0.0, 0
         sizes = {name: array.shape[-1] for name, array in arrays.items()}
-        while done < total:
+        sizes |= dict.fromkeys(beside, sizes[X])
+        while done < total - 1e-9:
             round_number += 1
-            messages = self._configure(self._strategy.configure_train, round_number, arrays, done)
-            epochs = int(config_of(messages[0])["local-epochs"])  # type: ignore[arg-type]
+            local = self._instruct(Moment(round_number, done, total, self._an_epoch), unpack(arrays[X]))
+            epochs = local.epochs or local.steps / self._an_epoch
+            messages = self._configure(self._strategy.configure_train, round_number, arrays, order(local))
             arrived: dict[int, MetricRecord] = {}
             replies = self._usable(messages, round_number, sizes, arrived)
             newest, metrics = self._strategy.aggregate_train(round_number, replies)
@@ -69,7 +81,7 @@ class Rounds:
             train = numbers(metrics or MetricRecord()) | {"local-epochs": float(epochs)}
             self._report.write(round_number, "train", {node: numbers(each) for node, each in arrived.items()}, train)
             tested: dict[int, MetricRecord] = {}
-            messages = self._configure(self._strategy.configure_evaluate, round_number, arrays, done)
+            messages = self._configure(self._strategy.configure_evaluate, round_number, arrays, {})
             outcome = self._strategy.aggregate_evaluate(round_number, self._usable(messages, round_number, None, tested))
             test = None if outcome is None else numbers(outcome)
             self._report.write(round_number, "test", {node: numbers(each) for node, each in tested.items()}, test)
@@ -84,22 +96,10 @@ class Rounds:
         configure: Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]],
         round_number: int,
         arrays: ArrayRecord,
-        done: int,
+        instructions: Mapping[str, bool | int | float | str],
     ) -> list[Message]:
-        """The messages of a phase. What they tell sites by default: an ordinary decay of the learning rate over the run."""
-        total = self._config.epochs
-        epochs = min(self._config.local_epochs, total - done)
-        told = ConfigRecord(
-            {
-                "server-round": round_number,
-                **self._federation.agreed(),
-                "local-epochs": epochs,
-                "epochs-left": total - done,
-                "lr": self._config.lr,
-                "cycle-from": done / total,
-                "cycle-to": (done + epochs) / total,
-            }
-        )
+        """The messages of a phase."""
+        told = ConfigRecord({"server-round": round_number, **self._federation.agreed(), **instructions})
         self._wait_for_enough(round_number)
         messages = [
             message for message in configure(round_number, arrays, told, self._grid) if message.metadata.dst_node_id in self._sites

@@ -17,6 +17,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
+from strategies.method import Local
+
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records of a message; Flower's strategies use these names
 X, STATS = "x", "stats"  # the arrays of a model
 OFFER, TO, FROM = "offer", "to-", "from-"  # what a peer offers to all neighbours, or to one; what came from one
@@ -84,6 +86,36 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     return shape, dtype, stream.tell()
 
 
+def order(local: Local) -> dict[str, bool | int | float | str]:
+    """An order as it is written in a message."""
+    told: dict[str, bool | int | float | str] = {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
+    told |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
+    told |= {"reply": "delta", "proximal-mu": local.proximal} if local.delta else {}
+    return told | {key: True for key in ("keep-moments", "plain") if getattr(local, key.replace("-", "_"))}
+
+
+def order_of(message: Message) -> Local:
+    """The order in a message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    told: Any = config_of(message)
+    try:
+        return Local(
+            float(told["lr"]),
+            (float(told["cycle-from"]), float(told["cycle-to"])),
+            epochs=int(told.get("local-epochs", 0)),
+            steps=int(told.get("local-steps", 0)),
+            proximal=float(told.get("proximal-mu", 0.0)),
+            delta=told.get("reply") == "delta",
+            keep_moments=bool(told.get("keep-moments", False)),
+            plain=bool(told.get("plain", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the message holds no order to train: {type(error).__name__}: {error}") from None
+
+
 # Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole content, which would keep a
 # model in memory until Python looks for cycles.
 def arrays_of(message: Message) -> ArrayRecord:
@@ -133,7 +165,7 @@ def code_version() -> str:
     """
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for folder in ("client_app", "datasets", "models", "strategies"):
+    for folder in ("client_app", "configuration", "datasets", "models", "strategies"):
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

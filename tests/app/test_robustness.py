@@ -193,9 +193,9 @@ def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> Non
     [
         (
             {"data.source": "csv", "data.path": "/nowhere"},
-            "0 sites can take part, min-sites = 2. SourceError: data-path = '/nowhere'",
+            "0 sites can take part, min-sites = 2. SourceError: data.path = '/nowhere'",
         ),
-        ({"partition.kind": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
+        ({"partition.kind": "natural"}, "PartitionError: partition.kind = 'natural': the data have no natural sites"),
         ({"partition.kind": "classes", "partition.classes-per-site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
         ({"computing.device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: computing.device = 'cuda:99'"),
         ({"model.name": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),

@@ -232,5 +232,5 @@ def test_every_name_that_the_configuration_allows_is_known() -> None:
         build(name, (3, 32, 32), 10, "batch", 1)
     for name in SOURCES:
         if name not in ("mnist", "fashion-mnist", "cifar10", "cifar100"):  # these would ask the network
-            with pytest.raises(ValueError, match="data-path") if name != "digits" else nullcontext():
+            with pytest.raises(ValueError, match=r"data\.path") if name != "digits" else nullcontext():
                 load(name, "", label="label", group="", image_size=8, audio_seconds=1.0, text_buckets=8)

@@ -16,9 +16,8 @@ from configuration.checks import kind_of
 from configuration.config import Config, configuration, flatten
 from configuration.errors import ConfigError, changed
 from configuration.former import FORMER
-from configuration.sections import NETWORKS, SOURCES
-from datasets.sources import load
-from models.networks import build
+from datasets.sources import SOURCES, load
+from models.networks import NETWORKS, build
 from strategies.averaging.flower import arguments_of
 from strategies.methods import METHODS
 from tests.conftest import ROOT, default_config

@@ -66,7 +66,7 @@ def describe(message: Message, context: Context) -> Message:
         }
     )
     if data.columns:
-        own_moments = moments(data.train.x)
+        own_moments = moments(data.train.x, data.columns)
         record["known"], record["mean"], record["variance"] = map(list, own_moments)
     if place.num_sites:  # how many examples of each class a real site has is its own business
         record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()

@@ -130,7 +130,7 @@ class Asynchronous:
         if not nodes or self._updates >= self._total:
             return
         model, cycle = self._model(), (self._updates / self._total, (self._updates + 1) / self._total)
-        local = Local(self._config.training.lr, cycle, steps=self._plan.steps, proximal=self._plan.proximal, delta=True)
+        local = Local(self._config.training.rate, cycle, steps=self._plan.steps, proximal=self._plan.proximal, delta=True)
         told = ConfigRecord(
             {
                 "server-round": self._updates + 1,

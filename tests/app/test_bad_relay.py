@@ -202,6 +202,7 @@ def test_only_a_step_of_training_ends_what_is_kept_on_disk(tmp_path: Path) -> No
     files = {file.name for file in tmp_path.iterdir()}
     assert len(files) == 4
     sites.ask(0, "query.site", {"last": True, "server-round": 9})
+    assert {file.name for file in tmp_path.iterdir()} == files
     sites.step(0, 0, last=True)
     assert {file.name for file in tmp_path.iterdir()} == files
     sites.step(0, 1, last=True)

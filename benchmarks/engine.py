@@ -34,7 +34,8 @@ from datasets.site import SiteData, deal, take
 from datasets.sources import digits
 from models.networks import build
 from server_app.app import run as run_server
-from server_app.results import History, Progress
+from server_app.events import Progress
+from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
 from strategies.config import configuration

@@ -3,9 +3,10 @@
 import traceback
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
@@ -19,9 +20,10 @@ from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
 from strategies.config import PEERS, ConfigError
+from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
 from strategies.randomness import derive
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, pack, unpack
-from strategies.schedules import decay, progress
+from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
+from strategies.schedules import rates
 
 RAISED = 2  # Flower's code for a ClientApp that raised an exception
 
@@ -50,33 +52,32 @@ def describe(message: Message, context: Context) -> Message:
     config, place = config_of_site(context), Place.of(context)
     data = raw_data(config, place)
     device_of(config.device)
-    record = ConfigRecord(
-        {
-            "site": place.number,
-            "sites": place.num_sites or 0,
-            "name": name_of(config, place, context),
-            "classes": list(data.classes),
-            "columns": list(data.columns),
-            "shape": list(data.train.x.shape[1:]),
-            "train": len(data.train.y),
-            "test": len(data.test.y),
-            "notes": list(data.notes),
-            "code": code_version(),
-        }
-    )
+    found: dict[str, Any] = {}
     if data.columns:
-        own_moments = moments(data.train.x)
-        record["known"], record["mean"], record["variance"] = map(list, own_moments)
+        found |= {key: list(value) for key, value in moments(data.train.x)._asdict().items()}
     if place.num_sites:  # how many examples of each class a real site has is its own business
-        record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
+        found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.sealing == "trust-on-first-use":
-        record["public-key"] = public_key(context)
+        found["public_key"] = public_key(context)
     elif config.sealing == "keys":
         keys = keyring(context, config.sealing, place.number, {})
         linked = topology_of(config).linked(place.number) if config.topology != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
-    return Message(RecordDict({CONFIG: record}), reply_to=message)
+    card = SiteCard.model_construct(
+        site=place.number,
+        sites=place.num_sites or 0,
+        name=name_of(config, place, context),
+        classes=list(data.classes),
+        columns=list(data.columns),
+        shape=list(data.train.x.shape[1:]),
+        train=len(data.train.y),
+        test=len(data.test.y),
+        notes=list(data.notes),
+        code=code_version(),
+        **found,
+    )
+    return Message(write_card(card), reply_to=message)
 
 
 def _vectors(message: Message) -> dict[str, Tensor]:
@@ -92,52 +93,38 @@ def train(message: Message, context: Context) -> Message:
     if config.strategy in PEERS:
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
     vectors = _vectors(message)
-    told = config_of(message)
-    round_number = int(told["server-round"])  # type: ignore[arg-type]
-    lr, start, stop = (float(told[key]) for key in ("lr", "cycle-from", "cycle-to"))  # type: ignore[arg-type]
+    told = read_order(config_of(message))
+    local = told.local
+    if local is None:
+        raise ValueError("this order says nothing about training")
     model = desk.model
     model.load(vectors[X], vectors[STATS])
 
-    gradient = training.proximal(
-        desk.sharp,
-        model.x.clone(),
-        float(told.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-    )
-    order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, round_number))
+    gradient = training.proximal(desk.sharp, model.x.clone(), local.proximal)
+    order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, told.number))
     augment = training.flip_crop if config.augment == "flip-crop" else None
     an_epoch = training.num_batches(len(data.train.y), config.batch_size)
-    # So many epochs or, of an asynchronous strategy, so many batches.
-    steps = int(told["local-steps"]) if "local-steps" in told else an_epoch * int(told["local-epochs"])  # type: ignore[arg-type]
-
-    def rate(step: int) -> float:
-        return lr * decay(
-            config.lr_shape, config.lr_ratio, start + (stop - start) * progress(step, steps, an_epoch, config.lr_steps)
-        )
+    steps = local.steps or an_epoch * local.epochs
+    rate = rates(local.lr, config.lr_shape, config.lr_ratio, config.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
 
     def batches() -> Iterator[training.Batch]:
         while True:
             yield from training.batches(data.train, config.batch_size, order, augment)
 
     device = model.x.device
-    with dice(device, derive(config.seed, "layers", place.number, round_number)):
-        step = training.optimizer(config.optimizer, model, lr, config.momentum, config.nesterov, config.weight_decay)
+    with dice(device, derive(config.seed, "layers", place.number, told.number)):
+        step = training.optimizer(config.optimizer, model, local.lr, config.momentum, config.nesterov, config.weight_decay)
         mean_loss, _ = training.train(model, gradient, step, islice(batches(), steps), rate, config.clip_norm)
-    metrics = MetricRecord(
-        {
-            "loss": mean_loss,
-            "lr-first": rate(0),
-            "lr-last": rate(steps - 1),
-            "num-examples": len(data.train.y),
-            # Gradients computed, one an example.
-            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
-        }
+    metrics = TrainMetrics.model_construct(
+        loss=mean_loss,
+        lr_first=rate(0),
+        lr_last=rate(steps - 1),
+        num_examples=len(data.train.y),
+        # Gradients computed, one an example.
+        samples=round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
     )
-    x = model.x
-    if told.get("reply") == "delta":  # how far the site moved, and the sum of its rates: delta / lr-sum is its mean gradient
-        x = vectors[X].to(device) - model.x
-        metrics["lr-sum"] = sum(map(rate, range(steps)))
-    content = RecordDict({ARRAYS: pack({X: x, STATS: model.stats}), METRICS: metrics})
-    return Message(content, reply_to=message)
+    x = vectors[X].to(device) - model.x if local.delta else model.x  # how far the site moved, or where it is
+    return Message(write_trained({X: x, STATS: model.stats}, metrics), reply_to=message)
 
 
 @app.train("peer")
@@ -161,5 +148,6 @@ def evaluate(message: Message, context: Context) -> Message:
     vectors = _vectors(message)
     xs = vectors[X].reshape(-1, desk.model.x.numel())
     result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
-    metrics = MetricRecord({**result, "num-examples": len(data.test.y)})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
+    metrics = TestMetrics.model_construct(**found, num_examples=len(data.test.y))
+    return Message(write_tested(metrics), reply_to=message)

@@ -18,7 +18,8 @@ from client_app.peer import nth_batch, order_of
 from client_app.site import Place, device_of, site_data, workplace
 from server_app.census import Federation, RunError, budget
 from server_app.consensus import consensus_distance
-from server_app.results import EVERYBODY, History, Progress
+from server_app.events import EVERYBODY, Progress
+from server_app.results import History
 from strategies.codecs import codec, num_bytes
 from strategies.config import CROSS, Config, ConfigError
 from strategies.peer.algorithm import Vectors, exchange

@@ -34,16 +34,16 @@ def _array(vector: Tensor) -> Array:
 
 
 def _written(values: "np.ndarray[Any, Any]") -> Array:
-    data = b"".join((_header(values.dtype, values.shape), values.data))
+    data = b"".join((header(values.dtype, values.shape), values.data))
     return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
-@lru_cache(maxsize=64)
-def _header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
-    """That of numpy's format."""
-    header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    return header.getvalue()
+@lru_cache(maxsize=256)
+def header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
+    """What numpy's format writes before the elements of a plain array in C order."""
+    stream = BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 def pack_bytes(data: bytes) -> Array:

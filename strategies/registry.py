@@ -17,7 +17,7 @@ from strategies.averaging.average import Averaging, weighted_metrics
 from strategies.averaging.co_learning import CoLearning
 from strategies.averaging.shipped import Shipped
 from strategies.config import CROSS, Config, shipped_strategies, strategy_arguments
-from strategies.method import Neighbourhood, PeerPlan
+from strategies.method import ArrivalPlan, Neighbourhood, PeerPlan, Schedule
 from strategies.peer.algorithm import PeerAlgorithm
 from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
@@ -61,6 +61,17 @@ def server_rule(config: Config) -> ServerRule[Any]:
         compensation=strengths.get(base, 0.0),
         adaptive=base == "dc-asgd-a",
     )
+
+
+def arrival_plan(config: Config) -> ArrivalPlan:
+    """What an asynchronous run executes."""
+    schedule = Schedule()
+    if config.strategy == "gsgm":
+        kind: Any = "list" if config.schedule == "white-list" else config.schedule
+        schedule = Schedule(kind, config.slack)
+    proximal = config.proximal_mu if config.strategy == "fedasync" else 0.0
+    least = config.buffer_size if config.strategy == "fedbuff" else 1
+    return ArrivalPlan(server_rule(config), schedule, config.local_steps, proximal, least)
 
 
 def peer_algorithm(config: Config) -> PeerAlgorithm[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from client_app.app import app as client_app
 from server_app import plots
 from server_app.app import app as server_app
-from server_app.results import Folder
+from server_app.results import Pictures
 from simulation.grid import run_in_process
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
 
     def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
         if not draw:  # most of the time of a small run
-            monkeypatch.setattr(Folder, "_draw", lambda folder: None)
+            monkeypatch.setattr(Pictures, "draw", lambda pictures: None)
             monkeypatch.setattr(plots, "save", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
         config = default_config() | small | {key.replace("_", "-"): value for key, value in changes.items()}

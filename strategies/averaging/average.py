@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from strategies.averaging.mean import StreamingMean
+from strategies.averaging.mean import StreamingMean, weighted_mean
 from strategies.records import METRICS, X, arrays_of, metrics_of, pack, unpack
 
 NUM_EXAMPLES, CHANGE = "num-examples", "model-change"
@@ -25,14 +25,8 @@ NUM_EXAMPLES, CHANGE = "num-examples", "model-change"
 def weighted_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecord:
     """Means of the sites' metrics, weighted by ``weight_key`` and independent of the order of the sites."""
     records = [next(iter(content.metric_records.values())) for content in contents]
-    weights = [float(record[weight_key]) for record in records]  # type: ignore[arg-type]
-    total = math.fsum(weights)
-    means = {
-        key: math.fsum(w * float(record[key]) for w, record in zip(weights, records, strict=True)) / total  # type: ignore[arg-type]
-        for key in records[0]
-        if key != weight_key
-    }
-    return MetricRecord({**means, weight_key: total})
+    rows = [{key: float(value) for key, value in record.items() if isinstance(value, int | float)} for record in records]
+    return MetricRecord(dict(weighted_mean(rows, weight_key)))
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:

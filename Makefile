@@ -1,5 +1,6 @@
-# make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='lr=0.1 seed=2' other values
-# make test   the tests; make check: linters and types; make fix: mend what the linter can; make bench: the benchmarks
+# make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='training.lr=0.1 seed=2' other values
+# make test   the tests; make test-fast: those that start no process of their own; make check: linters and types; make fix: mend
+#             what the linter can; make docs: what is generated; make bench: the benchmarks
 # make notebook   Jupyter on notebooks/
 # make stop   end the SuperLink that stays for the next `make run`
 
@@ -8,10 +9,7 @@ BIN := $(CURDIR)/.venv/bin
 CONF ?=
 SET ?=
 RESULTS ?= $(CURDIR)/runs
-SITES := $(shell { echo '$(SET)' | tr ' ' '\n'; cat $(CONF) pyproject.toml 2>/dev/null; } | sed -n 's/^num-sites *= *\([0-9]*\).*/\1/p' | head -n 1)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-# Each site's share of a GPU; 0 on a machine without one.
-GPU_SHARE ?= $(shell awk 'BEGIN { share = $(GPUS) / $(SITES); print (share > 1 ? 1 : int(share * 100) / 100) }')
 
 # Every checkout has a SuperLink of its own, on a port of its own, started in a folder without Python packages: Ray's workers look
 # for packages there first, and an older checkout's SuperLink would run the older checkout's programs.
@@ -24,7 +22,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 # Python keeps its compiled modules, whatever the environment says: torch alone takes 20 seconds to compile.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run test check fix bench notebook stop
+.PHONY: run test test-fast check fix docs bench notebook stop
 .DEFAULT_GOAL := run
 
 # flwr comes first since it brings the version of uv that it installs each run's packages with: one cache for both.
@@ -38,17 +36,17 @@ export PYTHONDONTWRITEBYTECODE :=
 # The SuperLink that `flwr run` would start by itself makes a copy of the environment for each run, which costs half a minute; deleting
 # it takes more than the five seconds that Flower waits at the end of a run on a slow disk, and the run is then called failed.
 run: .venv/installed
-	@python -m strategies.config '$(CONF)' '$(SET)'
+	@python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)' > /dev/null
 	@mkdir -p $(FLWR_HOME)
 	@cd $(FLWR_HOME) && there() { python -c 'import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)' 2>/dev/null; }; \
 	there || { nohup flower-superlink --insecure --simulation --host 127.0.0.1 --port $(PORT) --disable-runtime-dependency-installation \
 		--database state.db --log-file superlink.log >/dev/null 2>&1 & \
 	for try in $$(seq 120); do there && break; sleep 0.5; done; }
-	@# Flower takes a file or pairs of key and value, not both: the file becomes pairs.
-	cd $(FLWR_HOME) && flwr run $(CURDIR) --stream \
-		$(if $(CONF),--run-config "$$(sed '/^#/d; s/ *= */=/' $(abspath $(CONF)))") \
-		--run-config 'results-dir="$(RESULTS)" $(SET)' \
-		--federation-config 'num-supernodes=$(SITES) client-resources-num-cpus=1 client-resources-num-gpus=$(GPU_SHARE)'
+	@# A file and pairs, checked, as the pairs that Flower takes; each site's share of a GPU, 0 on a machine without one.
+	@eval "$$(python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)')" && cd $(FLWR_HOME) && \
+	share=$${GPU_SHARE:-$$(awk "BEGIN { share = $(GPUS) / $$SITES; print (share > 1 ? 1 : int(share * 100) / 100) }")} && set -x && \
+	flwr run $(CURDIR) --stream --run-config "$$RUN_CONFIG" \
+		--federation-config "num-supernodes=$$SITES client-resources-num-cpus=1 client-resources-num-gpus=$$share"
 	@# `flwr run` ends with success even if the run failed, and its log ends a moment before the run does: ask how it went.
 	@cd $(FLWR_HOME) && for second in $$(seq 60); do \
 		status=$$(flwr ls --limit 1 --format json | grep -o 'finished:[a-z]*'); \
@@ -57,6 +55,12 @@ run: .venv/installed
 
 test: .venv/installed
 	python -m pytest
+
+test-fast: .venv/installed
+	python -m pytest -m 'not e2e and not slow'
+
+docs: .venv/installed
+	python -m configuration.generate
 
 check: .venv/installed
 	ruff check . && ruff format --check . && mypy . && lint-imports

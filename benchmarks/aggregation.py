@@ -22,8 +22,10 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from client_app.app import app
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
-from strategies.averaging.average import Averaging
+from strategies.averaging import fedavg
+from strategies.averaging.adapter import Planned
 from strategies.averaging.mean import StreamingMean
+from strategies.method import Run
 from strategies.protocol import Layout, TrainMetrics, read_trained, write_trained
 from strategies.records import arrays_of, pack, unpack
 
@@ -70,8 +72,8 @@ class Peak:
 def ours(sites: int, before: ArrayRecord, replies: Iterable[Message]) -> None:
     """What the server does with the replies of a round, checks included."""
     grid = VirtualGrid(app, World().sites(sites, 0), {})
-    strategy = Averaging({FIRST_NODE + site: 1 / sites for site in range(sites)})
-    list(strategy.configure_train(1, before, ConfigRecord(), grid))
+    strategy = Planned(fedavg.plan(fedavg.Keys(), Run(1.0, 0.0)), {FIRST_NODE + site: 1 / sites for site in range(sites)})
+    list(strategy.configure_train(1, before, ConfigRecord({"training.lr": 1.0}), grid))
     layout, sent = Layout({"x": before["x"].shape[0]}, torch.empty(0, dtype=torch.bool)), {"x": unpack(before["x"])}
     numbered = enumerate(replies)
     strategy.aggregate_train(1, (each for site, each in numbered if read_trained(each, layout, 100 + site, sent)))

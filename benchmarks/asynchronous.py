@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from client_app.app import app as client_app
+from configuration.config import configuration
 from server_app.app import run as run_server
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
 from strategies.asynchronous.rule import Update
-from strategies.config import configuration
-from strategies.registry import server_rule
+from strategies.method import ArrivalPlan
 
 SIZE = 25_000_000
 RULES: dict[str, dict[str, Any]] = {
     "asgd": {"strategy": "asgd"},
     "asgd-momentum": {"strategy": "asgd-momentum"},
     "gsgm": {"strategy": "gsgm"},
-    "gsgm on dc-asgd-a": {"strategy": "gsgm", "base_optimizer": "dc-asgd-a"},
-    "gsgm on adam": {"strategy": "gsgm", "base_optimizer": "adam"},
+    "gsgm on dc-asgd-a": {"strategy": "gsgm", "gsgm.base": "dc-asgd-a"},
+    "gsgm on adam": {"strategy": "gsgm", "gsgm.base": "adam"},
     "dc-asgd-c": {"strategy": "dc-asgd-c"},
     "dc-asgd-a": {"strategy": "dc-asgd-a"},
     "fedasync": {"strategy": "fedasync"},
@@ -41,7 +41,9 @@ def rules(repeats: int) -> None:
     deltas = [torch.randn(SIZE) * 1e-3 for _ in range(4)]
     base = torch.randn(SIZE)
     for name, changes in RULES.items():
-        rule = server_rule(configuration(**changes))
+        plan = configuration(**changes).plan
+        assert isinstance(plan, ArrivalPlan)
+        rule = plan.rule
         state, x = rule.init(base), base.clone()
         times: dict[str, list[float]] = {"add": [], "rule": []}
         for repeat in range(repeats + 3):
@@ -64,9 +66,9 @@ def driver() -> None:
 
     training.train = lambda model, *_: (0.0, 1)
     model = "benchmarks.asynchronous:hundred_kilobytes"
-    config = configuration(strategy="gsgm", num_sites=10, epochs=40, model=model, evaluate_every=10**9)
+    config = configuration(strategy="gsgm", num_sites=10, epochs=40, model={"name": model}, results={"evaluate_every": 10**9})
     history = History(config)
-    grid = VirtualGrid(client_app, World().sites(10, 1), config.kebab())
+    grid = VirtualGrid(client_app, World().sites(10, 1), config.flat())
     start = time.perf_counter()
     run_server(grid, config, history)
     arrivals = history.metrics.query("metric == 'updates' and site == 'all'")["value"].sum()

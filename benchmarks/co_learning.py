@@ -9,35 +9,37 @@ Each experiment is what ``make run`` does. Twenty minutes on two cores for eithe
 """
 
 import argparse
+import tomllib
 from typing import Any
 
 import numpy as np
 
+from configuration.config import ROOT, flatten
 from simulation.laboratory import compare
 
 METHODS: dict[str, dict[str, Any]] = {
     "Co-learning (CLR + ILE)": {"strategy": "co-learning"},
-    "CLR only": {"strategy": "co-learning", "epsilon": 0.0},
-    "ILE only": {"strategy": "co-learning", "lr-ratio": 1.0},
+    "CLR only": {"strategy": "co-learning", "co-learning.epsilon": 0.0},
+    "ILE only": {"strategy": "co-learning", "training.lr-ratio": 1.0},
     "FedAvg, decaying rate": {"strategy": "fedavg"},
-    "FedAvg, constant rate": {"strategy": "fedavg", "lr-ratio": 1.0},
+    "FedAvg, constant rate": {"strategy": "fedavg", "training.lr-ratio": 1.0},
     "ensemble": {"strategy": "ensemble"},
     "a site alone, on its own test part": {"strategy": "local"},
     "centralized": {"strategy": "centralized"},
 }
 LARGE = {
-    "model": "lenet5",
-    "batch-size": 64,
-    "lr": 0.02,
+    "model.name": "lenet5",
+    "training.batch-size": 64,
+    "training.lr": 0.02,
     "epochs": 16,
-    "local-epochs": 1,
-    "epsilon": 0.1,
-    "test-part": "official",
+    **{f"{name}.local-epochs": 1 for name in ("co-learning", "fedavg", "ensemble", "local", "centralized")},
+    "co-learning.epsilon": 0.1,
+    "data.test-part": "official",
 }
 DATA_SETS: dict[str, dict[str, Any]] = {
     "digits": {},
-    "fashion-mnist": {"data": "fashion-mnist", **LARGE},
-    "cifar10": {"data": "benchmarks.cifar10_jpeg:load", **LARGE, "epochs": 10, "epsilon": 0.13},
+    "fashion-mnist": {"data.source": "fashion-mnist", **LARGE},
+    "cifar10": {"data.source": "benchmarks.cifar10_jpeg:load", **LARGE, "epochs": 10, "co-learning.epsilon": 0.13},
     "audio": {"conf": "conf/audio.toml"},
     "text": {"conf": "conf/text.toml"},
     "heart": {"conf": "conf/heart.toml"},
@@ -52,7 +54,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
-    common = DATA_SETS[arguments.data] | {"data-path": arguments.path}
+    common = DATA_SETS[arguments.data] | {"data.path": arguments.path}
+    if conf := common.pop("conf", None):  # a file's section of Co-learning counts where Co-learning runs
+        common = flatten(tomllib.loads((ROOT / conf).read_text())) | common
     comparison = compare(METHODS, seeds=arguments.seeds, processes=arguments.processes, **common)
     print(comparison.text().to_string())
     for name, runs in comparison.runs.items():

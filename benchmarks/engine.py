@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from client_app.app import app as our_client
 from client_app.training import prepare
+from configuration.config import configuration
 from datasets.site import SiteData, deal, take
 from datasets.sources import digits
 from models.networks import build
@@ -38,10 +39,15 @@ from server_app.events import Progress
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import configuration
 
 SITES, ROUNDS, BATCH, LR, MOMENTUM = 10, 20, 32, 0.05, 0.9
-SETTINGS: dict[str, Any] = {"strategy": "fedavg", "num_sites": SITES, "epochs": ROUNDS, "local_epochs": 1, "lr_ratio": 1.0}
+SETTINGS: dict[str, Any] = {
+    "strategy": "fedavg",
+    "num_sites": SITES,
+    "epochs": ROUNDS,
+    "fedavg.local-epochs": 1,
+    "training.lr-ratio": 1.0,
+}
 BORN = psutil.Process().create_time()
 
 
@@ -114,7 +120,7 @@ class _Ends(History):
 
     def run(self) -> "_Ends":
         """The app in this process."""
-        grid = VirtualGrid(our_client, World().sites(SITES, 1), self.config.kebab())
+        grid = VirtualGrid(our_client, World().sites(SITES, 1), self.config.flat())
         run_server(grid, self.config, self)
         return self
 

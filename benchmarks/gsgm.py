@@ -21,14 +21,20 @@ from simulation.laboratory import Comparison, compare
 from simulation.world import Lognormal, World
 
 WORLD = World(samples_per_s=Lognormal(median=200, sigma=0.7))
-PICTURES = {"model": "lenet5", "lr": 0.015, "epochs": 2, "evaluate-every": 125, "test-part": "official"}
+PICTURES = {"model.name": "lenet5", "training.lr": 0.015, "epochs": 2, "results.evaluate-every": 125, "data.test-part": "official"}
 DATA_SETS: dict[str, dict[str, Any]] = {
-    "fashion-mnist": {"data": "fashion-mnist", **PICTURES},
-    "cifar10": {"data": "benchmarks.cifar10_jpeg:load", **PICTURES},
-    "speakers": {"data": "benchmarks.gsgm:speakers", "lr": 0.05, "clip-norm": 1.0, "epochs": 30, "evaluate-every": 75},
+    "fashion-mnist": {"data.source": "fashion-mnist", **PICTURES},
+    "cifar10": {"data.source": "benchmarks.cifar10_jpeg:load", **PICTURES},
+    "speakers": {
+        "data.source": "benchmarks.gsgm:speakers",
+        "training.lr": 0.05,
+        "training.clip-norm": 1.0,
+        "epochs": 30,
+        "results.evaluate-every": 75,
+    },
 }
 ASGD, GSGM = {"strategy": "asgd"}, {"strategy": "gsgm"}
-AGED = {"strategy": "gsgm", "staleness": "polynomial"}  # with the exponent 1/2
+AGED = {"strategy": "gsgm", "gsgm.staleness": "polynomial"}  # with the exponent 1/2
 CLASSES = {1: [10, 20, 30], 2: [10, 20, 30]}  # a site: numbers of sites
 IID_FRACTIONS = (0.2, 0.5, 1.0)
 
@@ -48,10 +54,13 @@ def experiments(data: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     for per_site, sites in classes.items():
         for number in sites:
             methods = {"ASGD": ASGD, "GSGM": GSGM} | ({"GSGM, aged": AGED} if number > 10 else {})
-            found[f"{number} sites, {per_site} classes each"] = {"num-sites": number, "classes-per-site": per_site}, methods
+            found[f"{number} sites, {per_site} classes each"] = (
+                {"num-sites": number, "partition.classes-per-site": per_site},
+                methods,
+            )
     if data != "speakers":
         for fraction in IID_FRACTIONS:
-            what = {"num-sites": 10, "classes-per-site": 1, "iid-fraction": fraction}
+            what = {"num-sites": 10, "partition.classes-per-site": 1, "partition.iid-fraction": fraction}
             found[f"10 sites, 1 class each, {fraction:.0%} iid"] = what, {"ASGD": ASGD, "GSGM": GSGM}
     return found
 
@@ -104,8 +113,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--epochs", type=int)
     arguments = parser.parse_args()
-    common = DATA_SETS[arguments.data] | {"data-path": arguments.path, "partition": "classes", "lr-ratio": 1.0}
-    common |= {key: value for key in ("lr", "epochs") if (value := getattr(arguments, key)) is not None}
+    common = DATA_SETS[arguments.data] | {"data.path": arguments.path, "partition.kind": "classes", "training.lr-ratio": 1.0}
+    given = {"training.lr": arguments.lr, "epochs": arguments.epochs}
+    common |= {key: value for key, value in given.items() if value is not None}
     for name, (what, methods) in experiments(arguments.data).items():
         if arguments.only not in name:
             continue

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from client_app.site import Place, site_data
 from client_app.training import prepare
+from configuration.config import flatten
 from models.networks import build
 from simulation.laboratory import Comparison, Run, compare
 
@@ -44,7 +45,7 @@ def largest_eigenvalue(run: Run, steps: int = 15) -> float:
     parts = [site_data(config, Place(site, config.num_sites, ""), classes, None).train for site in range(config.num_sites)]
     each = 2000 // len(parts)
     inputs, labels = prepare(torch.cat([part.x[:each] for part in parts])), torch.cat([part.y[:each] for part in parts])
-    network = build(config.model, tuple(inputs.shape[1:]), len(classes), config.norm, 0)
+    network = build(config.model.name, tuple(inputs.shape[1:]), len(classes), config.model.norm, 0)
     names, at = zip(*mean_model(run).items(), strict=True)
 
     def gradient(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -115,13 +116,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--only", default="", help="experiments whose name holds this, such as 'torus'")
     arguments = parser.parse_args()
-    common = SETTINGS["common"] | SETTINGS["data"][arguments.data] | {"data-path": arguments.path, "epochs": arguments.epochs}
+    common = flatten(SETTINGS["common"]) | flatten(SETTINGS["data"][arguments.data])
+    common |= {"data.path": arguments.path, "epochs": arguments.epochs}
     for name, experiment in SETTINGS["experiments"].items():
         if arguments.only not in name:
             continue
         what = {key: value for key, value in experiment.items() if key != "methods"}
         comparison = compare(
-            {method: common | what | SETTINGS["methods"][method] for method in experiment["methods"]},
+            {method: common | flatten(what) | flatten(SETTINGS["methods"][method]) for method in experiment["methods"]},
             engine="batched",
             seeds=arguments.seeds,
             processes=arguments.processes,

@@ -20,9 +20,11 @@ import torch
 from torch.nn import functional as F
 
 from client_app.app import app as client_app
-from client_app.peer import nth_batch
+from client_app.oracle import nth_batch
 from client_app.sealing import Header, Keyring
 from client_app.site import Place, site_data
+from configuration.__main__ import pairs
+from configuration.config import ROOT, Config, configuration
 from models.networks import build
 from server_app.app import run as run_server
 from server_app.census import take_census
@@ -31,24 +33,31 @@ from server_app.results import History
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import ROOT, Config, configuration
 from strategies.randomness import derive
 
 
 def configured(peers: int, iterations: int, model: str) -> Config:
     """``iterations`` exchanges, tested once at the end; an epoch is more or less three batches."""
-    common: dict[str, Any] = {"strategy": "d-psgd", "num_sites": peers, "model": model, "lr": 0.05, "lr_ratio": 1.0}
-    config = configuration(**common, weight_decay=0.0, collect_models=False, evaluate_every=10**9, epochs=1)
+    common: dict[str, Any] = {
+        "strategy": "d-psgd",
+        "num_sites": peers,
+        "model.name": model,
+        "training.lr": 0.05,
+        "training.lr-ratio": 1.0,
+    }
+    config = configuration(
+        **common, training={"weight_decay": 0.0}, wire={"collect_models": False}, results={"evaluate_every": 10**9}, epochs=1
+    )
     examples = 1437 / peers
-    return config.model_copy(update={"epochs": round(iterations / -(-examples // config.batch_size))})
+    return config.model_copy(update={"epochs": round(iterations / -(-examples // config.training.batch_size))})
 
 
 def plain_loop(config: Config, exchanges: int) -> float:
     """As a researcher writes it: a module and an optimizer a peer, and the mean of three neighbours by hand."""
     n = config.num_sites
     data = [site_data(config, Place(peer, n, ""), tuple(map(str, range(10))), None) for peer in range(n)]
-    networks = [build(config.model, (1, 8, 8), 10, config.norm, derive(config.seed, "model")) for _ in range(n)]
-    optimizers = [torch.optim.SGD(network.parameters(), config.lr) for network in networks]
+    networks = [build(config.model.name, (1, 8, 8), 10, config.model.norm, derive(config.seed, "model")) for _ in range(n)]
+    optimizers = [torch.optim.SGD(network.parameters(), config.training.lr) for network in networks]
     start = time.perf_counter()
     for number in range(exchanges):
         for peer in range(n):
@@ -67,7 +76,7 @@ def plain_loop(config: Config, exchanges: int) -> float:
 
 def batched(config: Config) -> tuple[float, int]:
     """Seconds and exchanges of the batched engine."""
-    grid = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.kebab())
+    grid = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat())
     peers = Peers(config, take_census(grid, config), History(config))
     start = time.perf_counter()
     for number in range(peers.exchanges):
@@ -77,7 +86,7 @@ def batched(config: Config) -> tuple[float, int]:
 
 def relay(config: Config) -> float:
     """Seconds of the app in this process."""
-    grid = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.kebab())
+    grid = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat())
     began: list[float] = []
     original = Relay.run
 
@@ -96,23 +105,7 @@ def relay(config: Config) -> float:
 def ray_engine(config: Config) -> float:
     """Seconds from the first message to the last in ``make run``."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = " ".join(
-            f'{key}="{value}"' if isinstance(value, str) else f"{key}={str(value).lower()}"
-            for key, value in (
-                (key, getattr(config, key.replace("-", "_")))
-                for key in (
-                    "strategy",
-                    "num-sites",
-                    "model",
-                    "lr",
-                    "lr-ratio",
-                    "weight-decay",
-                    "collect-models",
-                    "evaluate-every",
-                    "epochs",
-                )
-            )
-        )
+        settings = pairs(config)
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
         subprocess.run(
             ["make", "--no-print-directory", "run", f"RESULTS={folder}", f"SET={settings}"],

@@ -1,8 +1,7 @@
 """What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
 
 import traceback
-from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -12,14 +11,16 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from client_app import training
-from client_app.memory import keep_on_disk
-from client_app.peer import cross_step, take_step, topology_of
+from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
 from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
-from strategies.config import PEERS, ConfigError
+from strategies.method import PeerPlan, RoundPlan
 from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
 from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
@@ -51,17 +52,17 @@ def describe(message: Message, context: Context) -> Message:
     """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
     config, place = config_of_site(context), Place.of(context)
     data = raw_data(config, place)
-    device_of(config.device)
+    device_of(config.computing.device)
     found: dict[str, Any] = {}
     if data.columns:
         found |= {key: list(value) for key, value in moments(data.train.x)._asdict().items()}
     if place.num_sites:  # how many examples of each class a real site has is its own business
         found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
-    if config.sealing == "trust-on-first-use":
+    if config.wire.sealing == "trust-on-first-use":
         found["public_key"] = public_key(context)
-    elif config.sealing == "keys":
-        keys = keyring(context, config.sealing, place.number, {})
-        linked = topology_of(config).linked(place.number) if config.topology != "edges" else []  # the file is the server's
+    elif config.wire.sealing == "keys":
+        keys = keyring(context, config.wire.sealing, place.number, {})
+        linked = graph_of(config).linked(place.number) if config.topology.name != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
     card = SiteCard.model_construct(
@@ -90,41 +91,55 @@ def _vectors(message: Message) -> dict[str, Tensor]:
 def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
     config, place, data, desk = open_site(message, context)
-    if config.strategy in PEERS:
+    if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
-    vectors = _vectors(message)
-    told = read_order(config_of(message))
-    local = told.local
-    if local is None:
-        raise ValueError("this order says nothing about training")
-    model = desk.model
+    vectors, order = _vectors(message), read_order(config_of(message))
+    if (local := order.local) is None:
+        raise ValueError("the message holds no order to train")
+    keys, model = config.training, desk.model
     model.load(vectors[X], vectors[STATS])
+    sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
+    an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
+    steps = local.steps or local.epochs * an_epoch
 
-    gradient = training.proximal(desk.sharp, model.x.clone(), local.proximal)
-    order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, told.number))
-    augment = training.flip_crop if config.augment == "flip-crop" else None
-    an_epoch = training.num_batches(len(data.train.y), config.batch_size)
-    steps = local.steps or an_epoch * local.epochs
-    rate = rates(local.lr, config.lr_shape, config.lr_ratio, config.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
-
-    def batches() -> Iterator[training.Batch]:
-        while True:
-            yield from training.batches(data.train, config.batch_size, order, augment)
-
-    device = model.x.device
-    with dice(device, derive(config.seed, "layers", place.number, told.number)):
-        step = training.optimizer(config.optimizer, model, local.lr, config.momentum, config.nesterov, config.weight_decay)
-        mean_loss, _ = training.train(model, gradient, step, islice(batches(), steps), rate, config.clip_norm)
+    rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
+    rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
+    memory = remembered(context, RULE, rule.init(model.x)) if rule else None
+    gradient = training.proximal(desk.sharp, sent[X], local.proximal)
+    if rule:
+        gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
+    step = training.optimizer(
+        "sgd" if local.plain else keys.optimizer,
+        model,
+        local.lr,
+        0.0 if local.plain else keys.momentum,
+        keys.nesterov and not local.plain,
+        keys.weight_decay,
+    )
+    if local.keep_moments:
+        recall_moments(context, step)
+    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", place.number, order.number))
+    augment = training.flip_crop if config.data.augment == "flip-crop" else None
+    epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
+    with dice(model.x.device, derive(config.seed, "layers", place.number, order.number)):
+        batches = islice(chain.from_iterable(epochs), steps)
+        mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
     metrics = TrainMetrics.model_construct(
         loss=mean_loss,
         lr_first=rate(0),
         lr_last=rate(steps - 1),
         num_examples=len(data.train.y),
         # Gradients computed, one an example.
-        samples=round(steps / an_epoch * len(data.train.y)) * (2 if config.sam_radius else 1),
+        samples=round(steps / an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
     )
-    x = vectors[X].to(device) - model.x if local.delta else model.x  # how far the site moved, or where it is
-    return Message(write_trained({X: x, STATS: model.stats}, metrics), reply_to=message)
+    made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
+    if rule:
+        memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
+        keep(context, RULE, memory)
+        made |= beside
+    if local.keep_moments:
+        remember_moments(context, step)
+    return Message(write_trained(made, metrics), reply_to=message)
 
 
 @app.train("peer")
@@ -136,15 +151,15 @@ def peer(message: Message, context: Context) -> Message:
 @app.train("cross")
 def cross(message: Message, context: Context) -> Message:
     """A peer's gradients at its neighbours' models."""
-    return cross_step(message, context)
+    return take_step(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test the model in the message, or the mean prediction of several, on this site's test part."""
     config, _, data, desk = open_site(message, context)
-    if config.strategy in PEERS and config.sealing != "off":
-        raise ValueError(f"sealing = {config.sealing!r}: a sealed peer tests no model but its own")
+    if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
+        raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
     vectors = _vectors(message)
     xs = vectors[X].reshape(-1, desk.model.x.numel())
     result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)

@@ -1,21 +1,82 @@
-"""A site's memory on its own disk: a SuperNode that is started anew goes on where the one before it was killed.
+"""What a site remembers: in Flower's context from message to message, and on its own disk.
 
 Flower keeps ``context.state`` in the SuperNode's memory alone. Where ``--node-config 'state="/srv/state"'`` names a folder, what a
 run made this site remember is written there before the site answers, read where Flower remembers nothing of that run, and deleted
-after the run's last step. It is as secret as the site's model and, with ``trust-on-first-use``, holds its private key.
+after the run's last step: a SuperNode that is restarted goes on where the one before it was killed. It is as secret as the site's
+model and, with ``trust-on-first-use``, holds its private key.
 """
 
 import os
 from logging import INFO
 from pathlib import Path
+from typing import Any, TypeVar
 
-from flwr.app import Context, Message
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as SavedContext
+from torch import Tensor
 
-from strategies.records import config_of
+from strategies.peer.state import PeerState
+from strategies.records import config_of, pack, unpack
+from strategies.saving import flatten, restore
+
+TENSORS, NUMBERS = "peer", "peer-numbers"  # the records in the context's state
+RULE, MOMENTS = "rule", "moments"
+T = TypeVar("T", bound=tuple[Any, ...])
+
+
+def recall(context: Context, algorithm: type, device: torch.device) -> PeerState | None:
+    """What a peer remembers, its algorithm's state of the type ``algorithm``; None before its first step."""
+    tensors, numbers = context.state.get(TENSORS), context.state.get(NUMBERS)
+    if not isinstance(tensors, ArrayRecord) or not isinstance(numbers, ConfigRecord):
+        return None
+    parts = {name: unpack(array).to(device) for name, array in tensors.items()}
+    return restore(PeerState, {**parts, **numbers}, algorithm=algorithm)
+
+
+def remember(context: Context, state: PeerState) -> dict[int, Array]:
+    """Put what a peer remembers into the context; the arrays of its tensors, by their ``id``."""
+    tensors, numbers = flatten(state)
+    arrays = {id(tensor): array for tensor, array in zip(tensors.values(), pack(tensors).values(), strict=True)}
+    context.state[TENSORS] = ArrayRecord({name: arrays[id(tensor)] for name, tensor in tensors.items()})
+    context.state[NUMBERS] = ConfigRecord(dict(numbers))
+    return arrays
+
+
+def remembered(context: Context, name: str, like: T) -> T:
+    """What this site remembers under a name in this run: a NamedTuple of tensors like ``like``, which is what it begins with."""
+    record = context.state.get(name)
+    known = context.state.get(f"{name}-run")
+    if not isinstance(record, ArrayRecord) or not isinstance(known, ConfigRecord) or known.get("run") != context.run_id:
+        return like  # Flower keeps a context from run to run of a series
+    vectors = {field: unpack(array) for field, array in record.items()}
+    return type(like)(*(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True)))  # type: ignore[attr-defined]
+
+
+def keep(context: Context, name: str, memory: Any) -> None:
+    """Remember a NamedTuple of tensors."""
+    context.state[name] = pack(memory._asdict())
+    context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
+
+
+def recall_moments(context: Context, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer goes on with the moments of this site's last order in this run; with none before the first."""
+    (whole,) = optimizer.param_groups[0]["params"]
+    record, known = context.state.get(MOMENTS), context.state.get(f"{MOMENTS}-run")
+    if isinstance(record, ArrayRecord) and isinstance(known, ConfigRecord) and known.get("run") == context.run_id:
+        # A copy: what a message holds must not be written.
+        optimizer.state[whole] = {field: unpack(array).clone().to(whole.device) for field, array in record.items()}
+
+
+def remember_moments(context: Context, optimizer: torch.optim.Optimizer) -> None:
+    """Keep the optimizer's moments for this site's next order."""
+    (whole,) = optimizer.param_groups[0]["params"]
+    moments = {field: value.float() for field, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
+    context.state[MOMENTS] = pack(moments)
+    context.state[f"{MOMENTS}-run"] = ConfigRecord({"run": context.run_id})
 
 
 def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

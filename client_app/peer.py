@@ -1,28 +1,30 @@
-"""A peer's part of an exchange: make something of what neighbours sent, train, and offer the result to them.
+"""A peer's part of an exchange: read a message, open what neighbours sealed, take the step, seal and write the answer.
 
-One message is one step. A plain step: mix, then train on ``local-steps`` batches, then offer. With neighbourhood gradients an
-exchange takes two: *cross* (take gradients at the neighbours' models, offer these), and a plain one (descend along what came back,
-mix, offer the model). All that a peer remembers is in ``context.state``.
+The step itself is a function that knows no Flower (:mod:`strategies.peer.step`); all that a peer remembers is in
+``context.state`` (:mod:`client_app.memory`).
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load, save, save_file
-from torch import Tensor
 
-from client_app import sealing, training
-from client_app.site import dice, open_site
-from strategies.averaging.mean import refusal
+from client_app import sealing
+from client_app.memory import recall, remember
+from client_app.oracle import Oracle
+from client_app.site import Workplace, dice, open_site
+from configuration.config import Config
+from configuration.graph import graph_of
+from datasets.site import SiteData
 from strategies.codecs import Payload, codec
-from strategies.config import CROSS, Config
-from strategies.peer.algorithm import Vectors, exchange
+from strategies.gradients import regularised
+from strategies.method import PeerPlan
 from strategies.peer.channel import channel
-from strategies.peer.cross_gradients import perturbed
+from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Result
+from strategies.peer.step import Refused, begin, cross_step, models_step, why
 from strategies.randomness import derive
 from strategies.records import (
     ARRAYS,
@@ -39,447 +41,194 @@ from strategies.records import (
     unpack,
     unpack_bytes,
 )
-from strategies.registry import peer_algorithm, peer_topology
 from strategies.schedules import decay
-from strategies.topology import Topology
 
-PEER = "peer"  # the records in the context's state
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
-SHIFT = "shift"  # in an offer: how far a model is perturbed by its owner
 
 
-@lru_cache(maxsize=4)
-def topology_of(config: Config) -> Topology:
-    """Who exchanges with whom."""
-    return peer_topology(config)
+def peer_of(config: Config, number: int, sizes: tuple[int, ...]) -> Peer:
+    """Peer ``number`` of a run, whose network has layers of ``sizes``."""
+    offered, gradients = (
+        codec(name, sizes, bits=config.wire.bits, share=config.wire.share) for name in (config.wire.codec, config.wire.cross_codec)
+    )
+    assert isinstance(config.plan, PeerPlan)
+    return Peer(
+        config.plan,
+        channel(offered, config.wire.error_feedback),
+        channel(gradients, "none" if gradients.exact else "deep-squeeze"),
+        partial(regularised, clip_norm=config.training.clip_norm, weight_decay=config.training.weight_decay),
+        config.topology.averaging_rate,
+        number,
+        config.seed,
+    )
 
 
-class Refused(ValueError):
-    """What a neighbour sent cannot be used."""
+def learning_rate(config: Config, done: float) -> float:
+    """The rate when a fraction ``done`` of the run is over."""
+    return config.training.lr * decay(config.training.lr_shape, config.training.lr_ratio, done)
 
 
-@lru_cache(maxsize=64)
-def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor:
-    """The order [n] of a peer's examples in an epoch, counted from 0."""
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(derive(config.seed, "order", site, epoch)))
+class _Call(NamedTuple):
+    """A message to a peer, and what the answer follows from."""
 
+    message: Message
+    context: Context
+    config: Config
+    peer: Peer
+    data: SiteData
+    network: Workplace
+    ring: sealing.Keyring | None
 
-def nth_batch(config: Config, site: int, part: Any, number: int) -> training.Batch:
-    """Batch ``number`` of a peer's training, counted from 0 over the whole run."""
-    an_epoch = training.num_batches(len(part.y), config.batch_size)
-    order = order_of(config, site, number // an_epoch, len(part.y))
-    generator = torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.augment != "none" else None
-    augment = training.flip_crop if generator is not None else None
-    chosen = order.tensor_split(an_epoch)[number % an_epoch]
-    return training.batch(part, chosen, generator or torch.Generator(), augment)
-
-
-class Peer:
-    """A peer for the time of one message.
-
-    Attributes:
-        refused: what neighbours sent that cannot be used, and why.
-    """
-
-    def __init__(self, message: Message, context: Context) -> None:
-        self.config, self.place, self.data, self.desk = open_site(message, context)
-        self.told = config_of(message)
-        self.step = int(self.told["server-round"])  # type: ignore[arg-type]
-        self.number = self.place.number
-        self.refused: list[str] = []
-        self._message, self._context = message, context
-        self._algorithm = peer_algorithm(self.config)
-        config, model = self.config, self.desk.model
-        self._device = model.x.device
-        self._way = channel(
-            codec(config.codec, model.sizes, bits=config.codec_bits, share=config.codec_share), config.error_feedback
-        )
-        cross = codec(config.cross_codec, model.sizes, bits=config.codec_bits, share=config.codec_share)
-        self._cross_way = channel(cross, "none" if config.cross_codec == "identity" else "deep-squeeze")
-        # With these, neighbours have exactly what was offered, and nothing more needs to be remembered.
-        self._plain = config.codec == "identity" and config.error_feedback == "none"
-        self.sealed = config.sealing != "off"
-        self._recall()
-        self._numbers["step"] = self.step
-        self.broken: list[int] = []
-        self.fresh = False
-        self.stats = self._tensors.get(STATS, self.desk.stats)
-        model.load(self.state.x, self.stats)
-        self.neighbours = self._graph()
-
-    def _graph(self) -> dict[int, float]:
-        """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
-        if self.config.topology != "edges":
-            exchange_number = (self.step - 1) // (2 if self.config.two_steps else 1)
-            return topology_of(self.config).neighbours(exchange_number, self.number) if self.step else {}
-        told: Any = self.told
-        found = dict(zip(told["neighbours"], told["weights"], strict=True))
-        if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
-            raise ValueError(f"the server tells the weights {found}: above 0 and at most 1 in all is expected")
-        return found
-
-    def _listeners(self, name: str) -> list[int]:
-        """Who may read what is offered under ``name``."""
-        told: Any = [name.removeprefix(TO)] if name.startswith(TO) else self.told["listeners"]
-        readers = list(map(int, told))
-        if self.config.topology == "edges":
-            return readers
-        known = topology_of(self.config).readers(self.number)
-        return [reader for reader in readers if reader in known]
-
-    # What is remembered: tensors and numbers by name, in two records.
-
-    def _recall(self) -> None:
-        memory, numbers = self._context.state.get(PEER), self._context.state.get(f"{PEER}-numbers")
-        known: dict[str, Tensor] = {}
-        if isinstance(memory, ArrayRecord):
-            known = {name: unpack(array).to(self._device) for name, array in memory.items()}
-        self._tensors = known
-        self._numbers: dict[str, Any] = dict(numbers) if isinstance(numbers, ConfigRecord) else {}
-        fresh = self._algorithm.init(self.desk.x)
-        self._anew = not known and self.step > 0
-        if not known:
-            self.state = fresh
-            self._numbers |= {"batches": 0, "fresh": 1}
-        else:
-            self.state = type(fresh)(*(known.get(f"state-{k}", part.new_empty(0)) for k, part in enumerate(fresh)))
-            done = int(self._numbers.get("step", 0))
-            # A sealed step has one content only; in the last there is none.
-            if self.step < done or (self.sealed and self.step == done and not self.told["last"]):
-                raise ValueError(f"step {self.step} comes again")
-            if (self.told.get("rejoin") or self.told.get("fresh")) and self.config.error_feedback == "choco":
-                # Neighbours may not have what was sent last: both sides start their copies anew.
-                self._tensors = {name: value for name, value in known.items() if not name.startswith("memory-")}
-                self._numbers["fresh"] = 1
-
-    def _remember(self) -> ArrayRecord:
-        self._tensors |= {f"state-{k}": part for k, part in enumerate(self.state)}
-        self._tensors[STATS] = self.stats
-        memory = self._context.state[PEER] = pack(self._tensors)
-        self._context.state[f"{PEER}-numbers"] = ConfigRecord(self._numbers)
-        return memory
-
-    # What neighbours sent.
-
-    def received(self, kind: str) -> Iterator[tuple[int, int, Payload]]:
-        """Payloads that can be used: sender, its step, payload; of each sender in the order of its steps."""
-        for sender in self.neighbours:
-            record = self._message.content.get(f"{FROM}{sender}")
-            if not isinstance(record, ArrayRecord):
-                continue
-            steps: dict[int, dict[str, Array]] = {}
-            for name, array in record.items():
-                number, _, part = name.partition("/")
-                steps.setdefault(int(number), {})[part] = array
-            for step in sorted(steps):
-                last = int(self._numbers.get(f"last-{sender}", -1))
-                if step == last and self.told.get("rejoin") and self.config.error_feedback != "choco":
-                    continue  # the answer to it was lost
-                try:
-                    if step <= last:
-                        raise Refused(f"step {step} came before")
-                    payload = self._opened(steps[step], sealing.Header(self._context.run_id, sender, step, kind))
-                except Exception as error:
-                    self._refuse(sender, error)
-                else:
-                    self._numbers[f"last-{sender}"] = step
-                    yield sender, step, payload
-
-    def _refuse(self, sender: int, error: Exception) -> None:
-        """Whatever is wrong with numbers that a stranger may have made costs that neighbour its place in this exchange."""
-        known = isinstance(error, Refused | sealing.SealError)
-        self.refused.append(f"site {sender}: {error if known else f'cannot be read: {type(error).__name__}: {error}'}")
-        if self.config.error_feedback == "choco":
-            self.broken.append(sender)
-
-    def _opened(self, arrays: dict[str, Array], header: sealing.Header) -> Payload:
-        if not self.sealed:
-            return {name: unpack(array).to(self._device) for name, array in arrays.items()}
-        missing = {SEALED, KEY} - set(arrays)
-        if missing:
-            raise Refused(f"step {header.step} is not sealed for this site")
-        data = self._keys().open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header)
-        return {name: value.to(self._device) for name, value in load(data).items()}
-
-    def _keys(self) -> sealing.Keyring:
-        return sealing.keyring(self._context, self.config.sealing, self.number, self.told)
-
-    def models(self) -> dict[int, tuple[Vectors, Tensor, Tensor]]:
-        """Of each neighbour that sent it: its vectors, its statistics, and by how much it perturbs its model."""
-        found: dict[int, tuple[Vectors, Tensor, Tensor]] = {}
-        like, choco = self._algorithm.outgoing(self.state), self.config.error_feedback == "choco"
-        for sender, step, payload in self.received("model"):
-            try:
-                before = [torch.zeros_like(vector) for vector in like] if choco else list(like)  # the others decode without it
-                if choco and "fresh" not in payload:
-                    if int(payload["after"]) != int(self._numbers.get(f"hat-{sender}", -1)):
-                        raise Refused(f"step {step} goes on from a step that is missing here")
-                    before = [self._tensors[f"hat-{sender}-{k}"] for k in range(len(like))]
-                vectors = tuple(self._way.decode(_part(payload, f"{k}."), hat) for k, hat in enumerate(before))
-                stats, shift = payload.get(STATS, self.stats), payload.get(SHIFT, like[0].new_zeros(1))
-                expected = (*like, self.stats, like[0] if SHIFT in payload else shift)
-                for vector, wanted in zip((*vectors, stats, shift), expected, strict=True):
-                    if vector.shape != wanted.shape or vector.dtype != wanted.dtype:
-                        got, asked = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (vector, wanted))
-                        raise Refused(f"a vector is {got}, {asked} is expected")
-                    if vector.numel() and (reason := refusal(vector)):
-                        raise Refused(reason)
-            except Exception as error:
-                self._refuse(sender, error)
-                found.pop(sender, None)
-                continue
-            found[sender] = vectors, stats, shift
-            if choco:
-                self._numbers[f"hat-{sender}"] = step
-                self._tensors |= {f"hat-{sender}-{k}": hat for k, hat in enumerate(vectors)}
-        return found
-
-    def weighted(self, own: Tensor, theirs: dict[int, Tensor]) -> Tensor:
-        """``sum_j w_ij v_j``; the weight of a neighbour that sent nothing goes to the peer itself."""
-        total = own * (1 - sum(self.neighbours[j] for j in theirs))
-        for j, vector in theirs.items():
-            total.add_(vector, alpha=self.neighbours[j])
-        return total
-
-    def mixed(self, found: dict[int, tuple[Vectors, Tensor, Tensor]]) -> Vectors:
-        """Weighted means of every vector; the statistics' become the peer's own at once."""
-        if self.stats.numel():
-            self.stats = self.weighted(self.stats, {j: stats for j, (_, stats, _) in found.items()})
-        return tuple(self.weighted(own, {j: theirs[0][k] for j, theirs in found.items()}) for k, own in enumerate(self.sent()))
-
-    def sent(self) -> Vectors:
-        """Own vectors as neighbours have them."""
-        like = self._algorithm.outgoing(self.state)
-        return like if self._plain else tuple(self._tensors.get(f"sent-{k}", vector) for k, vector in enumerate(like))
-
-    def exchange(self, mixed: Vectors) -> None:
-        """Take over what was mixed."""
-        self.state = exchange(self._algorithm, self.state, self.sent(), mixed, self.config.averaging_rate)
-
-    # Training.
-
-    def gradient(self, x: Tensor, batch: training.Batch, *, sharp: bool = True, track: bool = False) -> tuple[Tensor, Tensor]:
-        """Loss and gradient (a copy) at ``x``, sharpness-aware if asked for, with weight decay towards ``x``'s zero."""
-        value, g = (self.desk.sharp if sharp else self.desk.plain)(x, batch, track=track)
-        if self.config.clip_norm:
-            g = g * min(1.0, self.config.clip_norm / (float(torch.linalg.vector_norm(g)) + 1e-6))
-        return value, torch.add(g, x, alpha=self.config.weight_decay)
-
-    def next_batch(self) -> training.Batch:
-        """The batch that comes next; :meth:`used` goes on to the one after it."""
-        return nth_batch(self.config, self.number, self.data.train, self._numbers["batches"])
-
-    def used(self) -> None:
-        """The batch was trained on."""
-        self._numbers["batches"] += 1
-
-    def rate(self) -> float:
-        """The learning rate."""
-        config, done = self.config, float(self.told["cycle-from"])  # type: ignore[arg-type]
-        return config.lr * decay(config.lr_shape, config.lr_ratio, done)
-
-    def luck(self) -> Any:
-        """What layers draw in this step."""
-        return dice(self._device, derive(self.config.seed, "layers", self.number, self.step))
-
-    def descend(self, gradient: Tensor) -> None:
-        """A local step."""
-        self.state = self._algorithm.descend(self.state, gradient, self.rate())
-
-    def train(self) -> float:
-        """``local-steps`` batches; the mean loss."""
-        model, total = self.desk.model, torch.zeros((), device=self._device)
-        model.load(self.state.x, self.stats)
-        with self.luck():
-            for _ in range(self.config.local_steps):
-                model.x.copy_(self.state.x)
-                value, g = self.gradient(model.x, self.next_batch(), track=True)
-                self.used()
-                total += value
-                self.descend(g)
-        self.stats = model.stats
-        return float(total) / self.config.local_steps
-
-    def test(self) -> dict[str, float | int]:
-        """The own model on the own test part."""
-        model = self.desk.model
-        result = training.evaluate(self.desk.predict, model, self.state.x[None], self.stats[None], self.data.test)
-        model.load(self.state.x, self.stats)
-        return {**{f"test-{key}": value for key, value in result.items()}, "test-examples": len(self.data.test.y)}
-
-    # What is offered.
-
-    def offer(self, shift: Tensor | None = None) -> dict[str, Payload]:
-        """The model, and what goes with it, for all neighbours."""
-        payload: Payload = {}
-        generator = torch.Generator().manual_seed(derive(self.config.seed, "codec", self.number, self.step))
-        for k, vector in enumerate(self._algorithm.outgoing(self.state)):
-            memory = self._tensors.get(f"memory-{k}")
-            encoded, memory, own = self._way.encode(self._way.init(vector) if memory is None else memory, vector, generator)
-            payload |= {f"{k}.{name}": value for name, value in encoded.items()}
-            if not self._plain:
-                self._tensors |= {f"memory-{k}": memory, f"sent-{k}": own}
-        if self.stats.numel():
-            payload[STATS] = self.stats
-        if shift is not None:
-            payload[SHIFT] = shift
-        if self.config.error_feedback == "choco":
-            self.fresh = bool(self._numbers.pop("fresh", 0))
-            after = int(self._numbers.get("offered", -1))
-            payload["fresh" if self.fresh else "after"] = torch.tensor([after])  # a chain: nobody goes on from a wrong copy
-            self._numbers["offered"] = self.step
-        return {OFFER: payload}
-
-    def offer_gradients(self, gradients: dict[int, Tensor]) -> dict[str, Payload]:
-        """A gradient for each neighbour."""
-        offered = {}
-        for j, gradient in gradients.items():
-            generator = torch.Generator().manual_seed(derive(self.config.seed, "cross-codec", self.number, j, self.step))
-            memory = self._tensors.get(f"cross-{j}")
-            payload, memory, _ = self._cross_way.encode(
-                self._cross_way.init(gradient) if memory is None else memory, gradient, generator
-            )
-            if memory.numel():
-                self._tensors[f"cross-{j}"] = memory
-            offered[f"{TO}{j}"] = payload
-        return offered
-
-    def gradients(self) -> dict[int, Tensor]:
-        """Of each neighbour that sent it: its gradient at this peer's model."""
-        found = {}
-        for sender, _, payload in self.received("gradient"):
-            try:
-                gradient = self._cross_way.decode(payload, self.state.x)
-                if gradient.shape != self.state.x.shape or gradient.dtype != self.state.x.dtype:
-                    raise Refused(f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)}")
-                if reason := refusal(gradient):
-                    raise Refused(reason)
-            except Exception as error:
-                self._refuse(sender, error)
-            else:
-                found[sender] = gradient
-        return found
-
-    def keep(self, **vectors: Tensor) -> None:
-        """Remember until the next step."""
-        self._tensors |= vectors
-
-    def kept(self, name: str, default: Tensor | None = None) -> Tensor:
-        """What :meth:`keep` kept."""
-        return self._tensors.pop(name) if default is None else self._tensors.pop(name, default)
-
-    def reply(self, offered: dict[str, Payload], metrics: dict[str, float | int], kind: str) -> Message:
-        """Remember everything, seal what is offered, answer."""
-        arrays: dict[str, Array] = {}
-        memory = self._remember()
-        packed = {id(tensor): memory[name] for name, tensor in self._tensors.items() if name in memory}
-        for name, payload in offered.items():
-            if not self.sealed:  # what is remembered too need not be copied twice
-                known = {part: packed[id(value)] for part, value in payload.items() if id(value) in packed}
-                new = pack({part: value for part, value in payload.items() if part not in known})
-                arrays |= {f"{name}/{part}": array for part, array in (known | dict(new)).items()}
-                continue
-            header = sealing.Header(self._context.run_id, self.number, self.step, kind)
-            data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
-            ring, readers = self._keys(), self._listeners(name)
-            self.refused += [f"site {reader}: this site has no public key of it" for reader in readers if not ring.knows(reader)]
-            sealed, keys = ring.seal(data, filter(ring.knows, readers), header)
-            arrays[f"{name}/{SEALED}"] = pack_bytes(sealed)
-            arrays |= {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
-        content = RecordDict(
-            {
-                ARRAYS: ArrayRecord(arrays),
-                METRICS: MetricRecord({"num-examples": len(self.data.train.y), **metrics}),
-                CONFIG: ConfigRecord({"refused": self.refused, "broken": self.broken, "fresh": self.fresh, "anew": self._anew}),
-            }
-        )
-        if self.told.get("last"):
-            self._hand_over(content)
-        return Message(content, reply_to=self._message)
-
-    def _hand_over(self, content: RecordDict) -> None:
-        """The finished model: to the server if it may have it, and into the file that the site names."""
-        if self.config.collect_models and not self.sealed:
-            content["model"] = pack({X: self.state.x, STATS: self.stats})
-        if "save" in self._context.node_config:
-            path = Path(str(self._context.node_config["save"]))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.desk.model.state_dict(self.state.x, self.stats), path)
-
-
-def _part(payload: Payload, prefix: str) -> Payload:
-    return {name.removeprefix(prefix): value for name, value in payload.items() if name.startswith(prefix)}
+    @property
+    def crossing(self) -> bool:
+        """Whether gradients at the neighbours' models are asked for."""
+        return self.message.metadata.message_type == "train.cross"
 
 
 def take_step(message: Message, context: Context) -> Message:
-    """A plain step, or the second one of an exchange of neighbourhood gradients."""
-    peer = Peer(message, context)
-    config = peer.config
-    crossing = config.strategy in CROSS
-    metrics: dict[str, float | int] = {}
-    samples = 0
-    passes = 2 if config.sam_radius else 1
-    if peer.step and config.two_steps:
-        found = peer.gradients()
-        own = peer.kept("own-gradient")
-        peer.descend(peer.weighted(own, found))
-        peer.exchange((peer.kept("mixed"),))
-        metrics |= {"loss": float(peer.kept("own-loss")), "lr-first": peer.rate(), "lr-last": peer.rate()}
-    elif peer.step:
-        models = peer.models()
-        mixed = peer.mixed(models)
-        if peer.told["test"]:
-            metrics["disagreement"] = disagreement(peer, models)
-        if crossing:
-            batch, sharp = peer.next_batch(), config.cross_perturbation == "owner-of-data"
-            with peer.luck():
-                value, own = peer.gradient(peer.state.x, batch, track=True)
-                theirs = {j: peer.gradient(v[0], batch, sharp=sharp)[1] for j, (v, _, _) in models.items()}
-            peer.used()
-            samples += len(batch[1]) * passes * (1 + len(theirs))
-            peer.descend(peer.weighted(own, theirs))
-            metrics |= {"loss": float(value), "lr-first": peer.rate(), "lr-last": peer.rate()}
-        peer.exchange(mixed)
-    if peer.told["test"]:
-        metrics |= peer.test()
-    if peer.told["last"]:
-        return peer.reply({}, {**metrics, "samples": samples}, "model")
-    if crossing:
-        shift = None
-        if config.sam_radius and config.cross_perturbation == "owner-of-model":
-            with peer.luck():
-                own = peer.desk.plain(peer.state.x, peer.next_batch(), track=False)[1]  # weight decay does not perturb
-            shift = perturbed(peer.state.x, own, config.sam_radius) - peer.state.x
-            peer.keep(shift=shift)
-        offered = peer.offer(shift)
-    else:
-        metrics |= {"loss": peer.train(), "lr-first": peer.rate(), "lr-last": peer.rate()}
-        samples += passes * config.local_steps * min(config.batch_size, len(peer.data.train.y))
-        offered = peer.offer()
-    return peer.reply(offered, {**metrics, "samples": samples}, "model")
+    """A step of a peer.
+
+    Raises:
+        ValueError: it cannot be taken; then the peer remembers what it remembered before.
+    """
+    config, site, data, network = open_site(message, context)
+    peer = peer_of(config, site.number, network.model.sizes)
+    ring = None
+    if config.wire.sealing != "off":
+        ring = sealing.keyring(context, config.wire.sealing, site.number, config_of(message))
+    call = _Call(message, context, config, peer, data, network, ring)
+    first = begin(peer, network.x, network.stats)
+    known = recall(context, type(first.algorithm), network.x.device)
+    order = _order(call)
+    _check_turn(call, order, known)
+    oracle = Oracle(config, site.number, data, network)
+    with dice(network.x.device, derive(config.seed, "layers", site.number, order.step)):
+        step = cross_step if call.crossing else models_step
+        result = step(peer, known or first, _received(call, order), order, oracle)
+    metrics = {"num-examples": len(data.train.y), **result.metrics, "samples": oracle.samples}
+    return _reply(call, order, result, metrics, forgotten=known is None and order.step > 0)
 
 
-def cross_step(message: Message, context: Context) -> Message:
-    """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
-    peer = Peer(message, context)
-    config = peer.config
-    models = peer.models()
-    mixed = peer.mixed(models)
-    batch = peer.next_batch()
-    by_model = bool(config.sam_radius) and config.cross_perturbation == "owner-of-model"
-    with peer.luck():
-        here = peer.state.x + peer.kept("shift", torch.zeros(1)) if by_model else peer.state.x
-        value, own = peer.gradient(here, batch, sharp=not by_model, track=True)
-        sharp = config.cross_perturbation == "owner-of-data"
-        gradients = {j: peer.gradient(v[0] + shift, batch, sharp=sharp)[1] for j, (v, _, shift) in models.items()}
-    peer.used()
-    peer.keep(**{"own-gradient": own, "own-loss": value.reshape(1), "mixed": mixed[0]})
-    samples = len(batch[1]) * (2 if config.sam_radius else 1) * (1 + len(gradients))
-    return peer.reply(peer.offer_gradients(gradients), {"samples": samples, "disagreement": disagreement(peer, models)}, "gradient")
+# What is read.
 
 
-def disagreement(peer: Peer, models: dict[int, tuple[Vectors, Tensor, Tensor]]) -> float:
-    """``sqrt(sum_j w_ij |x_j - x_i|^2)``: how far this peer is from its neighbours, which needs nobody to see all models."""
-    own = peer.sent()[0]
-    squares = [peer.neighbours[j] * torch.linalg.vector_norm(v[0] - own) ** 2 for j, (v, _, _) in models.items()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+def _order(call: _Call) -> Order:
+    fields: Any = config_of(call.message)
+    step, config = int(fields["server-round"]), call.config
+    return Order(
+        step,
+        _neighbours(call, step),
+        learning_rate(config, float(fields["cycle-from"])),
+        test=bool(fields["test"]),
+        last=bool(fields["last"]),
+        again=bool(fields["rejoin"]),
+        restart=bool(fields["fresh"]),
+    )
+
+
+def _neighbours(call: _Call, step: int) -> dict[int, float]:
+    """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
+    if call.config.topology.name != "edges":
+        exchange = (step - 1) // call.peer.plan.gradient.messages
+        return graph_of(call.config).neighbours(exchange, call.peer.number) if step else {}
+    fields: Any = config_of(call.message)
+    found = dict(zip(fields["neighbours"], fields["weights"], strict=True))
+    if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
+        raise ValueError(f"the server tells the weights {found}: above 0 and at most 1 in all is expected")
+    return found
+
+
+def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
+    """A sealed step has one content only; in the last there is none."""
+    done = -1 if known is None else known.step
+    if order.step < done or (call.ring and order.step == done and not order.last):
+        raise ValueError(f"step {order.step} comes again")
+    if call.crossing != (call.peer.plan.gradient.messages == 2 and order.step % 2 == 1):
+        raise ValueError(f"step {order.step} of {call.config.strategy} is no {call.message.metadata.message_type}")
+
+
+def _received(call: _Call, order: Order) -> Iterator[Received]:
+    """What neighbours sent, of each in the order of its steps."""
+    for sender in order.neighbours:
+        record = call.message.content.get(f"{FROM}{sender}")
+        if not isinstance(record, ArrayRecord):
+            continue
+        steps: dict[int, dict[str, Array]] = {}
+        for name, array in record.items():
+            number, _, part = name.partition("/")
+            steps.setdefault(int(number), {})[part] = array
+        for step in sorted(steps):
+            try:
+                yield Received(sender, step, _opened(call, sender, step, steps[step]))
+            except Exception as error:
+                problem = str(error) if isinstance(error, sealing.SealError) else why(error)
+                yield Received(sender, step, {}, problem)
+
+
+def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Payload:
+    device = call.network.x.device
+    if call.ring is None:
+        return {name: unpack(array).to(device) for name, array in arrays.items()}
+    if {SEALED, KEY} - set(arrays):
+        raise Refused(f"step {step} is not sealed for this site")
+    kind = "gradient" if call.peer.plan.gradient.messages == 2 and not call.crossing else "model"
+    header = sealing.Header(call.context.run_id, sender, step, kind)
+    data = call.ring.open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header)
+    return {name: value.to(device) for name, value in load(data).items()}
+
+
+# What is written.
+
+
+def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, *, forgotten: bool) -> Message:
+    """Remember everything, seal what is offered, answer."""
+    remembered = remember(call.context, result.state)
+    refused = [f"site {sender}: {reason}" for sender, reason in result.refused]
+    arrays: dict[str, Array] = {}
+    for reader, payload in result.offers.items():
+        name = OFFER if reader is None else f"{TO}{reader}"
+        if call.ring is None:  # what is remembered too need not be copied twice
+            new = pack({part: value for part, value in payload.items() if id(value) not in remembered})
+            known = {part: remembered[id(value)] for part, value in payload.items() if id(value) in remembered}
+            arrays |= {f"{name}/{part}": array for part, array in (known | dict(new)).items()}
+        else:
+            sealed, problems = _sealed(call, call.ring, order, name, reader, payload)
+            arrays |= sealed
+            refused += problems
+    broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
+    answer: dict[str, Any] = {"refused": refused, "broken": broken, "fresh": result.restarted, "anew": forgotten}
+    content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics}), CONFIG: ConfigRecord(answer)})
+    if order.last:
+        _hand_over(call, result.state, content)
+    return Message(content, reply_to=call.message)
+
+
+def _sealed(
+    call: _Call, ring: sealing.Keyring, order: Order, name: str, reader: int | None, payload: Payload
+) -> tuple[dict[str, Array], list[str]]:
+    header = sealing.Header(call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model")
+    data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
+    readers = _readers(call, reader)
+    sealed, keys = ring.seal(data, filter(ring.knows, readers), header)
+    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {f"{TO}{k}/{KEY}": pack_bytes(key) for k, key in keys.items()}
+    return arrays, [f"site {k}: this site has no public key of it" for k in readers if not ring.knows(k)]
+
+
+def _readers(call: _Call, reader: int | None) -> list[int]:
+    """Who may read an offer."""
+    fields: Any = config_of(call.message)
+    readers: Iterable[int] = fields["listeners"] if reader is None else [reader]
+    if call.config.topology.name == "edges":
+        return list(readers)
+    known = graph_of(call.config).readers(call.peer.number)
+    return [each for each in readers if each in known]
+
+
+def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
+    """The finished model: to the server if it may have it, and into the file that the site names."""
+    if call.config.wire.collect_models and call.ring is None:
+        content["model"] = pack({X: state.x, STATS: state.stats})
+    if "save" in call.context.node_config:
+        path = Path(str(call.context.node_config["save"]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(call.network.model.state_dict(state.x, state.stats), path)

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from client_app import training
+from configuration.config import Config
+from configuration.errors import ConfigError
 from datasets import sources
 from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
 from models.flat import FlatModel
 from models.networks import build
-from strategies.config import Config, ConfigError
+from strategies.method import PeerPlan, RoundPlan
 from strategies.randomness import derive
 from strategies.records import config_of
 
@@ -77,9 +79,9 @@ def config_of_site(context: Context) -> Config:
         ConfigError: it is wrong, or would have a site that holds keys for sealing show its models.
     """
     config = _checked(frozenset(context.run_config.items()))
-    if "peer-keys" in context.node_config and config.sealing != "keys":
+    if "peer-keys" in context.node_config and config.wire.sealing != "keys":
         raise ConfigError(
-            f"sealing = {config.sealing!r}: this site has peer-keys and takes part in sealed runs only; allowed: 'keys'"
+            f"wire.sealing = {config.wire.sealing!r}: this site has peer-keys and takes part in sealed runs only; allowed: 'keys'"
         )
     return config
 
@@ -92,43 +94,51 @@ def _checked(run_config: frozenset[tuple[str, Any]]) -> Config:
 @lru_cache(maxsize=1)
 def _pool(config: Config, path: str) -> sources.Examples:
     return sources.load(
-        config.data,
+        config.data.source,
         path,
-        label=config.label,
-        group=config.group,
-        image_size=config.image_size,
-        audio_seconds=config.audio_seconds,
-        text_buckets=config.text_buckets,
+        label=config.data.label,
+        group=config.data.group,
+        image_size=config.data.image_size,
+        audio_seconds=config.data.audio_seconds,
+        text_buckets=config.data.text_buckets,
     )
 
 
 @lru_cache(maxsize=1)
 def _splits(config: Config, num_sites: int) -> list[Split]:
     return deal(
-        _pool(config, config.data_path),
+        _pool(config, config.data.path),
         num_sites,
         np.random.default_rng(derive(config.seed, "partition")),
-        kind=config.partition,
-        alpha=config.dirichlet_alpha,
-        classes_per_site=config.classes_per_site,
-        size_ratio=config.size_ratio,
-        iid_fraction=config.iid_fraction,
-        test_part=config.test_part,
-        test_fraction=config.test_fraction,
+        kind=config.partition.kind,
+        alpha=config.partition.alpha,
+        classes_per_site=config.partition.classes_per_site,
+        size_ratio=config.partition.size_ratio,
+        iid_fraction=config.partition.iid_fraction,
+        test_part=config.data.test_part,
+        test_fraction=config.data.test_fraction,
     )
+
+
+def _pooled(config: Config) -> bool:
+    return isinstance(config.plan, RoundPlan) and config.plan.pooled
+
+
+def _radius(config: Config) -> float:
+    return config.plan.gradient.rho if isinstance(config.plan, PeerPlan) else config.training.sam_radius
 
 
 def raw_data(config: Config, place: Place) -> SiteData:
     """The examples of a site as they were read: classes and columns are its own."""
     if place.num_sites is not None:
         splits = _splits(config, place.num_sites)
-        chosen = splits if config.strategy == "centralized" else [splits[place.number]]
-        return take(_pool(config, config.data_path), chosen)
-    if config.strategy == "centralized":
-        raise ValueError("strategy = 'centralized' puts the data of all sites in one place: only in a simulation")
+        chosen = splits if _pooled(config) else [splits[place.number]]
+        return take(_pool(config, config.data.path), chosen)
+    if _pooled(config):
+        raise ValueError(f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation")
     examples = _pool(config, place.path)
     generator = np.random.default_rng(derive(config.seed, "split", place.number))
-    return take(examples, [own(examples, generator, test_part=config.test_part, test_fraction=config.test_fraction)])
+    return take(examples, [own(examples, generator, test_part=config.data.test_part, test_fraction=config.data.test_fraction)])
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +151,7 @@ def site_data(config: Config, place: Place, classes: tuple[str, ...], common: Mo
     data = relabel(raw_data(config, place), classes)
     if common is not None:
         data = standardise(data, common)
-    to = partial(torch.Tensor.to, device=device_of(config.device))
+    to = partial(torch.Tensor.to, device=device_of(config.computing.device))
     return data._replace(train=Part(*map(to, data.train)), test=Part(*map(to, data.test)))
 
 
@@ -163,7 +173,7 @@ def device_of(name: str) -> torch.device:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # as torch's parts say it
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"device = {name!r}: {reason}; allowed here: 'auto', or one that this site has") from error
+            raise ConfigError(f"computing.device = {name!r}: {reason}; allowed here: 'auto', or one that this site has") from error
     ray = sys.modules.get("ray")
     if device.type == "cuda" and ray is not None and ray.is_initialized():
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1)
@@ -175,25 +185,25 @@ def device_of(name: str) -> torch.device:
 @lru_cache(maxsize=1)
 def workplace(config: Config, shape: tuple[int, ...], num_classes: int) -> Workplace:
     """The network of a run for examples of ``shape``, on this site's device."""
-    device = device_of(config.device)
-    model = FlatModel(build(config.model, shape, num_classes, config.norm, derive(config.seed, "model")), device)
-    network = torch.compile(model.network) if config.compile else model.network
-    layout = torch.channels_last if config.channels_last and len(shape) == 3 else torch.contiguous_format
+    device = device_of(config.computing.device)
+    model = FlatModel(build(config.model.name, shape, num_classes, config.model.norm, derive(config.seed, "model")), device)
+    network = torch.compile(model.network) if config.computing.compile else model.network
+    layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 
     def predict(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
             logits: Tensor = network(x.contiguous(memory_format=layout))
         return logits
 
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
-    return Workplace(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, config.sam_radius))
+    return Workplace(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
 
 
 def name_of(config: Config, place: Place, context: Context) -> str:
     """A site's name for people."""
     name = f"site {place.number}"
-    if place.num_sites and config.partition == "natural":
-        name = _pool(config, config.data_path).groups[place.number]
+    if place.num_sites and config.partition.kind == "natural":
+        name = _pool(config, config.data.path).groups[place.number]
     return str(context.node_config.get("name", name))
 
 

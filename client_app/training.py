@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from datasets.site import Part
 from models.flat import FlatModel
+from strategies.gradients import perturbed
 
 Batch = tuple[Tensor, Tensor]  # x [n, ...], y [n]
 EVALUATION_BATCH = 1024
@@ -61,8 +62,7 @@ def sharpness_aware(base: Gradient, rho: float) -> Gradient:
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)
-        worst = x + g * (rho / (torch.linalg.vector_norm(g) + 1e-12))
-        return value, base(worst, batch, track=False)[1]
+        return value, base(perturbed(x, g, rho), batch, track=False)[1]
 
     return gradient
 
@@ -75,6 +75,16 @@ def proximal(base: Gradient, anchor: Tensor, mu: float) -> Gradient:
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)
         return value, g.add_(x - anchor, alpha=mu)
+
+    return gradient
+
+
+def corrected(base: Gradient, correct: Callable[[Tensor], Tensor]) -> Gradient:
+    """The gradient that ``correct`` makes of the base gradient [d]."""
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        value, g = base(x, batch, track=track)
+        return value, correct(g)
 
     return gradient
 

@@ -1,26 +1,31 @@
 """The server: reads the configuration, counts the sites, builds the strategy, runs it, writes the results."""
 
 import logging
+from functools import partial
 
 import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from configuration.config import Config
+from configuration.graph import graph_of
 from models.flat import FlatModel
 from models.networks import build
 from server_app.asynchronous import Asynchronous
-from server_app.census import RunError, take_census
+from server_app.census import Federation, RunError, take_census
 from server_app.consensus import conclude
 from server_app.events import Began, Ended, Event, Refused, Sink
 from server_app.relay import Relay
 from server_app.results import Folder
 from server_app.rounds import Rounds
-from strategies.config import Config, ConfigError
+from strategies.averaging.adapter import Planned
+from strategies.averaging.alone import Alone
+from strategies.averaging.shipped import Shipped
+from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, PeerPlan, RoundPlan
 from strategies.protocol import Layout
 from strategies.randomness import derive
 from strategies.records import STATS, X, pack
-from strategies.registry import arrival_plan, peer_plan, peer_topology, round_strategy
 
 app = ServerApp()
 
@@ -46,26 +51,18 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
             log(logging.WARNING, "%s", event)
         sink(event)
 
-    topology = peer_topology(config) if config.unit == "exchange" else None  # one that cannot be stops the run here
-    if config.unit == "round":
-        _check_arguments(config)
+    topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None  # one that cannot be stops the run here
     federation = take_census(grid, config)
     if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    model = FlatModel(build(config.model, federation.shape, len(federation.classes), config.norm, derive(config.seed, "model")))
-    initial, layout = pack({X: model.x, STATS: model.stats}), layout_of(model)
+    model = FlatModel(
+        build(config.model.name, federation.shape, len(federation.classes), config.model.norm, derive(config.seed, "model"))
+    )
     emit(Began(federation, model))
     try:
-        if topology is not None:
-            relay = Relay(grid, peer_plan(config), topology, federation, config, layout, emit)
-            conclude(grid, relay.run(), federation, config, relay.report, relay.exchanges)
-        elif config.unit == "update":
-            Asynchronous(grid, arrival_plan(config), federation, config, layout, emit).run(initial)
-        else:
-            strategy = round_strategy(config, {site.node: site.num_train for site in federation.sites})
-            Rounds(grid, strategy, federation, config, layout, emit).run(initial)
+        _drive(grid, config, federation, model, emit)
     except BaseException as error:
         try:
             emit(Ended(error))
@@ -75,16 +72,31 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
     emit(Ended(None))
 
 
-def _check_arguments(config: Config) -> None:
-    """Make the strategy once before any site works.
+def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink) -> None:
+    """Execute the plan of the run."""
+    initial, layout, shares = pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
+    rounds = partial(Rounds, grid, federation=federation, config=config, layout=layout, sink=emit)
+    match config.plan:
+        case ArrivalPlan() as plan:
+            Asynchronous(grid, plan, federation, config, layout, emit).run(initial)
+        case PeerPlan() as plan:
+            relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
+            conclude(grid, relay.run(), federation, config, relay.report, relay.exchanges)
+        case RoundPlan() as plan:
+            planned = Planned(plan, shares(plan.weighting))
+            rounds(planned, planned.instruct).run(initial, plan.site.sends if plan.site else ())
+        case AlonePlan(instruct=by_itself, ensemble=ensemble):
+            alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
+            rounds(alone, lambda moment, _: by_itself(moment)).run(initial)
+        case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
+            rounds(Shipped(make(), shares(weighting)), lambda moment, _: foreign(moment)).run(initial)
 
-    Raises:
-        ConfigError: it refuses its arguments.
-    """
-    try:
-        round_strategy(config, {})
-    except Exception as error:
-        raise ConfigError(f"strategy-arguments = {config.strategy_arguments!r}: {config.strategy}: {error}") from error
+
+def _shares(federation: Federation, weighting: str) -> dict[int, float]:
+    """Each node's share in a mean, in the order of the sites; together 1."""
+    sites = federation.sites
+    total = sum(site.num_train for site in sites)
+    return {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
 
 
 def layout_of(model: FlatModel) -> Layout:

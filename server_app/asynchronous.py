@@ -14,8 +14,9 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from configuration.config import Config
 from server_app.bound import Bound, Change
-from server_app.census import Federation, RunError, budget
+from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Kept, Progress, Sink
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.period import PendingTest, Period
@@ -24,7 +25,6 @@ from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.mean import LARGEST, extent, magnitude, weighted_mean
-from strategies.config import Config
 from strategies.method import ArrivalPlan, Local
 from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_order
 from strategies.records import ARRAYS, CONFIG, STATS, X, pack, unpack
@@ -85,7 +85,8 @@ class Asynchronous:
         self._bounds = {name: Bound() for name in layout.sizes}
         self._extremes = _Extremes()
         self._speeds: dict[int, float] = {}  # examples a second
-        self._total, self._every = budget(config, federation.batches(config.batch_size), plan.least)
+        batches = an_epoch(federation, config.training.batch_size) * len(federation.sites)
+        self._total, self._every = budget(config, plan, batches)
         self._updates = self._tested = 0
         self._done = 0.0  # updates, each as a part of a whole one where sites take fewer batches
         self._period = Period(0.0)
@@ -146,7 +147,7 @@ class Asynchronous:
         if plan.by_speed and node in self._speeds:
             steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values())))
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
-        return Local(self._config.lr, cycle, steps=steps, proximal=plan.proximal, delta=True)
+        return Local(self._config.training.lr, cycle, steps=steps, proximal=plan.proximal, delta=True)
 
     def _lose(self, node: int, reason: str) -> None:
         """A site is silent or gone."""
@@ -208,9 +209,9 @@ class Asynchronous:
         self._apply(released)
 
     def _part(self, node: int, flight: _Flight, found: Trained) -> _Part:
-        config, site, local = self._config, self._sites[node], flight.local
-        epoch = site.batches(config.batch_size)
-        rate = rates(local.lr, config.lr_shape, config.lr_ratio, config.lr_steps, local.cycle, steps=local.steps, epoch=epoch)
+        keys, site, local = self._config.training, self._sites[node], flight.local
+        epoch = site.batches(keys.batch_size)
+        rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=local.steps, epoch=epoch)
         total = sum(map(rate, range(local.steps)))
         if (elapsed := self._clock.now() - flight.at) > 0:
             self._speeds[node] = local.steps / epoch * site.num_train / elapsed

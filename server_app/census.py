@@ -8,9 +8,10 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from configuration.config import Config
 from datasets.site import Moments, merge
 from server_app.exchange import clock_of, exchange
-from strategies.config import Config
+from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.protocol import Agreed, Refusal, SiteCard, printable, read_card
 from strategies.records import code_version
 
@@ -19,19 +20,19 @@ class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
-def budget(config: Config, an_epoch: float, least: int = 1) -> tuple[int, int]:
-    """How often ``local-steps`` batches fit into the epochs of a run of ``an_epoch`` batches an epoch; and from test to test.
+def budget(config: Config, plan: ArrivalPlan | PeerPlan, batches: float) -> tuple[int, int]:
+    """How often the steps of a plan fit into the epochs of a run of ``batches`` an epoch; and from test to test.
 
     Raises:
-        RunError: not once, or not as often as changes the model, ``least``.
+        RunError: not once, or not as often as the plan waits for.
     """
-    batches = config.epochs * an_epoch
-    if batches < config.local_steps:
-        raise RunError(f"local-steps = {config.local_steps}: epochs = {config.epochs} have {batches:g} batches; at most these")
-    total = round(batches / config.local_steps)
-    if total < least:
-        raise RunError(f"buffer-size = {least}: epochs = {config.epochs} have {total} contributions; at most these")
-    return total, config.evaluate_every or max(1, round(an_epoch / config.local_steps))
+    whole, table = config.epochs * batches, config.method.table
+    if whole < plan.steps:
+        raise RunError(f"{table}.local-steps = {plan.steps}: epochs = {config.epochs} have {whole:g} batches; at most these")
+    total = round(whole / plan.steps)
+    if isinstance(plan, ArrivalPlan) and total < plan.least:
+        raise RunError(f"epochs = {config.epochs}: {total} contributions, and {config.strategy} needs {plan.least} for a step")
+    return total, config.results.evaluate_every or max(1, round(batches / plan.steps))
 
 
 class Site(NamedTuple):
@@ -80,9 +81,10 @@ class Federation(NamedTuple):
         """What every message tells the sites about each other."""
         return Agreed(self.classes, () if self.moments is None else tuple(self.moments))
 
-    def batches(self, batch_size: int) -> int:
-        """Batches of an epoch at all sites together."""
-        return sum(site.batches(batch_size) for site in self.sites)
+
+def an_epoch(federation: Federation, batch_size: int) -> float:
+    """Batches of an epoch, the mean over the sites."""
+    return sum(site.batches(batch_size) for site in federation.sites) / len(federation.sites)
 
 
 def take_census(grid: Grid, config: Config) -> Federation:
@@ -168,9 +170,9 @@ def _fit_together(cards: Mapping[int, SiteCard], config: Config) -> Federation:
         Site(card.site, node, card.name, card.train, card.test, _counts(card, classes), card.public_key or b"")
         for node, card in ordered
     )
-    if config.unit == "exchange" and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
+    if isinstance(config.plan, PeerPlan) and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
         raise RunError(f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites")
-    if config.strategy == "centralized":
+    if isinstance(config.plan, RoundPlan) and config.plan.pooled:
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{card.name}: {printable(note, 500)}" for _, card in ordered for note in card.notes)
     shape, common = tuple(reference.shape), None

@@ -8,12 +8,12 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from configuration.config import Config
 from server_app.census import Federation
 from server_app.events import Kept
 from server_app.exchange import exchange
 from server_app.report import Report
 from strategies.averaging.mean import weighted_mean
-from strategies.config import Config
 from strategies.protocol import Order, Refusal, read_tested, write_order
 from strategies.records import ARRAYS, CONFIG, X, pack
 

@@ -71,7 +71,7 @@ class Progress(NamedTuple):
     Attributes:
         unit: what is counted: round, update of the server, or exchange of peers.
         round_number: how many there were.
-        epochs: local epochs of this round, or None where there are no rounds.
+        epochs: local epochs of this round (a fraction where it counts steps), or None where there are no rounds.
         done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of the whole run.
         seconds: since the first round.
         megabytes: sent and received so far.
@@ -80,7 +80,7 @@ class Progress(NamedTuple):
 
     unit: str
     round_number: int
-    epochs: int | None
+    epochs: float | None
     done: float
     total: int
     seconds: float
@@ -94,7 +94,7 @@ class Progress(NamedTuple):
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
         parts = (
             f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
-            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs})" if rounds else ""),
+            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
             f"lr {rates:<15}",
             f"train loss {self.train.get('loss', math.nan):.4f}",
             f"test accuracy {self.test.get('accuracy', math.nan):.4f}",

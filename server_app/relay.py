@@ -18,13 +18,13 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from server_app.census import Federation, RunError, budget
+from configuration.config import Config
+from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Progress, Sink
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Report
 from server_app.roster import Roster
 from server_app.tally import Tally
-from strategies.config import Config
 from strategies.method import PeerPlan, Vectors
 from strategies.protocol import Layout, Offer, PeerOrder, Refusal, StepMetrics, printable, read_offer, write_peer_order
 from strategies.records import CONFIG, FROM, OFFER, TO
@@ -82,9 +82,9 @@ class Relay:
         # until its sender starts anew.
         self._given: dict[int, list[tuple[int, int]]] = {}
         self._stale: set[tuple[int, int]] = set()
-        self._choco = config.error_feedback == "choco"
+        self._choco = config.wire.error_feedback == "choco"
         self._messages, self._neighbourhood = plan.gradient.messages, plan.gradient.at != "own"
-        self.exchanges, self._every = budget(config, federation.batches(config.batch_size) / len(federation.sites))
+        self.exchanges, self._every = budget(config, plan, an_epoch(federation, config.training.batch_size))
         self._last = self.exchanges * self._messages  # the last step
         self._tally, self._written = Tally(before=self._neighbourhood), 0  # the exchange of the last test that was reported
         self._models: dict[int, Vectors] = {}
@@ -165,7 +165,7 @@ class Relay:
     def _call(self, peer: int, *, rejoin: bool) -> Message:
         step = self._courses[peer].step
         number, last, config = self._exchange_of(step), step == self._last, self._config
-        trusting = config.sealing == "trust-on-first-use"
+        trusting = config.wire.sealing == "trust-on-first-use"
         order = self._flying[peer] = PeerOrder(
             step=step,
             agreed=self._federation.agreed(),
@@ -176,7 +176,7 @@ class Relay:
             fresh=any(sender == peer and not self._roster.away(reader) for sender, reader in self._stale),
             # A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
             done=min(1.0, (number + (0 if step and self._neighbourhood else 1)) / self.exchanges),
-            listeners=None if config.sealing == "off" else self._listeners(peer, step, rejoin),
+            listeners=None if config.wire.sealing == "off" else self._listeners(peer, step, rejoin),
             keys={site.number: site.key for site in self._federation.sites if trusting and site.number != peer},
         )
         records: dict[str, Any] = {CONFIG: write_peer_order(order)}
@@ -209,7 +209,7 @@ class Relay:
     def _answered(self, peer: int, reply: Message) -> None:
         """A peer took its step, or did not."""
         order, site, config = self._flying.pop(peer), self._sites[peer], self._config
-        step, given, sealed = order.step, self._given.pop(peer, []), config.sealing != "off"
+        step, given, sealed = order.step, self._given.pop(peer, []), config.wire.sealing != "off"
         read = partial(
             read_offer,
             order=order,
@@ -217,7 +217,7 @@ class Relay:
             num_examples=site.num_train,
             num_tests=site.num_test,
             readers=self._sites.keys(),
-            model=order.last and config.collect_models and not sealed,
+            model=order.last and config.wire.collect_models and not sealed,
         )
         offer = self.report.receive(site.node, reply, step, "exchange", read)
         if isinstance(offer, Refusal):

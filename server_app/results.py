@@ -21,13 +21,15 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configuration.config import Config
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
 from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation, RunError
 from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported, Sink
-from strategies.config import Config, ConfigError
+from strategies.method import ArrivalPlan, PeerPlan
 from strategies.records import STATS, X, unpack
-from strategies.registry import peer_topology
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 DRAW_EVERY_S = 15.0
@@ -136,7 +138,7 @@ def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]]) -> No
 def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None:
     """``config.toml``, the whole configuration, which ``--run-config`` takes back, and ``sites.csv``."""
     with (folder / "config.toml").open("wb") as file:
-        tomli_w.dump(config.kebab(), file)
+        tomli_w.dump(config.flat(), file)
     named = sites.set_axis([_no_formula(str(column)) for column in sites.columns], axis=1)
     named.isetitem(1, list(map(_no_formula, sites.iloc[:, 1])))  # not by its name, which a class may have, too
     named.to_csv(folder / "sites.csv", index=False)
@@ -226,20 +228,20 @@ class Pictures:
         sites, config = self._history.sites, self._history.config
         if not (counts := class_counts(sites)).empty:
             plots.save(plots.who_has_what(counts), self._folder / "sites.png")
-        if config.unit == "exchange":
-            found = peer_topology(config)
-            plots.save(plots.graph(found, config.topology, sites.iloc[:, 1].tolist()), self._folder / "topology.png")
+        if isinstance(config.plan, PeerPlan):
+            found = graph_of(config)
+            plots.save(plots.graph(found, config.topology.name, sites.iloc[:, 1].tolist()), self._folder / "topology.png")
 
     def draw(self) -> None:
         """What was reached."""
         metrics, config = self._history.metrics, self._history.config
-        title = f"{config.strategy} on {config.data}, {config.num_sites} sites"
+        title = f"{config.strategy} on {config.data.source}, {config.num_sites} sites"
         plots.save(plots.curves(metrics, title, config.unit), self._folder / "curves.png")
-        if config.unit == "update":
+        if isinstance(config.plan, ArrivalPlan):
             plots.save(plots.arrivals(metrics, title), self._folder / "arrivals.png")
-        elif config.unit == "round":
-            epsilon = config.epsilon if config.strategy == "co-learning" else 0
-            plots.save(plots.schedule(metrics, title, config.lr_shape, epsilon), self._folder / "schedule.png")
+        elif not isinstance(config.plan, PeerPlan):
+            epsilon = getattr(config.keys, "epsilon", 0.0)
+            plots.save(plots.schedule(metrics, title, config.training.lr_shape, epsilon), self._folder / "schedule.png")
         self._drawn = time.monotonic()
 
 
@@ -258,17 +260,20 @@ class Printed:
         """Print."""
         match event:
             case Began():
-                config, sites = self._history.config, event.federation.sites
-                print(
-                    f"{config.strategy}: {len(sites)} sites, {sum(site.num_train for site in sites):,} training examples of "
-                    f"{config.data} {event.federation.shape} in {len(event.federation.classes)} classes, {config.model} of "
-                    f"{event.model.x.numel():,} parameters, {config.epochs} epochs a site\nresults: {self._folder}",
-                    flush=True,
-                )
+                self._begin(event.federation, event.model.x.numel())
             case Progress():
                 print(event, flush=True)
             case Ended():
                 self._end()
+
+    def _begin(self, federation: Federation, size: int) -> None:
+        config, train = self._history.config, sum(site.num_train for site in federation.sites)
+        data = f"{config.data.source} {federation.shape} in {len(federation.classes)} classes"
+        print(
+            f"{config.strategy}: {len(federation.sites)} sites, {train:,} training examples of {data}, {config.model.name} of "
+            f"{size:,} parameters, {config.epochs} epochs a site\nresults: {self._folder}",
+            flush=True,
+        )
 
     def _end(self) -> None:
         metrics, console = self._history.metrics, Console(width=100, highlight=False)
@@ -325,10 +330,10 @@ class Folder(History):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         try:
-            wanted = Path(config.results_dir).expanduser().absolute()
+            wanted = Path(config.results.folder).expanduser().absolute()
             TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
-            raise ConfigError(f"results-dir = {config.results_dir!r}: nothing can be written there: {error}") from error
+            raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
         self._sinks: list[Sink] = []
 
     def __call__(self, event: Event) -> None:
@@ -339,7 +344,7 @@ class Folder(History):
         """
         super().__call__(event)
         if isinstance(event, Began):
-            self.path = new_folder(Path(self.config.results_dir), self.config.strategy)
+            self.path = new_folder(Path(self.config.results.folder), self.config.strategy)
             self._sinks = [kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)]
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:

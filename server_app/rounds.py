@@ -1,5 +1,6 @@
 """Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from logging import WARNING
@@ -9,16 +10,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
+from configuration.config import Config
 from server_app.bound import Bound, Change
-from server_app.census import Federation, RunError
+from server_app.census import Federation, RunError, an_epoch
 from server_app.events import Kept, Progress, Sink
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
 from server_app.report import Report
 from server_app.roster import Roster
 from strategies.averaging.mean import extent, magnitude, too_large
-from strategies.config import Config
-from strategies.method import Local
+from strategies.method import Local, Moment
 from strategies.protocol import (
     Layout,
     Order,
@@ -26,13 +28,12 @@ from strategies.protocol import (
     TestMetrics,
     Trained,
     TrainMetrics,
-    read_order,
     read_tested,
     read_trained,
     why,
     write_order,
 )
-from strategies.records import X, arrays_of, config_of, unpack
+from strategies.records import STATS, X, arrays_of, unpack
 from strategies.schedules import rates
 
 T = TypeVar("T")
@@ -57,37 +58,54 @@ class Rounds:
     Args:
         grid: the way to the sites.
         strategy: what happens to the models.
+        instruct: what sites do in a round that begins with a model [d], or with models [n, d] where they learn alone.
         federation: the sites.
         config: the run.
         layout: of a model.
         sink: is told everything.
     """
 
-    def __init__(self, grid: Grid, strategy: Strategy, federation: Federation, config: Config, layout: Layout, sink: Sink) -> None:
-        self._grid, self._strategy, self._config = grid, strategy, config
+    def __init__(
+        self,
+        grid: Grid,
+        strategy: Strategy,
+        instruct: Callable[[Moment, Tensor], Local],
+        federation: Federation,
+        config: Config,
+        layout: Layout,
+        sink: Sink,
+    ) -> None:
+        self._grid, self._strategy, self._instruct, self._config = grid, strategy, instruct, config
         self._federation, self._layout = federation, layout
+        self._an_epoch = an_epoch(federation, config.training.batch_size)
         self._clock, self._mailbox = clock_of(grid), Mailbox(grid, config.timeout_s)
         self._sites = {site.node: site for site in federation.sites}
         self._report = Report(federation, sink, self._clock, "round")
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
         self._open: dict[int, Message] = {}  # a site's message that is not answered yet
-        self._bounds = {name: Bound() for name in layout.sizes}
+        self._bounds: dict[str, Bound] = defaultdict(Bound)
 
-    def run(self, arrays: ArrayRecord) -> ArrayRecord:
+    def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
         """From the initial model to the last one.
+
+        Args:
+            arrays: the initial model.
+            beside: vectors of the model's size that sites send beside theirs.
 
         Raises:
             RunError: fewer than ``min-sites`` sites answered, or no site can test the last model; what was reached so far was
                 emitted.
         """
-        total, done, number = self._config.epochs, 0, 0
-        while done < total:
+        total, done, number = self._config.epochs, 0.0, 0
+        sizes = dict(self._layout.sizes)
+        self._layout = self._layout._replace(sizes=sizes | dict.fromkeys(beside, sizes[X]))
+        while done < total - 1e-9:
             number += 1
-            messages = self._messages(self._strategy.configure_train, number, arrays, done)
-            epochs = _local(messages[0]).epochs if messages else 0
+            local = self._instruct(Moment(number, done, total, self._an_epoch), unpack(arrays[X]))
+            epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
-            newest, metrics = self._aggregate(number, messages, trained)
+            newest, metrics = self._aggregate(number, arrays, local, trained)
             if len(trained) < self._roster.least or newest is None:
                 raise RunError(
                     f"round {number}: {len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}: stopped"
@@ -96,7 +114,7 @@ class Rounds:
             self._report.emit(Kept(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}
             self._report.write(number, "train", _named(trained), train)
-            test = self._test(number, arrays, done)
+            test = self._test(number, arrays)
             now = self._report.moment()
             self._report.emit(Progress("round", number, epochs, done, total, now.seconds, now.megabytes(), train, test))
         if not test:
@@ -104,17 +122,18 @@ class Rounds:
         return arrays
 
     def _aggregate(
-        self, number: int, messages: list[Message], trained: dict[int, TrainMetrics]
+        self, number: int, arrays: ArrayRecord, local: Local, trained: dict[int, TrainMetrics]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the strategy makes of the replies; whose they were is put into ``trained``.
+        """What the strategy makes of the replies; what sites reported is put into ``trained``.
 
         Raises:
             RunError: it fails, or makes a model that is not finite.
         """
+        messages = self._messages(self._strategy.configure_train, number, arrays, local)
 
         def replies() -> Iterator[Message]:
             answers = self._answers(number, "training", messages, self._read_trained)
-            for answer in self._bounded(number, answers):
+            for answer in self._bounded(number, answers, local):
                 trained[answer.node] = answer.found.metrics
                 yield answer.reply
 
@@ -127,9 +146,9 @@ class Rounds:
                 raise RunError(f"round {number}: {self._config.strategy}: {reason}; a smaller rate may help")
         return newest, metrics
 
-    def _test(self, number: int, arrays: ArrayRecord, done: int) -> dict[str, float]:
+    def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
         """Test everywhere; the means, {} where nobody could."""
-        messages = self._messages(self._strategy.configure_evaluate, number, arrays, done)
+        messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
         tested: dict[int, TestMetrics] = {}
 
         def replies() -> Iterator[Message]:
@@ -147,15 +166,11 @@ class Rounds:
         configure: Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]],
         number: int,
         arrays: ArrayRecord,
-        done: int,
+        local: Local | None,
     ) -> list[Message]:
-        """The messages of a phase. What they tell sites by default: an ordinary decay of the learning rate over the run."""
-        total = self._config.epochs
-        epochs = min(self._config.local_epochs, total - done)
-        local = Local(self._config.lr, (done / total, (done + epochs) / total), epochs=epochs)
-        order = write_order(Order(number, self._federation.agreed(), local, total - done))
+        """The messages of a phase."""
         self._wait_for_enough(number)
-        messages = configure(number, arrays, order, self._grid)
+        messages = configure(number, arrays, write_order(Order(number, self._federation.agreed(), local)), self._grid)
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
@@ -222,24 +237,23 @@ class Rounds:
         return late
 
     def _read_trained(self, node: int, message: Message, reply: Message) -> Trained:
-        sent = {name: unpack(array) for name, array in arrays_of(message).items()}
-        return read_trained(reply, self._layout, self._sites[node].num_train, sent)
+        return read_trained(reply, self._layout, self._sites[node].num_train, _sent(message))
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
         x = arrays_of(message)[X]
         return read_tested(reply, self._sites[node].num_test, 1 if len(x.shape) == 1 else x.shape[0])
 
-    def _bounded(self, number: int, answers: Iterator[Answer[Trained]]) -> Iterator[Answer[Trained]]:
+    def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
         measured: Iterable[tuple[Answer[Trained], dict[str, Change]]]
-        measured = ((answer, self._changes(answer)) for answer in answers)
+        measured = ((answer, self._changes(answer, local)) for answer in answers)
         if first := self._bounds[X].few:
             measured = list(measured)
         for answer, changes in measured:
-            sent = arrays_of(answer.message)
+            sent = _sent(answer.message)
             for name, change in changes.items():
                 others = {other.node: each[name] for other, each in measured} if first else None
-                size = extent(unpack(sent[name]))[1] if first else 0.0
+                size = extent(sent[name])[1] if first and name in sent else 0.0
                 if reason := self._bounds[name].refusal(change, size, others):
                     self._report.refuse(answer.node, number, "training", f"{name}: {reason}")
                     break
@@ -248,22 +262,19 @@ class Rounds:
                     self._bounds[name].take(answer.node, change)
                 yield answer
 
-    def _changes(self, answer: Answer[Trained]) -> dict[str, Change]:
+    def _changes(self, answer: Answer[Trained], local: Local) -> dict[str, Change]:
         """How far a site moved each vector, and by which learning rates."""
-        config, local = self._config, _local(answer.message)
-        epoch = self._sites[answer.node].batches(config.batch_size)
+        keys = self._config.training
+        epoch = self._sites[answer.node].batches(keys.batch_size)
         steps = local.steps or local.epochs * epoch
-        rate = rates(local.lr, config.lr_shape, config.lr_ratio, config.lr_steps, local.cycle, steps=steps, epoch=epoch)
+        rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=epoch)
         total = sum(map(rate, range(steps)))
         return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}
 
 
-def _local(message: Message) -> Local:
-    """What a message asks a site to do."""
-    local = read_order(config_of(message)).local
-    if local is None:
-        raise ValueError("the strategy sends an order without training")
-    return local
+def _sent(message: Message) -> dict[str, Tensor]:
+    """The model in a message; of what goes beside it sites send back something else."""
+    return {name: unpack(array) for name, array in arrays_of(message).items() if name in (X, STATS)}
 
 
 def _named(metrics: dict[int, TrainMetrics] | dict[int, TestMetrics]) -> dict[int, dict[str, float]]:

@@ -1,6 +1,6 @@
 """The laboratory: strategies run and compared in one process, in seconds, from a notebook or a script.
 
-    run = simulate(strategy="fedavg", num_sites=10, partition="dirichlet", world=World(bandwidth_mbps=20))
+    run = simulate(strategy="fedavg", num_sites=10, partition={"kind": "dirichlet"}, world=World(bandwidth_mbps=20))
     comparison = compare({"Co-learning": {}, "FedAvg": {"strategy": "fedavg"}}, seeds=3, num_sites=10)
     comparison.table(); comparison.plot()
 
@@ -29,6 +29,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
+from configuration.config import Config, configuration, flatten
+from configuration.errors import ConfigError
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
 from server_app.events import EVERYBODY, Progress
@@ -38,7 +40,8 @@ from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.world import World
-from strategies.config import PEERS, Config, ConfigError, configuration
+from strategies.method import PeerPlan
+from strategies.methods import METHODS, find
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +65,8 @@ class Run:
 
     def __repr__(self) -> str:
         found = ", ".join(f"{key} {value:.4g}" for key, value in self.summary.items())
-        return f"{self.config.strategy} on {self.config.data}: {found or 'nothing yet'}{'' if self.finished else ', unfinished'}"
+        unfinished = "" if self.finished else ", unfinished"
+        return f"{self.config.strategy} on {self.config.data.source}: {found or 'nothing yet'}{unfinished}"
 
     @property
     def model(self) -> dict[str, Tensor]:
@@ -195,7 +199,7 @@ def simulate(
         world: speed, links and presence of the sites; by default all alike.
         progress: show a bar.
         threads: of torch; ``flwr run`` gives each site one.
-        **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``.
+        **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``, ``training={"lr": 0.1}``.
 
     Raises:
         ConfigError: names the key, its value and what is allowed.
@@ -219,14 +223,14 @@ def simulate(
 def _check_engine(engine: str, config: Config, world: World | None) -> None:
     if engine not in ("app", "batched"):
         raise ConfigError(f"engine = {engine!r}: allowed: 'app', 'batched'")
-    if engine == "batched" and config.strategy not in PEERS:
-        raise ConfigError(f"engine = 'batched': runs peers ({', '.join(PEERS)}), not strategy = {config.strategy!r}")
+    if engine == "batched" and not isinstance(config.plan, PeerPlan):
+        raise ConfigError(f"engine = 'batched': runs peers, not strategy = {config.strategy!r}")
     if engine == "batched" and world is not None:
         raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
 
 
 def _simulate(config: Config, world: World, engine: str, threads: int, watch: Callable[[Progress], None]) -> Run:
-    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.kebab())
+    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.flat())
     history = _Watched(config, watch)
     finished = True
     try:
@@ -349,7 +353,7 @@ def compare(
         world: that all live in; what is random in it follows from the seed.
         processes: by default one a GPU, or one a core where there is none.
         progress: show a bar.
-        **common: run configuration of all.
+        **common: run configuration of all; a method's own section counts where that method runs.
 
     Raises:
         ConfigError: before the first run: names the strategy, the key, its value and what is allowed.
@@ -364,7 +368,7 @@ def compare(
     for name, changes in strategies.items():
         if not isinstance(changes, Mapping) or "seed" in changes:
             raise ConfigError(f"{name}: {changes!r}: a dictionary of the run configuration is expected, without seed (see seeds)")
-        own = {key.replace("_", "-"): value for key, value in (common | dict(changes)).items()}
+        own = _shared(common, changes) | flatten(changes)
         conf = own.pop("conf", None)
         try:
             configs = [configuration(conf, **own, seed=seed) for seed in chosen]
@@ -408,6 +412,14 @@ def compare(
     if len(failures) == len(jobs):
         raise RunError("\n".join(failures))
     return Comparison({name: [found[seed] for seed in chosen if seed in found] for name, found in runs.items() if found})
+
+
+def _shared(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What is common to all, without the sections of other methods than this run's."""
+    flat = flatten(common)
+    strategy = flatten(changes).get("strategy", flat.get("strategy", Config().strategy))
+    others = {method.table for name, method in METHODS.items() if name != strategy} - {find(strategy).table}
+    return {key: value for key, value in flat.items() if key.partition(".")[0] not in others or "." not in key}
 
 
 def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | None, file: Path) -> tuple[str, int, Run | str]:

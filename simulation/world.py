@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from strategies.config import ConfigError
+from configuration.errors import ConfigError
 from strategies.randomness import derive
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]

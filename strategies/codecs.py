@@ -24,10 +24,12 @@ class Codec(NamedTuple):
     Attributes:
         encode: a vector [d] and a generator to draw from, to a payload.
         decode: a payload to a vector [d], of the type that was encoded.
+        exact: whether nothing is lost.
     """
 
     encode: Callable[[Tensor, torch.Generator], Payload]
     decode: Callable[[Payload], Tensor]
+    exact: bool = False
 
 
 def num_bytes(payload: Payload) -> int:
@@ -64,7 +66,7 @@ def codec(name: str, sizes: Sequence[int], *, bits: int, share: float) -> Codec:
 
 def identity() -> Codec:
     """The numbers themselves."""
-    return Codec(lambda vector, _: {"values": vector}, lambda payload: payload["values"])
+    return Codec(lambda vector, _: {"values": vector}, lambda payload: payload["values"], exact=True)
 
 
 def rounded(dtype: torch.dtype) -> Codec:

@@ -53,6 +53,7 @@ class Local(NamedTuple):
         proximal: mu of the pull towards the model that was sent.
         delta: whether the site answers how far it moved (sent minus made) instead of the model it made.
         keep_moments: whether the optimizer's moments stay at the site for its next order.
+        plain: whether the optimizer is SGD without momentum, whatever the configuration says.
     """
 
     lr: float
@@ -62,6 +63,7 @@ class Local(NamedTuple):
     proximal: float = 0.0
     delta: bool = False
     keep_moments: bool = False
+    plain: bool = False
 
 
 # Synchronous rounds.
@@ -95,11 +97,30 @@ class SiteRule(NamedTuple, Generic[M]):
         correct: memory, what the server sent and a gradient [d] to the gradient that is followed; it may be written in place.
         finish: memory, what the server sent, the model [d] at the end and the sum of the learning rates to the new memory and
             the vectors that go back beside the model.
+        sends: the names of these vectors, each [d].
     """
 
     init: Callable[[Tensor], M]
     correct: Callable[[M, Vectors, Tensor], Tensor]
     finish: Callable[[M, Vectors, Tensor, float], tuple[M, Vectors]]
+    sends: tuple[str, ...] = ()
+
+
+class Mean(NamedTuple):
+    """What came back from a round.
+
+    Attributes:
+        vectors: the mean over the sites that answered of each vector that they sent: ``x`` [d] and the site rule's.
+        share: the weight of the sites that answered, of 1 for all.
+    """
+
+    vectors: Vectors
+    share: float
+
+    @property
+    def x(self) -> Tensor:
+        """The mean of the models."""
+        return self.vectors["x"]
 
 
 class RoundPlan(NamedTuple, Generic[S]):
@@ -108,30 +129,46 @@ class RoundPlan(NamedTuple, Generic[S]):
     Attributes:
         init: the server's state at a model [d]; a NamedTuple with a field ``x``.
         instruct: what sites do in a round.
-        absorb: the state after a round, from the mean over the sites of each vector they sent (``x`` [d] and the site rule's).
+        absorb: the state after a round.
         beside: vectors that go to the sites beside the model, by name.
         site: what sites remember; None for nothing.
         weighting: whether sites count the same or by their training examples.
+        pooled: whether there is one site, which holds everybody's data; only in a simulation.
     """
 
     init: Callable[[Tensor], S]
     instruct: Callable[[S, Moment], Local]
-    absorb: Callable[[S, Vectors], S]
+    absorb: Callable[[S, Mean], S]
     beside: Callable[[S], Vectors] = lambda state: {}
     site: SiteRule[Any] | None = None
     weighting: Literal["equal", "samples"] = "equal"
+    pooled: bool = False
 
 
 class AlonePlan(NamedTuple):
     """Sites that learn nothing from each other: yardsticks.
 
     Attributes:
-        instruct: as in :class:`RoundPlan`.
+        instruct: what sites do in a round.
         ensemble: test the mean prediction of all models instead of each site's own.
     """
 
-    instruct: Callable[[Any, Moment], Local]
+    instruct: Callable[[Moment], Local]
     ensemble: bool
+
+
+class ForeignPlan(NamedTuple):
+    """Rounds whose aggregation is another framework's.
+
+    Attributes:
+        build: makes the other framework's object.
+        instruct: what sites do in a round.
+        weighting: as in :class:`RoundPlan`; of BatchNorm statistics, which that object never sees.
+    """
+
+    build: Callable[[], Any]
+    instruct: Callable[[Moment], Local]
+    weighting: Literal["equal", "samples"] = "equal"
 
 
 # Arrivals.
@@ -181,7 +218,7 @@ class Neighbourhood(NamedTuple):
         at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model, which takes a second message.
             ``model``: its own gradients at the neighbours' models.
         rho: radius of sharpness-aware minimization; 0: off.
-        perturbed_by: of gradients in the neighbourhood, who perturbs (:mod:`strategies.peer.cross_gradients`).
+        perturbed_by: of gradients in the neighbourhood, who perturbs (:mod:`strategies.peer.neighbourhood`).
     """
 
     at: Literal["own", "data", "model"] = "own"
@@ -212,7 +249,7 @@ class PeerPlan(NamedTuple):
     exact: bool = False
 
 
-Plan = RoundPlan[Any] | AlonePlan | ArrivalPlan | PeerPlan
+Plan = RoundPlan[Any] | AlonePlan | ForeignPlan | ArrivalPlan | PeerPlan
 K = TypeVar("K", bound=Section)
 
 
@@ -220,13 +257,20 @@ class Method(NamedTuple, Generic[K]):
     """A named method.
 
     Attributes:
-        name: as in the configuration; the section with its keys bears the same name.
-        keys: that section.
+        name: as in the configuration.
+        keys: what it takes.
         plan: what its keys and the run make of it.
-        unused: keys of other sections that have no effect with it, such as ``training.momentum``.
+        unused: keys of other sections that have no effect with it, such as ``training.sam-radius``.
+        section: where its keys stand, by default under its name.
     """
 
     name: str
     keys: type[K]
     plan: Callable[[K, Run], Plan]
     unused: frozenset[str] = frozenset()
+    section: str = ""
+
+    @property
+    def table(self) -> str:
+        """The name of its section."""
+        return self.section or self.name

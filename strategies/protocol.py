@@ -20,6 +20,7 @@ from strategies.method import Local
 from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
 
 MODEL = "model"  # the record with a peer's last model
+SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
 ARRAY_NAME = re.compile(rf"({OFFER}|{TO}\d+)/[a-z0-9.-]{{1,32}}")
@@ -213,25 +214,25 @@ class Order(NamedTuple):
         number: of the round, or of updates so far.
         agreed: what all sites know.
         local: what to do; None in a test.
-        epochs_left: of the run, for a strategy that chooses their number itself.
     """
 
     number: int
     agreed: Agreed
     local: Local | None = None
-    epochs_left: int | None = None
 
 
 def write_order(order: Order) -> ConfigRecord:
     """As a record."""
-    found: dict[str, Any] = {"server-round": order.number, **order.agreed.config()}
-    if (local := order.local) is not None:
-        found |= {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
-        found |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
-        found |= {"proximal-mu": local.proximal} if local.proximal else {}
-        found |= {"reply": "delta"} if local.delta else {}
-    found |= {} if order.epochs_left is None else {"epochs-left": order.epochs_left}
-    return ConfigRecord(found)
+    local = {} if order.local is None else write_local(order.local)
+    return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local})
+
+
+def write_local(local: Local) -> dict[str, bool | int | float | str]:
+    """What a site is to do, as an order says it: what differs from the default."""
+    found: dict[str, bool | int | float | str] = {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
+    found |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
+    found |= {"proximal-mu": local.proximal} if local.proximal else {}
+    return found | {key: True for key in SWITCHES if getattr(local, key.replace("-", "_"))}
 
 
 def read_order(record: ConfigRecord) -> Order:
@@ -246,12 +247,12 @@ def read_order(record: ConfigRecord) -> Order:
         local = Local(
             float(told["lr"]),
             (float(told["cycle-from"]), float(told["cycle-to"])),
-            epochs=0 if "local-steps" in told else int(told["local-epochs"]),
+            epochs=int(told.get("local-epochs", 0)),
             steps=int(told.get("local-steps", 0)),
             proximal=float(told.get("proximal-mu", 0.0)),
-            delta=told.get("reply") == "delta",
+            **{key.replace("-", "_"): bool(told.get(key, False)) for key in SWITCHES},
         )
-    return Order(int(told["server-round"]), Agreed.of(told), local, told.get("epochs-left"))
+    return Order(int(told["server-round"]), Agreed.of(told), local)
 
 
 class PeerOrder(NamedTuple):

@@ -133,7 +133,7 @@ def code_version() -> str:
     """
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for folder in ("client_app", "datasets", "models", "strategies"):
+    for folder in ("client_app", "configuration", "datasets", "models", "strategies"):
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

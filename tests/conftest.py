@@ -14,19 +14,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from client_app.app import app as client_app
+from configuration.config import flatten
 from server_app import plots
 from server_app.app import app as server_app
 from server_app.results import Pictures
 from simulation.grid import run_in_process
+from strategies.methods import find
 
 ROOT = Path(__file__).parent.parent
 mpl.use("agg")
 
 
 def default_config() -> dict[str, Any]:
-    """The defaults of ``pyproject.toml``."""
+    """The defaults of ``pyproject.toml``, as Flower hands them over."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        return dict(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
+        return flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
+
+
+def own(strategy: str, **keys: Any) -> dict[str, Any]:
+    """Those of the keys that a method takes, in its own section."""
+    method = find(strategy)
+    return {f"{method.table}.{key}": value for key, value in keys.items() if key in method.keys.model_fields}
 
 
 class Run(NamedTuple):
@@ -47,8 +55,8 @@ RunApp = Callable[..., Run]
 
 @pytest.fixture
 def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
-    """``run_app(tamper=None, draw=False, local_epochs=1, ...)`` runs the app on digits, small and fast unless told otherwise."""
-    small = {"num-sites": 3, "epochs": 2, "local-epochs": 1, "model": "mlp", "results-dir": str(tmp_path / "runs")}
+    """``run_app(tamper=None, draw=False, epochs=2, ...)`` runs the app on digits, small and fast unless told otherwise."""
+    small = {"num-sites": 3, "epochs": 2, "model.name": "mlp", "results.folder": str(tmp_path / "runs")}
     torch.set_num_threads(1)
 
     def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
@@ -56,7 +64,8 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
             monkeypatch.setattr(Pictures, "draw", lambda pictures: None)
             monkeypatch.setattr(plots, "save", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
-        config = default_config() | small | {key.replace("_", "-"): value for key, value in changes.items()}
+        short = own(changes.get("strategy", "co-learning"), local_epochs=1)
+        config = default_config() | small | flatten(short) | flatten(changes)
         run_in_process(server_app, client_app, config["num-sites"], config, tamper)
         (folder,) = set((tmp_path / "runs").glob("*")) - before
         return read_run(folder)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.asynchronous.rule import BLOCK, Part, ServerRule, Update, Weight
+from strategies.asynchronous.rule import BLOCK, Part, ServerRule, Update, Weight, constant
 
 EPSILON, DECAY = 1e-7, 0.95  # of the mean square of the gradient
 
@@ -39,8 +39,16 @@ class Descent(NamedTuple):
     recent: tuple[tuple[Part, ...], ...]
 
 
-def descent(*, eta: float, beta: float, window: int, weight: Weight, compensation: float, adaptive: bool) -> ServerRule[Descent]:
-    """Asynchronous descent.
+def descent(
+    *,
+    eta: float,
+    beta: float = 0.0,
+    window: int = 1,
+    weight: Weight = constant,
+    compensation: float = 0.0,
+    adaptive: bool = False,
+) -> ServerRule[Descent]:
+    """Asynchronous descent; by default ASGD.
 
     Args:
         eta: the server's factor on the sites' own steps.

@@ -4,7 +4,7 @@
     x       = (1 - alpha_t) x + alpha_t x_site
 
 Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", OPT 2020 (arXiv 1903.03934), algorithm 1. The site's proximal
-term mu/2 |x - base|^2 is ``proximal-mu`` of local training. Differs: none known; alpha_t is made anew from alpha for each arrival.
+term mu/2 |x - base|^2 is ``proximal-mu``. Differs: none known; alpha_t is made anew from alpha for each arrival.
 Special cases: alpha = 1 with constant weight keeps the newest model; alpha = 0 keeps the first.
 """
 
@@ -13,6 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
+from strategies.keys import NotNegative, Share, StalenessKeys
+from strategies.method import ArrivalPlan, Method, Run
 
 
 class Mixing(NamedTuple):
@@ -40,3 +42,21 @@ def fedasync(*, alpha: float, weight: Weight) -> ServerRule[Mixing]:
         return alpha * (2 * x + delta)
 
     return ServerRule(lambda x: Mixing(x.clone(), 0), absorb, reach)
+
+
+class Keys(StalenessKeys):
+    """Of FedAsync."""
+
+    mixing_rate: Share = 0.6
+    """alpha"""
+    proximal_mu: NotNegative = 0.005
+    """pull towards the model that the site was sent"""
+
+
+def plan(keys: Keys, run: Run) -> ArrivalPlan:
+    """Apply everything at once."""
+    rule = fedasync(alpha=keys.mixing_rate, weight=keys.weight())
+    return ArrivalPlan(rule, steps=keys.local_steps, proximal=keys.proximal_mu)
+
+
+METHOD = Method("fedasync", Keys, plan)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.asynchronous.rule import ServerRule, Update, Weight
+from strategies.asynchronous.rule import ServerRule, Update, Weight, polynomial
+from strategies.keys import Above0, ArrivalKeys, NotNegative, Positive
+from strategies.method import ArrivalPlan, Method, Run
 
 
 class Buffer(NamedTuple):
@@ -41,3 +43,24 @@ def fedbuff(*, eta: float, size: int, weight: Weight) -> ServerRule[Buffer]:
         return eta * delta
 
     return ServerRule(lambda x: Buffer(x.clone(), 0, torch.zeros_like(x), 0), absorb, reach)
+
+
+class Keys(ArrivalKeys):
+    """Of FedBuff."""
+
+    buffer_size: Positive = 10
+    """contributions of a step"""
+    server_lr: Above0 = 1.0
+    """factor on the mean of the sites' own steps"""
+    staleness_exponent: NotNegative = 0.5
+    """a of the weights (1 + staleness)^-a"""
+
+
+def plan(keys: Keys, run: Run) -> ArrivalPlan:
+    """Collect what arrives."""
+    weight = polynomial(keys.staleness_exponent)
+    rule = fedbuff(eta=keys.server_lr, size=keys.buffer_size, weight=weight)
+    return ArrivalPlan(rule, steps=keys.local_steps, least=keys.buffer_size)
+
+
+METHOD = Method("fedbuff", Keys, plan)

@@ -11,12 +11,40 @@ doubling, the cap ``T_max`` and the envelope ``g`` are ours; no number of the pa
 Special cases: r = 1, epsilon = 0, g = 1 is FedAvg at a constant rate; epsilon = 0 is CLR alone; r = 1 is ILE alone.
 """
 
-from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Self
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from pydantic import model_validator
+from torch import Tensor
 
-from strategies.averaging.average import CHANGE, Averaging
+from strategies.averaging.mean import relative_change
+from strategies.keys import Above0, NotNegative, Positive, RoundKeys
+from strategies.method import Local, Mean, Method, Moment, RoundPlan, Run
+
+
+class Keys(RoundKeys):
+    """Of Co-learning."""
+
+    local_epochs: Positive = 2
+    """local epochs of the first round"""
+    max_local_epochs: Positive = 16
+    """cap on the local epochs of a round"""
+    epsilon: NotNegative = 0.08
+    """local epochs double when the averaged model's relative change falls to this; 0: never"""
+    lr_envelope: Above0 = 1.0
+    """factor on training.lr from one round to the next"""
+
+    @model_validator(mode="after")
+    def _cap(self) -> Self:
+        if self.max_local_epochs < self.local_epochs:
+            raise ValueError(f"max-local-epochs = {self.max_local_epochs}: at least local-epochs, which is {self.local_epochs}")
+        return self
+
+
+class Cycle(NamedTuple):
+    """The model, and the local epochs of the next round."""
+
+    x: Tensor
+    local_epochs: int
 
 
 def next_local_epochs(local_epochs: int, change: float, epsilon: float, largest: int) -> int:
@@ -24,48 +52,18 @@ def next_local_epochs(local_epochs: int, change: float, epsilon: float, largest:
     return max(local_epochs, min(2 * local_epochs, largest)) if epsilon > 0 and change <= epsilon else local_epochs
 
 
-class CoLearning(Averaging):
-    """Averaging with a cyclical learning rate (CLR) and an increasing number of local epochs (ILE).
+def plan(keys: Keys, run: Run) -> RoundPlan[Cycle]:
+    """A whole cycle of the rate in each round; where the mean hardly moved, local epochs double from the next round on."""
 
-    Args:
-        shares: each node's share in the mean; together 1.
-        lr: the rate at the start of the first cycle.
-        envelope: factor on ``lr`` from one cycle to the next.
-        local_epochs: of the first round.
-        max_local_epochs: cap on the growth.
-        epsilon: relative change of the average at or below which local epochs double.
-    """
+    def instruct(state: Cycle, moment: Moment) -> Local:
+        epochs = min(state.local_epochs, round(moment.total - moment.done))
+        return Local(run.lr * keys.lr_envelope ** (moment.round_number - 1), (0.0, 1.0), epochs=epochs)
 
-    def __init__(
-        self,
-        shares: Mapping[int, float],
-        *,
-        lr: float,
-        envelope: float,
-        local_epochs: int,
-        max_local_epochs: int,
-        epsilon: float,
-    ) -> None:
-        super().__init__(shares)
-        self.local_epochs = local_epochs
-        self._lr, self._envelope = lr, envelope
-        self._max_local_epochs, self._epsilon = max_local_epochs, epsilon
+    def absorb(state: Cycle, mean: Mean) -> Cycle:
+        change = relative_change(mean.x, state.x)
+        return Cycle(mean.x, next_local_epochs(state.local_epochs, change, keys.epsilon, keys.max_local_epochs))
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """A whole cycle of the rate in each round; ``epochs-left``, where given, bounds the local epochs."""
-        left = config.get("epochs-left", self.local_epochs)
-        assert isinstance(left, int)
-        cycle = ConfigRecord(dict(config))
-        cycle["local-epochs"] = min(self.local_epochs, left)
-        cycle["lr"] = self._lr * self._envelope ** (server_round - 1)
-        cycle["cycle-from"], cycle["cycle-to"] = 0.0, 1.0
-        return super().configure_train(server_round, arrays, cycle, grid)
+    return RoundPlan(lambda x: Cycle(x, keys.local_epochs), instruct, absorb, weighting=keys.weighting)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean; where it hardly moved, local epochs double from the next round on."""
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if metrics is not None:
-            change = metrics[CHANGE]
-            assert isinstance(change, float)
-            self.local_epochs = next_local_epochs(self.local_epochs, change, self._epsilon, self._max_local_epochs)
-        return arrays, metrics
+
+METHOD = Method("co-learning", Keys, plan)

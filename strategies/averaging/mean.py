@@ -54,6 +54,15 @@ def extent(x: Tensor, origin: Tensor | None = None) -> tuple[float, float]:
     return torch.stack(largest).amax().item(), torch.stack(norms).double().square().sum().sqrt().item()
 
 
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """``|x' - x| / |x|``, Euclidean norms over all trainable parameters [d]; in blocks, so that no third vector is needed."""
+    moved = size = 0.0
+    for a, b in zip(new.split(1 << 18), old.split(1 << 18), strict=True):
+        moved += torch.dist(a, b).item() ** 2
+        size += torch.linalg.vector_norm(b).item() ** 2
+    return math.sqrt(moved) / (math.sqrt(size) + 1e-12)
+
+
 class StreamingMean:
     """Keeps one 64-bit integer a coordinate: with the vector being added, the memory of three float32 models."""
 
@@ -74,6 +83,11 @@ class StreamingMean:
             else:
                 target.add_(self._whole[: source.numel()].copy_(product))
         self._shares.append(share)
+
+    @property
+    def share(self) -> float:
+        """Of what was added, together."""
+        return math.fsum(self._shares)
 
     def result(self) -> Tensor:
         """The mean of what was added, float32; the end of this object, whose memory becomes the mean's.

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from strategies.averaging.average import CHANGE, relative_change
-from strategies.averaging.mean import StreamingMean
+from strategies.averaging.average import CHANGE
+from strategies.averaging.mean import StreamingMean, relative_change
 from strategies.records import ARRAYS, STATS, X, arrays_of, pack, unpack
 
 

@@ -42,21 +42,6 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
     mix: Callable[[S, Vectors, Vectors], S]
 
 
-def gossip_round(algorithm: PeerAlgorithm[S], state: S, gradient: Callable[[Tensor], Tensor], lr: float, mixing: Tensor) -> S:
-    """One local step and one exchange of all n peers, in the open.
-
-    Args:
-        algorithm: of all peers.
-        state: its tensors are [n, d].
-        gradient: [n, d] to [n, d], each row by its own peer.
-        lr: learning rate.
-        mixing: W [n, n].
-    """
-    state = algorithm.descend(state, gradient(state.x), lr)
-    sent = algorithm.outgoing(state)
-    return exchange(algorithm, state, sent, tuple(mixing.to(vector) @ vector for vector in sent), 1.0)
-
-
 def exchange(algorithm: PeerAlgorithm[S], state: S, sent: Vectors, mixed: Vectors, gamma: float) -> S:
     """The exchange with averaging rate ``gamma``: ``x + gamma (mixed - sent)`` where plain averaging has ``x + mixed - sent``."""
     if gamma != 1:

@@ -28,11 +28,15 @@ class Channel(NamedTuple):
         init: memory for vectors like this one; empty where nothing is remembered.
         encode: memory, vector [d] and a generator to the payload, the new memory, and the vector as neighbours have it.
         decode: a neighbour's payload and the last vector that came from it (zeros at first) to the vector that came now.
+        exact: whether neighbours have exactly what was offered, so that nothing needs to be remembered.
+        chained: whether a payload goes on from the one before it, which a neighbour must have.
     """
 
     init: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor, Tensor, torch.Generator], tuple[Payload, Tensor, Tensor]]
     decode: Callable[[Payload, Tensor], Tensor]
+    exact: bool = False
+    chained: bool = False
 
 
 def channel(codec: Codec, feedback: str) -> Channel:
@@ -55,9 +59,9 @@ def channel(codec: Codec, feedback: str) -> Channel:
 
     match feedback:
         case "none":
-            return Channel(lambda vector: vector.new_empty(0), plain, lambda payload, _: codec.decode(payload))
+            return Channel(lambda vector: vector.new_empty(0), plain, lambda payload, _: codec.decode(payload), exact=codec.exact)
         case "deep-squeeze":
             return Channel(torch.zeros_like, squeezed, lambda payload, _: codec.decode(payload))
         case "choco":
-            return Channel(torch.zeros_like, difference, lambda payload, last: last + codec.decode(payload))
+            return Channel(torch.zeros_like, difference, lambda payload, last: last + codec.decode(payload), chained=True)
     raise ValueError(f"feedback {feedback!r}: {', '.join(FEEDBACKS)}")

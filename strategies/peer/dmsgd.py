@@ -16,12 +16,16 @@ Trap: in the position form, disagreement itself has momentum, and grows where W 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from strategies.keys import Decay, PeerKeys
+from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.algorithm import PeerAlgorithm, Vectors
+from strategies.topology import Topology, TopologyError
 
 
 class HeavyBall(NamedTuple):
@@ -72,3 +76,36 @@ def growth(matrices: Sequence[Tensor], *, beta: float, omega: float) -> float:
         momentum = beta * ((1 - omega) * apart + omega * w)
         product = torch.cat([torch.cat([w + momentum, -momentum], 1), torch.cat([apart, torch.zeros_like(w)], 1)]) @ product
     return float(torch.linalg.eigvals(product).abs().max() ** (1 / len(matrices)))
+
+
+class Keys(PeerKeys):
+    """Of DMSGD."""
+
+    momentum: Decay = 0.9
+    """beta"""
+    consensus_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """omega, weight of the neighbourhood's momentum; 0: own momentum, 1: the neighbourhood's"""
+    form: Literal["position", "velocity"] = "position"
+    """position: Polyak's heavy ball; velocity: momentum of gradients"""
+
+
+def plan(keys: Keys, run: Run) -> PeerPlan:
+    """Heavy ball, and a topology on which disagreement shrinks."""
+
+    def check(topology: Topology, rate: float) -> None:
+        if keys.form == "velocity":
+            return
+        mixing = [torch.lerp(torch.eye(len(w), dtype=w.dtype), w, rate) for w in topology.matrices]
+        factor = growth(mixing, beta=keys.momentum, omega=keys.consensus_weight)
+        if factor > 1 + 1e-6:
+            raise TopologyError(
+                f"dmsgd.momentum = {keys.momentum:g}, dmsgd.consensus-weight = {keys.consensus_weight:g}: disagreement grows by "
+                f"{factor:.3g} an exchange in dmsgd's position form on this topology; topology.lazy = true, "
+                "dmsgd.form = 'velocity' or a smaller momentum may help"
+            )
+
+    algorithm = dmsgd(beta=keys.momentum, omega=keys.consensus_weight, velocity=keys.form == "velocity")
+    return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, check)
+
+
+METHOD = Method("dmsgd", Keys, plan)

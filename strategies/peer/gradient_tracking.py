@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from strategies.keys import PeerKeys
+from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
@@ -46,3 +48,16 @@ def gradient_tracking(*, adapt_first: bool) -> PeerAlgorithm[Tracking]:
         return Tracking(x, state.start if adapt_first else x, state.y + (mixed[1] - sent[1]), state.g)
 
     return PeerAlgorithm(init, descend, outgoing, mix)
+
+
+class Keys(PeerKeys):
+    """Gradient tracking takes what every peer takes."""
+
+
+def plan(keys: Keys, run: Run) -> PeerPlan:
+    """Adapt, then combine; trackers would carry on every error of a codec."""
+    algorithm = gradient_tracking(adapt_first=True)
+    return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, exact=True)
+
+
+METHOD = Method("gradient-tracking", Keys, plan)

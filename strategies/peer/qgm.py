@@ -1,14 +1,12 @@
-"""Quasi-global momentum: momentum fed by how the model moved across an exchange.
+"""QGM, quasi-global momentum: momentum fed by how the model moved across an exchange.
 
     m      = beta m_hat + g
     x_half = x - lr m, or with Nesterov x - lr (g + beta m)
     x_new  = sum_j w_ij x_half_j
     m_hat  = mu m_hat + (1 - mu) (x - x_new) / lr
 
-Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021, and its code. With sharpness-aware gradients it is
-Q-SADDLe (Choudhary, Aketi, Roy, WACV 2025, arXiv 2405.13961), **reconstructed from the abstract**: SAM perturbs by the peer's own
-gradient at its own model, and changes nothing else. Differs: with several local steps, the move is divided by the sum of their
-learning rates.
+Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021, and its code. Differs: with several local steps, the
+move is divided by the sum of their learning rates.
 Special cases: beta = mu = 0 is D-PSGD; W = I is SGD with quasi-hyperbolic momentum.
 """
 
@@ -17,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from strategies.keys import Decay, MomentumKeys, PeerKeys
+from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
@@ -56,3 +56,19 @@ def qgm(*, beta: float, mu: float, nesterov: bool) -> PeerAlgorithm[Quasi]:
         return Quasi(x, x, torch.lerp(moved, state.m_hat, mu), torch.zeros_like(state.lr))
 
     return PeerAlgorithm(init, descend, outgoing, mix)
+
+
+class Keys(PeerKeys, MomentumKeys):
+    """Of QGM."""
+
+    decay: Decay = 0.9
+    """mu of the quasi-global momentum; the authors take that of momentum"""
+
+
+def plan(keys: Keys, run: Run) -> PeerPlan:
+    """Adapt, then combine."""
+    algorithm = qgm(beta=keys.momentum, mu=keys.decay, nesterov=keys.nesterov)
+    return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps)
+
+
+METHOD = Method("qgm", Keys, plan)

@@ -9,23 +9,26 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from strategies.config import OWN_STRATEGIES, PEERS, Config, shipped_strategies
-from tests.conftest import RunApp, default_config
+from configuration.checks import kind_of
+from configuration.config import Config, configuration
+from strategies.methods import METHODS
+from tests.conftest import RunApp, default_config, own
 
 ARGUMENTS = {"QFedAvg": "client_learning_rate=0.05", "FedAdam": "eta=0.01", "FedYogi": "eta=0.01", "FedAdagrad": "eta=0.01"}
 
 
 # Peers have tests of their own.
-@pytest.mark.parametrize("strategy", [*(name for name in OWN_STRATEGIES if name not in PEERS), *shipped_strategies()])
+@pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) not in ("peers", "arrivals")])
 def test_every_strategy_learns_by_its_name(strategy: str, run_app: RunApp) -> None:
-    run = run_app(strategy=strategy, strategy_arguments=ARGUMENTS.get(strategy, ""), epochs=4, num_sites=4)
+    arguments = own(strategy, arguments=ARGUMENTS.get(strategy, ""))
+    run = run_app(strategy=strategy, epochs=4, num_sites=4, **arguments)
     losses = run.trace("loss")
     assert losses[-1] < losses[0] < 2.5  # nine tenths of guessing: log(10) = 2.3
     assert run.trace("accuracy")[-1] > 0.5
 
 
 def test_metrics_are_tidy_and_read_in_one_line(run_app: RunApp) -> None:
-    run = run_app(epochs=3, epsilon=0.0)
+    run = run_app(epochs=3, co_learning={"epsilon": 0.0})
     metrics = pd.read_csv(run.folder / "metrics.csv")
     assert list(metrics.columns) == ["round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value"]
     assert not metrics.isna().any().any()
@@ -39,7 +42,7 @@ def test_metrics_are_tidy_and_read_in_one_line(run_app: RunApp) -> None:
 
 
 def test_bytes_are_one_vector_each_way_and_message(run_app: RunApp) -> None:
-    run = run_app(epochs=2, epsilon=0.0)
+    run = run_app(epochs=2, co_learning={"epsilon": 0.0})
     model = 4 * sum(value.numel() for value in run.model.values())
     last = run.metrics.query("round == 2 and split == 'test' and site == 'all'").iloc[0]
     # Up: two models a site. Down: two for training, two for the test. The rest is metrics and configuration.
@@ -48,16 +51,16 @@ def test_bytes_are_one_vector_each_way_and_message(run_app: RunApp) -> None:
 
 
 def test_folder_holds_the_configuration_that_runs_again(run_app: RunApp) -> None:
-    run = run_app(epochs=1, lr=0.03)
+    run = run_app(epochs=1, training={"lr": 0.03})
     with (run.folder / "config.toml").open("rb") as file:
         config = tomllib.load(file)
-    assert config.keys() == default_config().keys()
-    assert Config.read(config).lr == 0.03
+    assert Config.read(config) == configuration(**config)
+    assert config["training.lr"] == 0.03
     assert run.folder.is_absolute()
 
 
 def test_two_runs_in_one_second_have_a_folder_each(run_app: RunApp) -> None:
-    assert len({run_app(epochs=1, model="mlp").folder for _ in range(2)}) == 2
+    assert len({run_app(epochs=1, model={"name": "mlp"}).folder for _ in range(2)}) == 2
 
 
 def test_pictures_are_drawn(run_app: RunApp) -> None:
@@ -70,7 +73,7 @@ def test_pictures_are_drawn(run_app: RunApp) -> None:
 
 
 def test_progress_and_table_are_printed(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_app(epochs=2, epsilon=0.0)
+    run = run_app(epochs=2, co_learning={"epsilon": 0.0})
     printed = capsys.readouterr().out
     assert "co-learning: 3 sites, 1,437 training examples of digits (1, 8, 8) in 10 classes" in printed
     assert "round   1 | epoch 1/2 (+1) | lr 0.05 to 0.014" in printed
@@ -82,11 +85,23 @@ def test_progress_and_table_are_printed(run_app: RunApp, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": "resnet20", "norm": "group"},
-        {"model": "cnn", "precision": "bfloat16", "channels_last": True},
-        {"model": "cnn", "augment": "flip-crop", "clip_norm": 1.0, "nesterov": True},
-        {"model": "cnn", "partition": "dirichlet-equal", "dirichlet_alpha": 0.1, "lr_shape": "cosine", "lr_steps": "epoch"},
-        {"model": "cnn", "sam_radius": 0.05, "optimizer": "adamw", "lr": 0.002, "lr_shape": "linear"},
+        {"model.name": "resnet20", "model.norm": "group"},
+        {"model.name": "cnn", "computing.precision": "bfloat16", "computing.channels-last": True},
+        {"model.name": "cnn", "data.augment": "flip-crop", "training.clip-norm": 1.0, "training.nesterov": True},
+        {
+            "model.name": "cnn",
+            "partition.kind": "dirichlet-equal",
+            "partition.alpha": 0.1,
+            "training.lr-shape": "cosine",
+            "training.lr-steps": "epoch",
+        },
+        {
+            "model.name": "cnn",
+            "training.sam-radius": 0.05,
+            "training.optimizer": "adamw",
+            "training.lr": 0.002,
+            "training.lr-shape": "linear",
+        },
     ],
     ids=str,
 )
@@ -96,7 +111,10 @@ def test_switches_of_local_training_learn(changes: dict[str, Any], run_app: RunA
 
 
 def test_compiled_network_learns_the_same(run_app: RunApp) -> None:
-    plain, compiled = run_app(model="cnn", num_sites=2), run_app(model="cnn", num_sites=2, compile=True)
+    plain, compiled = (
+        run_app(model={"name": "cnn"}, num_sites=2),
+        run_app(model={"name": "cnn"}, computing={"compile": True}, num_sites=2),
+    )
     assert compiled.trace("loss", "train") == pytest.approx(plain.trace("loss", "train"), rel=0.05)
     assert compiled.trace("loss", "train")[1] < compiled.trace("loss", "train")[0]
 
@@ -115,14 +133,19 @@ def test_table_with_natural_sites_is_named_after_its_files(
         table = pd.DataFrame({"a": values[:, 0], "b": values[:, 1], "sick": (values[:, 0] > values[:, 1]).long()})
         table.loc[:5, "b"] = None
         table.to_csv(folder / f"{name}.csv", index=False)
-    run = run_app(data="csv", data_path=str(folder), label="sick", partition="natural", epochs=40, batch_size=8)
+    run = run_app(
+        data={"source": "csv", "path": str(folder), "label": "sick"},
+        partition={"kind": "natural"},
+        training={"batch_size": 8},
+        epochs=40,
+    )
     assert run.trace("accuracy")[-1] > 0.85
     assert "bern: of 80 rows, missing values in b (6): filled with the mean of all sites" in caplog.text
 
 
 def test_classes_that_only_some_sites_have_are_counted_alike(run_app: RunApp) -> None:
     """Sites with four of ten classes each: a site that counted its own from 0 would be right on four of ten at best."""
-    run = run_app(partition="classes", classes_per_site=4, epochs=12, lr=0.02)
+    run = run_app(partition={"kind": "classes", "classes_per_site": 4}, training={"lr": 0.02}, epochs=12)
     assert run.trace("accuracy")[-1] > 0.6
 
 
@@ -132,6 +155,6 @@ def test_relative_results_folder_is_made_absolute(run_app: RunApp, tmp_path: Pat
     from server_app.app import app as server_app
     from simulation.grid import run_in_process
 
-    run_in_process(server_app, client_app, 2, default_config() | {"num-sites": 2, "epochs": 2, "model": "mlp"})
+    run_in_process(server_app, client_app, 2, default_config() | {"num-sites": 2, "epochs": 2, "model.name": "mlp"})
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "model.safetensors").exists()

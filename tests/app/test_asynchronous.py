@@ -11,17 +11,26 @@ from flwr.app import Error, Message
 from matplotlib.image import imread
 
 from client_app.app import app as client_app
+from configuration.checks import kind_of
+from configuration.config import configuration
 from server_app.app import run as run_server
 from server_app.census import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.laboratory import Run, simulate
 from simulation.world import Lognormal, World
-from strategies.config import ASYNCHRONOUS, configuration
-from tests.conftest import RunApp
+from strategies.methods import METHODS
+from tests.conftest import RunApp, own
 
 UNEQUAL = World(samples_per_s=Lognormal(median=100, sigma=0.7))
-SMALL: dict[str, Any] = {"num_sites": 4, "epochs": 6, "model": "mlp", "lr": 0.05, "lr_ratio": 1.0, "progress": False}
+SMALL: dict[str, Any] = {
+    "num_sites": 4,
+    "epochs": 6,
+    "model.name": "mlp",
+    "training.lr": 0.05,
+    "training.lr-ratio": 1.0,
+    "progress": False,
+}
 TOTAL = 6 * 48  # updates: four sites of 12 batches
 
 
@@ -39,9 +48,9 @@ def staleness(found: Run) -> Counter[int]:
     return Counter({int(str(name).removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
 
 
-@pytest.mark.parametrize("strategy", ASYNCHRONOUS)
+@pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "arrivals"])
 def test_every_asynchronous_strategy_learns_by_its_name(strategy: str) -> None:
-    found = run(strategy=strategy, epochs=24, local_steps=3, momentum=0.0, buffer_size=4)
+    found = run(strategy=strategy, epochs=24, training={"momentum": 0.0}, **own(strategy, local_steps=3, buffer_size=4))
     assert found.finished
     assert found.history["accuracy"].iloc[-1] > 0.7
     assert sum(updates(found)) == 24 * 48 / 3
@@ -49,12 +58,12 @@ def test_every_asynchronous_strategy_learns_by_its_name(strategy: str) -> None:
 
 @pytest.mark.parametrize("base", ["dc-asgd-c", "dc-asgd-a", "adam", "rmsprop"])
 def test_gsgm_stands_on_other_optimizers(base: str) -> None:
-    found = run(strategy="gsgm", epochs=10, base_optimizer=base, server_lr=0.003 if base in ("adam", "rmsprop") else 1.0)
+    found = run(strategy="gsgm", epochs=10, gsgm={"base": base, "server_lr": 0.003 if base in ("adam", "rmsprop") else 1.0})
     assert found.history["accuracy"].iloc[-1] > 0.7
 
 
 def test_gsgm_with_everything_off_is_asgd_bit_for_bit() -> None:
-    gsgm, asgd = run(strategy="gsgm", window=1, server_momentum=0.0, slack=1e9), run(strategy="asgd")
+    gsgm, asgd = run(strategy="gsgm", gsgm={"window": 1, "momentum": 0.0, "slack": 1e9}), run(strategy="asgd")
     assert all(torch.equal(gsgm.model[name], asgd.model[name]) for name in asgd.model)
     assert gsgm.metrics.equals(asgd.metrics)
 
@@ -78,7 +87,7 @@ def test_white_list_is_even_and_bounds_staleness_where_asgd_does_neither() -> No
 
 
 def test_waiting_for_the_slowest_costs_time_and_the_local_reading_uses_it() -> None:
-    asgd, strict, local = run(strategy="asgd"), run(strategy="gsgm"), run(strategy="gsgm", schedule="local")
+    asgd, strict, local = run(strategy="asgd"), run(strategy="gsgm"), run(strategy="gsgm", gsgm={"schedule": "local"})
     assert strict.summary["hours"] > 1.3 * asgd.summary["hours"]
     counts = [sum(updates(local, str(site))) for site in range(4)]
     assert max(counts) - min(counts) <= 1
@@ -87,7 +96,7 @@ def test_waiting_for_the_slowest_costs_time_and_the_local_reading_uses_it() -> N
 
 
 def test_slack_trades_evenness_for_time() -> None:
-    strict, loose = run(strategy="gsgm"), run(strategy="gsgm", slack=10.0)
+    strict, loose = run(strategy="gsgm"), run(strategy="gsgm", gsgm={"slack": 10.0})
     counts = [sum(updates(loose, str(site))) for site in range(4)]
     assert 1 < max(counts) - min(counts) <= 11
     assert loose.summary["hours"] < strict.summary["hours"]
@@ -142,29 +151,29 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
     def all_but_one(number: int, message: Message, reply: Message) -> Message:
         return spoil(number)(number, message, reply) if number > 0 else reply
 
-    config = configuration(strategy="gsgm", num_sites=3, epochs=2, model="mlp")
+    config = configuration(strategy="gsgm", num_sites=3, epochs=2, model={"name": "mlp"})
     history = History(config)
     with pytest.raises(RunError, match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1: loss is nan"):
-        run_server(VirtualGrid(client_app, World().sites(3, 1), config.kebab(), all_but_one), config, history)
+        run_server(VirtualGrid(client_app, World().sites(3, 1), config.flat(), all_but_one), config, history)
 
 
-AWAY: dict[str, Any] = {"strategy": "gsgm", "num_sites": 2, "min_sites": 1, "epochs": 2, "batch_size": 64}
+AWAY: dict[str, Any] = {"strategy": "gsgm", "num_sites": 2, "min_sites": 1, "epochs": 2, "training.batch-size": 64}
 
 
 def test_test_that_nobody_can_take_is_not_waited_for() -> None:
     world = World(samples_per_s=[64, 0.5], offline={0: [(100, 400)], 1: [(100, 400)]})
-    assert run(world, **AWAY, evaluate_every=1, timeout_s=36000.0).finished
+    assert run(world, **AWAY, results={"evaluate_every": 1}, timeout_s=36000.0).finished
 
 
 def test_site_that_is_back_is_sent_one_message_not_two() -> None:
     """Its contribution of before is applied while it is away, which alone would send it the newest model."""
     world = World(samples_per_s=[64, 0.5], offline={0: [(10, 100)]})
-    assert run(world, **AWAY, schedule="local").finished
+    assert run(world, **AWAY, gsgm={"schedule": "local"}).finished
 
 
 def test_site_that_died_at_work_is_missed_even_where_sites_come_and_go() -> None:
     world = World(offline={0: [(5, math.inf)]}, samples_per_s=50, mean_up_s=1000, mean_down_s=30)
-    found = run(world, strategy="gsgm", epochs=2, evaluate_every=4)
+    found = run(world, strategy="gsgm", epochs=2, results={"evaluate_every": 4})
     assert found.finished
     assert found.summary["hours"] < 0.1  # not the timeout
 
@@ -185,18 +194,20 @@ def test_site_that_fails_and_then_is_gone_counts_once() -> None:
         training = message.metadata.message_type == "train"
         return Message(Error(2, "out of memory"), reply_to=message) if number == 3 and training else reply
 
-    config = configuration(strategy="asgd", num_sites=4, min_sites=3, epochs=8, model="mlp", timeout_s=50.0, evaluate_every=20)
+    config = configuration(
+        strategy="asgd", num_sites=4, min_sites=3, epochs=8, model={"name": "mlp"}, results={"evaluate_every": 20}, timeout_s=50.0
+    )
     history = History(config)
     sites = World(samples_per_s=100, offline={3: [(2.0, math.inf)]}).sites(4, 1)
-    run_server(VirtualGrid(client_app, sites, config.kebab(), fail), config, history)
+    run_server(VirtualGrid(client_app, sites, config.flat(), fail), config, history)
     assert sum(history.metrics.query("metric == 'updates' and site == 'all'")["value"]) == 8 * 48
 
 
 def test_budget_that_holds_no_update_is_refused() -> None:
     with pytest.raises(RunError, match="local-steps = 1000: epochs = 2 have 96 batches; at most these"):
-        run(strategy="gsgm", local_steps=1000, epochs=2)
-    with pytest.raises(RunError, match="buffer-size = 100: epochs = 2 have 96 contributions; at most these"):
-        run(strategy="fedbuff", buffer_size=100, epochs=2)
+        run(strategy="gsgm", gsgm={"local_steps": 1000}, epochs=2)
+    with pytest.raises(RunError, match="epochs = 2: 96 contributions, and fedbuff needs 100 for a step"):
+        run(strategy="fedbuff", fedbuff={"buffer_size": 100}, epochs=2)
 
 
 def test_results_show_staleness_and_contributions(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +222,8 @@ def test_results_show_staleness_and_contributions(run_app: RunApp, capsys: pytes
 
 
 def test_batch_norm_statistics_are_averaged_too() -> None:
-    found = run(strategy="gsgm", model="resnet20", data="tests.equivalence.test_averaging:few", num_sites=2, epochs=2)
+    found = run(
+        strategy="gsgm", model={"name": "resnet20"}, data={"source": "tests.equivalence.test_averaging:few"}, num_sites=2, epochs=2
+    )
     assert not torch.equal(found.model["stem.1.running_mean"], torch.zeros(16))
     assert (found.model["stem.1.running_var"] > 0).all()

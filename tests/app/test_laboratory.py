@@ -9,13 +9,21 @@ import pandas as pd
 import pytest
 import torch
 
+from configuration.config import configuration, flatten
+from configuration.errors import ConfigError
 from server_app.census import RunError
 from simulation.laboratory import Comparison, Run, compare, simulate
 from simulation.world import Lognormal, World
-from strategies.config import ConfigError, configuration
 from tests.conftest import ROOT, RunApp
 
-SMALL: dict[str, Any] = {"num_sites": 3, "epochs": 4, "local_epochs": 1, "epsilon": 0.0, "model": "mlp", "progress": False}
+SMALL: dict[str, Any] = {
+    "num_sites": 3,
+    "epochs": 4,
+    "co-learning.local-epochs": 1,
+    "co-learning.epsilon": 0.0,
+    "model.name": "mlp",
+    "progress": False,
+}
 ROUGH = World(
     samples_per_s=Lognormal(median=200, sigma=1), bandwidth_mbps=1, latency_ms=Lognormal(median=50, sigma=0.5), jitter=0.5
 )
@@ -40,7 +48,7 @@ def test_world_changes_the_time_and_nothing_else_where_all_sites_take_part() -> 
 
 
 def test_it_is_the_app_that_runs(run_app: RunApp) -> None:
-    written = run_app(local_epochs=1, epochs=4, epsilon=0.0)
+    written = run_app(co_learning={"epsilon": 0.0}, epochs=4)
     run = simulate(**SMALL)
     pd.testing.assert_frame_equal(run.metrics, Run.load(written.folder).metrics)
     assert all(torch.equal(run.model[name], written.model[name]) for name in run.model)
@@ -58,7 +66,9 @@ def test_time_of_a_round_by_hand() -> None:
 
 def test_sam_takes_twice_the_time() -> None:
     world = World(samples_per_s=10, bandwidth_mbps=1e6, latency_ms=0)
-    plain, sharp = (simulate(**SMALL, world=world, sam_radius=rho).metrics.query("split == 'train'") for rho in (0.0, 0.05))
+    plain, sharp = (
+        simulate(**SMALL, world=world, training={"sam_radius": rho}).metrics.query("split == 'train'") for rho in (0.0, 0.05)
+    )
     assert sharp["seconds"].iloc[0] == pytest.approx(2 * plain["seconds"].iloc[0], rel=1e-4)
 
 
@@ -86,8 +96,8 @@ def test_run_that_cannot_go_on_ends_at_once_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": -1.0}, "lr = -1.0: must be greater than 0"),
-        ({"local_epoch": 3}, "local-epoch = 3: unknown key; did you mean 'local-epochs'"),
+        ({"training.lr": -1.0}, "training.lr = -1.0: must be greater than 0"),
+        ({"local_epoch": 3}, "local-epoch = 3: unknown key; did you mean 'co-learning.local-epochs'"),
         ({"seed": 3}, "{'seed': 3}: a dictionary of the run configuration is expected, without seed"),
         ({"conf": "conf/nothing.toml"}, "conf = 'conf/nothing.toml': there is no such file"),
         ({"world": World(samples_per_s=[1, 2])}, r"samples_per_s = \[1.0, 2.0\]: 2 values for 3 sites"),
@@ -102,8 +112,8 @@ def test_wrong_configuration_is_named_before_anything_runs(changes: dict[str, An
 
 def test_files_of_conf_are_the_base_of_a_run() -> None:
     config = configuration("conf/krum.toml", num_sites=9)
-    told = tomllib.loads((ROOT / "conf/krum.toml").read_text())
-    assert {key: config.kebab()[key] for key in told} == told
+    told = flatten(tomllib.loads((ROOT / "conf/krum.toml").read_text()))
+    assert {key: config.flat()[key] for key in told} == told
     assert config.num_sites == 9
 
 
@@ -160,7 +170,7 @@ def test_number_of_processes_changes_no_result(comparison: Comparison) -> None:
 
 
 def test_run_that_fails_is_left_out_of_a_comparison_by_name() -> None:
-    strategies = {"fine": {}, "lost": {"data": "csv", "data_path": "/nowhere"}}
+    strategies = {"fine": {}, "lost": {"data.source": "csv", "data.path": "/nowhere"}}
     with pytest.warns(UserWarning, match=r"lost, seed 1: 0 sites can take part.*no such file.*left out"):
         found = compare(strategies, seeds=1, processes=1, **SMALL)
     assert list(found.runs) == ["fine"]
@@ -169,7 +179,7 @@ def test_run_that_fails_is_left_out_of_a_comparison_by_name() -> None:
 
 
 def test_run_that_diverges_does_not_spoil_the_table() -> None:
-    diverging = {"strategy": "FedAdam", "strategy_arguments": "eta=1e38"}
+    diverging = {"strategy": "FedAdam", "flower.arguments": "eta=1e38"}
     with pytest.warns(UserWarning, match="diverging, seed 1: round 1: FedAdam: the model diverged"):
         found = compare({"fine": {}, "diverging": diverging}, seeds=1, processes=1, **(SMALL | {"epochs": 1}))
     text = found.text()

@@ -11,11 +11,11 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from client_app.app import app as client_app
+from configuration.errors import ConfigError
 from server_app.app import app as server_app
 from server_app.census import RunError
 from simulation.grid import VirtualGrid, run_in_process
 from simulation.world import World
-from strategies.config import ConfigError
 from strategies.records import pack
 from tests.conftest import RunApp, default_config, read_run
 
@@ -140,7 +140,7 @@ def test_site_comes_back(run_app: RunApp) -> None:
     def first_lost(reply: Message) -> Message | None:
         return reply if next(rounds) else None
 
-    run = run_app(spoil(1, first_lost), epochs=3, epsilon=0.0)
+    run = run_app(spoil(1, first_lost), epochs=3, co_learning={"epsilon": 0.0})
     trained = run.metrics[(run.metrics["site"] == "1") & (run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
     assert list(trained["round"]) == [2, 3]
 
@@ -163,7 +163,7 @@ def test_too_few_sites_stop_the_run_and_leave_what_was_reached(strategy: str, ru
 
 
 def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
-    config = default_config() | {"num-sites": 2, "results-dir": str(tmp_path / "runs")} | changes
+    config = default_config() | {"num-sites": 2, "results.folder": str(tmp_path / "runs")} | changes
     grid = VirtualGrid(client_app, World().sites(2, 0), config)
     sent: list[Message] = []
     push = grid.push_messages
@@ -179,25 +179,28 @@ def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
 
 
 def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> None:
-    assert messages_sent({"lr": 0.0}, tmp_path) == 0
-    assert messages_sent({"results-dir": "/proc/runs"}, tmp_path) == 0
+    assert messages_sent({"training.lr": 0.0}, tmp_path) == 0
+    assert messages_sent({"results.folder": "/proc/runs"}, tmp_path) == 0
     assert not (tmp_path / "runs").exists()
 
 
 def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> None:
-    assert messages_sent({"data": "csv", "data-path": "/nowhere"}, tmp_path) == 2  # the census
-    assert messages_sent({"model": "vgg11"}, tmp_path) == 2
+    assert messages_sent({"data.source": "csv", "data.path": "/nowhere"}, tmp_path) == 2  # the census
+    assert messages_sent({"model.name": "vgg11"}, tmp_path) == 2
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "csv", "data_path": "/nowhere"}, "0 sites can take part, min-sites = 2. SourceError: data-path = '/nowhere'"),
-        ({"partition": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
-        ({"partition": "classes", "classes_per_site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
-        ({"device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: device = 'cuda:99'"),
-        ({"model": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
+        (
+            {"data.source": "csv", "data.path": "/nowhere"},
+            "0 sites can take part, min-sites = 2. SourceError: data-path = '/nowhere'",
+        ),
+        ({"partition.kind": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
+        ({"partition.kind": "classes", "partition.classes-per-site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
+        ({"computing.device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: computing.device = 'cuda:99'"),
+        ({"model.name": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
     ],
 )
 def test_what_only_the_data_can_tell_is_named_before_training(changes: dict[str, Any], message: str, run_app: RunApp) -> None:
@@ -207,13 +210,13 @@ def test_what_only_the_data_can_tell_is_named_before_training(changes: dict[str,
 
 
 def test_more_sites_than_configured_is_an_error(tmp_path: Path) -> None:
-    config = default_config() | {"num-sites": 2, "results-dir": str(tmp_path)}
+    config = default_config() | {"num-sites": 2, "results.folder": str(tmp_path)}
     with pytest.raises(RunError, match="num-sites = 2, but 3 sites are connected"):
         run_in_process(server_app, client_app, 3, config)
 
 
 def test_fewer_sites_than_configured_names_the_flag(tmp_path: Path) -> None:
-    config = default_config() | {"num-sites": 3, "results-dir": str(tmp_path)}
+    config = default_config() | {"num-sites": 3, "results.folder": str(tmp_path)}
     with pytest.raises(RunError, match=r'num-sites = 3, but the simulation has 2 sites: add .*"num-supernodes=3"'):
         run_in_process(server_app, client_app, 2, config)
 
@@ -281,5 +284,5 @@ def test_killed_run_leaves_its_rows(run_app: RunApp, tmp_path: Path) -> None:
             assert (folder / "model.safetensors").exists() == (seen[-1] > 0)
         return reply
 
-    run_app(look, draw=True, epochs=3, epsilon=0.0)
+    run_app(look, draw=True, epochs=3, co_learning={"epsilon": 0.0})
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -142,7 +142,7 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     for site in range(SITES):
         deployment.join(site)
     results = tmp_path / "runs"
-    settings = f'results-dir="{results}" strategy="gsgm" num-sites=3 epochs=5 local-steps=15 lr=0.05 timeout-s=60.0'
+    settings = f'results.folder="{results}" strategy="gsgm" num-sites=3 epochs=5 gsgm.local-steps=15 timeout-s=60.0'
     seen, killed = [], False
     with deployment.run(settings) as process:
         assert process.stdout is not None
@@ -192,7 +192,7 @@ def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deploymen
     for site in range(SITES):
         join(site)
     results = tmp_path / "runs"
-    settings = f'results-dir="{results}" strategy="dmsgd" sealing="keys" num-sites=3 epochs=5 local-steps=5 lr=0.05'
+    settings = f'results.folder="{results}" strategy="dmsgd" wire.sealing="keys" num-sites=3 epochs=5 dmsgd.local-steps=5'
 
     def batches(site: int) -> int:
         """That a site has trained on, by its own memory."""

@@ -63,9 +63,14 @@ def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_pa
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("SET=lr=-1.0 num-sites=0", "num-sites = 0: must be greater than or equal to 1\nlr = -1.0: must be greater than 0"),
-        ("SET=num_sites=3", "num_sites = 3: unknown key; did you mean 'num-sites'?"),
-        ("SET=lr=high", "invalid format"),
+        (
+            "SET=training.lr=-1.0 num-sites=0",
+            "training.lr = -1.0: must be greater than 0\nnum-sites = 0: must be greater than or equal to 1",
+        ),
+        ("SET=num-site=3", "num-site = 3: unknown key; did you mean 'num-sites'?"),
+        ("SET=lr=0.1", "lr = 0.1: this key is now training.lr"),
+        ("SET=gsgm.window=5", "gsgm.window = 5: strategy = 'co-learning' does not take it, only gsgm"),
+        ("SET=training.lr=high", "invalid format"),
         ("CONF=conf/nope.toml", "conf = 'conf/nope.toml': there is no such file"),
     ],
 )
@@ -78,7 +83,7 @@ def test_wrong_configuration_is_named_and_nothing_is_started(make: Make, argumen
 
 
 def test_run_that_fails_fails_the_command(make: Make, tmp_path: Path) -> None:
-    failed = make("run", f"RESULTS={tmp_path / 'none'}", 'SET=data="csv" data-path="/nowhere"')
+    failed = make("run", f"RESULTS={tmp_path / 'none'}", 'SET=data.source="csv" data.path="/nowhere"')
     assert failed.returncode != 0
     assert "data-path = '/nowhere'" in failed.stdout
     assert "The run failed: see above." in failed.stderr

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,18 +14,22 @@ from torch import Tensor
 from client_app import training
 from client_app.app import app
 from client_app.site import Place, site_data
+from configuration.config import Config, configuration
 from models.flat import FlatModel
 from models.networks import build
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
+from strategies import method
+from strategies.averaging import co_learning
+from strategies.averaging.adapter import Planned
 from strategies.averaging.alone import Alone
-from strategies.averaging.average import Averaging, relative_change, weighted_metrics
-from strategies.averaging.co_learning import CoLearning, next_local_epochs
+from strategies.averaging.average import weighted_metrics
+from strategies.averaging.co_learning import next_local_epochs
+from strategies.averaging.mean import relative_change
 from strategies.averaging.shipped import Shipped
-from strategies.config import Config
 from strategies.randomness import derive
 from strategies.records import pack, unpack
-from tests.conftest import Run, RunApp, default_config
+from tests.conftest import Run, RunApp, own
 
 
 def same(one: Run, two: Run) -> bool:
@@ -40,40 +44,49 @@ def distance(one: Run, two: Run) -> float:
 
 
 def test_same_seed_same_model_bit_for_bit_and_another_seed_another(run_app: RunApp) -> None:
-    one, two, other = run_app(model="cnn"), run_app(model="cnn"), run_app(model="cnn", seed=2)
+    one, two, other = run_app(model={"name": "cnn"}), run_app(model={"name": "cnn"}), run_app(model={"name": "cnn"}, seed=2)
     assert same(one, two)
     assert one.metrics.drop(columns="seconds").equals(two.metrics.drop(columns="seconds"))
     assert not same(one, other)
 
 
 def test_ratio_one_and_epsilon_zero_is_fedavg_bit_for_bit(run_app: RunApp) -> None:
-    constant = {"epochs": 4, "lr_ratio": 1.0}
-    co_learning = run_app(strategy="co-learning", epsilon=0.0, **constant)
+    constant = {"epochs": 4, "training.lr-ratio": 1.0}
+    co_learning = run_app(strategy="co-learning", co_learning={"epsilon": 0.0}, **constant)
     assert same(co_learning, run_app(strategy="fedavg", **constant))
-    assert not same(co_learning, run_app(strategy="co-learning", epsilon=0.0, epochs=4, lr_ratio=0.25))
-    assert not same(co_learning, run_app(strategy="co-learning", epsilon=1e9, **constant))
+    assert not same(
+        co_learning, run_app(strategy="co-learning", co_learning={"epsilon": 0.0}, training={"lr_ratio": 0.25}, epochs=4)
+    )
+    assert not same(co_learning, run_app(strategy="co-learning", co_learning={"epsilon": 1e9}, **constant))
 
 
 def test_weighting_by_samples_is_flowers_fedavg(run_app: RunApp) -> None:
-    unequal = {"partition": "sizes", "size_ratio": 4.0}
-    ours, theirs = run_app(strategy="fedavg", weighting="samples", **unequal), run_app(strategy="FedAvg", **unequal)
+    unequal = {"partition.kind": "sizes", "partition.size-ratio": 4.0}
+    ours, theirs = run_app(strategy="fedavg", fedavg={"weighting": "samples"}, **unequal), run_app(strategy="FedAvg", **unequal)
     assert distance(ours, theirs) < 1e-6  # they add in float32, we in fixed point; two rounds
-    assert distance(run_app(strategy="fedavg", weighting="equal", **unequal), theirs) > 1e-4
+    assert distance(run_app(strategy="fedavg", fedavg={"weighting": "equal"}, **unequal), theirs) > 1e-4
 
 
 def test_proximal_term_of_weight_zero_is_fedavg_and_of_weight_one_is_not(run_app: RunApp) -> None:
     fedavg = run_app(strategy="FedAvg")
-    assert same(run_app(strategy="FedProx", strategy_arguments="proximal_mu=0.0"), fedavg)
-    near = run_app(strategy="FedProx", strategy_arguments="proximal_mu=1.0")
+    assert same(run_app(strategy="FedProx", flower={"arguments": "proximal_mu=0.0"}), fedavg)
+    near = run_app(strategy="FedProx", flower={"arguments": "proximal_mu=1.0"})
     assert not same(near, fedavg)
     assert near.trace("model-change", "train")[0] < fedavg.trace("model-change", "train")[0]
 
 
 def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
     """K = 1: the same steps in a plain loop of torch, the rate restarting with each of two rounds of two epochs."""
-    changes = {"num-sites": 1, "min-sites": 1, "epochs": 4, "local-epochs": 2, "model": "mlp", "epsilon": 0.0}
-    run = run_app(**{key.replace("-", "_"): value for key, value in changes.items()})
-    config = Config.read(default_config() | changes)
+    changes = {
+        "num-sites": 1,
+        "min-sites": 1,
+        "epochs": 4,
+        "co-learning.local-epochs": 2,
+        "model.name": "mlp",
+        "co-learning.epsilon": 0.0,
+    }
+    run = run_app(**changes)
+    config = Config.read(changes)
     data = site_data(config, Place(0, 1, ""), tuple("0123456789"), None)
     network = build("mlp", (1, 8, 8), 10, "batch", derive(config.seed, "model"))
     for round_number in (1, 2):
@@ -91,7 +104,11 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
 
 
 def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
-    run = run_app(epochs=6, local_epochs=2, epsilon=0.0, lr=0.1, lr_ratio=0.25, lr_envelope=0.5)
+    run = run_app(
+        epochs=6,
+        co_learning={"local_epochs": 2, "epsilon": 0.0, "lr_envelope": 0.5},
+        training={"lr": 0.1, "lr_ratio": 0.25},
+    )
     steps = 2 * math.ceil(479 / 32)  # 1,797 digits over 3 sites, less a fifth
     tops = [0.1, 0.05, 0.025]
     assert run.trace("lr-first", "train") == pytest.approx(tops)
@@ -99,12 +116,16 @@ def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
 
 
 def test_rate_of_fedavg_decays_over_the_run_without_restart(run_app: RunApp) -> None:
-    run = run_app(strategy="fedavg", epochs=4, lr=0.1, lr_ratio=0.01, lr_steps="epoch")
+    run = run_app(strategy="fedavg", epochs=4, training={"lr": 0.1, "lr_ratio": 0.01, "lr_steps": "epoch"})
     assert run.trace("lr-first", "train") == pytest.approx([0.1 * 0.01 ** (k / 4) for k in range(4)])
 
 
 def test_local_epochs_only_double_and_only_after_the_average_stood_still(run_app: RunApp) -> None:
-    run = run_app(epochs=30, local_epochs=1, max_local_epochs=8, epsilon=0.08, lr=0.02)
+    run = run_app(
+        epochs=30,
+        co_learning={"local_epochs": 1, "max_local_epochs": 8, "epsilon": 0.08},
+        training={"lr": 0.02},
+    )
     epochs, changes = run.trace("local-epochs", "train"), run.trace("model-change", "train")
     assert sum(epochs) == 30
     assert max(epochs) > 2  # it did double, more than once
@@ -113,7 +134,7 @@ def test_local_epochs_only_double_and_only_after_the_average_stood_still(run_app
 
 
 def test_local_epochs_never_exceed_the_cap_or_what_is_left(run_app: RunApp) -> None:
-    run = run_app(epochs=9, local_epochs=1, max_local_epochs=3, epsilon=1e9)
+    run = run_app(epochs=9, co_learning={"local_epochs": 1, "max_local_epochs": 3, "epsilon": 1e9})
     assert run.trace("local-epochs", "train") == [1, 2, 3, 3]
 
 
@@ -146,8 +167,8 @@ def test_centralized_trains_on_everything_once(run_app: RunApp) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_sharpness_aware_training_is_open_to_every_strategy(run_app: RunApp, optimizer: str) -> None:
-    plain = run_app(strategy="FedAvgM", optimizer=optimizer, lr=0.01)
-    assert not same(plain, run_app(strategy="FedAvgM", optimizer=optimizer, lr=0.01, sam_radius=0.1))
+    plain = run_app(strategy="FedAvgM", training={"optimizer": optimizer, "lr": 0.01})
+    assert not same(plain, run_app(strategy="FedAvgM", training={"optimizer": optimizer, "lr": 0.01, "sam_radius": 0.1}))
 
 
 # --- strategies by themselves ------------------------------------------------------------------------------------------------
@@ -176,14 +197,20 @@ def nodes(counts: list[int]) -> dict[int, float]:
     return {FIRST_NODE + site: count / sum(counts) for site, count in enumerate(counts)}
 
 
-def started(strategy: Averaging | Shipped | Alone, before: ArrayRecord, num_sites: int) -> None:
-    config = ConfigRecord({"local-epochs": 1})
+def planned(name: str, shares: dict[int, float]) -> Planned:
+    plan = configuration(strategy=name).plan
+    assert isinstance(plan, method.RoundPlan)
+    return Planned(plan, shares)
+
+
+def started(strategy: Planned | Shipped | Alone, before: ArrayRecord, num_sites: int) -> None:
+    config = ConfigRecord({"local-epochs": 1, "lr": 0.1})
     list(strategy.configure_train(1, before, config, VirtualGrid(app, World().sites(num_sites, 0), {})))
 
 
 def test_average_is_that_of_flower_and_batch_norm_statistics_are_averaged_too() -> None:
     counts, models = [10, 20, 70], vectors(3, 1000, 8)
-    strategy = Averaging(nodes(counts))
+    strategy = planned("fedavg", nodes(counts))
     started(strategy, pack(models[0]), 3)
     ours, metrics = strategy.aggregate_train(1, iter(replies(models, counts)))
     theirs, _ = FedAvg().aggregate_train(1, replies(models, counts))
@@ -203,7 +230,7 @@ def test_order_of_replies_changes_neither_model_nor_metrics(order: list[int]) ->
     counts, models = [10, 20, 70, 3, 9], vectors(5, 100, 4)
     results = []
     for places in (list(range(5)), order):
-        for build_strategy in (lambda shares: Averaging(shares), lambda shares: Shipped(FedAvg(), shares)):
+        for build_strategy in (lambda shares: planned("fedavg", shares), lambda shares: Shipped(FedAvg(), shares)):
             strategy = build_strategy(nodes(counts))
             started(strategy, pack(models[0]), 5)
             made = replies(models, counts)
@@ -230,7 +257,7 @@ def test_shipped_strategy_sees_the_model_and_never_the_statistics() -> None:
 
 
 def test_no_reply_is_no_model() -> None:
-    for strategy in (Averaging({FIRST_NODE: 1.0}), Alone({FIRST_NODE: 0}, ensemble=False)):
+    for strategy in (planned("fedavg", {FIRST_NODE: 1.0}), Alone({FIRST_NODE: 0}, ensemble=False)):
         started(strategy, pack(vectors(1, 5, 0)[0]), 1)
         assert strategy.aggregate_train(1, iter(())) == (None, None)
 
@@ -262,18 +289,50 @@ def test_local_epochs_at_the_borders() -> None:
     assert next_local_epochs(2, 0.0, 0.0, 16) == 2
 
 
-def test_co_learning_does_not_write_into_the_configuration_it_is_given() -> None:
-    strategy = CoLearning({FIRST_NODE: 1.0}, lr=0.1, envelope=1.0, local_epochs=2, max_local_epochs=4, epsilon=0.1)
-    config = ConfigRecord({"epochs-left": 1, "lr": 7.0})
-    (message,) = strategy.configure_train(1, pack({"x": torch.zeros(3)}), config, VirtualGrid(app, World().sites(1, 0), {}))
-    assert dict(config) == {"epochs-left": 1, "lr": 7.0}
-    assert message.content.config_records["config"]["local-epochs"] == 1
-    assert message.content.config_records["config"]["lr"] == 0.1
+def test_co_learning_cycles_from_its_envelope_and_takes_no_more_epochs_than_are_left() -> None:
+    keys = co_learning.Keys(local_epochs=2, max_local_epochs=4, epsilon=0.1, lr_envelope=0.5)
+    plan = co_learning.plan(keys, method.Run(0.1, 0.0))
+    state = plan.init(torch.ones(3))
+    assert plan.instruct(state, method.Moment(3, 4.0, 32, 10.0)) == method.Local(0.025, (0.0, 1.0), epochs=2)
+    assert plan.instruct(state, method.Moment(1, 31.0, 32, 10.0)).epochs == 1
+    still, moved = (plan.absorb(state, method.Mean({"x": torch.full((3,), value)}, 1.0)) for value in (1.05, 1.2))
+    assert (still.local_epochs, moved.local_epochs) == (4, 2)
+    assert plan.absorb(still, method.Mean({"x": still.x}, 1.0)).local_epochs == 4  # the cap
+
+
+def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> None:
+    """FedAvg as a plan in ``Strategy.start``, alone and wrapped for central differential privacy by fixed clipping.
+
+    With a clipping norm that no update reaches and hardly any noise, the wrapper changes nothing; with a small one, the model moves
+    by at most that norm.
+    """
+    config = configuration(num_sites=2, strategy="fedavg", model={"name": "mlp"}, epochs=2, fedavg={"local_epochs": 1})
+    started = FlatModel(build("mlp", (1, 8, 8), 10, "batch", 1)).x
+
+    def final(clip: float | None) -> Tensor:
+        grid = VirtualGrid(app, World().sites(2, 1), config.flat())
+        strategy: Strategy = Planned(config.plan, total=2)  # type: ignore[arg-type]
+        if clip is not None:
+            strategy = DifferentialPrivacyServerSideFixedClipping(strategy, 1e-9, clip, 2)
+        agreed = ConfigRecord({"classes": list("0123456789"), "server-round": 1})
+        result = strategy.start(grid, pack({"x": started}), 2, train_config=agreed, evaluate_config=agreed)
+        return unpack(result.arrays["x"]).float()
+
+    alone = final(None)
+    assert float((alone - started).norm()) > 0.5
+    torch.testing.assert_close(final(1e3), alone, rtol=1e-4, atol=1e-5)
+    assert float((final(0.1) - started).norm()) <= 2 * 0.1 + 1e-4  # two rounds
 
 
 def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> None:
     """torchvision's ResNet-18: what is evaluated at the sites is the saved model with its averaged statistics."""
-    run = run_app(model="torchvision:resnet18", num_sites=2, epochs=2, data="tests.equivalence.test_averaging:few", lr=0.01)
+    run = run_app(
+        model={"name": "torchvision:resnet18"},
+        data={"source": "tests.equivalence.test_averaging:few"},
+        training={"lr": 0.01},
+        num_sites=2,
+        epochs=2,
+    )
     assert run.trace("loss", "train")[1] < run.trace("loss", "train")[0]
     assert run.model["1.bn1.num_batches_tracked"] == 0  # integer buffers stay where they are
     assert not torch.equal(run.model["1.bn1.running_mean"], torch.zeros(64))
@@ -284,21 +343,27 @@ def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> No
 
 
 def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunApp) -> None:
-    common: dict[str, Any] = {"model": "resnet20", "data": "tests.equivalence.test_averaging:few", "weighting": "samples"}
-    ours, flowers = (run_app(strategy=name, partition="sizes", **common) for name in ("fedavg", "FedAvg"))
+    common: dict[str, Any] = {
+        "model.name": "resnet20",
+        "data.source": "tests.equivalence.test_averaging:few",
+    }
+    ours, flowers = (
+        run_app(strategy=name, partition={"kind": "sizes"}, **common, **own(name, weighting="samples"))
+        for name in ("fedavg", "FedAvg")
+    )
     for name, value in ours.model.items():
         torch.testing.assert_close(flowers.model[name], value, rtol=1e-4, atol=1e-5)  # two rounds apart in the order of summation
     assert not torch.equal(ours.model["stem.1.running_mean"], torch.zeros(16))
 
 
 def test_saved_model_reproduces_the_reported_accuracy(run_app: RunApp) -> None:
-    run = run_app(model="cnn", epochs=4)
+    run = run_app(model={"name": "cnn"}, epochs=4)
     assert reproduced(run, "cnn", "digits", 3) == pytest.approx(run.trace("accuracy")[-1])
 
 
 def reproduced(run: Run, name: str, source: str, num_sites: int) -> float:
     """Accuracy of the saved model on all sites' test parts, without any of the app's evaluation."""
-    config = Config.read(default_config() | {"data": source, "num-sites": num_sites})
+    config = configuration(num_sites=num_sites, data={"source": source})
     network = build(name, (1, 8, 8), 10, "batch", 99)
     network.load_state_dict(run.model)
     network.eval()

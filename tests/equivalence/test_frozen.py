@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from configuration.config import configuration
 from datasets.sources import Examples
 from simulation.laboratory import Run, simulate
 
 ROOT = Path(__file__).parent.parent.parent
 FROZEN = Path(__file__).parent / "frozen.json"
 CONF = sorted(path.stem for path in (ROOT / "conf").glob("*.toml"))
-SHORT: dict[str, Any] = {"epochs": 1, "local_epochs": 1, "progress": False}
+SHORT: dict[str, Any] = {"epochs": 1, "progress": False}
 PICTURES = "tests.equivalence.test_frozen:pictures"
 
 
@@ -55,11 +56,11 @@ def write_data(folder: Path) -> dict[str, dict[str, Any]]:
     texts = [f'{kind},"{" ".join(generator.choice(words[kind], 5))}"' for kind in (0, 1) * 40]
     (folder / "text.csv").write_text("label,text\n" + "\n".join(texts))
     return {
-        "heart": {"data_path": str(folder / "heart")},
-        "audio": {"data_path": str(folder / "audio")},
-        "text": {"data_path": str(folder / "text.csv")},
-        "cifar10": {"data": PICTURES},
-        "fashion-mnist": {"data": PICTURES},
+        "heart": {"data.path": str(folder / "heart")},
+        "audio": {"data.path": str(folder / "audio")},
+        "text": {"data.path": str(folder / "text.csv")},
+        "cifar10": {"data.source": PICTURES},
+        "fashion-mnist": {"data.source": PICTURES},
     }
 
 
@@ -90,7 +91,10 @@ def machine() -> str:
 
 def short_run(name: str, changes: dict[str, Any]) -> Run:
     """A run of a file of ``conf/``, as short as it can be."""
-    return simulate(f"conf/{name}.toml", **(SHORT | changes))
+    conf = f"conf/{name}.toml"
+    config = configuration(conf)
+    one = {f"{config.method.table}.local-epochs": 1} if hasattr(config.keys, "local_epochs") else {}
+    return simulate(conf, **(SHORT | one | changes))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.codecs import codec
-from strategies.peer.algorithm import PeerAlgorithm, exchange, gossip_round
+from strategies.codecs import Codec, codec
+from strategies.method import Neighbourhood, PeerPlan
+from strategies.peer.algorithm import exchange
 from strategies.peer.channel import Channel, channel
-from strategies.peer.cross_gradients import PERTURBATIONS, cross_gradients
 from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
 from strategies.peer.gradient_tracking import gradient_tracking
 from strategies.peer.qgm import qgm
 from strategies.topology import topology
+from tests.equivalence.golden import (
+    EXACT,
+    LR,
+    OPTIMUM,
+    ORIGIN,
+    RING,
+    Algorithm,
+    B,
+    H,
+    N,
+    gossip_round,
+    gradient,
+    lockstep,
+    models,
+)
 
-Algorithm = PeerAlgorithm[Any]
 ALGORITHMS: dict[str, Algorithm] = {
     "dpsgd": dsgd(beta=0.0, nesterov=False, adapt_first=True),
     "cdsgd": dsgd(beta=0.0, nesterov=False, adapt_first=False),
@@ -38,18 +52,6 @@ def weights(name: str, n: int) -> Tensor:
     return topology(name, n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1).mixing(0)
 
 
-# The golden problem of specs/peer.md, section 9: five peers, quadratics with exact gradients, a ring with weights 1/3.
-N, LR = 5, 0.1
-RING = weights("ring", N)
-B = torch.stack([torch.arange(N), -torch.arange(N)], 1).double()
-H = torch.tensor([[1.0, 2.0], [2.0, 1.0]] * 2 + [[1.0, 2.0]], dtype=torch.float64)
-OPTIMUM = torch.tensor([2.0, -2.0], dtype=torch.float64)
-
-
-def gradient(x: Tensor) -> Tensor:
-    return H * (x - B)
-
-
 def run(
     algorithm: Algorithm,
     steps: int,
@@ -58,49 +60,33 @@ def run(
     x: Tensor | None = None,
     lr: float = LR,
 ) -> Any:
-    state = algorithm.init(torch.zeros(N, 2, dtype=torch.float64) if x is None else x)
+    state = algorithm.init(ORIGIN if x is None else x)
     for _ in range(steps):
         state = gossip_round(algorithm, state, grad, lr, mixing)
     return state
 
 
-def sam(x: Tensor, rho: float = 0.1) -> Tensor:
-    g = gradient(x)
-    return gradient(x + rho * g / (g.norm(dim=1, keepdim=True) + 1e-12))
-
-
-def pair(x: Tensor, owner: Tensor) -> Tensor:
-    return H[owner] * (x - B[owner])
-
-
-def neighbourhood(variant: str = "data", rho: float = 0.0, perturbation: str = "owner-of-data") -> Callable[[Tensor], Tensor]:
-    return lambda x: cross_gradients(pair, x, x, RING, variant=variant, rho=rho, perturbation=perturbation)
-
-
+CDSGD = ALGORITHMS["cdsgd"]
 NGM = dsgd(beta=0.9, nesterov=False, adapt_first=False)
-GOLDEN: dict[str, tuple[Algorithm, Callable[[Tensor], Tensor], str]] = {
+GOLDEN: dict[str, tuple[PeerPlan, str]] = {
     "D-PSGD": (
-        ALGORITHMS["dpsgd"],
-        gradient,
+        PeerPlan(ALGORITHMS["dpsgd"]),
         "0.395556 -0.527778 0.328889 -0.367778 0.575556 -0.537778 0.706667 -0.818889 0.600000 -0.694444",
     ),
     "CDSGD": (
-        ALGORITHMS["cdsgd"],
-        gradient,
+        PeerPlan(ALGORITHMS["cdsgd"]),
         "0.200000 -0.300000 0.293333 -0.256667 0.513333 -0.586667 0.880000 -0.770000 0.693333 -1.006667",
     ),
     "CDMSGD": (
-        ALGORITHMS["cdmsgd"],
-        gradient,
+        PeerPlan(ALGORITHMS["cdmsgd"]),
         "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 1.420000 -1.040000 1.053333 -1.726667",
     ),
     "CDMSGD Nesterov": (
-        ALGORITHMS["cdmsgd-nesterov"],
-        gradient,
+        PeerPlan(ALGORITHMS["cdmsgd-nesterov"]),
         "0.380000 -0.570000 0.650933 -0.551567 1.103133 -1.301867 1.952800 -1.654700 1.572933 -2.287067",
     ),
     **{
-        f"DMSGD {form} {omega}": (dmsgd(beta=0.9, omega=omega, velocity=form == "velocity"), gradient, values)
+        f"DMSGD {form} {omega}": (PeerPlan(dmsgd(beta=0.9, omega=omega, velocity=form == "velocity")), values)
         for form in ("position", "velocity")
         for omega, values in (
             (0.0, "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 1.420000 -1.040000 1.053333 -1.726667"),
@@ -109,43 +95,35 @@ GOLDEN: dict[str, tuple[Algorithm, Callable[[Tensor], Tensor], str]] = {
         )
     },
     "QGM": (
-        ALGORITHMS["qgm"],
-        gradient,
+        PeerPlan(ALGORITHMS["qgm"]),
         "0.415556 -0.552778 0.348889 -0.389778 0.601556 -0.565778 0.738667 -0.852889 0.628000 -0.729444",
     ),
     "QGM Nesterov": (
-        ALGORITHMS["qgm-nesterov"],
-        gradient,
+        PeerPlan(ALGORITHMS["qgm-nesterov"]),
         "0.740156 -0.960028 0.613489 -0.662298 1.058216 -1.001258 1.313787 -1.513329 1.111880 -1.274794",
     ),
     "Q-SADDLe": (
-        ALGORITHMS["qgm"],
-        sam,
+        PeerPlan(ALGORITHMS["qgm"], Neighbourhood(rho=0.1)),
         "0.429131 -0.560739 0.364371 -0.398241 0.624308 -0.584216 0.757160 -0.875587 0.642019 -0.739371",
     ),
     "NGM, data variant": (
-        NGM,
-        neighbourhood("data"),
+        PeerPlan(NGM, Neighbourhood("data")),
         "0.575556 -0.797778 0.457778 -0.533333 0.866667 -0.782222 1.062222 -1.244444 0.900000 -1.024444",
     ),
     "NGM, model variant": (
-        NGM,
-        neighbourhood("model"),
+        PeerPlan(NGM, Neighbourhood("model")),
         "0.180000 -0.240000 0.486667 -0.340000 0.680000 -0.973333 1.460000 -1.020000 1.060000 -1.813333",
     ),
     "N-SADDLe": (
-        NGM,
-        neighbourhood("data", 0.1),
+        PeerPlan(NGM, Neighbourhood("data", 0.1)),
         "0.595290 -0.811645 0.479205 -0.547954 0.899646 -0.808168 1.088127 -1.277468 0.919763 -1.040712",
     ),
     "gradient tracking": (
-        ALGORITHMS["gt"],
-        gradient,
+        PeerPlan(ALGORITHMS["gt"]),
         "0.417778 -0.505556 0.417778 -0.445556 0.531111 -0.582222 0.662222 -0.696667 0.577778 -0.716667",
     ),
     "gradient tracking, combining": (
-        ALGORITHMS["gt-awc"],
-        gradient,
+        PeerPlan(ALGORITHMS["gt-awc"]),
         "0.400000 -0.600000 0.226667 -0.323333 0.646667 -0.453333 0.680000 -0.970000 0.626667 -0.573333",
     ),
 }
@@ -157,15 +135,23 @@ def table(values: str) -> Tensor:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values_after_two_rounds(name: str) -> None:
-    algorithm, grad, values = GOLDEN[name]
-    torch.testing.assert_close(run(algorithm, 2, grad=grad).x, table(values), rtol=0, atol=6e-7)  # six decimals are known
+    plan, values = GOLDEN[name]
+    torch.testing.assert_close(models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7)  # six decimals are known
+
+
+@each
+def test_steps_of_peers_are_the_exchange_in_the_open(name: str) -> None:
+    """What the app runs, and what most tests here run."""
+    x = vectors(d=2)
+    found = models(lockstep(PeerPlan(ALGORITHMS[name]), 4, x=x))
+    torch.testing.assert_close(found, run(ALGORITHMS[name], 4, x=x).x, rtol=0, atol=1e-13)
 
 
 def compressed(algorithm: Algorithm, way: Channel, steps: int, gamma: float, mixing: Tensor = RING) -> tuple[Any, Tensor, Tensor]:
     """Rounds with one channel; the state, the sum of what was sent, and the sum of what was wanted."""
-    state = algorithm.init(torch.zeros(N, 2, dtype=torch.float64))
+    state = algorithm.init(ORIGIN)
     memory = [way.init(row) for row in state.x]
-    sent_sum = wanted_sum = torch.zeros(N, 2, dtype=torch.float64)
+    sent_sum = wanted_sum = ORIGIN
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         state = algorithm.descend(state, gradient(state.x), LR)
@@ -191,14 +177,14 @@ TOP_1 = codec("top-k", (2,), bits=8, share=0.5)
     ],
 )
 def test_golden_values_of_error_feedback(feedback: str, values: str) -> None:
-    state, _, _ = compressed(ALGORITHMS["dpsgd"], channel(TOP_1, feedback), 2, 0.3)
-    torch.testing.assert_close(state.x, table(values), rtol=0, atol=6e-7)
+    states = lockstep(PeerPlan(ALGORITHMS["dpsgd"]), 2, way=channel(TOP_1, feedback), averaging_rate=0.3)
+    torch.testing.assert_close(models(states), table(values), rtol=0, atol=6e-7)
 
 
 def test_golden_values_of_an_averaging_rate() -> None:
-    state, _, _ = compressed(ALGORITHMS["qgm"], channel(codec("identity", (2,), bits=8, share=1.0), "none"), 2, 0.5)
+    states = lockstep(PeerPlan(ALGORITHMS["qgm"]), 2, averaging_rate=0.5)
     values = "0.251222 -0.347528 0.326056 -0.293028 0.541556 -0.619111 0.901167 -0.799972 0.699333 -1.017694"
-    torch.testing.assert_close(state.x, table(values), rtol=0, atol=6e-7)
+    torch.testing.assert_close(models(states), table(values), rtol=0, atol=6e-7)
 
 
 # Contract rows: every algorithm.
@@ -301,13 +287,13 @@ def test_complete_graph_with_like_data_is_one_peer(name: str) -> None:
 @each
 def test_several_local_steps_are_taken_between_exchanges(name: str) -> None:
     """With zero gradient a second step changes nothing but momentum's own; with W = I nothing else does."""
-    algorithm, state = ALGORITHMS[name], ALGORITHMS[name].init(torch.zeros(N, 2, dtype=torch.float64))
+    algorithm, state = ALGORITHMS[name], ALGORITHMS[name].init(ORIGIN)
     for _ in range(2):
         state = algorithm.descend(state, gradient(state.x), LR)
     sent = algorithm.outgoing(state)
     found = algorithm.mix(state, sent, tuple(RING @ vector for vector in sent))
     assert torch.isfinite(found.x).all()
-    by_hand = -LR * gradient(torch.zeros(N, 2, dtype=torch.float64))
+    by_hand = -LR * gradient(ORIGIN)
     second = by_hand - LR * gradient(by_hand)
     if name in ("dpsgd", "cdsgd"):
         torch.testing.assert_close(found.x, RING @ second if name == "dpsgd" else second)
@@ -335,7 +321,7 @@ def test_dmsgd_in_velocity_form_without_omega_is_cdmsgd() -> None:
 def test_dmsgd_with_identity_matrix_is_heavy_ball_in_both_forms(omega: float) -> None:
     eye = torch.eye(N, dtype=torch.float64)
     position, velocity = (run(dmsgd(beta=0.9, omega=omega, velocity=form), 9, eye).x for form in (False, True))
-    x = torch.nn.Parameter(torch.zeros(N, 2, dtype=torch.float64))
+    x = torch.nn.Parameter(ORIGIN.clone())
     reference = torch.optim.SGD([x], LR, momentum=0.9)
     for _ in range(9):
         x.grad = gradient(x.detach())
@@ -390,7 +376,7 @@ def test_qgm_without_momentum_is_dpsgd() -> None:
 
 def test_qgm_alone_is_quasi_hyperbolic_momentum() -> None:
     """Decay mu + (1 - mu) beta = 0.99: x -= lr (g + beta m_hat), m_hat = 0.99 m_hat + 0.1 g."""
-    x = m = torch.zeros(N, 2, dtype=torch.float64)
+    x = m = ORIGIN
     for _ in range(8):
         g = gradient(x)
         x, m = x - LR * (g + 0.9 * m), 0.99 * m + 0.1 * g
@@ -399,7 +385,7 @@ def test_qgm_alone_is_quasi_hyperbolic_momentum() -> None:
 
 def test_qgm_with_mu_zero_is_the_adapt_first_twin_of_dmsgd() -> None:
     """X+ = W (X - lr G) + beta W (X - X_previous)."""
-    x = previous = torch.zeros(N, 2, dtype=torch.float64)
+    x = previous = ORIGIN
     for _ in range(10):
         x, previous = RING @ (x - LR * gradient(x) + 0.9 * (x - previous)), x
     torch.testing.assert_close(run(qgm(beta=0.9, mu=0.0, nesterov=False), 10).x, x)
@@ -408,7 +394,7 @@ def test_qgm_with_mu_zero_is_the_adapt_first_twin_of_dmsgd() -> None:
 def test_qgm_divides_a_move_by_the_rates_of_all_its_local_steps() -> None:
     """A constant gradient of 1: whatever the steps between exchanges, the move a unit of rate is 1 at first."""
     algorithm = qgm(beta=0.0, mu=0.5, nesterov=False)
-    state = algorithm.init(torch.zeros(N, 2, dtype=torch.float64))
+    state = algorithm.init(ORIGIN)
     for lr in (0.1, 0.3, 0.2):
         state = algorithm.descend(state, torch.ones(N, 2, dtype=torch.float64), lr)
     (sent,) = algorithm.outgoing(state)
@@ -432,13 +418,16 @@ def test_gradient_tracking_reaches_the_common_optimum(name: str) -> None:
 @pytest.mark.parametrize(("name", "bias"), [("dpsgd", 0.2832), ("qgm", 0.2832), ("ngm", 0.7455)])
 def test_bias_of_those_that_do_not(name: str, bias: float) -> None:
     """The largest error against (2, -2) after 5,000 rounds, from specs/peer.md."""
-    algorithm, grad = (NGM, neighbourhood()) if name == "ngm" else (ALGORITHMS[name], gradient)
-    found = run(algorithm, 5000, grad=grad)
-    assert float((found.x - OPTIMUM).abs().max()) == pytest.approx(bias, abs=5e-5)
+
+    def mean_of_neighbourhood(x: Tensor) -> Tensor:
+        return (RING @ H) * x - RING @ (H * B)
+
+    algorithm, grad = (NGM, mean_of_neighbourhood) if name == "ngm" else (ALGORITHMS[name], gradient)
+    assert float((run(algorithm, 5000, grad=grad).x - OPTIMUM).abs().max()) == pytest.approx(bias, abs=5e-5)
 
 
 def test_dsgdm_alone_is_torchs_sgd_with_nesterov() -> None:
-    x = torch.nn.Parameter(torch.zeros(N, 2, dtype=torch.float64))
+    x = torch.nn.Parameter(ORIGIN.clone())
     reference = torch.optim.SGD([x], LR, momentum=0.9, nesterov=True)
     for _ in range(6):
         x.grad = gradient(x.detach())
@@ -448,56 +437,75 @@ def test_dsgdm_alone_is_torchs_sgd_with_nesterov() -> None:
         torch.testing.assert_close(run(dsgd(beta=0.9, nesterov=True, adapt_first=adapt_first), 6, eye).x, x.detach())
 
 
-# Neighbourhood gradients.
+# Neighbourhood gradients: the steps that run, against the definition.
+
+MIXING = torch.eye(N, dtype=torch.float64) * 0.55  # doubly stochastic, and not symmetric
+MIXING += 0.3 * torch.eye(N, dtype=torch.float64).roll(1, 1) + 0.15 * torch.eye(N, dtype=torch.float64).roll(-1, 1)
+SHRUNK = channel(Codec(lambda vector, _: {"values": vector * 0.9}, lambda payload: payload["values"]), "none")
+VARIANTS = [(at, by) for at in ("data", "model") for by in ("owner-of-data", "none", "owner-of-model")]
+VARIANTS.remove(("model", "owner-of-model"))  # neighbours would be sent both models
 
 
-@pytest.mark.parametrize("variant", ["data", "model"])
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_cross_gradients_by_the_definition(variant: str, perturbation: str) -> None:
-    """Peer by peer, with loops."""
-    x, rho = vectors(d=2), 0.3
+def followed(plan: PeerPlan, x: Tensor, **changes: Any) -> Tensor:
+    """The gradient [n, d] that peers follow in their first exchange: CDSGD moves by ``-lr g`` more than without a rate."""
+    settings: dict[str, Any] = {"mixing": MIXING, "x": x} | changes
+    still, moved = (models(lockstep(plan, 1, **settings, lr=lr)) for lr in (0.0, LR))
+    return (still - moved) / LR
 
-    def at(point: Tensor, owner: int) -> Tensor:
+
+@pytest.mark.parametrize(("at", "by"), VARIANTS)
+@pytest.mark.parametrize("way", [EXACT, SHRUNK], ids=["exact", "shrunk"])
+def test_neighbourhood_gradients_by_the_definition(at: Any, by: Any, way: Channel) -> None:
+    """Peer by peer, with loops; the own model as it is, the others' as they are received; an asymmetric W."""
+    x, rho, decay = vectors(d=2), 0.3, 0.2
+    received = x * 0.9 if way is SHRUNK else x
+
+    def at_point(point: Tensor, owner: int) -> Tensor:
         return H[owner] * (point - B[owner])
 
     def worst(point: Tensor, owner: int) -> Tensor:
-        g = at(point, owner)
+        g = at_point(point, owner)
         return point + g * (rho / float(g.norm()))
 
     expected = torch.zeros_like(x)
     for i in range(N):
         for j in range(N):
-            model, owner = (i, j) if variant == "data" else (j, i)
-            match perturbation:
+            model, owner = (i, j) if at == "data" else (j, i)
+            point = x[model] if i == j else received[model]
+            match by:
                 case "owner-of-data":
-                    g = at(worst(x[model], owner), owner)
+                    g = at_point(worst(point, owner), owner)
                 case "none":
-                    g = at(worst(x[model], owner) if i == j else x[model], owner)
+                    g = at_point(worst(point, owner) if i == j else point, owner)
                 case _:
-                    g = at(worst(x[model], model), owner)
-            expected[i] += RING[i, j] * g
-    found = cross_gradients(pair, x, x, RING, variant=variant, rho=rho, perturbation=perturbation)
+                    g = at_point(point + worst(x[model], model) - x[model], owner)
+            expected[i] += MIXING[i, j] * (g + decay * point)
+    found = followed(PeerPlan(CDSGD, Neighbourhood(at, rho, by)), x, way=way, weight_decay=decay)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)  # 1e-12 stands in the denominator of a perturbation
 
 
-def test_cross_gradients_are_taken_at_models_as_they_were_received() -> None:
-    x, received = vectors(d=2), vectors(4, 2)
-    found = cross_gradients(pair, x, received, RING, variant="data", rho=0.0, perturbation="none")
-    expected = [sum(float(RING[i, j]) * H[j] * ((x if i == j else received)[i] - B[j]) for j in range(N)) for i in range(N)]
-    torch.testing.assert_close(found, torch.stack(expected))  # type: ignore[arg-type]
-
-
-def test_equal_models_and_complete_graph_give_the_mean_gradient() -> None:
+@pytest.mark.parametrize("at", ["data", "model"])
+def test_equal_models_and_complete_graph_give_the_mean_gradient(at: Any) -> None:
     x = vectors(d=2)[:1].expand(N, -1)
-    found = cross_gradients(pair, x, x, weights("complete", N), variant="data", rho=0.0, perturbation="none")
-    torch.testing.assert_close(found, gradient(x).mean(0).expand(N, -1))
+    found = followed(PeerPlan(CDSGD, Neighbourhood(at)), x, mixing=weights("complete", N))
+    torch.testing.assert_close(found, gradient(x).mean(0).expand(N, -1) if at == "data" else gradient(x))
 
 
-def test_identity_matrix_is_the_own_sharpness_aware_gradient() -> None:
+@pytest.mark.parametrize(("at", "by"), VARIANTS)
+def test_identity_matrix_is_the_own_sharpness_aware_gradient(at: Any, by: Any) -> None:
     x = vectors(d=2)
-    for perturbation in PERTURBATIONS:
-        found = cross_gradients(pair, x, x, torch.eye(N), variant="data", rho=0.1, perturbation=perturbation)
-        torch.testing.assert_close(found, sam(x))
+    g = gradient(x)
+    own = gradient(x + 0.1 * g / g.norm(dim=1, keepdim=True))
+    found = followed(PeerPlan(CDSGD, Neighbourhood(at, 0.1, by)), x, mixing=torch.eye(N, dtype=torch.float64))
+    torch.testing.assert_close(found, own)
+
+
+def test_only_neighbourhoods_perturb_as_they_say() -> None:
+    """Whoever follows its own gradient perturbs it itself, whatever ``perturbed_by`` says of others."""
+    x = vectors(d=2)
+    found = [followed(PeerPlan(CDSGD, Neighbourhood("own", 0.1, by)), x) for by in ("owner-of-data", "none", "owner-of-model")]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=0)
 
 
 # Channels.

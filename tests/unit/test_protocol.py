@@ -118,16 +118,18 @@ def test_test_and_card_survive() -> None:
 numbers = st.floats(0, 1, allow_nan=False)
 agreed = st.builds(Agreed, st.tuples(st.text(), st.text()), st.sampled_from([(), ((1.0, 2.0), (0.0, -1.0), (3.0, 1.0))]))
 locals_ = st.builds(
-    lambda lr, cycle, amount, proximal, delta: Local(lr, cycle, **amount, proximal=proximal, delta=delta),
+    lambda lr, cycle, amount, proximal, *switches: Local(
+        lr, cycle, amount.get("epochs", 0), amount.get("steps", 0), proximal, *switches
+    ),
     numbers,
     st.tuples(numbers, numbers),
     st.builds(dict, epochs=st.integers(1, 9)) | st.builds(dict, steps=st.integers(1, 9)),
     numbers,
-    st.booleans(),
+    *[st.booleans()] * 3,
 )
 
 
-@given(st.builds(Order, st.integers(0, 9), agreed, st.none() | locals_, st.none() | st.integers(0, 9)))
+@given(st.builds(Order, st.integers(0, 9), agreed, st.none() | locals_))
 def test_orders_survive(order: Order) -> None:
     assert read_order(write_order(order)) == order
 

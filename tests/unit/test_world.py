@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configuration.errors import ConfigError
 from simulation.world import Lognormal, SiteWorld, World
-from strategies.config import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""``python -m configuration CONF SET``: check a configuration before anything is started, and say it as Flower takes it.
+
+Prints two assignments for a shell, ``RUN_CONFIG`` (what differs from the defaults) and ``SITES``.
+"""
+
+import shlex
+import sys
+
+from click import ClickException
+from flwr.common.config import parse_config_args
+
+from configuration.config import Config, configuration
+from configuration.errors import ConfigError
+
+
+def pairs(config: Config) -> str:
+    """What differs from the defaults, as ``key=value`` pairs in TOML."""
+    shipped = Config().flat() if config.method is Config().method else {}
+    return " ".join(f"{key}={_toml(value)}" for key, value in config.flat().items() if shipped.get(key) != value)
+
+
+def _toml(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        return repr(value)
+    if '"' in value and "'" in value:
+        raise ConfigError(f"{value!r}: Flower takes no value with both kinds of quotes")
+    return f"'{value}'" if '"' in value or "\\" in value else f'"{value}"'
+
+
+if __name__ == "__main__":
+    try:
+        found = configuration(sys.argv[1] or None, **parse_config_args([" ".join(sys.argv[2:])]))
+        print(f"RUN_CONFIG={shlex.quote(pairs(found))} SITES={found.num_sites}")
+    except (ConfigError, ClickException) as wrong:
+        sys.exit(str(wrong))

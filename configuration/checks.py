@@ -1,0 +1,150 @@
+"""What does not go together in a configuration, and keys that nobody would read."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from configuration.errors import changed, shown
+from configuration.sections import DOWNLOADED, PICTURES, SECTIONS, SOURCES
+from strategies.keys import Only
+from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
+from strategies.methods import METHODS
+
+if TYPE_CHECKING:
+    from configuration.config import Config
+
+ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
+# Keys of the sections of every run that have no effect with a kind of plan; a section's name stands for all of its keys.
+UNUSED: dict[type, set[str]] = {
+    **{kind: {"topology", "wire", "results.evaluate-every"} for kind in ROUNDS},
+    ArrivalPlan: {"topology", "wire", "training.lr-steps"},
+    PeerPlan: {f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov")},
+}
+
+
+def together(config: "Config", method: Method[Any]) -> Iterator[str]:
+    """A line for each mistake."""
+    try:
+        plan = config.plan
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from _without_effect(config, method)
+    yield from _run(config)
+    yield from _data(config)
+    if isinstance(plan, PeerPlan):
+        yield from _peers(config, plan)
+
+
+@cache
+def unused(name: str) -> frozenset[str]:
+    """The keys of the sections of every run that have no effect with a method."""
+    return _unused(METHODS[name], _plan(METHODS[name]))
+
+
+def _plan(method: Method[Any]) -> Plan | None:
+    try:
+        return method.plan(method.keys(), Run(1.0, 0.0))
+    except ValueError:  # an argument that has no default
+        return None
+
+
+KINDS = {
+    RoundPlan: "rounds",
+    AlonePlan: "sites alone",
+    ForeignPlan: "rounds, by Flower",
+    ArrivalPlan: "arrivals",
+    PeerPlan: "peers",
+}
+
+
+def kind_of(method: Method[Any]) -> str:
+    """Which driver runs a method, in words."""
+    plan = _plan(method)
+    return KINDS[type(plan) if plan else ForeignPlan]
+
+
+def _unused(method: Method[Any], plan: Plan | None) -> frozenset[str]:
+    sections = UNUSED[type(plan) if plan else ForeignPlan]
+    whole = {f"{name}.{field.alias}" for name in sections & SECTIONS.keys() for field in SECTIONS[name].model_fields.values()}
+    return method.unused | (sections - SECTIONS.keys()) | whole
+
+
+def _without_effect(config: "Config", method: Method[Any]) -> Iterator[str]:
+    """Keys that are not as shipped and that nobody would read."""
+    none = _unused(method, config.plan)
+    for name in SECTIONS:
+        for key, value in changed(getattr(config, name)).items():
+            if (whole := f"{name}.{key}") in none:
+                takers = [each for each in METHODS if whole not in unused(each)]
+                yield f"{whole} = {shown(value)}: has no effect with strategy = {method.name!r}; taken by {', '.join(takers)}"
+    for name, section in {**{name: getattr(config, name) for name in SECTIONS}, method.table: config.keys}.items():
+        yield from _only(name, section)
+
+
+def _only(table: str, section: Section) -> Iterator[str]:
+    fields = type(section).model_fields
+    names = {str(field.alias): name for name, field in fields.items()}
+    for key, value in changed(section).items():
+        for rule in fields[names[key]].metadata:
+            if not isinstance(rule, Only):
+                continue
+            for other, values in rule.values.items():
+                there = getattr(section, other)
+                if there not in values and not (isinstance(there, str) and ":" in there):  # one's own may read anything
+                    allowed = ", ".join(map(str, values))
+                    where = f"{table}.{fields[other].alias}"
+                    yield f"{table}.{key} = {shown(value)}: has no effect with {where} = {there!r}; only with {allowed}"
+
+
+def _run(config: "Config") -> Iterator[str]:
+    training, keys = config.training, config.keys
+    if config.min_sites > config.num_sites:
+        yield f"min-sites = {config.min_sites}: at most num-sites, which is {config.num_sites}"
+    local_epochs = changed(keys).get("local-epochs", 0)
+    if local_epochs > config.epochs:
+        yield f"{config.method.table}.local-epochs = {local_epochs}: at most epochs, which is {config.epochs}"
+    for table, section in (("training", training), (config.method.table, keys)):
+        if getattr(section, "nesterov", False) and not getattr(section, "momentum", 0):
+            yield f"{table}.nesterov = True: needs {table}.momentum above 0"
+    if training.lr_ratio == 1:
+        for key in ("lr-shape", "lr-steps"):
+            if key in changed(training):
+                yield f"training.{key} = {changed(training)[key]!r}: has no effect with training.lr-ratio = 1"
+    if config.model.name == "mlp" and config.computing.channels_last:
+        yield "computing.channels-last = True: only for a convolutional model; allowed: False"
+
+
+def _data(config: "Config") -> Iterator[str]:
+    data, partition = config.data, config.partition
+    if data.test_part == "official" and data.source in SOURCES and data.source not in DOWNLOADED:
+        yield f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
+    if data.augment != "none" and data.source in SOURCES and data.source not in PICTURES:
+        yield f"data.augment = {data.augment!r}: only pictures can be flipped and cropped, not {data.source}; allowed: 'none'"
+    if partition.iid_fraction and partition.kind == "iid":
+        yield f"partition.iid-fraction = {partition.iid_fraction:g}: has no effect with partition.kind = 'iid'"
+
+
+def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
+    wire, topology, name = config.wire, config.topology.name, config.strategy
+    codecs = (wire.codec, wire.cross_codec)
+    if config.num_sites < 2:
+        yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
+    if wire.codec in ("top-k", "random-k", "sign") and wire.error_feedback == "none":
+        yield f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'"
+    if wire.error_feedback != "none" and wire.codec == "identity":
+        yield f"wire.error-feedback = {wire.error_feedback!r}: has no effect with wire.codec = 'identity'"
+    if wire.error_feedback == "choco" and topology in ("one-peer-exponential", "matching"):
+        yield "wire.error-feedback = 'choco': neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
+    for key, readers in (("bits", ("qsgd",)), ("share", ("top-k", "random-k"))):
+        if key in changed(wire) and not set(readers) & set(codecs):
+            only = ", ".join(readers)
+            yield f"wire.{key} = {changed(wire)[key]}: has no effect with wire.codec = {wire.codec!r}; only with {only}"
+    if wire.cross_codec != "identity" and plan.gradient.messages < 2:
+        yield f"wire.cross-codec = {wire.cross_codec!r}: has no effect where no gradients are sent; with ngm and n-saddle they are"
+    if plan.exact and wire.codec not in ("identity", "fp16", "bf16"):
+        yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: 'identity', 'fp16', 'bf16'"
+    if topology in ("exponential", "one-peer-exponential") and plan.gradient.messages > 1:
+        yield f"topology.name = {topology!r}: gradients go back where models came from, against its links; or gradients = 'model'"
+    if plan.gradient.perturbed_by == "owner-of-model" and wire.codec != "identity":
+        yield f"wire.codec = {wire.codec!r}: {name}.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'"

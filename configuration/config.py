@@ -1,0 +1,196 @@
+"""The whole run configuration: one frozen value, checked before any site starts work.
+
+A key that has no effect in a run must be as shipped: what somebody set on purpose and what nobody would read is an error.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from flwr.common.config import flatten_dict
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from configuration.checks import together
+from configuration.errors import ConfigError, changed, shown
+from configuration.former import new_key
+from configuration.sections import (
+    SECTIONS,
+    Computing,
+    Data,
+    Model,
+    Partition,
+    Results,
+    TopologyKeys,
+    Training,
+    Wire,
+)
+from strategies.keys import Positive
+from strategies.method import ArrivalPlan, Method, PeerPlan, Plan, Run, Section
+from strategies.methods import METHODS, find
+
+ROOT = Path(__file__).parent.parent
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """One run; read it with :meth:`read`.
+
+    Attributes:
+        keys: the method's own section.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        alias_generator=lambda field: field.replace("_", "-"),
+    )
+
+    strategy: str = "co-learning"
+    """a method by name (docs/reference/methods.md), or one's own: package.module:METHOD"""
+    num_sites: Positive = 5
+    """in a simulation also: --federation-config "num-supernodes=5\""""
+    min_sites: Positive = 2
+    """the run stops when fewer sites than this answer"""
+    epochs: Positive = 32
+    """local epochs of each site in the whole run"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """of everything random"""
+    timeout_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3600.0
+    """seconds a site has to answer"""
+    keys: SerializeAsAny[Section] = Section()
+    training: Training = Training()
+    model: Model = Model()
+    data: Data = Data()
+    partition: Partition = Partition()
+    topology: TopologyKeys = TopologyKeys()
+    wire: Wire = Wire()
+    results: Results = Results()
+    computing: Computing = Computing()
+
+    @classmethod
+    def read(cls, run_config: Mapping[str, Any]) -> Self:
+        """Check a run configuration: keys with dots, as Flower hands it over, or nested tables.
+
+        Raises:
+            ConfigError: names every key that is wrong, its value and what is allowed.
+        """
+        flat = flatten(run_config)
+        name = flat.get("strategy", cls.model_fields["strategy"].default)
+        try:
+            method = find(name)
+        except ValueError as error:
+            raise ConfigError(f"strategy = {shown(name)}: {error}") from None
+        former = {key: new for key in flat if (new := new_key(key, method.table))}
+        if former:
+            raise ConfigError("\n".join(f"{key} = {shown(flat[key])}: this key is now {new}" for key, new in former.items()))
+        known = SECTIONS | {each.table: each.keys for each in METHODS.values()} | {method.table: method.keys}
+        errors = [_unknown(key, value, method) for key, value in flat.items() if not _is_known(key, known)]
+        values: dict[str, Any] = {}
+        for table, kind in known.items():
+            given = {key.partition(".")[2]: flat[key] for key in flat if key.partition(".")[0] == table and _is_known(key, known)}
+            section = _read(kind, given, f"{table}.", errors)
+            if table == method.table:
+                values["keys"] = section
+            elif table in SECTIONS:
+                values[table] = section
+            elif section:
+                errors += [_of_another(method, table, key, value) for key, value in changed(section).items()]
+        top = {key.replace("-", "_"): flat[key] for key in flat if "." not in key and _is_known(key, known)}
+        found = _read(cls, top | {key: value for key, value in values.items() if value is not None}, "", errors)
+        if errors or found is None or (errors := list(together(found, method))):
+            raise ConfigError("\n".join(errors))
+        return found
+
+    @cached_property
+    def method(self) -> Method[Any]:
+        """The method."""
+        return find(self.strategy)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the method makes of its keys."""
+        return self.method.plan(self.keys, Run(self.training.lr, self.training.sam_radius))
+
+    def flat(self) -> dict[str, bool | int | float | str]:
+        """The configuration as Flower's ``--run-config`` takes it, without other methods' sections."""
+        tables = self.model_dump(by_alias=True)
+        return flatten_dict(tables | {self.method.table: tables.pop("keys")})
+
+    @property
+    def unit(self) -> str:
+        """What the run counts: round, update of the server, or exchange of peers."""
+        return {ArrivalPlan: "update", PeerPlan: "exchange"}.get(type(self.plan), "round")
+
+
+def configuration(conf: str | Path | None = None, **changes: Any) -> Config:
+    """The configuration of a run: the defaults, then a file of ``conf/``, then ``changes``.
+
+    Keys are those of the run configuration, ``-`` or ``_`` between their words: ``num_sites=10``, a table such as
+    ``training={"lr": 0.1}``, or ``**{"training.lr": 0.1}``.
+
+    Raises:
+        ConfigError: names every key that is wrong, its value and what is allowed.
+    """
+    from_file: dict[str, Any] = {}
+    if conf is not None:
+        path = next((path for path in (Path(conf), ROOT / conf) if path.is_file()), None)
+        if path is None:
+            raise ConfigError(f"conf = {shown(str(conf))}: there is no such file")
+        try:
+            from_file = tomllib.loads(path.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"conf = {shown(str(conf))}: {error}") from None
+    return Config.read(flatten(from_file) | flatten(changes))
+
+
+def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables as keys with dots, with hyphens between their words; of the same key, the last."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        key = key.replace("_", "-")
+        found |= {f"{key}.{k}": v for k, v in flatten(value).items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def _is_known(key: str, known: Mapping[str, type[Section]]) -> bool:
+    table, dot, rest = key.rpartition(".")
+    fields = known[table].model_fields if table in known else Config.model_fields if not dot else {}
+    return any(rest == field.alias and rest not in known and rest != "keys" for field in fields.values())
+
+
+def _unknown(key: str, value: object, method: Method[Any]) -> str:
+    """With a guess among the keys that this run takes: by the whole key, or by what comes after the dot."""
+    own = {method.table: method.keys, **SECTIONS}
+    keys = [f"{table}.{field.alias}" for table, kind in own.items() for field in kind.model_fields.values()]
+    keys += [str(field.alias) for name, field in Config.model_fields.items() if name not in (*SECTIONS, "keys")]
+    last = {each.rpartition(".")[2]: each for each in reversed(keys)}
+    close = get_close_matches(key, keys, n=1) or [last[each] for each in get_close_matches(key, last, n=1)]
+    return f"{key} = {shown(value)}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str]) -> S | None:
+    """A section of ``given`` values; what is wrong with them is added to ``errors``."""
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        for each in error.errors():
+            key = prefix + ".".join(map(str, each["loc"])).replace("_", "-")
+            message = each["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            whole = each["type"] == "value_error" and not each["loc"]  # of a section: it names its keys itself
+            errors.append(f"{prefix}{message}" if whole else f"{key} = {shown(each['input'])}: {message}")
+        return None
+
+
+def _of_another(method: Method[Any], table: str, key: str, value: object) -> str:
+    owners = [name for name, each in METHODS.items() if each.table == table]
+    own = f"; did you mean {method.table}.{key}?" if key in {field.alias for field in method.keys.model_fields.values()} else ""
+    told = f"only {', '.join(owners)}" if len(owners) < 4 else "only a strategy of Flower"
+    return f"{table}.{key} = {shown(value)}: strategy = {method.name!r} does not take it, {told}{own}"

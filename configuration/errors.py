@@ -1,0 +1,24 @@
+"""Errors of a configuration, and how they show values."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+SHOWN = 80  # characters of a value
+
+
+class ConfigError(ValueError):
+    """The run configuration cannot be run; the message names the key, its value and what is allowed."""
+
+
+def changed(section: BaseModel) -> dict[str, Any]:
+    """The keys of a section that are not as shipped, with their values."""
+    fields = type(section).model_fields
+    values = {name: getattr(section, name) for name in fields}
+    return {str(fields[name].alias): value for name, value in values.items() if value != fields[name].default}
+
+
+def shown(value: object) -> str:
+    """A value, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

@@ -1,0 +1,211 @@
+"""The sections that belong to every run. A method's own keys stand in a section of its name, see its file in ``strategies/``.
+
+Each key has its type, its default and a line that says what it does; ``pyproject.toml`` and the reference of keys are made of these
+by ``make docs``. ``Only`` marks a key that has an effect only with some values of a key beside it.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from strategies.keys import Above0, Decay, NotNegative, Only, Positive, Share
+from strategies.method import Section
+
+NETWORKS = ("cnn", "mlp", "lenet5", "resnet20", "vgg11")
+PICTURES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder")
+DOWNLOADED = ("mnist", "fashion-mnist", "cifar10", "cifar100")
+SOURCES = (*PICTURES, "audio-folder", "csv", "text-csv")
+PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "classes", "sizes", "natural")
+TOPOLOGIES = (
+    "ring",
+    "path",
+    "star",
+    "complete",
+    "torus",
+    "hypercube",
+    "bipartite",
+    "hubs",
+    "circulant",
+    "random-regular",
+    "exponential",
+    "one-peer-exponential",
+    "dyck",
+    "dyck-purdue",
+    "edges",
+)
+UNDIRECTED = tuple(name for name in TOPOLOGIES if not name.endswith("exponential"))
+CODECS = ("identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign")
+
+
+def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> AfterValidator:
+    """One of ``allowed`` names, or of ``more`` (looked up when needed), or an import path."""
+
+    def check(name: str) -> str:
+        module, colon, value = name.partition(":")
+        if name in allowed or (colon and module != "torchvision" and value.isidentifier()):
+            return name
+        names = (*allowed, *(more() if colon else ()))
+        if name in names:
+            return name
+        guess = get_close_matches(name, names, n=1)
+        hint = f"; did you mean {guess[0]!r}?" if guess else ""
+        kinds = (*allowed, *(("torchvision:NAME",) if more is not tuple else ()), "package.module:NAME")
+        raise ValueError(f"allowed: {', '.join(kinds)}{hint}")
+
+    return AfterValidator(check)
+
+
+def _torchvision() -> tuple[str, ...]:
+    from torchvision import models  # here: it takes a second to import
+
+    return tuple(f"torchvision:{name}" for name in models.list_models(module=models))
+
+
+class Training(Section):
+    """Training at the sites, of every method."""
+
+    lr: Above0 = 0.05
+    """learning rate at the start of a cycle; a cycle is a round in Co-learning, the run elsewhere"""
+    lr_ratio: Share = 0.25
+    """rate at the end of a cycle over that at its start; 1: constant"""
+    lr_shape: Literal["exponential", "linear", "cosine"] = "exponential"
+    """exponential, linear, cosine"""
+    lr_steps: Literal["batch", "epoch"] = "batch"
+    """how often the rate moves: batch, epoch"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd, adamw"""
+    momentum: Decay = 0.9
+    """of sgd; beta1 of adamw"""
+    nesterov: Annotated[bool, Only(optimizer=("sgd",))] = False
+    """look ahead"""
+    weight_decay: NotNegative = 1e-4
+    """factor of the pull towards 0"""
+    batch_size: Positive = 32
+    """examples of a batch"""
+    clip_norm: NotNegative = 0.0
+    """largest gradient norm; 0: no clipping"""
+    sam_radius: NotNegative = 0.0
+    """radius of sharpness-aware minimization; 0: off"""
+
+
+class Model(Section):
+    """The network."""
+
+    name: Annotated[str, _one_of(*NETWORKS, more=_torchvision)] = "cnn"
+    """cnn, mlp, lenet5, resnet20, vgg11, torchvision:NAME, or one's own: package.module:NAME"""
+    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=("resnet20", "vgg11"))] = "batch"
+    """batch, group, evonorm"""
+
+
+class Data(Section):
+    """What sites hold."""
+
+    source: Annotated[str, _one_of(*SOURCES)] = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, audio-folder, csv, text-csv, package.module:NAME"""
+    path: str = ""
+    """file or folder; for torchvision's sets the root"""
+    label: Annotated[str, Field(min_length=1), Only(source=("csv", "text-csv"))] = "label"
+    """the label's column, or an expression of columns such as "target > 0\""""
+    group: Annotated[str, Only(source=("csv", "text-csv", "image-folder", "audio-folder"))] = ""
+    """natural sites: a column, or a regular expression on the path; empty: CSV file or top folder"""
+    image_size: Annotated[Positive, Only(source=("image-folder",))] = 32
+    """pictures are resized to this many pixels a side"""
+    audio_seconds: Annotated[Above0, Only(source=("audio-folder",))] = 1.0
+    """clips are cut or padded to this length"""
+    text_buckets: Annotated[Positive, Only(source=("text-csv",))] = 16384
+    """length of the hashed bag of n-grams"""
+    test_part: Literal["own", "pooled", "official"] = "own"
+    """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
+    test_fraction: Annotated[float, Field(gt=0, lt=1), Only(test_part=("own", "pooled"))] = 0.2
+    """of each site's examples"""
+    augment: Literal["none", "flip-crop"] = "none"
+    """none, flip-crop"""
+
+
+class Partition(Section):
+    """Who gets what in a simulation."""
+
+    kind: Annotated[str, _one_of(*PARTITIONS)] = "iid"
+    """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:NAME"""
+    alpha: Annotated[Above0, Only(kind=("dirichlet", "dirichlet-equal"))] = 0.5
+    """smaller is more skewed"""
+    classes_per_site: Annotated[Positive, Only(kind=("classes",))] = 2
+    """so many"""
+    size_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False), Only(kind=("sizes",))] = 10.0
+    """examples of the largest site over those of the smallest"""
+    iid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """so much of the data is spread by chance, the rest as kind says"""
+
+
+class TopologyKeys(Section):
+    """Who exchanges with whom, of peers."""
+
+    name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
+    """ring, path, star, complete, torus, hypercube, bipartite, hubs, circulant, random-regular, exponential, ..."""
+    mixing: Annotated[Literal["metropolis", "uniform"], Only(name=UNDIRECTED)] = "metropolis"
+    """weights of neighbours: metropolis, uniform (regular graphs)"""
+    lazy: bool = False
+    """halve the weights of all neighbours"""
+    degree: Annotated[Positive, Only(name=("random-regular",))] = 4
+    """neighbours of a peer"""
+    stride: Annotated[Positive, Only(name=("circulant",))] = 4
+    """peers 1 and so many apart are neighbours"""
+    edges: Annotated[str, Only(name=("edges",))] = ""
+    """a file on the server with "i j" or "i j weight" a line"""
+    averaging_rate: Share = 1.0
+    """gamma: how far a peer goes to its neighbours' mean; with a lossy codec well below 1"""
+
+
+class Wire(Section):
+    """What peers send."""
+
+    codec: Annotated[str, _one_of(*CODECS)] = "identity"
+    """of models and momentum: identity, fp16, bf16, qsgd, top-k, random-k, sign, or one's own: package.module:NAME"""
+    bits: Literal[2, 4, 8, 16] = 8
+    """of qsgd, the sign included: 2, 4, 8, 16"""
+    share: Share = 0.1
+    """of top-k and random-k: of so many numbers of each layer"""
+    error_feedback: Literal["none", "deep-squeeze", "choco"] = "none"
+    """none, deep-squeeze, choco"""
+    cross_codec: Annotated[str, _one_of(*CODECS)] = "identity"
+    """of cross-gradients (ngm, n-saddle), with error feedback for each neighbour"""
+    sealing: Literal["off", "keys", "trust-on-first-use"] = "off"
+    """end-to-end encryption: off, keys (each site has a list of its neighbours'), trust-on-first-use"""
+    collect_models: Annotated[bool, Only(sealing=("off",))] = True
+    """at the end the server gets every peer's model, saves it and tests their mean; never when sealed"""
+
+
+class Results(Section):
+    """What a run leaves."""
+
+    folder: Annotated[str, Field(min_length=1)] = "runs"
+    """each run makes a folder in it"""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """updates or exchanges from test to test; 0: one pass over the data"""
+
+
+class Computing(Section):
+    """What sites compute on."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """float32, bfloat16 (autocast)"""
+    channels_last: bool = False
+    """memory layout of pictures"""
+    compile: bool = False
+    """torch.compile"""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "training": Training,
+    "model": Model,
+    "data": Data,
+    "partition": Partition,
+    "topology": TopologyKeys,
+    "wire": Wire,
+    "results": Results,
+    "computing": Computing,
+}

@@ -1,0 +1,102 @@
+"""Any :class:`~strategies.method.RoundPlan` as a ``flwr.serverapp.Strategy``: for our own driver, Flower's wrappers and other apps.
+
+    x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered; BatchNorm statistics likewise
+    state  = absorb(state, x_mean)
+
+The mean streams: a reply is added when it arrives, then forgotten.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from strategies.averaging.average import CHANGE, NUM_EXAMPLES, weighted_metrics
+from strategies.averaging.mean import StreamingMean, relative_change
+from strategies.method import Local, Mean, Moment, RoundPlan
+from strategies.protocol import write_local
+from strategies.records import METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
+
+
+class Planned(FedAvg):
+    """A plan of rounds as Flower's kind of strategy.
+
+    Used in another app, it tells sites what to do by itself; our own driver does that (it knows how long the run is).
+
+    Args:
+        plan: what is done.
+        shares: each node's share in the mean, together 1; by default all count the same.
+        total: epochs a site in the whole run.
+        an_epoch: batches an epoch, the mean over the sites.
+
+    Attributes:
+        state: the plan's, after the last round; None before the first.
+    """
+
+    def __init__(
+        self,
+        plan: RoundPlan[Any],
+        shares: Mapping[int, float] | None = None,
+        *,
+        total: int = 1,
+        an_epoch: float = 1.0,
+    ) -> None:
+        super().__init__(
+            min_train_nodes=1,
+            min_evaluate_nodes=1,
+            min_available_nodes=1,
+            train_metrics_aggr_fn=weighted_metrics,
+            evaluate_metrics_aggr_fn=weighted_metrics,
+        )
+        self.state: Any = None
+        self._plan, self._shares = plan, shares
+        self._total, self._an_epoch, self._done = total, an_epoch, 0.0
+        self._sent: Mapping[str, Tensor] = {}
+        self._equal = 1.0
+
+    def instruct(self, moment: Moment, x: Tensor) -> Local:
+        """What sites do in a round that begins with the model ``x`` [d]."""
+        if self.state is None:
+            self.state = self._plan.init(x.clone())
+        return self._plan.instruct(self.state, moment)
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """The same model, what the plan sends beside it and the same order for every site."""
+        vectors = {name: unpack(array) for name, array in arrays.items()}
+        if "lr" not in config:  # nobody has told what to do
+            moment = Moment(server_round, self._done, self._total, self._an_epoch)
+            local = self.instruct(moment, vectors[X])
+            self._done += local.epochs or local.steps / self._an_epoch
+            config = ConfigRecord({**config, **write_local(local)})
+        if self.state is None:
+            self.state = self._plan.init(vectors[X].clone())
+        self._sent = vectors
+        if beside := self._plan.beside(self.state):
+            arrays = ArrayRecord({**arrays, **pack(beside)})
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._equal = 1 / max(1, len(messages))
+        return messages
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The plan's next model, and the mean of the sites' metrics with ``model-change`` beside them."""
+        means: dict[str, StreamingMean] = {}
+        metrics: list[RecordDict] = []
+        for reply in replies:
+            share = self._shares[reply.metadata.src_node_id] if self._shares else self._equal
+            for name, array in arrays_of(reply).items():
+                vector = unpack(array)
+                means.setdefault(name, StreamingMean(vector.shape)).add(vector, share)
+            metrics.append(RecordDict({METRICS: metrics_of(reply)}))
+        if not metrics:
+            return None, None
+        answered = means[X].share
+        mean = {name: means.pop(name).result() for name in list(means)}
+        stats = mean.pop(STATS, torch.empty(0))
+        self.state = self._plan.absorb(self.state, Mean(mean, answered))
+        summary = weighted_metrics(metrics, NUM_EXAMPLES)
+        summary[CHANGE] = relative_change(self.state.x, self._sent[X])
+        return pack({X: self.state.x, STATS: stats}), summary

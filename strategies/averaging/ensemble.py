@@ -1,0 +1,15 @@
+"""Ensemble: sites train alone; what they predict is averaged (probabilities), not what they learned.
+
+Special case: of one site, ``local``.
+"""
+
+from strategies.averaging import local
+from strategies.keys import decaying
+from strategies.method import AlonePlan, Method
+
+
+class Keys(local.Keys):
+    """How often sites are tested."""
+
+
+METHOD = Method("ensemble", Keys, lambda keys, run: AlonePlan(decaying(keys.local_epochs, run), True))

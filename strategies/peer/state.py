@@ -1,0 +1,168 @@
+"""What a peer is, remembers, receives and answers: the types of its step (:mod:`strategies.peer.step`)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from strategies.codecs import Payload
+from strategies.method import PeerPlan
+from strategies.peer.algorithm import Vectors
+from strategies.peer.channel import Channel
+from strategies.peer.neighbourhood import Regular
+
+Metrics = dict[str, float | int]
+
+
+class Peer(NamedTuple):
+    """One peer of a run: what is the same in each of its steps.
+
+    Attributes:
+        plan: the method.
+        channel: how offered vectors reach its neighbours.
+        cross: how gradients do.
+        regular: clipping and weight decay.
+        averaging_rate: gamma, how far it goes to its neighbours' mean.
+        number: counts from 0.
+        seed: of the run; codecs draw from it.
+    """
+
+    plan: PeerPlan
+    channel: Channel
+    cross: Channel
+    regular: Regular
+    averaging_rate: float
+    number: int
+    seed: int
+
+
+class Pending(NamedTuple):
+    """The first half of an exchange of neighbourhood gradients.
+
+    Attributes:
+        gradient: the own gradient [d] at the own model.
+        loss: the own loss [].
+        mixed: the weighted means of the vectors that came.
+    """
+
+    gradient: Tensor
+    loss: Tensor
+    mixed: Vectors
+
+
+class Hat(NamedTuple):
+    """The copy of a neighbour's vectors that its differences are added to (CHOCO), and their step."""
+
+    step: int
+    vectors: Vectors
+
+
+class PeerState(NamedTuple):
+    """All that a peer remembers from step to step.
+
+    Attributes:
+        algorithm: the algorithm's state.
+        stats: BatchNorm statistics [b].
+        step: that was taken last; -1 before the first.
+        batches: that it trained on.
+        seen: of each neighbour, the step of the last payload that came.
+        memories: the channel's, one a vector; none before the first offer.
+        sent: own vectors as neighbours have them; none where the channel is exact.
+        hats: of each neighbour, where the channel is chained.
+        cross: of each neighbour, the memory of the channel of gradients.
+        offered: the step of the last offer; -1 before the first.
+        restart: whether the next payload of a chained channel goes on from nothing.
+        shift: how far the own model was perturbed for the neighbours; empty where it was not.
+        pending: an exchange of neighbourhood gradients that has begun.
+    """
+
+    algorithm: Any
+    stats: Tensor
+    shift: Tensor
+    step: int = -1
+    batches: int = 0
+    seen: Mapping[int, int] = {}
+    memories: Vectors = ()
+    sent: Vectors = ()
+    hats: Mapping[int, Hat] = {}
+    cross: Mapping[int, Tensor] = {}
+    offered: int = -1
+    restart: bool = True
+    pending: Pending | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The model [d]."""
+        x: Tensor = self.algorithm.x
+        return x
+
+
+class Order(NamedTuple):
+    """What a message asks for.
+
+    Attributes:
+        step: counts from 0.
+        neighbours: whose offers it mixes, with their weights.
+        lr: the learning rate.
+        test: whether the model is tested before it is trained.
+        last: whether the run ends with the exchange of this step.
+        again: whether the reply to the last message may be lost.
+        restart: whether a neighbour lacks what a chained channel goes on from.
+    """
+
+    step: int
+    neighbours: Mapping[int, float]
+    lr: float
+    test: bool = False
+    last: bool = False
+    again: bool = False
+    restart: bool = False
+
+
+class Received(NamedTuple):
+    """A neighbour's payload of a step, and where it could not be opened, why."""
+
+    sender: int
+    step: int
+    payload: Payload
+    problem: str = ""
+
+
+class Refusal(NamedTuple):
+    """A neighbour whose payload cannot be used, and why."""
+
+    sender: int
+    reason: str
+
+
+class Oracle(Protocol):
+    """A peer's network on its data."""
+
+    def gradient(self, x: Tensor, stats: Tensor, batch: int, /) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [] and gradient [d] at a model on a batch, counted over the whole run; BatchNorm statistics after it.
+
+        The gradient may be overwritten by the next call.
+        """
+        ...
+
+    def test(self, x: Tensor, stats: Tensor, /) -> Metrics:
+        """Metrics of a model on the test part."""
+        ...
+
+
+class Result(NamedTuple):
+    """What a step ends with.
+
+    Attributes:
+        state: to be remembered.
+        offers: a payload for all neighbours (None), or one for each.
+        metrics: what is reported.
+        refused: what neighbours sent that cannot be used.
+        restarted: whether a chained channel went on from nothing.
+    """
+
+    state: PeerState
+    offers: Mapping[int | None, Payload]
+    metrics: Metrics
+    refused: tuple[Refusal, ...] = ()
+    restarted: bool = False

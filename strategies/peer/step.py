@@ -1,0 +1,338 @@
+"""A peer's step as a function: what it remembered and what its neighbours sent, to what it remembers and offers them.
+
+A plain exchange is one step (:func:`models_step`): mix the neighbours' vectors, train, offer. An exchange of neighbourhood
+gradients in the data variant is two: :func:`cross_step` takes gradients at the neighbours' models and offers these, then
+:func:`models_step` descends along what came back, mixes, and offers the model.
+
+Nothing here knows Flower, files or clocks. What is drawn follows from the seed, the peer's number and the step's.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from strategies.averaging.mean import refusal
+from strategies.codecs import Payload
+from strategies.peer.algorithm import Vectors, exchange
+from strategies.peer.neighbourhood import Gradients, disagreement, neighbourhood_gradients, owners_shift, weighted
+from strategies.peer.state import Hat, Metrics, Oracle, Order, Peer, PeerState, Pending, Received, Refusal, Result
+from strategies.randomness import derive
+
+STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"  # parts of a payload, beside those of the codec
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """What a neighbour sent cannot be used."""
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a neighbour's payload that raised ``error``."""
+    return str(error) if isinstance(error, Refused) else f"cannot be read: {type(error).__name__}: {error}"
+
+
+class Model(NamedTuple):
+    """What came from a neighbour: its vectors, its BatchNorm statistics, and how far it perturbed its model (empty: not)."""
+
+    vectors: Vectors
+    stats: Tensor
+    shift: Tensor
+
+
+def begin(peer: Peer, x: Tensor, stats: Tensor) -> PeerState:
+    """The state at a model ``x`` [d] with BatchNorm statistics ``stats`` [b], before the first step."""
+    return PeerState(peer.plan.algorithm.init(x), stats, shift=x.new_empty(0))
+
+
+def models_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
+    """Mix what neighbours sent, train, offer the result; or end an exchange of neighbourhood gradients.
+
+    Raises:
+        ValueError: the exchange that this step ends has not begun, or the model is not finite any more.
+    """
+    state, metrics, refused = _start(peer, state, order), Metrics(), tuple[Refusal, ...]()
+    if order.step and peer.plan.gradient.messages == 2:
+        state, metrics, refused = _finish(peer, state, received, order)
+    elif order.step:
+        state, metrics, refused = _meet(peer, state, received, order, oracle)
+    if order.test:
+        metrics |= oracle.test(state.x, state.stats)
+    if order.last:
+        return Result(_finite(state), {}, metrics, refused)
+    if peer.plan.gradient.at == "own":
+        state, trained = _train(peer, state, order, oracle)
+        metrics |= trained
+    else:
+        pair = _pair(state, oracle)
+        shift = owners_shift(pair, state.x[None], peer.plan.gradient)
+        state = state._replace(shift=state.x.new_empty(0) if shift is None else shift[0])
+    restarted = peer.channel.chained and state.restart
+    state, payload = _offer(peer, _finite(state), order)
+    return Result(state, {None: payload}, metrics, refused, restarted)
+
+
+def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
+    """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
+    state, found, refused = _models(peer, _start(peer, state, order), received, order)
+    state, mixed = _mixed(peer, state, found, order)
+    metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
+    state, taken = _gradients(peer, state, found, oracle)
+    pending = Pending(taken.gradients[0], taken.losses[0], mixed)
+    cross, offers = dict(state.cross), dict[int | None, Payload]()
+    for j, gradient in zip(found, taken.gradients[1:], strict=True):
+        memory = cross[j] if j in cross else peer.cross.init(gradient)
+        offers[j], memory, _ = encode_gradient(peer, memory, gradient, j, order.step)
+        cross |= {j: memory} if memory.numel() else {}
+    state = state._replace(cross=cross, pending=pending, shift=state.x.new_empty(0))
+    return Result(_finite(state), offers, metrics, refused)
+
+
+def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
+    if peer.channel.chained and (order.again or order.restart):  # neighbours may lack what was offered last
+        state = state._replace(memories=(), restart=True)
+    return state._replace(step=order.step)
+
+
+def encode(peer: Peer, memories: Vectors, vectors: Vectors, step: int) -> tuple[Payload, Vectors, Vectors]:
+    """The payload of what a peer offers, the channel's new memories, and the vectors as neighbours have them.
+
+    Args:
+        peer: whose vectors they are.
+        memories: the channel's, one a vector; none before the first offer.
+        vectors: each [d].
+        step: in which they are offered.
+    """
+    generator = torch.Generator().manual_seed(derive(peer.seed, "codec", peer.number, step))
+    payload: Payload = {}
+    kept, sent = list[Tensor](), list[Tensor]()
+    for k, (vector, memory) in enumerate(zip(vectors, memories or map(peer.channel.init, vectors), strict=True)):
+        encoded, memory, own = peer.channel.encode(memory, vector, generator)
+        payload |= {f"{k}.{name}": value for name, value in encoded.items()}
+        kept.append(memory)
+        sent.append(own)
+    return payload, tuple(kept), tuple(sent)
+
+
+def encode_gradient(peer: Peer, memory: Tensor, gradient: Tensor, reader: int, step: int) -> tuple[Payload, Tensor, Tensor]:
+    """The payload of a gradient [d] for one neighbour, the new memory, and the gradient as the neighbour has it."""
+    seed = derive(peer.seed, "cross-codec", peer.number, reader, step)
+    return peer.cross.encode(memory, gradient, torch.Generator().manual_seed(seed))
+
+
+# What neighbours sent.
+
+
+def _models(
+    peer: Peer, state: PeerState, received: Iterable[Received], order: Order
+) -> tuple[PeerState, dict[int, Model], tuple[Refusal, ...]]:
+    return _usable(peer, state, received, order, _decode_model)
+
+
+def _usable(
+    peer: Peer,
+    state: PeerState,
+    received: Iterable[Received],
+    order: Order,
+    decode: Callable[[Peer, PeerState, Received], tuple[PeerState, T]],
+) -> tuple[PeerState, dict[int, T], tuple[Refusal, ...]]:
+    """Of each neighbour, the newest of what it sent that can be used.
+
+    Whatever is wrong with numbers that a stranger may have made costs that neighbour its part in this exchange, and nobody else.
+    """
+    found, refused = dict[int, T](), list[Refusal]()
+    for each in received:
+        seen = state.seen.get(each.sender, -1)
+        if each.step == seen and order.again and not peer.channel.chained:
+            continue  # it was mixed, and the answer to that was lost
+        try:
+            if each.problem:
+                raise Refused(each.problem)
+            if each.step <= seen:
+                raise Refused(f"step {each.step} came before")
+            state = state._replace(seen={**state.seen, each.sender: each.step})
+            state, found[each.sender] = decode(peer, state, each)
+        except Exception as error:
+            refused.append(Refusal(each.sender, why(error)))
+            found.pop(each.sender, None)
+    return state, found, tuple(refused)
+
+
+def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Model]:
+    payload, like = each.payload, peer.plan.algorithm.outgoing(state.algorithm)
+    before = like  # channels that are not chained decode without it
+    if peer.channel.chained:
+        before = tuple(map(torch.zeros_like, like))
+        if NEW not in payload:
+            hat = state.hats.get(each.sender)
+            if hat is None or int(payload[AFTER]) != hat.step:
+                raise Refused(f"step {each.step} goes on from a step that is missing here")
+            before = hat.vectors
+    vectors = tuple(peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before))
+    for vector, wanted in zip(vectors, like, strict=True):
+        _check(vector, wanted)
+    model = Model(vectors, payload.get(STATS, state.stats), payload.get(SHIFT, state.x.new_empty(0)))
+    _check(model.stats, state.stats)
+    if model.shift.numel():
+        _check(model.shift, state.x)
+    if peer.channel.chained:
+        state = state._replace(hats={**state.hats, each.sender: Hat(each.step, vectors)})
+    return state, model
+
+
+def _decode_gradient(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Tensor]:
+    gradient = peer.cross.decode(each.payload, state.x)
+    _check(gradient, state.x)
+    return state, gradient
+
+
+def _check(vector: Tensor, wanted: Tensor) -> None:
+    if vector.shape != wanted.shape or vector.dtype != wanted.dtype:
+        got, asked = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (vector, wanted))
+        raise Refused(f"a vector is {got}, {asked} is expected")
+    if reason := refusal(vector):
+        raise Refused(reason)
+
+
+def _part(payload: Payload, prefix: str) -> Payload:
+    return {name.removeprefix(prefix): value for name, value in payload.items() if name.startswith(prefix)}
+
+
+# What becomes of it.
+
+
+def _sent(peer: Peer, state: PeerState) -> Vectors:
+    """Own vectors as neighbours have them."""
+    return state.sent or peer.plan.algorithm.outgoing(state.algorithm)
+
+
+def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> tuple[PeerState, Vectors]:
+    """Weighted means of every vector; those of the statistics become the peer's own at once."""
+    if state.stats.numel():
+        stats = {j: model.stats for j, model in found.items()}
+        state = state._replace(stats=weighted(state.stats, stats, order.neighbours))
+    theirs = [{j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))]
+    pairs = zip(_sent(peer, state), theirs, strict=True)
+    return state, tuple(weighted(own, other, order.neighbours) for own, other in pairs)
+
+
+def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
+    models = {j: model.vectors[0] for j, model in found.items()}
+    return disagreement(_sent(peer, state)[0], models, order.neighbours)
+
+
+def _exchange(peer: Peer, state: PeerState, sent: Vectors, mixed: Vectors) -> PeerState:
+    algorithm = peer.plan.algorithm
+    return state._replace(algorithm=exchange(algorithm, state.algorithm, sent, mixed, peer.averaging_rate))
+
+
+def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> PeerState:
+    return state._replace(algorithm=peer.plan.algorithm.descend(state.algorithm, gradient, order.lr))
+
+
+def _meet(
+    peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
+) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
+    """The neighbours' models: mix them; in the model variant, descend along the own gradients there too."""
+    state, found, refused = _models(peer, state, received, order)
+    sent, metrics = _sent(peer, state), Metrics()
+    state, mixed = _mixed(peer, state, found, order)
+    if order.test:
+        metrics["disagreement"] = _apart(peer, state, found, order)
+    if peer.plan.gradient.at == "model":
+        state, taken = _gradients(peer, state, found, oracle)
+        theirs = dict(zip(found, taken.gradients[1:], strict=True))
+        state = _descend(peer, state, weighted(taken.gradients[0], theirs, order.neighbours), order)
+        metrics |= _trained(float(taken.losses[0]), order)
+    return _exchange(peer, state, sent, mixed), metrics, refused
+
+
+def _finish(
+    peer: Peer, state: PeerState, received: Iterable[Received], order: Order
+) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
+    """The neighbours' gradients: descend along them, mix the models that came before them."""
+    pending, sent = state.pending, _sent(peer, state)
+    if pending is None:
+        raise ValueError(f"step {order.step} ends an exchange that this site does not remember to have begun")
+    state, found, refused = _usable(peer, state, received, order, _decode_gradient)
+    state = _descend(peer, state, weighted(pending.gradient, found, order.neighbours), order)
+    state = _exchange(peer, state, sent, pending.mixed)
+    return state._replace(pending=None), _trained(float(pending.loss), order), refused
+
+
+# Training.
+
+
+def _pair(state: PeerState, oracle: Oracle) -> Callable[[Tensor, Tensor | None], Gradients]:
+    """Gradients on the batch that comes next, at any models."""
+
+    def pair(x: Tensor, _: Tensor | None) -> Gradients:
+        values, rows, stats = [], [], []
+        for point in x:
+            value, gradient, after = oracle.gradient(point, state.stats, state.batches)
+            values.append(value)
+            rows.append(gradient if len(x) == 1 else gradient.clone())
+            stats.append(after)
+        return Gradients(torch.stack(values), rows[0][None] if len(x) == 1 else torch.stack(rows), torch.stack(stats))
+
+    return pair
+
+
+def _gradients(peer: Peer, state: PeerState, found: Mapping[int, Model], oracle: Oracle) -> tuple[PeerState, Gradients]:
+    """The own gradients at the own model (row 0) and at the neighbours', on the next batch; statistics follow row 0."""
+    x = torch.stack([state.x, *(model.vectors[0] for model in found.values())]) if found else state.x[None]
+    own = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    own[0] = True
+    shift = None
+    if state.shift.numel():
+        shifts = [model.shift if model.shift.numel() else torch.zeros_like(state.x) for model in found.values()]
+        shift = torch.stack([state.shift, *shifts])
+    pair = _pair(state, oracle)
+    taken = neighbourhood_gradients(pair, x, own, peer.plan.gradient, peer.regular, shift)
+    return state._replace(stats=taken.stats[0], batches=state.batches + 1), taken
+
+
+def _train(peer: Peer, state: PeerState, order: Order, oracle: Oracle) -> tuple[PeerState, Metrics]:
+    """The local steps between two exchanges."""
+    total = state.x.new_zeros(())
+    for _ in range(peer.plan.steps):
+        state, taken = _gradients(peer, state, {}, oracle)
+        total += taken.losses[0]
+        state = _descend(peer, state, taken.gradients[0], order)
+    return state, _trained(float(total) / peer.plan.steps, order)
+
+
+def _trained(loss: float, order: Order) -> Metrics:
+    return {"loss": loss, "lr-first": order.lr, "lr-last": order.lr}
+
+
+# What is offered and kept.
+
+
+def _offer(peer: Peer, state: PeerState, order: Order) -> tuple[PeerState, Payload]:
+    """The vectors, and what goes with them, for all neighbours."""
+    vectors = peer.plan.algorithm.outgoing(state.algorithm)
+    payload, memories, sent = encode(peer, state.memories, vectors, order.step)
+    if not peer.channel.exact:
+        state = state._replace(memories=memories if memories[0].numel() else (), sent=sent)
+    if state.stats.numel():
+        payload[STATS] = state.stats
+    if state.shift.numel():
+        payload[SHIFT] = state.shift
+    if peer.channel.chained:
+        payload[NEW if state.restart else AFTER] = torch.tensor([state.offered])
+        state = state._replace(offered=order.step, restart=False)
+    return state, payload
+
+
+def _finite(state: PeerState) -> PeerState:
+    """Nothing else is ever remembered.
+
+    Raises:
+        ValueError: part of the state is not finite.
+    """
+    for name, part in zip((*state.algorithm._fields, STATS), (*state.algorithm, state.stats), strict=True):
+        if part.numel() and not bool(torch.stack(torch.aminmax(part)).isfinite().all()):
+            raise ValueError(f"step {state.step}: this site's {name} is not finite; a smaller lr may help")
+    return state

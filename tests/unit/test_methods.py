@@ -1,0 +1,59 @@
+"""The table of methods: every name has one home."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from strategies.averaging import fedavg
+from strategies.keys import Above0
+from strategies.method import Method, RoundPlan, Run, Section
+from strategies.methods import METHODS
+from tests.conftest import ROOT
+
+
+class Keys(Section):
+    """Of a method of one's own."""
+
+    strength: Above0 = 1.0
+    """how strong"""
+
+
+def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
+    """FedAvg that goes a part of the way."""
+    found = fedavg.plan(fedavg.Keys(), run)
+    return found._replace(absorb=lambda state, mean: fedavg.Average(state.x.lerp(mean.x, keys.strength)))
+
+
+MINE = Method("mine", Keys, plan)
+OURS = [method for method in METHODS.values() if not method.section]
+
+
+def home(method: "Method[Section]") -> Path:
+    """The file of a method."""
+    import sys
+
+    return Path(str(sys.modules[method.plan.__module__].__file__))
+
+
+def test_no_name_of_a_method_is_compared_outside_its_own_file() -> None:
+    names = "|".join(re.escape(name) for name in METHODS)
+    compared = re.compile(rf"""(==|!=|\bin|case)\s*[\(\[{{]?\s*(["'][^"']*["'],\s*)*["']({names})["']""")
+    folders = ("strategies", "server_app", "client_app", "simulation", "configuration", "datasets", "models")
+    for file in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            found = compared.search(line)
+            if not found or "schedule" in line:  # GSGM's schedules: one is called local, too
+                continue
+            # GSGM's own file names its base optimizers.
+            homes = home(METHODS[found[3]]), home(METHODS["gsgm"])
+            assert file in homes, f"{file}:{number}: {line}"
+
+
+@pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
+def test_who_greps_for_a_name_finds_the_file_with_its_source_and_equation(method: "Method[Section]") -> None:
+    text = home(method).read_text()
+    assert f'"{method.name}"' in text
+    title = (text.split('"""')[1]).lower()
+    assert re.sub("[^a-z]", "", method.name.removesuffix("-c").removesuffix("-a"))[:4] in re.sub("[^a-z]", "", title)
+    assert len(text.splitlines()) <= 130

@@ -55,7 +55,7 @@ def describe(message: Message, context: Context) -> Message:
     device_of(config.computing.device)
     found: dict[str, Any] = {}
     if data.columns:
-        found |= {key: list(value) for key, value in moments(data.train.x)._asdict().items()}
+        found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
     if place.num_sites:  # how many examples of each class a real site has is its own business
         found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.wire.sealing == "trust-on-first-use":

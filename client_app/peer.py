@@ -65,7 +65,7 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...]) -> Peer:
 
 def learning_rate(config: Config, done: float) -> float:
     """The rate when a fraction ``done`` of the run is over."""
-    return config.training.lr * decay(config.training.lr_shape, config.training.lr_ratio, done)
+    return config.training.rate * decay(config.training.lr_shape, config.training.lr_ratio, done)
 
 
 class _Call(NamedTuple):

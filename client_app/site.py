@@ -20,6 +20,7 @@ from client_app import training
 from configuration.config import Config
 from configuration.errors import ConfigError
 from datasets import sources
+from datasets.names import fault
 from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
 from models.flat import FlatModel
 from models.networks import build
@@ -204,7 +205,10 @@ def name_of(config: Config, place: Place, context: Context) -> str:
     name = f"site {place.number}"
     if place.num_sites and config.partition.kind == "natural":
         name = _pool(config, config.data.path).groups[place.number]
-    return str(context.node_config.get("name", name))
+    name = str(context.node_config.get("name", name))
+    if wrong := fault([name]):
+        raise ConfigError(f"name of --node-config: {wrong}")
+    return name
 
 
 def open_site(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace]:

@@ -5,7 +5,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from configuration.errors import changed, shown
-from configuration.sections import DOWNLOADED, PICTURES, SECTIONS, SOURCES
+from configuration.sections import SECTIONS
+from datasets.sources import SOURCES
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
 from strategies.methods import METHODS
@@ -117,9 +118,9 @@ def _run(config: "Config") -> Iterator[str]:
 
 def _data(config: "Config") -> Iterator[str]:
     data, partition = config.data, config.partition
-    if data.test_part == "official" and data.source in SOURCES and data.source not in DOWNLOADED:
+    if data.test_part == "official" and data.source in SOURCES and not SOURCES[data.source].official_test:
         yield f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
-    if data.augment != "none" and data.source in SOURCES and data.source not in PICTURES:
+    if data.augment != "none" and data.source in SOURCES and not SOURCES[data.source].pictures:
         yield f"data.augment = {data.augment!r}: only pictures can be flipped and cropped, not {data.source}; allowed: 'none'"
     if partition.iid_fraction and partition.kind == "iid":
         yield f"partition.iid-fraction = {partition.iid_fraction:g}: has no effect with partition.kind = 'iid'"

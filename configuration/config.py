@@ -117,7 +117,7 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
-        return self.method.plan(self.keys, Run(self.training.lr, self.training.sam_radius))
+        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius))
 
     def flat(self) -> dict[str, bool | int | float | str]:
         """The configuration as Flower's ``--run-config`` takes it, without other methods' sections."""

@@ -4,20 +4,18 @@ Each key has its type, its default and a line that says what it does; ``pyprojec
 by ``make docs``. ``Only`` marks a key that has an effect only with some values of a key beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import AfterValidator, Field
 
-from strategies.keys import Above0, Decay, NotNegative, Only, Positive, Share
+from datasets.partitions import PARTITIONS
+from datasets.sources import SOURCES
+from models.networks import NETWORKS
+from strategies.keys import Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
 
-NETWORKS = ("cnn", "mlp", "lenet5", "resnet20", "vgg11")
-PICTURES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder")
-DOWNLOADED = ("mnist", "fashion-mnist", "cifar10", "cifar100")
-SOURCES = (*PICTURES, "audio-folder", "csv", "text-csv")
-PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "classes", "sizes", "natural")
 TOPOLOGIES = (
     "ring",
     "path",
@@ -35,8 +33,19 @@ TOPOLOGIES = (
     "dyck-purdue",
     "edges",
 )
+NORMALISED = tuple(name for name, each in NETWORKS.items() if each.normalised)
 UNDIRECTED = tuple(name for name in TOPOLOGIES if not name.endswith("exponential"))
 CODECS = ("identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign")
+
+
+class _Entry(Protocol):
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+
+def _taking(table: Mapping[str, _Entry], key: str) -> tuple[str, ...]:
+    """The names of a table whose entries take a key."""
+    return tuple(name for name, entry in table.items() if key in entry.keys)
 
 
 def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> AfterValidator:
@@ -66,8 +75,8 @@ def _torchvision() -> tuple[str, ...]:
 class Training(Section):
     """Training at the sites, of every method."""
 
-    lr: Above0 = 0.05
-    """learning rate at the start of a cycle; a cycle is a round in Co-learning, the run elsewhere"""
+    lr: NotNegative = 0.0
+    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
     lr_shape: Literal["exponential", "linear", "cosine"] = "exponential"
@@ -84,10 +93,15 @@ class Training(Section):
     """factor of the pull towards 0"""
     batch_size: Positive = 32
     """examples of a batch"""
-    clip_norm: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0
     """largest gradient norm; 0: no clipping"""
     sam_radius: NotNegative = 0.0
     """radius of sharpness-aware minimization; 0: off"""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at the start of a cycle."""
+        return self.lr or {"sgd": 0.05, "adamw": 0.001}[self.optimizer]
 
 
 class Model(Section):
@@ -95,7 +109,7 @@ class Model(Section):
 
     name: Annotated[str, _one_of(*NETWORKS, more=_torchvision)] = "cnn"
     """cnn, mlp, lenet5, resnet20, vgg11, torchvision:NAME, or one's own: package.module:NAME"""
-    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=("resnet20", "vgg11"))] = "batch"
+    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=NORMALISED)] = "batch"
     """batch, group, evonorm"""
 
 
@@ -106,15 +120,15 @@ class Data(Section):
     """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, audio-folder, csv, text-csv, package.module:NAME"""
     path: str = ""
     """file or folder; for torchvision's sets the root"""
-    label: Annotated[str, Field(min_length=1), Only(source=("csv", "text-csv"))] = "label"
+    label: Annotated[str, Field(min_length=1), Only(source=_taking(SOURCES, "label"))] = "label"
     """the label's column, or an expression of columns such as "target > 0\""""
-    group: Annotated[str, Only(source=("csv", "text-csv", "image-folder", "audio-folder"))] = ""
+    group: Annotated[str, Only(source=_taking(SOURCES, "group"))] = ""
     """natural sites: a column, or a regular expression on the path; empty: CSV file or top folder"""
-    image_size: Annotated[Positive, Only(source=("image-folder",))] = 32
+    image_size: Annotated[int, Field(ge=1, le=4096), Only(source=_taking(SOURCES, "image_size"))] = 32
     """pictures are resized to this many pixels a side"""
-    audio_seconds: Annotated[Above0, Only(source=("audio-folder",))] = 1.0
+    audio_seconds: Annotated[float, Field(gt=0, le=3600), Only(source=_taking(SOURCES, "audio_seconds"))] = 1.0
     """clips are cut or padded to this length"""
-    text_buckets: Annotated[Positive, Only(source=("text-csv",))] = 16384
+    text_buckets: Annotated[int, Field(ge=1, le=2**22), Only(source=_taking(SOURCES, "text_buckets"))] = 16384
     """length of the hashed bag of n-grams"""
     test_part: Literal["own", "pooled", "official"] = "own"
     """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
@@ -129,11 +143,11 @@ class Partition(Section):
 
     kind: Annotated[str, _one_of(*PARTITIONS)] = "iid"
     """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:NAME"""
-    alpha: Annotated[Above0, Only(kind=("dirichlet", "dirichlet-equal"))] = 0.5
+    alpha: Annotated[float, Field(gt=0, le=1e6), Only(kind=_taking(PARTITIONS, "alpha"))] = 0.5
     """smaller is more skewed"""
-    classes_per_site: Annotated[Positive, Only(kind=("classes",))] = 2
+    classes_per_site: Annotated[Positive, Only(kind=_taking(PARTITIONS, "classes_per_site"))] = 2
     """so many"""
-    size_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False), Only(kind=("sizes",))] = 10.0
+    size_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False), Only(kind=_taking(PARTITIONS, "size_ratio"))] = 10.0
     """examples of the largest site over those of the smallest"""
     iid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """so much of the data is spread by chance, the rest as kind says"""

@@ -1,4 +1,5 @@
-"""What a site reads (``sources``), who gets what in a simulation (``partitions``), and one site's share of it (``site``).
+"""What a site reads (``sources``), who gets what in a simulation (``partitions``),
+and one site's share of it (``site``).
 
-This package hides Hugging Face's of the same name inside the app: never depend on that one. Keep this file.
+This package hides Hugging Face's of the same name inside the app: never depend on that one.
 """

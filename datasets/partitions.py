@@ -1,13 +1,20 @@
-"""Who gets what in a simulation. Every example goes to exactly one site; the same generator gives the same split.
+"""Who gets what in a simulation. Every example goes to exactly one site.
 
-Each function returns a list of index arrays, one a site.
+A partition is a function of labels [n], the number of sites and a generator, which returns a list
+of index arrays, one a site; what it takes beside these are keys of the run configuration. The same
+generator gives the same split. ``PARTITIONS`` names those of this file; one's own is
+``package.module:function`` (see ``examples/my_partition.py``).
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
+
+from datasets.names import imported, listed, shown
 
 Indices = NDArray[np.int64]
 FEWEST = 2  # examples a site must have: one to train on, one to test on
@@ -15,89 +22,29 @@ TRIES = 1000
 
 
 class PartitionError(ValueError):
-    """The examples cannot be dealt out as asked; the message says which key to change."""
+    """The examples cannot be split as asked; the message says which key to change."""
 
 
-def partition(
-    kind: str,
-    labels: Indices,
-    groups: Indices | None,
-    group_names: Sequence[str],
-    num_sites: int,
-    generator: Generator,
-    *,
-    alpha: float,
-    classes_per_site: int,
-    size_ratio: float,
-    iid_fraction: float,
-) -> list[Indices]:
-    """Deal out examples with ``labels`` [n] in the way ``kind`` of the run configuration, ``iid_fraction`` of them by chance.
-
-    Raises:
-        PartitionError: too few examples or classes, or other natural sites than sites.
-    """
-    if len(labels) < FEWEST * num_sites:
-        raise PartitionError(f"num-sites = {num_sites}: {len(labels)} examples are too few, a site needs {FEWEST}")
-    if 0 < iid_fraction < 1:
-        order = generator.permutation(len(labels))
-        mixed, rest = np.split(order, [round(iid_fraction * len(labels))])
-        parts = partition(
-            kind,
-            labels[rest],
-            None if groups is None else groups[rest],
-            group_names,
-            num_sites,
-            generator,
-            alpha=alpha,
-            classes_per_site=classes_per_site,
-            size_ratio=size_ratio,
-            iid_fraction=0.0,
-        )
-        return [np.concatenate([rest[part], share]) for part, share in zip(parts, np.array_split(mixed, num_sites), strict=True)]
-    match "iid" if iid_fraction else kind:
-        case "iid":
-            parts = iid(len(labels), num_sites, generator)
-        case "dirichlet":
-            parts = dirichlet(labels, num_sites, alpha, generator)
-        case "dirichlet-equal":
-            parts = dirichlet_equal(labels, num_sites, alpha, generator)
-        case "classes":
-            parts = classes(labels, num_sites, classes_per_site, generator)
-        case "sizes":
-            parts = sizes(len(labels), num_sites, size_ratio, generator)
-        case "natural":
-            if groups is None:
-                raise PartitionError("partition = 'natural': the data have no natural sites; name them with group")
-            if len(group_names) != num_sites:
-                names = ", ".join(group_names[:12]) + (", ..." if len(group_names) > 12 else "")
-                raise PartitionError(
-                    f"num-sites = {num_sites}: partition = 'natural' needs {len(group_names)} sites, one for each of {names}"
-                )
-            parts = [np.flatnonzero(groups == site) for site in range(num_sites)]
-        case _:
-            raise ValueError(f"no partition {kind!r}")
-    if min(map(len, parts)) < FEWEST:
-        raise PartitionError(f"partition = {kind!r}: a site got {min(map(len, parts))} examples, it needs {FEWEST}")
-    return parts
-
-
-def iid(num_examples: int, num_sites: int, generator: Generator) -> list[Indices]:
+def iid(labels: Indices, num_sites: int, generator: Generator) -> list[Indices]:
     """Equal shares of a random order; sizes differ by at most one."""
-    return list(np.array_split(generator.permutation(num_examples), num_sites))
+    return list(np.array_split(generator.permutation(len(labels)), num_sites))
 
 
-def sizes(num_examples: int, num_sites: int, ratio: float, generator: Generator) -> list[Indices]:
-    """Random examples, sizes in geometric progression: the largest site has ``ratio`` times the examples of the smallest."""
-    weights = np.geomspace(1, ratio, num_sites)
-    borders = np.rint(np.cumsum(weights / weights.sum())[:-1] * num_examples).astype(int)
-    return list(np.split(generator.permutation(num_examples), borders))
+def sizes(labels: Indices, num_sites: int, generator: Generator, size_ratio: float) -> list[Indices]:
+    """Random examples; sizes in geometric progression, the last ``size_ratio`` times the first."""
+    weights = np.geomspace(1, size_ratio, num_sites)
+    borders = np.rint(np.cumsum(weights / weights.sum())[:-1] * len(labels)).astype(int)
+    return list(np.split(generator.permutation(len(labels)), borders))
 
 
-def dirichlet(labels: Indices, num_sites: int, alpha: float, generator: Generator) -> list[Indices]:
-    """Of each class, sites get shares drawn from Dirichlet(alpha, ..., alpha); drawn again until no site is empty.
+def dirichlet(labels: Indices, num_sites: int, generator: Generator, alpha: float) -> list[Indices]:
+    """Of each class, sites get shares drawn from Dirichlet(alpha, ..., alpha).
 
-    Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution", 2019. Differs: shares are drawn for each class
-    over the sites, not for each site over the classes, so that every example is used once.
+    Drawn again until no site is empty.
+
+    Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution", 2019. Differs:
+    shares are drawn for each class over the sites, not for each site over the classes, so that
+    every example is used once.
     """
     for _ in range(TRIES):
         parts: list[list[Indices]] = [[] for _ in range(num_sites)]
@@ -110,29 +57,31 @@ def dirichlet(labels: Indices, num_sites: int, alpha: float, generator: Generato
         whole = [np.concatenate(part) for part in parts]
         if min(map(len, whole)) >= FEWEST:
             return whole
-    raise PartitionError(f"dirichlet-alpha = {alpha}: a site stayed empty in {TRIES} draws; raise it or take dirichlet-equal")
+    said = f"partition.alpha = {alpha}: a site stayed empty in {TRIES} draws"
+    raise PartitionError(f"{said}; raise it, or take dirichlet-equal")
 
 
-def dirichlet_equal(labels: Indices, num_sites: int, alpha: float, generator: Generator) -> list[Indices]:
+def dirichlet_equal(labels: Indices, num_sites: int, generator: Generator, alpha: float) -> list[Indices]:
     """The Dirichlet split of the decentralized literature: skewed classes, equal sizes.
 
-    Sites are dealt with in groups of at most ten. In a group each class is cut by Dirichlet shares, a site that already has its
-    share of examples getting no more, until the smallest site has half the average. The lists of all sites are then laid end to
-    end and cut again into equal slices, whose borders are not those of the Dirichlet draw.
+    Sites are split in groups of at most ten. In a group each class is cut by Dirichlet shares, a
+    site that already has its share of examples getting no more, until the smallest site has half
+    the average. The lists of all sites are then laid end to end and cut again into equal slices, whose
+    borders are not those of the Dirichlet draw.
 
-    Source: the code of Lin et al., "Quasi-global momentum", ICML 2021. Differs: the slices take up the remainder, so that every
-    example is used once.
+    Source: the code of Lin et al., "Quasi-global momentum", ICML 2021. Differs: the slices take up
+    the remainder, so that every example is used once.
     """
     order = generator.permutation(len(labels))
-    helpers = [min(10, num_sites - start) for start in range(0, num_sites, 10)]
-    borders = np.rint(np.cumsum(helpers)[:-1] / num_sites * len(labels)).astype(int)
+    groups = [min(10, num_sites - start) for start in range(0, num_sites, 10)]
+    borders = np.rint(np.cumsum(groups)[:-1] / num_sites * len(labels)).astype(int)
     line: list[Indices] = []
-    for members, count in zip(np.split(order, borders), helpers, strict=True):
-        line += _dirichlet_group(members, labels[members], count, alpha, generator)
+    for members, count in zip(np.split(order, borders), groups, strict=True):
+        line += _dirichlet_group(members, labels[members], count, generator, alpha)
     return list(np.array_split(np.concatenate(line), num_sites))
 
 
-def _dirichlet_group(members: Indices, labels: Indices, num_sites: int, alpha: float, generator: Generator) -> list[Indices]:
+def _dirichlet_group(members: Indices, labels: Indices, num_sites: int, generator: Generator, alpha: float) -> list[Indices]:
     target = len(members) / num_sites
     for _ in range(TRIES):
         parts: list[Indices] = [np.empty(0, np.int64) for _ in range(num_sites)]
@@ -146,24 +95,25 @@ def _dirichlet_group(members: Indices, labels: Indices, num_sites: int, alpha: f
             parts = [np.concatenate([part, cut]) for part, cut in zip(parts, np.split(ours, borders), strict=True)]
         if min(map(len, parts)) >= 0.5 * target:
             return parts
-    # A tiny alpha over few classes may never satisfy the half: the equal slices are made from what there is.
+    # A tiny alpha over few classes may never satisfy the half: slices are made from what there is.
     return parts
 
 
-def classes(labels: Indices, num_sites: int, per_site: int, generator: Generator) -> list[Indices]:
-    """Each site gets examples of ``per_site`` classes; the sites that share a class get equal parts of it."""
+def classes(labels: Indices, num_sites: int, generator: Generator, classes_per_site: int) -> list[Indices]:
+    """Each site gets ``classes_per_site`` classes; sites that share one get equal parts of it."""
     known = np.unique(labels)
-    if per_site > len(known):
-        raise PartitionError(f"classes-per-site = {per_site}: there are {len(known)} classes")
-    if num_sites * per_site < len(known):
+    said = f"partition.classes-per-site = {classes_per_site}"
+    if classes_per_site > len(known):
+        raise PartitionError(f"{said}: there are {len(known)} classes")
+    if num_sites * classes_per_site < len(known):
         raise PartitionError(
-            f"classes-per-site = {per_site}: {num_sites} sites would leave out some of the {len(known)} classes; "
-            f"at least {-(-len(known) // num_sites)}"
+            f"{said}: {num_sites} sites would leave out some of the {len(known)} classes; "
+            f"allowed: {-(-len(known) // num_sites)} to {len(known)}"
         )
     shuffled = generator.permutation(known)
     owners: dict[int, list[int]] = {int(label): [] for label in known}
     for site in range(num_sites):
-        for place in range(site * per_site, (site + 1) * per_site):
+        for place in range(site * classes_per_site, (site + 1) * classes_per_site):
             owners[int(shuffled[place % len(known)])].append(site)
     parts: list[list[Indices]] = [[] for _ in range(num_sites)]
     for label, sites in owners.items():
@@ -171,3 +121,118 @@ def classes(labels: Indices, num_sites: int, per_site: int, generator: Generator
         for site, cut in zip(sites, np.array_split(members, len(sites)), strict=True):
             parts[site].append(cut)
     return [np.concatenate(part) for part in parts]
+
+
+def natural(groups: Indices, num_sites: int, generator: Generator) -> list[Indices]:
+    """A site a group: a hospital, a speaker."""
+    return [np.flatnonzero(groups == site) for site in range(num_sites)]
+
+
+class Partition(NamedTuple):
+    """A named partition.
+
+    Attributes:
+        split: takes labels [n], the number of sites, a generator, and the keys.
+        by_group: whether it takes the natural sites of the examples instead of their labels.
+    """
+
+    split: Callable[..., list[Indices]]
+    by_group: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the run configuration that it takes."""
+        return tuple(inspect.signature(self.split).parameters)[3:]
+
+
+PARTITIONS = {
+    "iid": Partition(iid),
+    "dirichlet": Partition(dirichlet),
+    "dirichlet-equal": Partition(dirichlet_equal),
+    "classes": Partition(classes),
+    "sizes": Partition(sizes),
+    "natural": Partition(natural, by_group=True),
+}
+
+
+def partition(
+    kind: str,
+    labels: Indices,
+    groups: Indices | None,
+    group_names: Sequence[str],
+    num_sites: int,
+    generator: Generator,
+    *,
+    iid_fraction: float,
+    **keys: float,
+) -> list[Indices]:
+    """Split examples with ``labels`` [n] in the way ``kind``, ``iid_fraction`` of them by chance.
+
+    ``kind`` is one of ``PARTITIONS`` or the import path of one's own; ``keys`` has what it takes,
+    and may have more.
+
+    Raises:
+        PartitionError: too few examples or classes, other natural sites than sites, or a partition
+            of one's own that does not give every example to exactly one site.
+    """
+    said = f"partition.kind = {shown(kind)}"
+    if len(labels) < FEWEST * num_sites:
+        raise PartitionError(f"num-sites = {num_sites}: {len(labels)} examples are too few, a site needs {FEWEST}")
+    if 0 < iid_fraction < 1:
+        order = generator.permutation(len(labels))
+        mixed, rest = np.split(order, [round(iid_fraction * len(labels))])
+        of_rest = None if groups is None else groups[rest]
+        parts = partition(kind, labels[rest], of_rest, group_names, num_sites, generator, iid_fraction=0.0, **keys)
+        shares = np.array_split(mixed, num_sites)
+        return [np.concatenate([rest[part], share]) for part, share in zip(parts, shares, strict=True)]
+    if iid_fraction:
+        parts = iid(labels, num_sites, generator)
+    elif ":" in kind:
+        parts = _checked(
+            imported("partition.kind", kind, PartitionError)(labels, num_sites, generator),
+            len(labels),
+            num_sites,
+            said,
+        )
+    elif kind in PARTITIONS:
+        found = PARTITIONS[kind]
+        if found.by_group:
+            labels = _of_sites(groups, group_names, num_sites, said)
+        parts = found.split(labels, num_sites, generator, **{key: keys[key] for key in found.keys})
+    else:
+        raise PartitionError(f"{said}: allowed: {', '.join(PARTITIONS)}, package.module:function")
+    if (fewest := min(map(len, parts))) < FEWEST:
+        raise PartitionError(f"{said}: a site got {fewest} examples, it needs {FEWEST}")
+    return parts
+
+
+def _of_sites(groups: Indices | None, names: Sequence[str], num_sites: int, said: str) -> Indices:
+    """``groups``, where there is one for each site."""
+    if groups is None:
+        raise PartitionError(f"{said}: the data have no natural sites; name them with data.group")
+    if len(names) != num_sites:
+        raise PartitionError(f"num-sites = {num_sites}: {said} needs {len(names)} sites: {listed(names)}")
+    return groups
+
+
+def _checked(parts: object, num_examples: int, num_sites: int, said: str) -> list[Indices]:
+    """What a partition of one's own returned, if every example goes to exactly one site."""
+    if not isinstance(parts, list | tuple) or len(parts) != num_sites:
+        got = f"{len(parts)} of them" if isinstance(parts, list | tuple) else type(parts).__name__
+        raise PartitionError(f"{said} must return a list of {num_sites} arrays, one a site; got {got}")
+    for site, part in enumerate(parts):
+        if not isinstance(part, np.ndarray) or part.ndim != 1 or not np.issubdtype(part.dtype, np.integer):
+            got = f"{part.dtype} {part.shape}" if isinstance(part, np.ndarray) else type(part).__name__
+            raise PartitionError(f"{said}: site {site} must get a flat array of whole numbers; got {got}")
+    checked = [part.astype(np.int64) for part in parts]
+    whole = np.concatenate(checked)
+    if len(whole) and not 0 <= whole.min() <= whole.max() < num_examples:
+        got = f"{whole.min()} to {whole.max()}"
+        raise PartitionError(f"{said}: indices must lie between 0 and {num_examples - 1}; got {got}")
+    times = np.bincount(whole, minlength=num_examples)
+    if (times != 1).any():
+        raise PartitionError(
+            f"{said}: every example must go to exactly one site; "
+            f"of {num_examples} go {(times == 0).sum()} to none and {(times > 1).sum()} to several"
+        )
+    return checked

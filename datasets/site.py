@@ -1,15 +1,19 @@
 """One site's examples: its training part and its test part, ready to compute with."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from datasets.examples import LARGEST, Examples, SourceError
+from datasets.names import listed, shown
 from datasets.partitions import FEWEST, Indices, partition
-from datasets.sources import Examples
+
+FAR_OFF = 50  # deviations
 
 
 class Part(NamedTuple):
@@ -49,14 +53,14 @@ def deal(
     generator: Generator,
     *,
     kind: str,
-    alpha: float,
-    classes_per_site: int,
-    size_ratio: float,
     iid_fraction: float,
     test_part: str,
     test_fraction: float,
+    **keys: float,
 ) -> list[Split]:
-    """Everybody's examples in a simulation: each goes to one site, and there to its training or to its test part.
+    """Everybody's examples in a simulation: each goes to one site, to train or to test on.
+
+    ``kind``, ``iid_fraction`` and ``keys`` as in :func:`datasets.partitions.partition`.
 
     Raises:
         PartitionError: the data cannot be dealt out so.
@@ -69,10 +73,8 @@ def deal(
         examples.groups,
         num_sites,
         generator,
-        alpha=alpha,
-        classes_per_site=classes_per_site,
-        size_ratio=size_ratio,
         iid_fraction=iid_fraction,
+        **keys,
     )
     if official is not None:
         tests = np.array_split(generator.permutation(official), num_sites)
@@ -87,20 +89,18 @@ def deal(
 def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
     """The split of a real site, which holds nothing but its own examples."""
     if test_part == "pooled":
-        raise ValueError(
-            "test-part = 'pooled': sites do not share their test parts outside a simulation; allowed: 'own', 'official'"
-        )
+        raise SourceError("data.test-part = 'pooled': only in a simulation; allowed: 'own', 'official'")
     pool, official = _candidates(examples, test_part)
     if len(pool) < FEWEST:
-        raise ValueError(f"{len(pool)} examples are too few: one is needed to train on and one to test on")
+        raise SourceError(f"{len(pool)} examples are too few: one is needed to train on and one to test on")
     return Split(pool, official) if official is not None else _split(pool, test_fraction, generator)
 
 
 def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | None]:
-    """Examples to be dealt out, and the official test part where it is asked for; without it, test pictures are not used."""
+    """Examples to split, and the official test part where it is asked for; else it is not used."""
     if examples.test is None:
         if test_part == "official":
-            raise ValueError("test-part = 'official': the data have no official test part; allowed: 'own'")
+            raise SourceError("data.test-part = 'official': the data have no official test part; allowed: 'own'")
         return np.arange(len(examples.y)), None
     test = examples.test.numpy()
     return np.flatnonzero(~test), np.flatnonzero(test) if test_part == "official" else None
@@ -116,17 +116,34 @@ def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
     """The examples of one split, or of several put together; tables are not standardised yet."""
     train, test = (torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True))
     parts = Part(examples.x[train], examples.y[train]), Part(examples.x[test], examples.y[test])
-    return SiteData(*parts, examples.classes, examples.columns, _missing(parts, examples.columns))
+    notes: tuple[str, ...] = ()
+    if examples.columns:
+        table = torch.cat([part.x for part in parts])
+        notes = (*_missing(table, examples.columns), *_far_off(table, examples.columns))
+    return SiteData(*parts, examples.classes, examples.columns, notes)
 
 
-def _missing(parts: Sequence[Part], columns: tuple[str, ...]) -> tuple[str, ...]:
+def _missing(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
     """What to say about missing values."""
-    if not columns:
-        return ()
-    absent = torch.cat([part.x.isnan() for part in parts])
+    absent = table.isnan()
     said = [f"{name} ({'all' if n == len(absent) else n})" for name, n in zip(columns, absent.sum(0).tolist(), strict=True) if n]
     filled = "filled with the mean of all sites, and marked in a column of their own"
     return (f"of {len(absent)} rows, missing values in {', '.join(said)}: {filled}",) if said else ()
+
+
+def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """What to say about values that hide all others: one typing error moves all sites' moments.
+
+    Deviations are those of a normal distribution with the same quartiles, which few values do not
+    move.
+    """
+    frame = pd.DataFrame(table.double().numpy())
+    low, median, high = torch.tensor(frame.quantile([0.25, 0.5, 0.75]).to_numpy())
+    deviation = (high - low) / 1.349
+    far = ((table - median).abs() > FAR_OFF * deviation) & (deviation > 0)
+    said = [f"{name} ({n})" for name, n in zip(columns, far.sum(0).tolist(), strict=True) if n]
+    what = f"values more than {FAR_OFF} deviations off the median in {', '.join(said)}"
+    return (f"of {len(table)} rows, {what}: they shrink all others of the column, at all sites",) if said else ()
 
 
 class Moments(NamedTuple):
@@ -136,19 +153,48 @@ class Moments(NamedTuple):
     mean: tuple[float, ...]
     variance: tuple[float, ...]
 
+    def check(self, columns: Sequence[str]) -> Self:
+        """These moments, if those of a table could be like them.
 
-def moments(table: Tensor) -> Moments:
-    """The moments of the known values of ``table`` [n, columns]."""
+        Raises:
+            SourceError: not one of each for each of ``columns``, or one is negative, not finite or
+                too large.
+        """
+        for name, values in self._asdict().items():
+            if len(values) != len(columns):
+                raise SourceError(f"{name} has {len(values)} values for {len(columns)} columns")
+        for column, known, mean, variance in zip(columns, *self, strict=True):
+            # The mean square is at most the largest square. Written so that NaN is refused.
+            if not (0 <= known < float("inf") and variance >= 0 and mean * mean + variance <= LARGEST**2):
+                said = f"known = {known}, mean = {mean}, variance = {variance}"
+                raise SourceError(f"column {shown(column)}: {said} are no moments of values within ±2^63")
+        return self
+
+
+def moments(table: Tensor, columns: Sequence[str] = ()) -> Moments:
+    """The moments of the known values of ``table`` [n, columns].
+
+    Raises:
+        SourceError: those of a column are not finite or too large.
+    """
     known = ~table.isnan()
     values = table.double().nan_to_num()
     count = known.sum(0)
     mean = values.sum(0) / count.clamp(min=1)
     variance = ((values - mean).square() * known).sum(0) / count.clamp(min=1)
-    return Moments(*(tuple(each.double().tolist()) for each in (count, mean, variance)))
+    found = Moments(*(tuple(each.double().tolist()) for each in (count, mean, variance)))
+    return found.check(columns or _numbered(table.shape[1]))
 
 
-def merge(sites: Sequence[Moments]) -> Moments:
-    """The moments of all sites' values together, from each site's own (the law of total variance)."""
+def merge(sites: Sequence[Moments], columns: Sequence[str] = ()) -> Moments:
+    """The moments of all sites' values together, from each site's own (the law of total variance).
+
+    Raises:
+        SourceError: those of a site's column are not finite or too large.
+    """
+    columns = columns or _numbered(len(sites[0].known))
+    for site in sites:
+        site.check(columns)
     count, mean, variance = (torch.tensor(each, dtype=torch.float64) for each in zip(*sites, strict=True))  # [sites, columns]
     total = count.sum(0)
     share = count / total.clamp(min=1)
@@ -157,12 +203,22 @@ def merge(sites: Sequence[Moments]) -> Moments:
     return Moments(*(tuple(each.tolist()) for each in (total, middle, spread)))
 
 
+def _numbered(size: int) -> list[str]:
+    return [f"number {number}" for number in range(1, size + 1)]
+
+
 def standardise(data: SiteData, common: Moments) -> SiteData:
-    """A table as a network takes it: [n, 2 columns], the values with mean 0 and deviation 1 over all sites, then 1 where one was
-    missing, which itself becomes 0.
+    """A table as a network takes it: [n, 2 columns].
+
+    The values with mean 0 and deviation 1 over all sites, then 1 where one was missing, which
+    itself becomes 0.
 
     All sites use the same moments: the same patient looks the same everywhere.
+
+    Raises:
+        SourceError: the moments are not those of this table's columns, not finite, or too large.
     """
+    common.check(data.columns)
     mean, variance = torch.tensor(common.mean), torch.tensor(common.variance)
     deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
 
@@ -177,14 +233,16 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
     """The same examples with ``y`` counting ``classes``, the list that all sites agreed on.
 
     Raises:
-        ValueError: a class of this site is not in the list.
+        SourceError: a class of this site is not in the list.
     """
     if tuple(classes) == data.classes:
         return data
     place = {name: index for index, name in enumerate(classes)}
     if lost := [name for name in data.classes if name not in place]:
-        raise ValueError(f"classes {', '.join(lost)} of this site are not among the run's: {', '.join(classes)}")
+        raise SourceError(f"classes {listed(lost)} of this site are not among the run's: {listed(classes)}")
     index = torch.tensor([place[name] for name in data.classes])
     return data._replace(
-        train=Part(data.train.x, index[data.train.y]), test=Part(data.test.x, index[data.test.y]), classes=tuple(classes)
+        train=Part(data.train.x, index[data.train.y]),
+        test=Part(data.test.x, index[data.test.y]),
+        classes=tuple(classes),
     )

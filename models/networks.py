@@ -7,6 +7,7 @@ torchvision or from the user.
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,40 +37,34 @@ def build(name: str, shape: tuple[int, ...], num_classes: int, norm: str, seed: 
             with torch.no_grad():
                 output = network(torch.zeros(2, *shape))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"model = {name!r} cannot take examples of shape {shape}: {error}") from error
+            raise ValueError(f"model.name = {name!r} cannot take examples of shape {shape}: {error}") from error
     if not isinstance(output, Tensor) or output.shape != (2, num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model = {name!r} must return [batch, {num_classes}] for {num_classes} classes, it returned {got}")
+        raise ValueError(f"model.name = {name!r} must return [batch, {num_classes}] for {num_classes} classes, it returned {got}")
     return network.train()
 
 
 def _construct(name: str, shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
     picture = len(shape) == 3
-    if name in ("cnn", "lenet5", "resnet20", "vgg11") and not picture:
-        raise ValueError(f"model = {name!r} needs pictures, the examples are of shape {shape}; allowed: 'mlp' or your own")
-    match name.partition(":"):
-        case ("cnn", _, _):
-            return cnn(shape, num_classes)
-        case ("mlp", _, _):
-            return mlp(shape, num_classes)
-        case ("lenet5", _, _):
-            return lenet5(shape, num_classes)
-        case ("resnet20", _, _):
-            return ResNet20(shape[0], num_classes, norm)
-        case ("vgg11", _, _):
-            return vgg11(shape, num_classes, norm)
-        case ("torchvision", _, which):
-            from torchvision.models import get_model  # here: it takes a second to import
+    if name in NETWORKS:
+        if NETWORKS[name].pictures and not picture:
+            raise ValueError(f"model.name = {name!r} needs pictures, the examples are of shape {shape}; allowed: 'mlp' or your own")
+        chosen = (norm,) if NETWORKS[name].normalised else ()
+        return NETWORKS[name].build(shape, num_classes, *chosen)
+    module, _, attribute = name.partition(":")
+    if module == "torchvision":
+        from torchvision.models import get_model  # here: it takes a second to import
 
-            extra = {"aux_logits": False} if which in ("googlenet", "inception_v3") else {}
-            network = get_model(which, weights=None, num_classes=num_classes, **extra)
-            return nn.Sequential(_ThreeChannels(), network) if picture and shape[0] == 1 else network
-        case (module, ":", function):
-            network = getattr(importlib.import_module(module), function)(shape, num_classes)
-            if not isinstance(network, nn.Module):
-                raise ValueError(f"model = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}")
-            return network
-    raise ValueError(f"model = {name!r} is unknown")
+        extra = {"aux_logits": False} if attribute in ("googlenet", "inception_v3") else {}
+        network = get_model(attribute, weights=None, num_classes=num_classes, **extra)
+        return nn.Sequential(_ThreeChannels(), network) if picture and shape[0] == 1 else network
+    try:
+        network = getattr(importlib.import_module(module), attribute)(shape, num_classes)
+    except Exception as error:
+        raise ValueError(f"model.name = {name!r} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}")
+    return network
 
 
 class _ThreeChannels(nn.Module):
@@ -80,13 +75,18 @@ class _ThreeChannels(nn.Module):
 
 
 def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Two convolutions, a hidden layer: 55 thousand parameters on digits, 0.5 million on CIFAR-10."""
+    """Two convolutions, a hidden layer: 55 thousand parameters on digits, 0.5 million on CIFAR-10.
+
+    Its normalisation (GroupNorm) holds parameters only, which average well; without one, momentum diverges on larger pictures.
+    """
     channels, height, width = shape
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
+        nn.GroupNorm(8, 32),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1),
+        nn.GroupNorm(8, 64),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
@@ -106,7 +106,7 @@ def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     channels, height, width = shape
     rows, columns = (height // 2 - 4) // 2, (width // 2 - 4) // 2
     if min(rows, columns) < 1:
-        raise ValueError(f"model = 'lenet5' needs pictures of at least 12 x 12 pixels, these have {height} x {width}")
+        raise ValueError(f"model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, these have {height} x {width}")
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5, padding=2),
         nn.ReLU(),
@@ -132,13 +132,13 @@ def _norm(name: str) -> tuple[Callable[[int], nn.Module], nn.Module]:
             return partial(nn.GroupNorm, 8), nn.ReLU()
         case "evonorm":
             return EvoNormS0, nn.Identity()
-    raise ValueError(f"norm = {name!r}; allowed: batch, group, evonorm")
+    raise ValueError(f"model.norm = {name!r}; allowed: batch, group, evonorm")
 
 
 def vgg11(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
     """The narrow VGG-11 of the decentralized literature (RelaySGD, Vogels et al. 2021): 580 thousand parameters on CIFAR-10."""
     if min(shape[1:]) < 32:
-        raise ValueError(f"model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}")
+        raise ValueError(f"model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}")
     layer, act = _norm(norm)
     layers: list[nn.Module] = []
     channels = shape[0]
@@ -226,3 +226,31 @@ class ResNet20(nn.Module):
         features = self.blocks(self.stem(x))
         logits: Tensor = self.head(F.adaptive_avg_pool2d(features, 1).flatten(1))
         return logits
+
+
+def resnet20(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
+    """:class:`ResNet20`."""
+    return ResNet20(shape[0], num_classes, norm)
+
+
+class Network(NamedTuple):
+    """A network by name.
+
+    Attributes:
+        build: takes the shape of an example, the number of classes and, where it is ``normalised``, ``norm``.
+        pictures: whether it needs pictures.
+        normalised: whether its normalisation can be chosen.
+    """
+
+    build: Callable[..., nn.Module]
+    pictures: bool = True
+    normalised: bool = False
+
+
+NETWORKS = {
+    "cnn": Network(cnn),
+    "mlp": Network(mlp, pictures=False),
+    "lenet5": Network(lenet5),
+    "resnet20": Network(resnet20, normalised=True),
+    "vgg11": Network(vgg11, normalised=True),
+}

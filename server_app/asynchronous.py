@@ -147,7 +147,7 @@ class Asynchronous:
         if plan.by_speed and node in self._speeds:
             steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values())))
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
-        return Local(self._config.training.lr, cycle, steps=steps, proximal=plan.proximal, delta=True)
+        return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
 
     def _lose(self, node: int, reason: str) -> None:
         """A site is silent or gone."""

@@ -57,8 +57,8 @@ Examples = Annotated[int, Field(ge=1, le=10**12)]
 Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_is_printable)]
-ClassName = Annotated[str, Field(max_length=64), AfterValidator(_is_printable)]
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]  # datasets.names makes no others
+Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]
 
 
 class Part(BaseModel):
@@ -149,8 +149,8 @@ class SiteCard(Part):
     site: Annotated[int, Field(ge=0, lt=10**6)]
     sites: Annotated[int, Field(ge=0, le=10**6)]
     name: Name
-    classes: Annotated[list[ClassName], Field(min_length=1, max_length=100)]
-    columns: list[str]
+    classes: Annotated[list[Name], Field(min_length=1, max_length=100)]
+    columns: list[Column]
     shape: Annotated[list[Annotated[int, Field(ge=1, le=2**24)]], Field(min_length=1, max_length=4)]
     train: Examples
     test: Examples

@@ -20,7 +20,7 @@ ARGUMENTS = {"QFedAvg": "client_learning_rate=0.05", "FedAdam": "eta=0.01", "Fed
 # Peers have tests of their own.
 @pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) not in ("peers", "arrivals")])
 def test_every_strategy_learns_by_its_name(strategy: str, run_app: RunApp) -> None:
-    arguments = own(strategy, arguments=ARGUMENTS.get(strategy, ""))
+    arguments = own(strategy, arguments=ARGUMENTS.get(strategy, ""), local_steps=10)
     run = run_app(strategy=strategy, epochs=4, num_sites=4, **arguments)
     losses = run.trace("loss")
     assert losses[-1] < losses[0] < 2.5  # nine tenths of guessing: log(10) = 2.3

@@ -96,7 +96,7 @@ def test_run_that_cannot_go_on_ends_at_once_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.lr": -1.0}, "training.lr = -1.0: must be greater than 0"),
+        ({"training.lr": -1.0}, "training.lr = -1.0: must be greater than or equal to 0"),
         ({"local_epoch": 3}, "local-epoch = 3: unknown key; did you mean 'co-learning.local-epochs'"),
         ({"seed": 3}, "{'seed': 3}: a dictionary of the run configuration is expected, without seed"),
         ({"conf": "conf/nothing.toml"}, "conf = 'conf/nothing.toml': there is no such file"),

@@ -179,7 +179,7 @@ def messages_sent(changes: dict[str, Any], tmp_path: Path) -> int:
 
 
 def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> None:
-    assert messages_sent({"training.lr": 0.0}, tmp_path) == 0
+    assert messages_sent({"training.lr": -1.0}, tmp_path) == 0
     assert messages_sent({"results.folder": "/proc/runs"}, tmp_path) == 0
     assert not (tmp_path / "runs").exists()
 
@@ -195,12 +195,12 @@ def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> Non
     [
         (
             {"data.source": "csv", "data.path": "/nowhere"},
-            "0 sites can take part, min-sites = 2. SourceError: data-path = '/nowhere'",
+            "0 sites can take part, min-sites = 2. SourceError: data.path = '/nowhere'",
         ),
-        ({"partition.kind": "natural"}, "PartitionError: partition = 'natural': the data have no natural sites"),
+        ({"partition.kind": "natural"}, "PartitionError: partition.kind = 'natural': the data have no natural sites"),
         ({"partition.kind": "classes", "partition.classes-per-site": 1}, "classes-per-site = 1: 3 sites would leave out some"),
         ({"computing.device": "cuda:99"}, "0 sites can take part, min-sites = 2. ConfigError: computing.device = 'cuda:99'"),
-        ({"model.name": "vgg11"}, "model = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
+        ({"model.name": "vgg11"}, "model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, these have 8 x 8"),
     ],
 )
 def test_what_only_the_data_can_tell_is_named_before_training(changes: dict[str, Any], message: str, run_app: RunApp) -> None:

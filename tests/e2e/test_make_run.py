@@ -65,7 +65,7 @@ def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_pa
     [
         (
             "SET=training.lr=-1.0 num-sites=0",
-            "training.lr = -1.0: must be greater than 0\nnum-sites = 0: must be greater than or equal to 1",
+            "training.lr = -1.0: must be greater than or equal to 0\nnum-sites = 0: must be greater than or equal to 1",
         ),
         ("SET=num-site=3", "num-site = 3: unknown key; did you mean 'num-sites'?"),
         ("SET=lr=0.1", "lr = 0.1: this key is now training.lr"),

@@ -84,6 +84,7 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
         "co-learning.local-epochs": 2,
         "model.name": "mlp",
         "co-learning.epsilon": 0.0,
+        "training.clip-norm": 0.0,
     }
     run = run_app(**changes)
     config = Config.read(changes)
@@ -345,6 +346,7 @@ def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> No
 def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunApp) -> None:
     common: dict[str, Any] = {
         "model.name": "resnet20",
+        "training.clip-norm": 0.0,
         "data.source": "tests.equivalence.test_averaging:few",
     }
     ours, flowers = (

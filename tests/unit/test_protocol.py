@@ -272,6 +272,7 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
         ({"known": [1.0], "mean": [1.0], "variance": [1.0]}, "known, mean and variance must be those of the columns"),
         ({"columns": ["age"], "shape": [1]}, "known, mean and variance belong to a table's columns"),
         ({"public-key": b"short"}, "public-key is b'short'"),
+        ({"columns": ["a\nb"]}, r"columns.0 is 'a\nb': must be printable"),
         ({"more": 1}, "'more' is unknown"),
     ],
 )

@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.site import SiteData, Split, deal, merge, moments, own, relabel, standardise, take
-from datasets.sources import Examples
+from datasets.site import (
+    Moments,
+    SiteData,
+    Split,
+    deal,
+    merge,
+    moments,
+    own,
+    relabel,
+    standardise,
+    take,
+)
+from datasets.sources import Examples, SourceError
 
 ARGUMENTS: dict[str, Any] = {
     "kind": "iid",
@@ -72,7 +83,11 @@ def test_table_is_standardised_and_missing_values_are_marked() -> None:
     data = table([[1.0, 7.0], [NAN, 7.0], [5.0, 7.0], [3.0, NAN]], ("age", "const"))
     ready = standardise(data, moments(data.train.x))
     # The mean of 1 and 5 is 3, their deviation 2; a column without spread is only centred.
-    assert ready.train.x.tolist() == [[-1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert ready.train.x.tolist() == [
+        [-1.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 1.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0],
+    ]
     assert ready.test.x.tolist() == [[0.0, 0.0, 0.0, 1.0]]
 
 
@@ -88,7 +103,10 @@ def test_missing_values_are_said() -> None:
 
 
 def test_relabel_counts_in_the_list_of_all_sites() -> None:
-    data = take(Examples(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]), ("cat", "dog")), [Split(np.arange(3), np.array([3]))])
+    data = take(
+        Examples(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]), ("cat", "dog")),
+        [Split(np.arange(3), np.array([3]))],
+    )
     assert relabel(data, ["bird", "cat", "dog"]).train.y.tolist() == [1, 2, 2]
     assert relabel(data, ["bird", "cat", "dog"]).test.y.tolist() == [1]
     assert relabel(data, ["cat", "dog"]) is data
@@ -109,5 +127,78 @@ def test_pooled_test_parts_are_dealt_out_evenly_and_nothing_is_trained_on() -> N
 
 
 def test_a_real_site_cannot_pool_its_test_part() -> None:
-    with pytest.raises(ValueError, match="test-part = 'pooled': sites do not share"):
+    with pytest.raises(ValueError, match="test-part = 'pooled': only in a simulation"):
         own(examples(test=False), np.random.default_rng(1), test_part="pooled", test_fraction=0.2)
+
+
+def cells(generator: torch.Generator, rows: int = 200) -> torch.Tensor:
+    return torch.randn(rows, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([50.0, 0.0, -3.0])
+
+
+@pytest.mark.parametrize("value", [99_999.0, -99_999.0, 1e18])
+def test_value_far_off_all_others_is_said_but_not_told(value: float) -> None:
+    whole = cells(torch.Generator().manual_seed(1))
+    whole[7, 1] = value
+    [note] = table(whole.tolist(), ("age", "bp", "dose")).notes
+    assert "of 200 rows, values more than 50 deviations off the median in bp (1)" in note
+    assert "99" not in note
+    whole[1:4, 0] = value  # more than one, and beside missing values
+    whole[60:90, 0] = NAN
+    missing, far = table(whole.tolist(), ("age", "bp", "dose")).notes
+    assert "age (30)" in missing
+    assert "age (3), bp (1)" in far
+
+
+def test_nothing_is_said_of_ordinary_columns() -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = cells(generator, 2000)
+    whole[:, 1] = whole[:, 0].gt(53)  # a rare flag
+    whole[:, 2] = torch.randn(2000, generator=generator).exp()  # a long tail
+    whole[5, 0] = 50 + 60  # of deviation 1: 60 off, and seen
+    [note] = table(whole.tolist(), ("age", "flag", "dose")).notes
+    assert "in age (1):" in note
+    whole[5, 0] = 50 + 40
+    assert table(whole.tolist(), ("age", "flag", "dose")).notes == ()
+    assert table([[NAN, 1.0], [NAN, 1.0]], ("none", "constant")).notes[1:] == ()
+
+
+@pytest.mark.parametrize(
+    ("known", "mean", "variance"),
+    [
+        (3.0, NAN, 1.0),
+        (3.0, float("inf"), 1.0),
+        (3.0, 1e300, 1.0),
+        (3.0, 1e20, 1.0),
+        (3.0, 0.0, NAN),
+        (3.0, 0.0, float("inf")),
+        (3.0, 0.0, 1e40),
+        (3.0, 0.0, -1.0),
+        (-1.0, 0.0, 1.0),
+        (NAN, 0.0, 1.0),
+        (float("inf"), 0.0, 1.0),
+    ],
+)
+def test_moments_that_no_table_has_are_refused_by_the_column(known: float, mean: float, variance: float) -> None:
+    good = Moments((3.0, 3.0), (0.0, 1.0), (1.0, 0.0))
+    bad = Moments((3.0, known), (0.0, mean), (1.0, variance))
+    with pytest.raises(SourceError, match="column 'bp'"):
+        merge([good, bad], ("age", "bp"))
+    with pytest.raises(SourceError, match="column 'number 2'"):
+        merge([good, bad])
+    with pytest.raises(SourceError, match="column 'bp'"):
+        standardise(table([[1.0, 2.0], [3.0, 4.0]], ("age", "bp")), bad)
+
+
+def test_moments_of_values_that_are_not_finite_are_refused_by_the_column() -> None:
+    with pytest.raises(SourceError, match="column 'bp'"):
+        moments(torch.tensor([[1.0, 2.0], [3.0, float("inf")]]), ("age", "bp"))
+    with pytest.raises(SourceError, match="mean has 1 values for 2 columns"):
+        Moments((3.0, 3.0), (0.0,), (1.0, 1.0)).check(("age", "bp"))
+
+
+def test_largest_values_of_a_table_keep_their_moments() -> None:
+    largest = torch.tensor([[2.0**63, 1.0], [-(2.0**63), 2.0]])
+    common = merge([moments(largest), moments(largest)])
+    assert common.variance[0] == 2.0**126
+    data = table(largest.tolist(), ("id", "age"))
+    assert standardise(data, common).train.x[0, 0] == 1.0

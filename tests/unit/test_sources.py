@@ -4,16 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.io import wavfile
 from torchvision.io import write_png
 
-from datasets.sources import Examples, SourceError, load, log_mel
+from datasets.sources import SOURCES, Examples, SourceError, check, load, log_mel
 
 
 def read(source: str, path: Path | str, **changes: Any) -> Examples:
-    arguments: dict[str, Any] = {"label": "label", "group": "", "image_size": 8, "audio_seconds": 0.5, "text_buckets": 64} | changes
+    arguments: dict[str, Any] = {
+        "label": "label",
+        "group": "",
+        "image_size": 8,
+        "audio_seconds": 0.5,
+        "text_buckets": 64,
+    } | changes
     return load(source, str(path), **arguments)
 
 
@@ -38,7 +45,11 @@ def pictures(tmp_path: Path) -> Path:
 def test_image_folder(pictures: Path) -> None:
     examples = read("image-folder", pictures / "north")
     assert examples.x.shape == (6, 3, 8, 8)
-    assert (examples.classes, examples.y.tolist(), examples.group) == (("cat", "dog"), [0, 0, 0, 1, 1, 1], None)
+    assert (examples.classes, examples.y.tolist(), examples.group) == (
+        ("cat", "dog"),
+        [0, 0, 0, 1, 1, 1],
+        None,
+    )
     assert examples.x.float().mean((1, 2, 3)).tolist() == [250.0] * 3 + [5.0] * 3
 
 
@@ -56,7 +67,7 @@ def test_natural_sites_by_regular_expression(pictures: Path) -> None:
 
 def test_picture_that_is_none_is_named(pictures: Path) -> None:
     (pictures / "north" / "cat" / "broken.png").write_text("not a picture")
-    with pytest.raises(SourceError, match=r"broken\.png is not a picture"):
+    with pytest.raises(SourceError, match=r"broken\.png' is not a picture"):
         read("image-folder", pictures)
 
 
@@ -94,14 +105,22 @@ def write(path: Path, text: str) -> Path:
 
 def test_csv_keeps_missing_values_for_the_site(tmp_path: Path) -> None:
     examples = read("csv", write(tmp_path / "t.csv", "age,label,dose\n50,sick,1.5\n,well,2.5\n70,sick,\n"))
-    assert (examples.columns, examples.classes, examples.y.tolist()) == (("age", "dose"), ("sick", "well"), [0, 1, 0])
+    assert (examples.columns, examples.classes, examples.y.tolist()) == (
+        ("age", "dose"),
+        ("sick", "well"),
+        [0, 1, 0],
+    )
     assert examples.x.isnan().tolist() == [[False, False], [True, False], [False, True]]
     assert examples.group is None
 
 
 def test_label_may_be_an_expression_whose_columns_are_no_features(tmp_path: Path) -> None:
     examples = read("csv", write(tmp_path / "t.csv", "age,target\n50,0\n60,3\n70,1\n"), label="target > 0")
-    assert (examples.columns, examples.classes, examples.y.tolist()) == (("age",), ("False", "True"), [0, 1, 1])
+    assert (examples.columns, examples.classes, examples.y.tolist()) == (
+        ("age",),
+        ("False", "True"),
+        [0, 1, 1],
+    )
 
 
 def test_files_of_a_folder_are_natural_sites_and_so_is_a_column(tmp_path: Path) -> None:
@@ -130,8 +149,7 @@ def my_own(path: str) -> Examples:
     return Examples(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]), ("no", "yes"))
 
 
-def wrong_labels(path: str) -> Examples:
-    return Examples(torch.zeros(4, 3), torch.tensor([0, 1, 0, 2]), ("no", "yes"))
+NUMBER = 1
 
 
 def not_examples(path: str) -> Any:
@@ -145,16 +163,44 @@ def test_own_source_by_import_path() -> None:
 @pytest.mark.parametrize(
     ("source", "text", "changes", "message"),
     [
-        ("csv", "a,label\nx,1\n", {}, "columns a are not numeric"),
-        ("csv", "a,b\n1,1\n", {}, "label = 'label' is no column of .* expression of its columns: a, b"),
-        ("csv", "a,label\n1,\n", {}, "label = 'label': 1 rows of .* have none"),
-        ("csv", "label\n1\n", {}, "no column is left"),
-        ("csv", "a,label\n1,1\n", {"group": "ward"}, "group = 'ward' is no column"),
+        ("csv", "a,label\nx,1\ny,0\n", {}, "columns a are not numeric"),
+        (
+            "csv",
+            "a,b\n1,1\n2,1\n",
+            {},
+            r"data\.label = 'label' is no column of .* of its columns: a, b; ",
+        ),
+        ("csv", "a,label\n1,\n2,1\n", {}, r"data\.label = 'label': 1 rows of .* have none"),
+        ("csv", "label\n1\n2\n", {}, "no column is left"),
+        ("csv", "a,label\n1,1\n2,2\n", {"group": "ward"}, r"data\.group = 'ward' is no column"),
         ("csv", "", {}, "is not a table"),
-        ("text-csv", "body,label\nx,1\n", {}, "there is no column 'text'; columns: body, label"),
-        ("tests.unit.test_sources:missing", "", {}, "data = 'tests.unit.test_sources:missing': .*missing"),
-        ("tests.unit.test_sources:wrong_labels", "", {}, "y must lie between 0 and 1"),
-        ("tests.unit.test_sources:not_examples", "", {}, "must return datasets.sources.Examples, it returned Tensor"),
+        (
+            "csv",
+            '"a\nb",label\n1,1\n2,1\n',
+            {},
+            "columns: name 1 of 1 holds characters that cannot be printed",
+        ),
+        (
+            "text-csv",
+            "body,label\nx,1\ny,1\n",
+            {},
+            "there is no column 'text'; columns: body, label",
+        ),
+        (
+            "jpeg",
+            "",
+            {},
+            r"data\.source = 'jpeg': allowed: digits, mnist, .*, package.module:function",
+        ),
+        ("tests.unit.test_sources:missing", "", {}, r"data\.source = 'tests.*:missing': .*missing"),
+        ("tests.unit.nowhere:load", "", {}, r"data\.source = 'tests.*:load': No module"),
+        ("tests.unit.test_sources:NUMBER", "", {}, r"data\.source = .* is no function but int"),
+        (
+            "tests.unit.test_sources:not_examples",
+            "",
+            {},
+            "must return datasets.sources.Examples, .* Tensor",
+        ),
     ],
 )
 def test_mistake_in_the_data_is_named(tmp_path: Path, source: str, text: str, changes: Any, message: str) -> None:
@@ -163,10 +209,14 @@ def test_mistake_in_the_data_is_named(tmp_path: Path, source: str, text: str, ch
 
 
 def test_missing_places_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="data-path = '': this source needs"):
+    with pytest.raises(SourceError, match=r"data\.path = '': this source needs"):
         read("csv", "")
     with pytest.raises(SourceError, match="there is no such file or folder"):
         read("csv", tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=r"data\.path = '~nobody/x': there is no such"):
+        read("csv", "~nobody/x")
+    with pytest.raises(SourceError, match="100000 characters"):
+        read("csv", "x" * 100_000)
     with pytest.raises(SourceError, match=r"no file ends in \.png"):
         read("image-folder", tmp_path)
     with pytest.raises(SourceError, match=r"no file ends in \.csv"):
@@ -183,5 +233,163 @@ def test_torchvision_set_that_is_not_there_says_where_it_looked(name: str, tmp_p
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(SourceError, match=f"is not under {tmp_path}.*name its folder with data-path"):
+    with pytest.raises(SourceError, match=f"is not under '{tmp_path}'.*name its folder with data.path"):
         read(name, tmp_path)
+
+
+GOOD = Examples(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]), ("no", "yes"))
+TABLE = GOOD._replace(columns=("a", "b", "c"))
+NO_TENSOR: Any = np.zeros((4, 3))
+NO_TEXT: Any = ("no", 1)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (GOOD._replace(x=NO_TENSOR), "must be tensors, they are ndarray, Tensor"),
+        (GOOD._replace(x=torch.zeros(3, 3)), "same number of examples"),
+        (GOOD._replace(x=torch.zeros(4)), "same number of examples"),
+        (GOOD._replace(y=torch.zeros(4)), "y must be int64"),
+        (
+            GOOD._replace(y=torch.tensor([0, 1, 0, 2])),
+            "y must lie between 0 and 1, it goes from 0 to 2",
+        ),
+        (
+            GOOD._replace(y=torch.tensor([0, 1, 0, -1])),
+            "y must lie between 0 and 1, it goes from -1 to 1",
+        ),
+        (
+            Examples(torch.zeros(1, 3), torch.tensor([0]), ("no",)),
+            "1 examples are too few: at least 2",
+        ),
+        (
+            GOOD._replace(x=torch.zeros(4, 3, dtype=torch.int32)),
+            "x must be uint8 or float, it is torch.int32",
+        ),
+        (GOOD._replace(x=torch.full((4, 3), np.nan)), "x holds values that are not within"),
+        (
+            GOOD._replace(x=torch.full((4, 3), 1e300, dtype=torch.float64)),
+            "x holds values that are not within",
+        ),
+        (
+            TABLE._replace(x=torch.tensor([[0, 1, np.inf]] * 4)),
+            "column 'c' holds values that are not within",
+        ),
+        (TABLE._replace(x=torch.zeros(4, 2)), r"x must be \[n, 3\] like columns"),
+        (GOOD._replace(test=torch.zeros(4)), r"test must be \[4\] bool"),
+        (
+            GOOD._replace(group=torch.zeros(3, dtype=torch.int64), groups=("a",)),
+            r"group must be \[4\] int64",
+        ),
+        (
+            GOOD._replace(group=torch.ones(4, dtype=torch.int64), groups=("a",)),
+            "group must lie between 0 and 0",
+        ),
+        (GOOD._replace(classes=("no", "no")), "classes: two names are alike"),
+        (GOOD._replace(classes=NO_TEXT), "classes: name 2 of 2 is no text but int"),
+        (
+            GOOD._replace(classes=("no", "")),
+            "classes: name 2 of 2 has 0 characters; allowed: 1 to 64",
+        ),
+        (GOOD._replace(classes=("no", "x" * 65)), "classes: name 2 of 2 has 65 characters"),
+        (
+            GOOD._replace(classes=("no", "\x1b[31m")),
+            "classes: name 2 of 2 holds characters that cannot be printed",
+        ),
+        (
+            GOOD._replace(classes=tuple(map(str, range(101)))),
+            "classes: 101 different classes, at most 100 may leave",
+        ),
+        (GOOD._replace(groups=("a\nb",)), "groups: name 1 of 1 holds characters"),
+        (TABLE._replace(columns=("a", "b", "c\r")), "columns: name 3 of 3 holds characters"),
+        (TABLE._replace(columns=("a", "b", "c" * 201)), "columns: name 3 of 3 has 201 characters"),
+    ],
+)
+def test_data_set_that_training_would_stumble_over_is_refused(examples: Any, message: str) -> None:
+    with pytest.raises(SourceError, match=rf"data\.source = 'my:own'.*{message}"):
+        check(examples, "my:own")
+
+
+def test_data_set_with_everything_passes() -> None:
+    x = torch.tensor([[1.0, np.nan, -1e18]] * 4)
+    whole = TABLE._replace(x=x, group=torch.tensor([0, 0, 1, 1]), groups=("a", "b"), test=torch.arange(4) > 2)
+    assert check(whole, "my:own") is whole
+    assert check(GOOD._replace(classes=tuple(map(str, range(100)))), "my:own").y is GOOD.y
+
+
+SECRET = "the patient of bed 7 "
+
+
+@pytest.mark.parametrize(
+    ("label", "values", "message"),
+    [
+        ("age", range(2000, 2101), "101 different classes, at most 100 may leave a site"),
+        ("age * 100 + age % 2", range(2000, 2101), "101 different classes"),
+        ("age", [f"{SECRET}{number}" for number in range(101)], "101 different classes"),
+        ("age", [SECRET * 4, SECRET], "name 2 of 2 has 84 characters; allowed: 1 to 64"),
+        ("age", [SECRET + "\n", "x"], "name 1 of 2 holds characters that cannot be printed"),
+        ("age", [SECRET + "\x1b[2J", "x"], "name 1 of 2 holds characters that cannot be printed"),
+        ("age", [SECRET + "\u202e", "x"], "name 1 of 2 holds characters that cannot be printed"),
+    ],
+)
+@pytest.mark.parametrize("source", ["csv", "text-csv"])
+def test_labels_that_would_carry_a_table_out_are_refused_and_not_repeated(
+    tmp_path: Path, source: str, label: str, values: Any, message: str
+) -> None:
+    pd.DataFrame({"age": values, "text": "x"}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(SourceError, match=message) as error:
+        read(source, tmp_path / "t.csv", label=label)
+    assert SECRET.strip() not in str(error.value)
+    assert "2000" not in str(error.value)
+
+
+def test_a_hundred_classes_are_allowed(tmp_path: Path) -> None:
+    pd.DataFrame({"age": range(100), "label": range(100)}).to_csv(tmp_path / "t.csv", index=False)
+    assert len(read("csv", tmp_path / "t.csv").classes) == 100
+
+
+def test_names_of_groups_and_files_that_would_be_names_of_sites_are_bounded(tmp_path: Path) -> None:
+    pd.DataFrame({"ward": ["x" * 65, "y"], "a": [1, 2], "label": [0, 1]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(SourceError, match=r"data\.group = 'ward': name 1 of 2 has 65 characters"):
+        read("csv", tmp_path, group="ward")
+    for name in ("ok.csv", "a\tb.csv"):
+        (tmp_path / name).write_text("a,label\n1,0\n")
+    (tmp_path / "t.csv").unlink()
+    with pytest.raises(SourceError, match="files as sites: name 1 of 2 holds characters"):
+        read("csv", tmp_path)
+
+
+def test_folders_that_would_be_names_of_classes_and_sites_are_bounded(tmp_path: Path) -> None:
+    for number in range(101):
+        (tmp_path / "many" / str(number)).mkdir(parents=True)
+        wavfile.write(tmp_path / "many" / str(number) / "a.wav", 8000, np.zeros(9, dtype=np.int16))
+    with pytest.raises(SourceError, match="folders as classes: 101 different classes"):
+        read("audio-folder", tmp_path / "many")
+    (tmp_path / "many" / "100" / "a.wav").unlink()
+    assert len(read("audio-folder", tmp_path / "many").classes) == 100
+    (tmp_path / "many" / "99").rename(tmp_path / "many" / "99\n")
+    with pytest.raises(SourceError, match="folders as classes: name 100 of 100 holds characters"):
+        read("audio-folder", tmp_path / "many")
+    (tmp_path / "odd" / "\x1b[2J" / "c").mkdir(parents=True)
+    wavfile.write(tmp_path / "odd" / "\x1b[2J" / "c" / "a.wav", 8000, np.zeros(9, dtype=np.int16))
+    with pytest.raises(SourceError, match="folders as sites: name 1 of 1 holds characters"):
+        read("audio-folder", tmp_path / "odd")
+
+
+def test_label_does_not_cost_a_feature_whose_name_is_a_part_of_its_own(tmp_path: Path) -> None:
+    pd.DataFrame({"rate": [1, 2], "heart rate": [3, 4]}).to_csv(tmp_path / "t.csv", index=False)
+    assert read("csv", tmp_path / "t.csv", label="heart rate").columns == ("rate",)
+    assert read("csv", tmp_path / "t.csv", label="`heart rate` > 3").columns == ("rate",)
+
+
+def test_sources_say_which_keys_they_take_and_what_they_hold() -> None:
+    assert SOURCES["digits"].keys == ()
+    assert SOURCES["cifar100"].keys == ("path",)
+    assert SOURCES["image-folder"].keys == ("path", "group", "image_size")
+    assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds")
+    assert SOURCES["csv"].keys == ("path", "label", "group")
+    assert SOURCES["text-csv"].keys == ("path", "label", "group", "text_buckets")
+    official = ("mnist", "fashion-mnist", "cifar10", "cifar100")
+    assert tuple(name for name, source in SOURCES.items() if source.official_test) == official
+    pictures = ("digits", *official, "image-folder")
+    assert tuple(name for name, source in SOURCES.items() if source.pictures) == pictures

@@ -1,0 +1,44 @@
+"""Files that somebody else made: regular ones, and what is wrong with them is said with names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets.examples import SourceError
+from datasets.names import shown
+
+
+def existing(path: str | Path) -> Path:
+    """The file or folder that ``data.path`` names.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if not str(path):
+        raise SourceError("data.path = '': this source needs a file or folder")
+    try:
+        found = Path(path).expanduser()
+        if found.exists():
+            return found
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user, a NUL
+        pass
+    raise SourceError(f"data.path = {shown(str(path))}: there is no such file or folder")
+
+
+@contextmanager
+def naming(file: Path, what: str) -> Iterator[None]:
+    """Inside, ``file`` is read as ``what``.
+
+    Raises:
+        SourceError: whatever the reader raises, with the name of the file; or the file is a pipe or
+            device, which would be read without end.
+    """
+    try:
+        if not file.is_file():
+            raise SourceError(f"{shown(str(file))} is no regular file")
+        yield
+    except SourceError:
+        raise
+    except Exception as error:  # decoders raise what they like: struct.error, EOFError, SyntaxError, MemoryError
+        reason = f"{type(error).__name__}: {str(error)[:200].strip()}".strip(" :")
+        raise SourceError(f"{shown(str(file))} is not {what} that can be read: {reason}") from error

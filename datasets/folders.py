@@ -1,0 +1,259 @@
+"""Folders of pictures and of sounds: a folder a class."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from math import gcd
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datasets.examples import Examples, SourceError
+from datasets.files import existing, naming
+from datasets.names import fault, shown, too_many
+
+PICTURES = {  # what Pillow may take a file for: one other of its formats starts Ghostscript
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+MOST_PIXELS = 2**26  # of a picture before it is resized: 200 MB while it is decoded
+SAMPLE_RATE, WINDOW, HOP, MELS = (
+    8000,
+    256,
+    128,
+    40,
+)  # of the log-mel spectrogram, at 8 kHz: 32 ms every 16 ms
+RATES = 1000, 384_000  # Hz, of WAV files
+LONGEST_CLIP = 3600.0  # seconds
+
+
+class Files(NamedTuple):
+    """Files by class and, where they have one, by natural site: as in :class:`Examples`."""
+
+    files: list[Path]
+    y: Tensor
+    classes: tuple[str, ...]
+    group: Tensor | None
+    groups: tuple[str, ...]
+
+
+def image_folder(path: str | Path, group: str, image_size: int) -> Examples:
+    """Pictures under ``path``, one folder a class, as uint8 [n, 3, image_size, image_size].
+
+    Grey pictures become coloured ones; 16 bits become 8; transparency is left out. ``group`` as in
+    :func:`by_class`.
+
+    Raises:
+        SourceError: a file is no picture, damaged, or too large; it is named.
+    """
+    from torchvision.transforms.functional import resize
+
+    found = by_class(existing(path), group, tuple(PICTURES))
+    pictures = torch.empty(len(found.files), 3, image_size, image_size, dtype=torch.uint8)
+    for picture, file in zip(pictures, found.files, strict=True):
+        with naming(file, "a picture"):
+            picture.copy_(resize(decode(file), [image_size, image_size], antialias=True))
+    return Examples(pictures, *found[1:])
+
+
+def decode(file: Path) -> Tensor:
+    """A picture as uint8 [3, height, width]; for a damaged one, whatever Pillow raises."""
+    data = file.read_bytes()
+    formats = sorted(set(PICTURES.values()))
+    with Image.open(BytesIO(data), formats=formats) as picture:
+        if picture.width * picture.height > MOST_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MOST_PIXELS} are allowed")
+        picture.verify()
+    if data.startswith(b"\x89PNG"):
+        _check_png(data)
+    with Image.open(BytesIO(data), formats=formats) as picture:
+        if picture.mode.startswith("I;16"):  # grey, 16 bits: Pillow would cut off what is above 255
+            grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
+            pixels = np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
+        elif picture.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel, whose largest value nobody tells; allowed: 8 and 16")
+        else:
+            pixels = np.array(picture.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _check_png(data: bytes) -> None:
+    """Refuse a PNG that ends before its last row.
+
+    Pillow takes what lacks for black; torchvision reads beyond its memory and ends the process.
+    """
+    width, height, depth, kind, interlaced = struct.unpack(">IIBBxxB", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    # Adam7: first column, first row, and the steps from one to the next, of each of its passes.
+    adam7 = (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    )
+    promised = 0
+    for left, top, right, down in adam7 if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        promised += rows * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
+    inflate, held, position = zlib.decompressobj(), 0, 8
+    while position < len(data) and held < promised:
+        length, chunk = struct.unpack_from(">I4s", data, position)
+        if chunk == b"IDAT":
+            held += len(inflate.decompress(data[position + 8 : position + 8 + length], promised - held))
+        position += 12 + length
+    if held < promised:
+        raise ValueError("it ends before its last row")
+
+
+def audio_folder(path: str | Path, group: str, audio_seconds: float) -> Examples:
+    """WAV files under ``path``, one folder a class, as log-mel spectrograms [n, 1, 40, frames].
+
+    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`.
+
+    Raises:
+        SourceError: a file is no WAV file, has a rate out of bounds or samples that are not finite;
+            it is named.
+    """
+    shortest = WINDOW / SAMPLE_RATE
+    if not shortest <= audio_seconds <= LONGEST_CLIP:
+        raise SourceError(f"data.audio-seconds = {audio_seconds}: allowed: {shortest} to {LONGEST_CLIP}")
+    found = by_class(existing(path), group, (".wav",))
+    clips = torch.zeros(len(found.files), int(audio_seconds * SAMPLE_RATE))
+    for clip, file in zip(clips, found.files, strict=True):
+        with naming(file, "a WAV file"):
+            wave = _wave(file)
+            length = min(len(wave), len(clip))
+            clip[:length] = wave[:length]
+    features = log_mel(clips).unsqueeze(1)
+    if len(bad := (~features.isfinite()).flatten(1).any(1).nonzero()):
+        raise SourceError(f"{shown(str(found.files[int(bad[0])]))}: samples are not finite, or too large")
+    return Examples(features, *found[1:])
+
+
+def _wave(file: Path) -> Tensor:
+    """The samples [n] of a WAV file, of all its channels together, at 8 kHz."""
+    from scipy.io import wavfile
+    from scipy.signal import resample_poly
+
+    rate, samples = wavfile.read(file)
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"{rate} samples a second; allowed: {RATES[0]} to {RATES[1]}")
+    wave = samples.astype(np.float32)
+    if np.issubdtype(samples.dtype, np.integer):
+        wave = (wave - 128) / 128 if samples.dtype == np.uint8 else wave / np.iinfo(samples.dtype).max
+    if wave.ndim == 2:
+        wave = wave.mean(1)
+    if rate != SAMPLE_RATE:
+        common = gcd(rate, SAMPLE_RATE)
+        wave = resample_poly(wave, SAMPLE_RATE // common, rate // common)
+    return torch.from_numpy(wave)
+
+
+def log_mel(waves: Tensor) -> Tensor:
+    """Log-mel spectrograms [n, 40, frames] of ``waves`` [n, samples] at 8 kHz.
+
+    Each clip has mean 0 and deviation 1. Triangular filters, evenly spaced on the mel scale
+    2595 log10(1 + f / 700). torchaudio would do this, but it stands still at the torch release
+    before last.
+    """
+    window = torch.hann_window(WINDOW)
+    power = torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()  # [n, WINDOW / 2 + 1, frames]
+    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
+    edges = torch.from_numpy(700 * (10 ** (np.linspace(0, top, MELS + 2) / 2595) - 1)).float()
+    bins = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    filters = torch.minimum(rising, falling).clamp(min=0)  # [MELS, WINDOW / 2 + 1]
+    loud = torch.log(filters @ power + 1e-6)
+    return (loud - loud.mean((1, 2), keepdim=True)) / (loud.std((1, 2), keepdim=True) + 1e-6)
+
+
+SEARCH = """
+import json, re, sys
+pattern, paths = json.load(sys.stdin)
+try:
+    found = [match and match[1] for match in map(re.compile(pattern).search, paths)]
+except (re.error, IndexError) as error:
+    found = str(error)
+json.dump(found, sys.stdout)
+"""
+
+
+def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
+    """Files under ``root`` by class, the name of the folder they lie in, and by natural site.
+
+    The natural site is what the first bracket of the regular expression ``group`` finds in the path
+    below ``root``; without one, the top folder of ``root/SITE/CLASS/file``.
+
+    Raises:
+        SourceError: no files, files outside of a folder, names that must not leave a site, or a
+            ``group`` that is no regular expression, finds nothing in a path, or takes too long.
+    """
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in endings)
+    if not files:
+        raise SourceError(f"{shown(str(root))}: no file ends in {', '.join(endings)}")
+    if loose := [file for file in files if file.parent == root]:
+        raise SourceError(f"{shown(str(loose[0]))} lies in no folder, which would name its class")
+    classes, y = _index(file.parent.name for file in files)
+    if wrong := too_many(len(classes)) or fault(classes):
+        raise SourceError(f"{shown(str(root))}, folders as classes: {wrong}")
+    paths = [file.relative_to(root).as_posix() for file in files]
+    if group:
+        said, names = f"data.group = {shown(group)}", _search(group, paths)
+    elif all(path.count("/") >= 2 for path in paths):
+        said, names = (
+            f"{shown(str(root))}, folders as sites",
+            [path.split("/")[0] for path in paths],
+        )
+    else:
+        return Files(files, y, classes, None, ())
+    groups, of_group = _index(names)
+    if wrong := fault(groups):
+        raise SourceError(f"{said}: {wrong}")
+    return Files(files, y, classes, of_group, groups)
+
+
+def _search(group: str, paths: Sequence[str]) -> list[str]:
+    """What the first bracket of ``group`` finds in each path.
+
+    In a process of its own, which can be ended: a run's author writes the expression, and some
+    take for ever.
+    """
+    said, seconds = f"data.group = {shown(group)}", 2 + len(paths) / 1000
+    command = [sys.executable, "-I", "-S", "-c", SEARCH]
+    try:
+        text = json.dumps([group, paths])
+        run = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds, check=True)
+    except subprocess.TimeoutExpired as error:
+        raise SourceError(f"{said} takes too long: more than {seconds:.0f} s for {len(paths)} paths") from error
+    except subprocess.CalledProcessError as error:
+        raise SourceError(f"{said} cannot be searched for: {error.stderr[-200:].strip()}") from error
+    found = json.loads(run.stdout)
+    if isinstance(found, str):
+        raise SourceError(f"{said}: a regular expression with one bracket is expected: {found}")
+    if None in found:
+        raise SourceError(f"{said} finds nothing in {shown(paths[found.index(None)])}")
+    return [str(name) for name in found]
+
+
+def _index(names: Iterable[str]) -> tuple[tuple[str, ...], Tensor]:
+    """The different names in order, and each name's position among them."""
+    codes, different = pd.factorize(np.array(list(names), dtype=object), sort=True)
+    return tuple(str(name) for name in different), torch.from_numpy(codes.astype(np.int64))

@@ -1,0 +1,143 @@
+"""Tables in CSV files: numbers with a label, and texts with one."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datasets.examples import LARGEST, Examples, SourceError
+from datasets.expressions import ALLOWED, ExpressionError, evaluate
+from datasets.files import existing, naming
+from datasets.names import fault, listed, shown, too_many
+from datasets.partitions import FEWEST
+
+
+class Table(NamedTuple):
+    """The rows of one or several files with the same columns.
+
+    Attributes:
+        path: the file or folder.
+        rows: of all files, one after the other.
+        files: in the order of their names.
+        file: [rows] the place in ``files`` of the one that a row comes from.
+    """
+
+    path: str
+    rows: pd.DataFrame
+    files: list[Path]
+    file: NDArray[np.int64]
+
+    @property
+    def columns(self) -> str:
+        """Their names, for an error message."""
+        return listed(list(self.rows.columns))
+
+
+def csv(path: str | Path, label: str, group: str) -> Examples:
+    """A table, or a folder of tables with the same columns: numbers, and a label.
+
+    Missing values stay NaN. ``label`` is a column or an expression of columns (``"target > 0"``,
+    see :mod:`datasets.expressions`), which are no features then; ``group`` a column, or empty: a
+    folder's files are the natural sites.
+
+    Raises:
+        SourceError: a file is no table, a row is longer than the header, a value no number or not
+            within ±2^63, a label not allowed or missing.
+    """
+    table = _read(existing(path))
+    y, classes, used = _labels(table, label)
+    of_group, groups = _groups(table, group)
+    features = table.rows.drop(columns=[*used, *([group] if group and group not in used else [])])
+    if features.columns.empty:
+        raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
+    text = [str(name) for name, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+    if text:
+        said = f"{table.path}: columns {listed(text)} are not numeric"
+        raise SourceError(f"{said}: turn them into numbers or leave them out")
+    with np.errstate(over="ignore"):  # what a float32 cannot hold becomes infinite
+        x = features.to_numpy(np.float32, na_value=np.nan, copy=True)
+    if (large := np.argwhere(np.abs(x) > LARGEST)).size:
+        row, column = large[0]
+        file, name = str(table.files[int(table.file[row])]), str(features.columns[column])
+        raise SourceError(f"{shown(file)}: column {shown(name)} holds a value that is not within ±2^63")
+    return Examples(torch.from_numpy(x), y, classes, of_group, groups, columns=tuple(features.columns))
+
+
+def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Examples:
+    """Texts in a column ``text``, as hashed bags of words and word pairs.
+
+    [n, text_buckets] float16, each of Euclidean norm 1. ``label`` and ``group`` as in :func:`csv`.
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    table = _read(existing(path))
+    if "text" not in table.rows:
+        raise SourceError(f"{table.path}: there is no column 'text'; columns: {table.columns}")
+    y, classes, _ = _labels(table, label)
+    of_group, groups = _groups(table, group)
+    hashing = HashingVectorizer(n_features=text_buckets, ngram_range=(1, 2), dtype=np.float32)
+    bags = hashing.transform(table.rows["text"].fillna("").astype(str))
+    return Examples(torch.from_numpy(bags.toarray()).half(), y, classes, of_group, groups)
+
+
+def _read(path: Path) -> Table:
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise SourceError(f"{shown(str(path))}: no file ends in .csv")
+    tables = []
+    for file in files:
+        with naming(file, "a table"):
+            # Of a first row longer than the header pandas would take the first field for the row's
+            # name, and move the others by one column. A row longer than one before is an error.
+            pd.read_csv(file, header=None, nrows=2, dtype=str)
+            tables.append(pd.read_csv(file, low_memory=False))
+        if list(tables[-1].columns) != list(tables[0].columns):
+            raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}")
+        if tables[-1].empty:
+            raise SourceError(f"{shown(str(file))} has no rows")
+    rows = pd.concat(tables, ignore_index=True)
+    if len(rows) < FEWEST:
+        raise SourceError(f"{shown(str(path))}: 1 row is too few: at least {FEWEST}, to train on and to test on")
+    return Table(
+        shown(str(path)),
+        rows,
+        files,
+        np.repeat(np.arange(len(files)), [len(table) for table in tables]),
+    )
+
+
+def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
+    """Class indices, class names, and the columns that the label was made of."""
+    said = f"data.label = {shown(label)}"
+    if label in table.rows:
+        values, used = table.rows[label], [label]
+    else:
+        try:
+            values, used = evaluate(label, table.rows)
+        except ExpressionError as error:
+            wrong = f"{said} is no column of {table.path} and no expression of its columns"
+            raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
+    if missing := int(values.isna().sum()):
+        raise SourceError(f"{said}: {missing} rows of {table.path} have none")
+    codes, different = pd.factorize(values, sort=True)
+    if wrong := too_many(len(different)) or fault(names := [str(name) for name in different]):
+        raise SourceError(f"{said} of {table.path}: {wrong}")
+    return torch.from_numpy(codes.astype(np.int64)), tuple(names), used
+
+
+def _groups(table: Table, group: str) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The natural site of each row: what its column ``group`` holds, or its file of several."""
+    if group and group not in table.rows:
+        raise SourceError(f"data.group = {shown(group)} is no column of {table.path}: {table.columns}")
+    if not group and len(table.files) == 1:
+        return None, ()
+    names = table.rows[group].astype(str) if group else pd.Series([file.stem for file in table.files])[table.file]
+    codes, groups = pd.factorize(names, sort=True)
+    if wrong := fault(list(groups)):
+        said = f"data.group = {shown(group)}" if group else f"{table.path}, files as sites"
+        raise SourceError(f"{said}: {wrong}")
+    return torch.from_numpy(codes.astype(np.int64)), tuple(groups)

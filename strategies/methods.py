@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, fedasync, fedbuff, gsgm
+from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, delayed_nesterov, fedasync, fedbuff, gsgm
 from strategies.averaging import centralized, co_learning, diloco, ensemble, fedavg, flower, local, scaffold
 from strategies.method import Method
 from strategies.peer import (
@@ -38,6 +38,7 @@ _ALL: tuple[Method[Any], ...] = (
     dc_asgd.CONSTANT,
     dc_asgd.ADAPTIVE,
     fedasync.METHOD,
+    delayed_nesterov.METHOD,
     fedbuff.METHOD,
     d_psgd.METHOD,
     cdsgd.METHOD,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strategies.asynchronous.adaptive import adaptive
+from strategies.asynchronous.delayed_nesterov import delayed_nesterov
 from strategies.asynchronous.descent import descent
 from strategies.asynchronous.fedasync import fedasync
 from strategies.asynchronous.fedbuff import fedbuff
@@ -35,6 +36,7 @@ RULES: dict[str, Callable[[], ServerRule[Any]]] = {
     "adam": lambda: adaptive(eta=0.01, beta=0.9, beta_2=0.999, window=2, weight=constant, correct=True),
     "fedasync": lambda: fedasync(alpha=0.6, weight=polynomial(0.5)),
     "fedbuff": lambda: fedbuff(eta=1.0, size=2, weight=polynomial(0.5)),
+    "delayed-nesterov": lambda: delayed_nesterov(eta=0.7, beta=0.9, period=3, share=0.3),
 }
 
 

@@ -18,7 +18,8 @@ from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
-from server_app.results import EVERYBODY, History, Progress
+from server_app.events import EVERYBODY, Progress
+from server_app.results import History
 from simulation.vectorised import Batch, Networks
 from strategies.codecs import num_bytes
 from strategies.peer.algorithm import Vectors, exchange

@@ -27,7 +27,7 @@ from configuration.sections import (
     Training,
     Wire,
 )
-from strategies.keys import Positive
+from strategies.keys import NotNegative, Positive
 from strategies.method import ArrivalPlan, Method, PeerPlan, Plan, Run, Section
 from strategies.methods import METHODS, find
 
@@ -59,6 +59,8 @@ class Config(BaseModel):
     """in a simulation also: --federation-config "num-supernodes=5\""""
     min_sites: Positive = 2
     """the run stops when fewer sites than this answer"""
+    max_change: NotNegative = 10.0
+    """a contribution that moves the model by more than so many times the median over sites is refused; 0: no bound"""
     epochs: Positive = 32
     """local epochs of each site in the whole run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1

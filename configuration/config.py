@@ -121,10 +121,14 @@ class Config(BaseModel):
         """What the method makes of its keys."""
         return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius))
 
+    def tables(self) -> dict[str, Any]:
+        """The configuration as nested tables, without other methods' sections."""
+        tables = self.model_dump(by_alias=True)
+        return tables | {self.method.table: tables.pop("keys")}
+
     def flat(self) -> dict[str, bool | int | float | str]:
         """The configuration as Flower's ``--run-config`` takes it, without other methods' sections."""
-        tables = self.model_dump(by_alias=True)
-        return flatten_dict(tables | {self.method.table: tables.pop("keys")})
+        return flatten_dict(self.tables())
 
     @property
     def unit(self) -> str:

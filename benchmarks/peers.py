@@ -126,11 +126,11 @@ def sealing() -> None:
     public = {number: key.public_key().public_bytes_raw() for number, key in enumerate(private)}
     rings = [Keyring(number, key, public) for number, key in enumerate(private)]
     data, header = os.urandom(100_000_000), Header(1, 0, 1, "model")
-    sealed, keys = rings[0].seal(data, [1, 2], header)
+    sealed, keys, _ = rings[0].seal(data, [1, 2], header)
     seal, opened = [], []
     for _ in range(5):
         start = time.perf_counter()
-        sealed, keys = rings[0].seal(data, [1, 2], header)
+        sealed, keys, _ = rings[0].seal(data, [1, 2], header)
         middle = time.perf_counter()
         assert rings[2].open(sealed, keys[2], header) == data
         seal.append(middle - start)

@@ -1,5 +1,6 @@
 """What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
 
+import math
 import traceback
 from itertools import chain, count, islice
 from typing import Any
@@ -20,6 +21,7 @@ from configuration.graph import graph_of
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
+from strategies.gradients import Diverged
 from strategies.method import PeerPlan, RoundPlan
 from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
 from strategies.randomness import derive
@@ -39,7 +41,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if not isinstance(error, SourceError | PartitionError | ConfigError):  # these say all there is to say
+        if not isinstance(error, SourceError | PartitionError | ConfigError | Diverged):  # these say all there is to say
             traceback.print_exc()
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
@@ -124,6 +126,8 @@ def train(message: Message, context: Context) -> Message:
     with dice(model.x.device, derive(config.seed, "layers", place.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
         mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
+    if not math.isfinite(mean_loss):
+        raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
     metrics = TrainMetrics.model_construct(
         loss=mean_loss,
         lr_first=rate(0),

@@ -6,7 +6,10 @@ after the run's last step: a SuperNode that is restarted goes on where the one b
 model and, with ``trust-on-first-use``, holds its private key.
 """
 
+import json
 import os
+from collections.abc import Mapping
+from hashlib import sha256
 from logging import INFO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +22,28 @@ from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as SavedContext
 from torch import Tensor
 
+from datasets.site import Moments
 from strategies.peer.state import PeerState
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
-TENSORS, NUMBERS = "peer", "peer-numbers"  # the records in the context's state
+TENSORS, NUMBERS, RUN = "peer", "peer-numbers", "peer-run"  # the records in the context's state
 RULE, MOMENTS = "rule", "moments"
 T = TypeVar("T", bound=tuple[Any, ...])
+
+
+def run_of(message: Message, context: Context) -> dict[str, str]:
+    """What must be the same in all messages of a run: the run itself, its configuration, and what the sites agreed on."""
+    fields = {key: list(value) for key, value in config_of(message).items() if key in ("classes", *Moments._fields)}  # type: ignore[arg-type]
+    return {
+        "run id": str(context.run_id),
+        "run configuration": _digest(context.run_config),
+        "classes and moments": _digest(fields),
+    }
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()
 
 
 def recall(context: Context, algorithm: type, device: torch.device) -> PeerState | None:
@@ -37,13 +55,34 @@ def recall(context: Context, algorithm: type, device: torch.device) -> PeerState
     return restore(PeerState, {**parts, **numbers}, algorithm=algorithm)
 
 
-def remember(context: Context, state: PeerState) -> dict[int, Array]:
-    """Put what a peer remembers into the context; the arrays of its tensors, by their ``id``."""
+def check_run(context: Context, run: Mapping[str, str]) -> None:
+    """Drop what is remembered of another run, which Flower keeps where runs are of one series.
+
+    Raises:
+        ValueError: it is of this run, but something else has changed: a server that lets a site show what it kept to itself.
+    """
+    known = context.state.get(RUN)
+    if isinstance(known, ConfigRecord) and known["run id"] == run["run id"]:
+        if changed := [name for name in run if known[name] != run[name]]:
+            raise ValueError(f"{' and '.join(changed)}: another one than in this run's first step; refused")
+    elif TENSORS in context.state:
+        log(INFO, "this site forgets what it remembers of another run")
+        for name in (TENSORS, NUMBERS, RUN):
+            context.state.pop(name, None)
+
+
+def remember(context: Context, run: Mapping[str, str], records: tuple[ArrayRecord, ConfigRecord]) -> None:
+    """Put what a peer remembers into the context."""
+    context.state[TENSORS], context.state[NUMBERS] = records
+    context.state[RUN] = ConfigRecord(dict(run))
+
+
+def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[int, Array]]:
+    """A state as records; and the arrays of its tensors by their ``id``, so that what is sent too need not be copied twice."""
     tensors, numbers = flatten(state)
     arrays = {id(tensor): array for tensor, array in zip(tensors.values(), pack(tensors).values(), strict=True)}
-    context.state[TENSORS] = ArrayRecord({name: arrays[id(tensor)] for name, tensor in tensors.items()})
-    context.state[NUMBERS] = ConfigRecord(dict(numbers))
-    return arrays
+    record = ArrayRecord({name: arrays[id(tensor)] for name, tensor in tensors.items()})
+    return (record, ConfigRecord(dict(numbers))), arrays
 
 
 def remembered(context: Context, name: str, like: T) -> T:
@@ -99,7 +138,8 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
     except Exception as error:
         raise ValueError(f"--node-config state = {str(folder)!r}: {error}") from None
     reply = call_next(message, context)
-    if config_of(message).get("last"):
+    fields: Any = config_of(message)
+    if message.metadata.message_type == "train.peer" and fields.get("last") and fields["server-round"] > 0:
         file.unlink(missing_ok=True)
     elif context.state:
         partial = file.with_suffix(".partial")

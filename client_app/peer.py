@@ -4,50 +4,36 @@ The step itself is a function that knows no Flower (:mod:`strategies.peer.step`)
 ``context.state`` (:mod:`client_app.memory`).
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 
 from client_app import sealing
-from client_app.memory import recall, remember
+from client_app.memory import check_run, recall, remember, run_of, written
 from client_app.oracle import Oracle
 from client_app.site import Workplace, dice, open_site
+from client_app.training import num_batches
 from configuration.config import Config
 from configuration.graph import graph_of
 from datasets.site import SiteData
-from strategies.codecs import Payload, codec
+from strategies.codecs import codec
 from strategies.gradients import regularised
 from strategies.method import PeerPlan
 from strategies.peer.channel import channel
-from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Result
-from strategies.peer.step import Refused, begin, cross_step, models_step, why
+from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Refusal, Result
+from strategies.peer.step import begin, cross_step, models_step, why
 from strategies.randomness import derive
-from strategies.records import (
-    ARRAYS,
-    CONFIG,
-    FROM,
-    METRICS,
-    OFFER,
-    STATS,
-    TO,
-    X,
-    config_of,
-    pack,
-    pack_bytes,
-    unpack,
-    unpack_bytes,
-)
+from strategies.records import ARRAYS, CONFIG, FROM, METRICS, OFFER, STATS, TO, X, config_of, pack, unpack
 from strategies.schedules import decay
 
-SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 
-
-def peer_of(config: Config, number: int, sizes: tuple[int, ...]) -> Peer:
-    """Peer ``number`` of a run, whose network has layers of ``sizes``."""
+def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
+    """Peer ``number`` of a run, whose network has layers of ``sizes``, and which reports means over at least so many losses."""
     offered, gradients = (
         codec(name, sizes, bits=config.wire.bits, share=config.wire.share) for name in (config.wire.codec, config.wire.cross_codec)
     )
@@ -60,6 +46,7 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...]) -> Peer:
         config.topology.averaging_rate,
         number,
         config.seed,
+        loss_batches,
     )
 
 
@@ -92,10 +79,12 @@ def take_step(message: Message, context: Context) -> Message:
         ValueError: it cannot be taken; then the peer remembers what it remembered before.
     """
     config, site, data, network = open_site(message, context)
-    peer = peer_of(config, site.number, network.model.sizes)
-    ring = None
+    run, ring, loss_batches = run_of(message, context), None, 1
+    check_run(context, run)
     if config.wire.sealing != "off":
         ring = sealing.keyring(context, config.wire.sealing, site.number, config_of(message))
+        loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)  # half an epoch
+    peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
     known = recall(context, type(first.algorithm), network.x.device)
@@ -106,7 +95,10 @@ def take_step(message: Message, context: Context) -> Message:
         step = cross_step if call.crossing else models_step
         result = step(peer, known or first, _received(call, order), order, oracle)
     metrics = {"num-examples": len(data.train.y), **result.metrics, "samples": oracle.samples}
-    return _reply(call, order, result, metrics, forgotten=known is None and order.step > 0)
+    records, arrays = written(result.state)
+    reply = _reply(call, order, result, metrics, arrays, forgotten=known is None and order.step > 0)
+    remember(context, run, records)
+    return reply
 
 
 # What is read.
@@ -114,13 +106,16 @@ def take_step(message: Message, context: Context) -> Message:
 
 def _order(call: _Call) -> Order:
     fields: Any = config_of(call.message)
-    step, config = int(fields["server-round"]), call.config
+    step, done, config = int(fields["server-round"]), float(fields["cycle-from"]), call.config
+    if not 0 <= done <= 1:
+        raise ValueError(f"cycle-from = {done:g}: 0 to 1 is expected")
     return Order(
         step,
         _neighbours(call, step),
-        learning_rate(config, float(fields["cycle-from"])),
+        learning_rate(config, done),
+        done,
         test=bool(fields["test"]),
-        last=bool(fields["last"]),
+        last=bool(fields["last"]) and step > 0,
         again=bool(fields["rejoin"]),
         restart=bool(fields["fresh"]),
     )
@@ -151,67 +146,50 @@ def _received(call: _Call, order: Order) -> Iterator[Received]:
     """What neighbours sent, of each in the order of its steps."""
     for sender in order.neighbours:
         record = call.message.content.get(f"{FROM}{sender}")
-        if not isinstance(record, ArrayRecord):
-            continue
         steps: dict[int, dict[str, Array]] = {}
-        for name, array in record.items():
+        for name, array in record.items() if isinstance(record, ArrayRecord) else ():
             number, _, part = name.partition("/")
-            steps.setdefault(int(number), {})[part] = array
+            if re.fullmatch("[0-9]{1,9}", number):
+                steps.setdefault(int(number), {})[part] = array
+            else:
+                yield Received(sender, -1, {}, f"{name!r} is no part of a step")
         for step in sorted(steps):
-            try:
-                yield Received(sender, step, _opened(call, sender, step, steps[step]))
-            except Exception as error:
-                problem = str(error) if isinstance(error, sealing.SealError) else why(error)
-                yield Received(sender, step, {}, problem)
+            yield _opened(call, sender, step, steps[step])
 
 
-def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Payload:
-    device = call.network.x.device
-    if call.ring is None:
-        return {name: unpack(array).to(device) for name, array in arrays.items()}
-    if {SEALED, KEY} - set(arrays):
-        raise Refused(f"step {step} is not sealed for this site")
+def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Received:
     kind = "gradient" if call.peer.plan.gradient.messages == 2 and not call.crossing else "model"
     header = sealing.Header(call.context.run_id, sender, step, kind)
-    data = call.ring.open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header)
-    return {name: value.to(device) for name, value in load(data).items()}
+    try:
+        payload = sealing.unseal(call.ring, arrays, header) if call.ring else {k: unpack(v) for k, v in arrays.items()}
+        return Received(sender, step, {name: value.to(call.network.x.device) for name, value in payload.items()})
+    except Exception as error:  # whatever is wrong with it costs its sender the exchange
+        return Received(sender, step, {}, str(error) if isinstance(error, sealing.SealError) else why(error))
 
 
 # What is written.
 
 
-def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, *, forgotten: bool) -> Message:
-    """Remember everything, seal what is offered, answer."""
-    remembered = remember(call.context, result.state)
-    refused = [f"site {sender}: {reason}" for sender, reason in result.refused]
-    arrays: dict[str, Array] = {}
+def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: dict[int, Array], *, forgotten: bool) -> Message:
+    """Seal what is offered, answer; what is ``packed`` need not be copied twice."""
+    refused, arrays = list(result.refused), dict[str, Array]()
+    header = sealing.Header(call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model")
     for reader, payload in result.offers.items():
         name = OFFER if reader is None else f"{TO}{reader}"
-        if call.ring is None:  # what is remembered too need not be copied twice
-            new = pack({part: value for part, value in payload.items() if id(value) not in remembered})
-            known = {part: remembered[id(value)] for part, value in payload.items() if id(value) in remembered}
-            arrays |= {f"{name}/{part}": array for part, array in (known | dict(new)).items()}
+        if call.ring:
+            found, problems = sealing.seal(call.ring, name, payload, _readers(call, reader), header)
+            refused += [Refusal(*problem) for problem in problems.items()]
         else:
-            sealed, problems = _sealed(call, call.ring, order, name, reader, payload)
-            arrays |= sealed
-            refused += problems
+            new = pack({part: value for part, value in payload.items() if id(value) not in packed})
+            found = {f"{name}/{part}": new[part] if part in new else packed[id(value)] for part, value in payload.items()}
+        arrays |= found
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
-    answer: dict[str, Any] = {"refused": refused, "broken": broken, "fresh": result.restarted, "anew": forgotten}
+    reasons = [f"site {site}: {reason}" for site, reason in refused]
+    answer: dict[str, Any] = {"refused": reasons, "broken": broken, "fresh": result.restarted, "anew": forgotten}
     content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics}), CONFIG: ConfigRecord(answer)})
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
-
-
-def _sealed(
-    call: _Call, ring: sealing.Keyring, order: Order, name: str, reader: int | None, payload: Payload
-) -> tuple[dict[str, Array], list[str]]:
-    header = sealing.Header(call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model")
-    data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
-    readers = _readers(call, reader)
-    sealed, keys = ring.seal(data, filter(ring.knows, readers), header)
-    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {f"{TO}{k}/{KEY}": pack_bytes(key) for k, key in keys.items()}
-    return arrays, [f"site {k}: this site has no public key of it" for k in readers if not ring.knows(k)]
 
 
 def _readers(call: _Call, reader: int | None) -> list[int]:
@@ -228,7 +206,7 @@ def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
     """The finished model: to the server if it may have it, and into the file that the site names."""
     if call.config.wire.collect_models and call.ring is None:
         content["model"] = pack({X: state.x, STATS: state.stats})
-    if "save" in call.context.node_config:
+    if "save" in call.context.node_config and state.batches:  # a model that was not trained replaces none
         path = Path(str(call.context.node_config["save"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(call.network.model.state_dict(state.x, state.stats), path)

@@ -1,8 +1,10 @@
 """Sealed payloads: what peers exchange is encrypted end to end, so that the relay can neither read, change, swap nor replay it.
 
-A payload is encrypted once, with a fresh content key (AES-256-GCM); that key is wrapped for each reader with a key that only the
-two of them can compute (X25519, HKDF-SHA256, AES-256-GCM). Both are authenticated together with the run, the sender, its step, the
-kind of payload and, for the wrapped key, the reader. A reader takes each step of a sender once, in order.
+A payload is encrypted once, with a content key of its own (AES-256-GCM); that key is wrapped for each reader with a key that only
+the two of them can compute (X25519; HKDF-SHA256 with the run, both numbers and both public keys; AES-256-GCM). Both are
+authenticated together with the run, the sender, its step and the kind of payload, the wrapped key also with the reader and the
+SHA-256 of what it opens: a reader who knows a content key cannot seal anything else with it in the sender's name. A reader takes
+each step of a sender once, in order.
 
 Whose public key is whose, a site reads from a file of its own (``--node-config 'private-key="..." peer-keys="..."'``), which lists
 for each site number its public key. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the
@@ -14,6 +16,7 @@ import os
 import tomllib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +26,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from flwr.app import ConfigRecord, Context
+from flwr.app import Array, ConfigRecord, Context
+from safetensors.torch import load, save
+
+from strategies.codecs import Payload
+from strategies.records import TO, pack_bytes, unpack_bytes
 
 NONCE = 12
 FIRST = bytes(NONCE)  # a content key is used once, so its nonce need not be another one each time
+SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
 
 
@@ -42,9 +50,10 @@ class Header(NamedTuple):
     step: int
     kind: str
 
-    def bytes(self, reader: int | None = None) -> bytes:
-        """As it is authenticated."""
-        return f"archipelago:{self.run}:{self.sender}:{self.step}:{self.kind}:{'' if reader is None else reader}".encode()
+    def bytes(self, reader: int | None = None, sealed: bytes = b"") -> bytes:
+        """As it is authenticated: with the data, or with the key that opens what was ``sealed`` for a ``reader``."""
+        text = f"archipelago:{self.run}:{self.sender}:{self.step}:{self.kind}:"
+        return text.encode() if reader is None else f"{text}{reader}:{sha256(sealed).hexdigest()}".encode()
 
 
 class Keyring:
@@ -53,29 +62,39 @@ class Keyring:
     def __init__(self, number: int, private: X25519PrivateKey, public: Mapping[int, bytes]) -> None:
         self._number, self._private, self._public = number, private, public
 
-    def _shared(self, other: int) -> AESGCM:
+    def _shared(self, other: int, run: int) -> AESGCM:
+        """What only this site and ``other`` can compute.
+
+        Raises:
+            SealError: the public key of ``other`` is not known, or is none.
+        """
         if other not in self._public:
             raise SealError(f"no public key of site {other} is known")
-        secret = self._private.exchange(X25519PublicKey.from_public_bytes(self._public[other]))
-        return AESGCM(HKDF(hashes.SHA256(), 32, None, b"archipelago content key").derive(secret))
+        try:
+            secret = self._private.exchange(X25519PublicKey.from_public_bytes(self._public[other]))
+        except ValueError:  # too short, or one of the few with which every secret is the same
+            raise SealError(f"the public key of site {other} cannot be used") from None
+        both = sorted({self._number: _public_of(self._private), other: self._public[other]}.items())
+        text = ":".join(f"{site}:{key.hex()}" for site, key in both)
+        return AESGCM(HKDF(hashes.SHA256(), 32, None, f"archipelago content key:{run}:{text}".encode()).derive(secret))
 
     def knows(self, other: int) -> bool:
         """Whether there is a public key of a site."""
         return other in self._public
 
-    def seal(self, data: bytes, readers: Iterable[int], header: Header) -> tuple[bytes, dict[int, bytes]]:
-        """The sealed data, and for each reader the key that opens them.
-
-        Raises:
-            SealError: no public key of a reader is known.
-        """
+    def seal(self, data: bytes, readers: Iterable[int], header: Header) -> tuple[bytes, dict[int, bytes], dict[int, str]]:
+        """The sealed data; for each reader the key that opens them, or why there is none."""
         content = AESGCM.generate_key(256)
         sealed = AESGCM(content).encrypt(FIRST, data, header.bytes())
-        wrapped = {}
+        wrapped, problems = dict[int, bytes](), dict[int, str]()
         for reader in readers:
             nonce = os.urandom(NONCE)
-            wrapped[reader] = nonce + self._shared(reader).encrypt(nonce, content, header.bytes(reader))
-        return sealed, wrapped
+            try:
+                key = self._shared(reader, header.run).encrypt(nonce, content, header.bytes(reader, sealed))
+                wrapped[reader] = nonce + key
+            except SealError as error:  # costs that neighbour the payload, and nobody else
+                problems[reader] = str(error)
+        return sealed, wrapped, problems
 
     def open(self, sealed: bytes, wrapped: bytes, header: Header) -> bytes:
         """The data of a payload from ``header.sender``.
@@ -83,20 +102,46 @@ class Keyring:
         Raises:
             SealError: it was changed, or is not what the header says, or not for this site.
         """
+        shared = self._shared(header.sender, header.run)
         try:
-            content = self._shared(header.sender).decrypt(wrapped[:NONCE], wrapped[NONCE:], header.bytes(self._number))
+            content = shared.decrypt(wrapped[:NONCE], wrapped[NONCE:], header.bytes(self._number, sealed))
             return AESGCM(content).decrypt(FIRST, sealed, header.bytes())
-        except InvalidTag:
+        except (InvalidTag, ValueError):  # of another length, too
             raise SealError(
                 f"step {header.step} was changed on the way, or is not for this site, step or run, or its key is another one"
             ) from None
+
+
+def seal(
+    ring: Keyring, name: str, payload: Payload, readers: Iterable[int], header: Header
+) -> tuple[dict[str, Array], dict[int, str]]:
+    """A payload as the sealed arrays that are sent under ``name``; and the readers that cannot have it, and why."""
+    data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
+    sealed, keys, problems = ring.seal(data, readers, header)
+    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
+    return arrays, problems
+
+
+def unseal(ring: Keyring, arrays: Mapping[str, Array], header: Header) -> Payload:
+    """The payload of sealed arrays, on the CPU.
+
+    Raises:
+        SealError: it is not sealed for this site, or was changed.
+    """
+    if {SEALED, KEY} - set(arrays):
+        raise SealError(f"step {header.step} is not sealed for this site")
+    return load(ring.open(unpack_bytes(arrays[SEALED]), unpack_bytes(arrays[KEY]), header))
+
+
+def _public_of(private: X25519PrivateKey) -> bytes:
+    return private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
 
 
 def public_key(context: Context) -> bytes:
     """This site's public key where keys are trusted on first use; the private one is made now if there is none."""
     record = _own(context)
     private = X25519PrivateKey.from_private_bytes(bytes(record["private"]))  # type: ignore[arg-type]
-    return private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    return _public_of(private)
 
 
 def _own(context: Context) -> ConfigRecord:
@@ -108,14 +153,14 @@ def _own(context: Context) -> ConfigRecord:
     return record
 
 
-def keyring(context: Context, sealing: str, number: int, told: Mapping[str, object]) -> Keyring:
+def keyring(context: Context, sealing: str, number: int, fields: Mapping[str, object]) -> Keyring:
     """The keys of a site.
 
     Args:
         context: of the message.
         sealing: ``keys`` or ``trust-on-first-use``.
         number: of this site.
-        told: what the message tells; with trust on first use, ``key-K`` is the public key of site K.
+        fields: of the message; with trust on first use, ``key-K`` is the public key of site K.
 
     Raises:
         SealError: the files cannot be read, or a site has another key than before.
@@ -124,7 +169,7 @@ def keyring(context: Context, sealing: str, number: int, told: Mapping[str, obje
         return _from_files(context, number)
     record = _own(context)
     pinned = any(name.startswith("key-") for name in record)
-    for name, value in told.items():
+    for name, value in fields.items():
         if name.startswith("key-"):
             if record.get(name, value) != value:
                 raise SealError(f"site {name.removeprefix('key-')} has another public key than at first: refused")
@@ -144,11 +189,17 @@ def _from_files(context: Context, number: int) -> Keyring:
             "and in a simulation sealing = 'trust-on-first-use' needs none"
         )
     try:
-        private = X25519PrivateKey.from_private_bytes(b64decode(Path(str(node["private-key"])).read_text()))
+        file = Path(str(node["private-key"]))
+        if (mode := file.stat().st_mode & 0o777) & 0o077 and os.name == "posix":
+            raise ValueError(f"others may read the private key, its mode is {mode:o}: chmod 600 {file}")
+        private = X25519PrivateKey.from_private_bytes(b64decode(file.read_text()))
         listed = tomllib.loads(Path(str(node[KEYS])).read_text())
         public = {int(site): b64decode(str(key)) for site, key in listed.items()}
         if wrong := [site for site, key in public.items() if len(key) != 32]:
             raise ValueError(f"the key of site {wrong[0]} is no X25519 public key of 32 bytes in base64")
+        if other := [site for site, key in public.items() if (key == _public_of(private)) != (site == number)]:
+            whose = f"that of site {other[0]}" if other[0] != number else "not the one that peer-keys lists for it"
+            raise ValueError(f"this is site {number}, its private key is {whose}")
     except (OSError, ValueError) as error:
         raise SealError(f"private-key = {node['private-key']!r}, peer-keys = {node[KEYS]!r}: {error}") from None
     return Keyring(number, private, public)
@@ -164,7 +215,7 @@ def main() -> None:
     descriptor = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(b64encode(private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())))
-    print(b64encode(private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).decode())
+    print(b64encode(_public_of(private)).decode())
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.sources import SOURCES
+from strategies.codecs import CODECS
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
 from strategies.methods import METHODS
+from strategies.topology import TOPOLOGIES
 
 if TYPE_CHECKING:
     from configuration.config import Config
@@ -129,23 +131,27 @@ def _data(config: "Config") -> Iterator[str]:
 def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     wire, topology, name = config.wire, config.topology.name, config.strategy
     codecs = (wire.codec, wire.cross_codec)
+    if config.max_change != type(config).model_fields["max_change"].default:
+        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: the server sees no model"
     if config.num_sites < 2:
         yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
-    if wire.codec in ("top-k", "random-k", "sign") and wire.error_feedback == "none":
+    if wire.codec in CODECS and CODECS[wire.codec].biased and wire.error_feedback == "none":
         yield f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'"
     if wire.error_feedback != "none" and wire.codec == "identity":
         yield f"wire.error-feedback = {wire.error_feedback!r}: has no effect with wire.codec = 'identity'"
-    if wire.error_feedback == "choco" and topology in ("one-peer-exponential", "matching"):
+    if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
         yield "wire.error-feedback = 'choco': neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
-    for key, readers in (("bits", ("qsgd",)), ("share", ("top-k", "random-k"))):
+    for key in ("bits", "share"):
+        readers = [each for each, kind in CODECS.items() if key in kind.keys]
         if key in changed(wire) and not set(readers) & set(codecs):
             only = ", ".join(readers)
             yield f"wire.{key} = {changed(wire)[key]}: has no effect with wire.codec = {wire.codec!r}; only with {only}"
     if wire.cross_codec != "identity" and plan.gradient.messages < 2:
         yield f"wire.cross-codec = {wire.cross_codec!r}: has no effect where no gradients are sent; with ngm and n-saddle they are"
-    if plan.exact and wire.codec not in ("identity", "fp16", "bf16"):
-        yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: 'identity', 'fp16', 'bf16'"
-    if topology in ("exponential", "one-peer-exponential") and plan.gradient.messages > 1:
+    if plan.exact and not (wire.codec in CODECS and CODECS[wire.codec].rounds):
+        allowed = ", ".join(repr(each) for each, kind in CODECS.items() if kind.rounds)
+        yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: {allowed}"
+    if topology in TOPOLOGIES and TOPOLOGIES[topology].directed and plan.gradient.messages > 1:
         yield f"topology.name = {topology!r}: gradients go back where models came from, against its links; or gradients = 'model'"
     if plan.gradient.perturbed_by == "owner-of-model" and wire.codec != "identity":
         yield f"wire.codec = {wire.codec!r}: {name}.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'"

@@ -13,29 +13,13 @@ from pydantic import AfterValidator, Field
 from datasets.partitions import PARTITIONS
 from datasets.sources import SOURCES
 from models.networks import NETWORKS
+from strategies.codecs import CODECS
 from strategies.keys import Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
+from strategies.topology import TOPOLOGIES
 
-TOPOLOGIES = (
-    "ring",
-    "path",
-    "star",
-    "complete",
-    "torus",
-    "hypercube",
-    "bipartite",
-    "hubs",
-    "circulant",
-    "random-regular",
-    "exponential",
-    "one-peer-exponential",
-    "dyck",
-    "dyck-purdue",
-    "edges",
-)
 NORMALISED = tuple(name for name, each in NETWORKS.items() if each.normalised)
-UNDIRECTED = tuple(name for name in TOPOLOGIES if not name.endswith("exponential"))
-CODECS = ("identity", "fp16", "bf16", "qsgd", "top-k", "random-k", "sign")
+UNDIRECTED = tuple(name for name, kind in TOPOLOGIES.items() if not kind.directed)
 
 
 class _Entry(Protocol):
@@ -157,16 +141,16 @@ class TopologyKeys(Section):
     """Who exchanges with whom, of peers."""
 
     name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
-    """ring, path, star, complete, torus, hypercube, bipartite, hubs, circulant, random-regular, exponential, ..."""
+    """ring, path, star, complete, torus, matching, exponential, edges, ..., or one's own: package.module:function"""
     mixing: Annotated[Literal["metropolis", "uniform"], Only(name=UNDIRECTED)] = "metropolis"
     """weights of neighbours: metropolis, uniform (regular graphs)"""
     lazy: bool = False
     """halve the weights of all neighbours"""
-    degree: Annotated[Positive, Only(name=("random-regular",))] = 4
+    degree: Annotated[Positive, Only(name=_taking(TOPOLOGIES, "degree"))] = 4
     """neighbours of a peer"""
-    stride: Annotated[Positive, Only(name=("circulant",))] = 4
+    stride: Annotated[Positive, Only(name=_taking(TOPOLOGIES, "stride"))] = 4
     """peers 1 and so many apart are neighbours"""
-    edges: Annotated[str, Only(name=("edges",))] = ""
+    edges: Annotated[str, Only(name=_taking(TOPOLOGIES, "edges"))] = ""
     """a file on the server with "i j" or "i j weight" a line"""
     averaging_rate: Share = 1.0
     """gamma: how far a peer goes to its neighbours' mean; with a lossy codec well below 1"""
@@ -176,7 +160,7 @@ class Wire(Section):
     """What peers send."""
 
     codec: Annotated[str, _one_of(*CODECS)] = "identity"
-    """of models and momentum: identity, fp16, bf16, qsgd, top-k, random-k, sign, or one's own: package.module:NAME"""
+    """of models and momentum: identity, fp16, bf16, qsgd, top-k, random-k, sign, or one's own: package.module:function"""
     bits: Literal[2, 4, 8, 16] = 8
     """of qsgd, the sign included: 2, 4, 8, 16"""
     share: Share = 0.1

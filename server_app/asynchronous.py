@@ -82,7 +82,7 @@ class Asynchronous:
         self._list = WhiteList(self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack)
         self._flying: dict[int, _Flight] = {}
         self._waiting: dict[int, list[_Part]] = defaultdict(list)
-        self._bounds = {name: Bound() for name in layout.sizes}
+        self._bounds = {name: Bound(config.max_change) for name in layout.sizes}
         self._extremes = _Extremes()
         self._speeds: dict[int, float] = {}  # examples a second
         batches = an_epoch(federation, config.training.batch_size) * len(federation.sites)

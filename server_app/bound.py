@@ -10,12 +10,13 @@ Half of the sites would have to be broken for the median to be. Until three site
 ``median_k a_k``; two cannot tell which of them is wrong.
 """
 
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
-MAX_CHANGE = 10.0
 FEW = 3
+HINT = "where every site does, a smaller training.lr may help"
 
 
 class Change(NamedTuple):
@@ -29,11 +30,11 @@ class Bound:
     """The bound on the change of one vector of the model.
 
     Args:
-        multiple: c.
+        multiple: c; 0 for no bound.
     """
 
-    def __init__(self, multiple: float = MAX_CHANGE) -> None:
-        self._multiple = multiple
+    def __init__(self, multiple: float) -> None:
+        self._multiple = multiple or math.inf
         self._largest: dict[int, Change] = {}  # of each site: norms, and norms over rates
 
     @property
@@ -58,7 +59,9 @@ class Bound:
         if _relative(change).rates <= relative:
             return None
         what = "the median over the sites" if reference else "the model's norm"
-        return f"it moves the model by {change.norm:.3g}; at most {self._multiple:g} times {what}, {allowed:.3g}"
+        return (
+            f"it moves the model by {change.norm:.3g}; at most {self._multiple:g} times {what}, {allowed:.3g} (max-change); {HINT}"
+        )
 
     def take(self, site: int, change: Change) -> None:
         """A site's contribution is taken."""

@@ -9,6 +9,7 @@ from flwr.app import Message
 from server_app.census import Federation
 from server_app.events import EVERYBODY, Event, Refused, Reported, Sink
 from server_app.exchange import Clock
+from server_app.roster import together
 from strategies.protocol import Refusal
 from strategies.records import num_bytes
 
@@ -46,6 +47,7 @@ class Report:
         self._sites = {site.node: site for site in federation.sites}
         self._sink, self._clock, self._start = sink, clock, clock.now()
         self._traffic = dict.fromkeys(self._sites, (0, 0))  # bytes up, bytes down
+        self._refused: dict[int, tuple[int, str]] = {}  # when something of a node was refused last, and why
 
     def emit(self, event: Event) -> None:
         """Something happened."""
@@ -90,7 +92,12 @@ class Report:
 
     def refuse(self, node: int, number: int, phase: str, reason: str) -> None:
         """What a site sent cannot be used."""
+        self._refused[node] = number, reason
         self.emit(Refused(f"{self._unit} {number}", self._sites[node], phase, reason))
+
+    def refusals(self, number: int) -> str:
+        """What was refused in a round, update or step, and why."""
+        return together({f"site {self._sites[node].number}": why for node, (when, why) in self._refused.items() if when == number})
 
     def write(
         self,

@@ -138,7 +138,7 @@ def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]]) -> No
 def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None:
     """``config.toml``, the whole configuration, which ``--run-config`` takes back, and ``sites.csv``."""
     with (folder / "config.toml").open("wb") as file:
-        tomli_w.dump(config.flat(), file)
+        tomli_w.dump(config.tables(), file)
     named = sites.set_axis([_no_formula(str(column)) for column in sites.columns], axis=1)
     named.isetitem(1, list(map(_no_formula, sites.iloc[:, 1])))  # not by its name, which a class may have, too
     named.to_csv(folder / "sites.csv", index=False)
@@ -235,7 +235,7 @@ class Pictures:
     def draw(self) -> None:
         """What was reached."""
         metrics, config = self._history.metrics, self._history.config
-        title = f"{config.strategy} on {config.data.source}, {config.num_sites} sites"
+        title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
         plots.save(plots.curves(metrics, title, config.unit), self._folder / "curves.png")
         if isinstance(config.plan, ArrivalPlan):
             plots.save(plots.arrivals(metrics, title), self._folder / "arrivals.png")
@@ -270,7 +270,7 @@ class Printed:
         config, train = self._history.config, sum(site.num_train for site in federation.sites)
         data = f"{config.data.source} {federation.shape} in {len(federation.classes)} classes"
         print(
-            f"{config.strategy}: {len(federation.sites)} sites, {train:,} training examples of {data}, {config.model.name} of "
+            f"{config.method.name}: {len(federation.sites)} sites, {train:,} training examples of {data}, {config.model.name} of "
             f"{size:,} parameters, {config.epochs} epochs a site\nresults: {self._folder}",
             flush=True,
         )
@@ -294,7 +294,7 @@ class Printed:
         """A row a site and one of the means."""
         config, sites = self._history.config, self._history.federation.sites
         values = last.set_index(["site", "metric"])["value"]
-        title = f"{config.strategy} after {last['round'].iloc[0]} {config.unit}s"
+        title = f"{config.method.name} after {last['round'].iloc[0]} {config.unit}s"
         table = Table(title=title, title_justify="left")
         for heading in ("site", "train examples", "test examples", "accuracy", "loss"):
             table.add_column(heading, justify="left" if heading == "site" else "right")
@@ -344,7 +344,7 @@ class Folder(History):
         """
         super().__call__(event)
         if isinstance(event, Began):
-            self.path = new_folder(Path(self.config.results.folder), self.config.strategy)
+            self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
             self._sinks = [kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)]
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:

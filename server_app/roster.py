@@ -132,6 +132,14 @@ class Roster:
     def shortage(self, who: str = "sites") -> str:
         """Why a run stops whose time is over."""
         when = f"after timeout-s = {self._timeout_s:g}" if self.hope else "and no others will"
-        reasons = [f"{self._names[site]}: {each.reason}" for site, each in self._sites.items() if each.state != "here"]
-        shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-        return f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. {shown}"
+        reasons = {self._names[site]: each.reason for site, each in self._sites.items() if each.state != "here"}
+        return f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. {together(reasons)}"
+
+
+def together(reasons: Mapping[str, str]) -> str:
+    """Why sites are left out, by their names: those of the same reason together, the first few."""
+    of_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        of_reason.setdefault(reason, []).append(name)
+    shown = [f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: {reason}" for reason, names in of_reason.items()]
+    return "; ".join(shown[:5]) + ("; ..." if len(shown) > 5 else "")

@@ -84,7 +84,7 @@ class Rounds:
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
         self._open: dict[int, Message] = {}  # a site's message that is not answered yet
-        self._bounds: dict[str, Bound] = defaultdict(Bound)
+        self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
         """From the initial model to the last one.
@@ -107,9 +107,8 @@ class Rounds:
             trained: dict[int, TrainMetrics] = {}
             newest, metrics = self._aggregate(number, arrays, local, trained)
             if len(trained) < self._roster.least or newest is None:
-                raise RunError(
-                    f"round {number}: {len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}: stopped"
-                )
+                few = f"{len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}"
+                raise RunError(f"round {number}: {few}: stopped. {self._report.refusals(number)}")
             arrays, done = newest, done + epochs
             self._report.emit(Kept(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}

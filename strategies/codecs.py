@@ -3,16 +3,22 @@
 A codec works layer by layer, since layers differ in scale. What it makes of a vector, a *payload*, is what is sent: bytes are
 those of its tensors. Decoding needs nothing but the payload and the sizes of the layers, which everybody knows.
 
+``CODECS`` names those of this file; one's own is ``package.module:function`` (see ``examples/my_codec.py``).
+
 Sources: QSGD: Alistarh et al., NeurIPS 2017; top-k and random-k: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018; scaled
 sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from strategies.imported import imported
 
 Payload = dict[str, Tensor]
 BITS = (2, 4, 8, 16)  # what packs evenly into bytes
@@ -37,34 +43,7 @@ def num_bytes(payload: Payload) -> int:
     return sum(part.numel() * part.element_size() for part in payload.values())
 
 
-def codec(name: str, sizes: Sequence[int], *, bits: int, share: float) -> Codec:
-    """The codec of a run configuration.
-
-    Args:
-        name: identity, fp16, bf16, qsgd, top-k, random-k or sign.
-        sizes: parameters of each layer; their sum is d.
-        bits: of qsgd.
-        share: of the numbers that top-k and random-k send.
-    """
-    match name:
-        case "identity":
-            return identity()
-        case "fp16":
-            return rounded(torch.float16)
-        case "bf16":
-            return rounded(torch.bfloat16)
-        case "qsgd":
-            return qsgd(sizes, bits)
-        case "top-k":
-            return top_k(sizes, share)
-        case "random-k":
-            return random_k(sizes, share)
-        case "sign":
-            return sign(sizes)
-    raise ValueError(f"no codec {name!r}")
-
-
-def identity() -> Codec:
+def identity(sizes: Sequence[int] = ()) -> Codec:
     """The numbers themselves."""
     return Codec(lambda vector, _: {"values": vector}, lambda payload: payload["values"], exact=True)
 
@@ -78,6 +57,16 @@ def rounded(dtype: torch.dtype) -> Codec:
         return {"values": vector.clamp(-largest, largest).to(dtype).view(torch.int16)}
 
     return Codec(encode, lambda payload: payload["values"].view(dtype).float())
+
+
+def fp16(sizes: Sequence[int]) -> Codec:
+    """5 bits of exponent, 10 of mantissa."""
+    return rounded(torch.float16)
+
+
+def bf16(sizes: Sequence[int]) -> Codec:
+    """8 bits of exponent, 7 of mantissa."""
+    return rounded(torch.bfloat16)
 
 
 def qsgd(sizes: Sequence[int], bits: int) -> Codec:
@@ -177,6 +166,59 @@ def sign(sizes: Sequence[int]) -> Codec:
         return signs * _spread(scales, sizes)
 
     return Codec(encode, decode)
+
+
+class Kind(NamedTuple):
+    """A named codec.
+
+    Attributes:
+        build: takes the layers' numbers of parameters, whose sum is d, and the keys.
+        rounds: whether it does no more than round each number to so many digits.
+        biased: whether its mean over what is drawn is not the vector: it needs error feedback.
+    """
+
+    build: Callable[..., Codec]
+    rounds: bool = False
+    biased: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the run configuration that it takes."""
+        return tuple(inspect.signature(self.build).parameters)[1:]
+
+
+CODECS = {
+    "identity": Kind(identity, rounds=True),
+    "fp16": Kind(fp16, rounds=True),
+    "bf16": Kind(bf16, rounds=True),
+    "qsgd": Kind(qsgd),
+    "top-k": Kind(top_k, biased=True),
+    "random-k": Kind(random_k, biased=True),
+    "sign": Kind(sign, biased=True),
+}
+
+
+def codec(name: str, sizes: Sequence[int], **keys: Any) -> Codec:
+    """The codec of a run configuration.
+
+    Args:
+        name: one of ``CODECS``, or the import path of one's own: a function of ``sizes``.
+        sizes: parameters of each layer; their sum is d.
+        keys: what it takes, and it may be more.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name in CODECS:
+        kind = CODECS[name]
+        return kind.build(sizes, **{key: keys[key] for key in kind.keys})
+    try:
+        found: object = imported(name, FunctionType, CODECS, "function")(sizes)
+    except Exception as error:
+        raise ValueError(f"wire.codec = {name!r}: {error}") from error
+    if not isinstance(found, Codec):
+        raise ValueError(f"wire.codec = {name!r}: a Codec is expected; got {type(found).__name__}")
+    return found
 
 
 def _kept(size: int, share: float) -> int:

@@ -2,21 +2,27 @@
 
 A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms ``sum_j w_ij x_j``. W is doubly
 stochastic, so that exchanging never moves the mean of all peers. Time-varying graphs have several matrices, used in turn.
+``TOPOLOGIES`` names those of this file; one's own is ``package.module:function`` (see ``examples/my_topology.py``).
 """
 
+import inspect
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.imported import imported
+
 TOLERANCE = 1e-9
+MATCHINGS = 64  # drawn, then used in turn
 
 
 class TopologyError(ValueError):
@@ -27,12 +33,14 @@ class Topology(NamedTuple):
     """Who exchanges with whom.
 
     Attributes:
-        graph: all links; directed where what i hears from j is not what j hears from i.
+        graph: all links; directed, from a reader to whom it reads, where links are not both ways.
         matrices: [n, n] float64 each, used in turn from exchange to exchange.
+        name: of the run configuration.
     """
 
     graph: "nx.Graph[int]"
     matrices: tuple[Tensor, ...]
+    name: str = ""
 
     def mixing(self, exchange: int) -> Tensor:
         """W [n, n] of an exchange, counted from 0."""
@@ -74,14 +82,14 @@ def torus(n: int) -> "nx.Graph[int]":
     """A grid a x b whose borders are joined, as square as ``n`` allows, both at least 3."""
     rows = next((a for a in range(math.isqrt(n), 2, -1) if n % a == 0), 0)
     if not rows:
-        raise TopologyError(f"topology = 'torus': num-sites = {n} is no product of two numbers from 3 on")
+        raise TopologyError(f"topology.name = 'torus': num-sites = {n} is no product of two numbers from 3 on")
     return nx.convert_node_labels_to_integers(nx.grid_2d_graph(rows, n // rows, periodic=True), ordering="sorted")
 
 
 def hypercube(n: int) -> "nx.Graph[int]":
     """Corners of a cube of log2 n dimensions."""
     if n & (n - 1):
-        raise TopologyError(f"topology = 'hypercube': num-sites = {n} is no power of two; allowed: 2, 4, 8, 16, ...")
+        raise TopologyError(f"topology.name = 'hypercube': num-sites = {n} is no power of two; allowed: 2, 4, 8, 16, ...")
     return nx.convert_node_labels_to_integers(nx.hypercube_graph(n.bit_length() - 1), ordering="sorted")
 
 
@@ -91,96 +99,39 @@ def hubs(n: int) -> "nx.Graph[int]":
     Source: Esfandiari et al., "Cross-Gradient Aggregation", ICML 2021, code. Differs: that code rounds weights to two decimals.
     """
     if n < 4:
-        raise TopologyError(f"topology = 'hubs': num-sites = {n}; allowed: 4, 5, 6, ...")
+        raise TopologyError(f"topology.name = 'hubs': num-sites = {n}; allowed: 4, 5, 6, ...")
     return nx.Graph((i, hub) for i in range(n - 2) for hub in (n - 2, n - 1))
 
 
 def dyck(n: int) -> "nx.Graph[int]":
     """The Dyck graph: 32 peers, three links each."""
     if n != 32:
-        raise TopologyError(f"topology = 'dyck': num-sites = {n}; allowed: 32")
+        raise TopologyError(f"topology.name = 'dyck': num-sites = {n}; allowed: 32")
     return nx.LCF_graph(32, [5, -5, 13, -13], 8)
 
 
 def dyck_purdue(n: int) -> "nx.Graph[int]":
     """The graph called "Dyck" in the code of Aketi et al. (GUT, CCL, AdaG-SGD): cubic, 32 peers, but not the Dyck graph."""
     if n != 32:
-        raise TopologyError(f"topology = 'dyck-purdue': num-sites = {n}; allowed: 32")
+        raise TopologyError(f"topology.name = 'dyck-purdue': num-sites = {n}; allowed: 32")
     circles = [(8 * c + i, 8 * c + (i + 1) % 8) for c in range(4) for i in range(8)]
     across = [(i, i + 8 if i % 2 == 0 else i + 16) for i in range(8)]
     across += [(i, i + 16) for i in range(9, 16, 2)] + [(i, i + 8) for i in range(16, 24, 2)]
     return nx.Graph(circles + across)
 
 
-GRAPHS: dict[str, Callable[[int], "nx.Graph[int]"]] = {
-    "ring": ring,
-    "path": nx.path_graph,
-    "star": lambda n: nx.star_graph(n - 1),
-    "complete": nx.complete_graph,
-    "torus": torus,
-    "hypercube": hypercube,
-    "bipartite": lambda n: nx.complete_bipartite_graph(n // 2, n - n // 2),
-    "hubs": hubs,
-    "dyck": dyck,
-    "dyck-purdue": dyck_purdue,
-}
-
-
-def topology(name: str, n: int, *, weights: str, lazy: bool, degree: int, stride: int, edges: str, seed: int) -> Topology:
-    """The topology of a run configuration for ``n`` peers.
-
-    Args:
-        name: one of ``GRAPHS``; ``circulant`` links peers 1 and ``stride`` apart (called "torus" in the code of Aketi et al.);
-            ``random-regular`` has ``degree`` links a peer; ``exponential`` hears peers 1, 2, 4, ... places before it, and
-            ``one-peer-exponential`` one of them in turn (both directed); ``edges`` reads the file.
-        n: number of peers.
-        weights: ``metropolis`` or ``uniform``; a directed graph is always uniform.
-        lazy: halve all links, (I + W) / 2: no negative eigenvalues.
-        degree: of ``random-regular``.
-        stride: of ``circulant``.
-        edges: a file with a link ``i j`` or ``i j weight`` a line.
-        seed: of ``random-regular``.
-
-    Raises:
-        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not doubly stochastic.
-    """
-    if n < 2:
-        raise TopologyError(f"num-sites = {n}: peers need somebody to exchange with; at least 2")
-    if name in ("exponential", "one-peer-exponential"):
-        steps = [1 << k for k in range((n - 1).bit_length())]
-        groups = [steps] if name == "exponential" else [[step] for step in steps]
-        adjacencies = [sum(torch.eye(n, dtype=torch.float64).roll(-step, 1) for step in group) for group in groups]
-        matrices = [uniform_weights(torch.as_tensor(each).clamp(max=1)) for each in adjacencies]
-        links = nx.DiGraph((i, (i - step) % n) for i in range(n) for step in steps)
-    elif name == "edges":
-        links, given = read_edges(edges, n)
-        matrices = [given if given is not None else _weigh(links, n, weights)]
-    else:
-        if name == "circulant":
-            links = nx.circulant_graph(n, [1, stride % n])
-            links.remove_edges_from(list(nx.selfloop_edges(links)))
-        elif name == "random-regular":
-            links = random_regular(n, degree, seed)
-        else:
-            links = GRAPHS[name](n)
-        matrices = [_weigh(links, n, weights)]
-    links.add_nodes_from(range(n))
-    if lazy:
-        matrices = [(torch.eye(n, dtype=torch.float64) + each) / 2 for each in matrices]
-    check(matrices, name)
-    return Topology(links, tuple(matrices))
-
-
-def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
-    adjacency = torch.from_numpy(nx.to_numpy_array(links, nodelist=range(n), weight=None, dtype=np.float64))
-    return metropolis_weights(adjacency) if weights == "metropolis" else uniform_weights(adjacency)
+def circulant(n: int, stride: int) -> "nx.Graph[int]":
+    """Peers 1 and ``stride`` apart; called "torus" in the code of Aketi et al."""
+    links = nx.circulant_graph(n, [1, stride % n])
+    links.remove_edges_from(list(nx.selfloop_edges(links)))
+    return links
 
 
 def random_regular(n: int, degree: int, seed: int) -> "nx.Graph[int]":
     """A connected random graph with ``degree`` links a peer."""
     if not 2 <= degree < n or n * degree % 2:
         raise TopologyError(
-            f"degree = {degree}: topology = 'random-regular' with num-sites = {n} allows 2 to {n - 1}, num-sites x degree even"
+            f"topology.degree = {degree}: 'random-regular' with num-sites = {n} allows 2 to {n - 1}, num-sites x degree even"
         )
     generator = np.random.default_rng(seed)
     while True:
@@ -189,29 +140,140 @@ def random_regular(n: int, degree: int, seed: int) -> "nx.Graph[int]":
             return found
 
 
-def read_edges(file: str, n: int) -> tuple["nx.Graph[int]", Tensor | None]:
-    """Links from a file, a line each, ``i j`` or ``i j weight``; where weights are given, the matrix they make."""
+def one_peer_exponential(n: int) -> "list[nx.Graph[int]]":
+    """Peers read that 1, 2, 4, ... before them, one of these in turn."""
+    return [nx.DiGraph((i, (i - (1 << k)) % n) for i in range(n)) for k in range((n - 1).bit_length())]
+
+
+def exponential(n: int) -> "nx.Graph[int]":
+    """Peers read those 1, 2, 4, ... before them."""
+    return nx.compose_all(one_peer_exponential(n))
+
+
+def matching(n: int, seed: int) -> "list[nx.Graph[int]]":
+    """Random perfect matchings: everybody exchanges with one partner, another each time; an odd peer out keeps its own."""
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(n).tolist() for _ in range(MATCHINGS)]
+    return [nx.Graph(zip(order[::2], order[1::2], strict=False)) for order in orders]
+
+
+def read_edges(n: int, edges: str) -> "nx.Graph[int]":
+    """Links from a file, a line each, ``i j`` or ``i j weight``."""
     try:
-        lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
+        lines = [line.split("#")[0].split() for line in Path(edges).read_text().splitlines()]
         rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:]]) for row in lines if row]
     except (OSError, ValueError, IndexError) as error:
-        raise TopologyError(f"edges = {file!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}") from None
+        raise TopologyError(
+            f"topology.edges = {edges!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}"
+        ) from None
     if wrong := [row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]]:
-        raise TopologyError(f"edges = {file!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}")
+        raise TopologyError(f"topology.edges = {edges!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}")
     if {len(row[2]) for row in rows} not in (set(), {0}, {1}):
-        raise TopologyError(f"edges = {file!r}: either all links have one weight or none")
+        raise TopologyError(f"topology.edges = {edges!r}: either all links have one weight or none")
     if twice := [link for link, count in Counter(frozenset(row[:2]) for row in rows if row[2]).items() if count > 1]:
-        raise TopologyError(f"edges = {file!r}: the link {tuple(sorted(twice[0]))} has two weights")
+        raise TopologyError(f"topology.edges = {edges!r}: the link {tuple(sorted(twice[0]))} has two weights")
     if zero := [row[:2] for row in rows if row[2] == [0]]:
-        raise TopologyError(f"edges = {file!r}: the link {zero[0]} has the weight 0; above 0, or leave it out")
-    links = nx.Graph(row[:2] for row in rows)
-    links.add_nodes_from(range(n))
-    if not rows or not rows[0][2]:
-        return links, None
-    matrix = torch.zeros(n, n, dtype=torch.float64)
+        raise TopologyError(f"topology.edges = {edges!r}: the link {zero[0]} has the weight 0; above 0, or leave it out")
+    links = nx.Graph()
     for i, j, weight in rows:
-        matrix[i, j] = matrix[j, i] = weight[0]
-    return links, matrix + torch.diag(1 - matrix.sum(1))
+        links.add_edge(i, j, **dict(zip(("weight",), weight, strict=False)))
+    return links
+
+
+class Kind(NamedTuple):
+    """A named topology.
+
+    Attributes:
+        build: takes the number of peers and the keys, and returns a graph, or several that are used in turn. A link with a
+            ``weight`` bears that in W; the others get theirs by the configuration.
+        directed: whether links have a direction, from a reader to whom it reads.
+        varying: whether neighbours change.
+    """
+
+    build: Callable[..., "nx.Graph[int] | Sequence[nx.Graph[int]]"]
+    directed: bool = False
+    varying: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that it takes."""
+        return tuple(inspect.signature(self.build).parameters)[1:]
+
+
+TOPOLOGIES = {
+    "ring": Kind(ring),
+    "path": Kind(lambda n: nx.path_graph(n)),
+    "star": Kind(lambda n: nx.star_graph(n - 1)),
+    "complete": Kind(lambda n: nx.complete_graph(n)),
+    "torus": Kind(torus),
+    "hypercube": Kind(hypercube),
+    "bipartite": Kind(lambda n: nx.complete_bipartite_graph(n // 2, n - n // 2)),
+    "hubs": Kind(hubs),
+    "circulant": Kind(circulant),
+    "random-regular": Kind(random_regular),
+    "exponential": Kind(exponential, directed=True),
+    "one-peer-exponential": Kind(one_peer_exponential, directed=True, varying=True),
+    "matching": Kind(matching, varying=True),
+    "dyck": Kind(dyck),
+    "dyck-purdue": Kind(dyck_purdue),
+    "edges": Kind(read_edges),
+}
+
+
+def topology(name: str, n: int, *, weights: str, lazy: bool, **keys: Any) -> Topology:
+    """The topology of a run configuration for ``n`` peers.
+
+    Args:
+        name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of peers.
+        n: number of peers.
+        weights: ``metropolis`` or ``uniform``; a directed graph is always uniform.
+        lazy: halve all links, (I + W) / 2: no negative eigenvalues.
+        keys: what it takes, and it may be more.
+
+    Raises:
+        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not doubly stochastic.
+    """
+    if n < 2:
+        raise TopologyError(f"num-sites = {n}: peers need somebody to exchange with; at least 2")
+    graphs = _built(name, n, keys)
+    matrices = [_weigh(graph, n, weights) for graph in graphs]
+    if lazy:
+        matrices = [(torch.eye(n, dtype=torch.float64) + each) / 2 for each in matrices]
+    check(matrices, name)
+    links = nx.compose_all(graphs)
+    links.add_nodes_from(range(n))
+    return Topology(links, tuple(matrices), name)
+
+
+def _built(name: str, n: int, keys: dict[str, Any]) -> "list[nx.Graph[int]]":
+    if name in TOPOLOGIES:
+        kind = TOPOLOGIES[name]
+        found = kind.build(n, **{key: keys[key] for key in kind.keys})
+    else:
+        try:
+            found = imported(name, FunctionType, TOPOLOGIES, "function")(n)
+        except Exception as error:
+            raise TopologyError(f"topology.name = {name!r}: {error}") from error
+    graphs: list[nx.Graph[int]] = list(found) if isinstance(found, list | tuple) else [found]
+    for graph in graphs:
+        if not isinstance(graph, nx.Graph) or graph.is_multigraph():
+            raise TopologyError(f"topology.name = {name!r}: a graph of networkx is expected, or a list; got {type(graph).__name__}")
+        if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= {*range(n)}]:
+            raise TopologyError(f"topology.name = {name!r}: {wrong[0]} is no link between two of the peers 0 to {n - 1}")
+    if not graphs or len({graph.is_directed() for graph in graphs}) > 1:
+        raise TopologyError(f"topology.name = {name!r}: at least one graph is expected, all directed or none")
+    return graphs
+
+
+def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
+    known = links.copy()
+    known.add_nodes_from(range(n))
+    given = len(nx.get_edge_attributes(links, "weight")) > 0
+    array = nx.to_numpy_array(known, nodelist=range(n), weight="weight" if given else None, dtype=np.float64)
+    matrix = torch.from_numpy(array)
+    if given:
+        return matrix + torch.diag(1 - matrix.sum(1))
+    return uniform_weights(matrix) if weights == "uniform" or links.is_directed() else metropolis_weights(matrix)
 
 
 def metropolis_weights(adjacency: Tensor) -> Tensor:
@@ -262,14 +324,14 @@ def check(matrices: list[Tensor], name: str) -> None:
             worst = int((sums - 1).abs().argmax())
             if not abs(float(sums[worst]) - 1) <= TOLERANCE:  # so that NaN is refused too
                 raise TopologyError(
-                    f"topology = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to "
-                    f"{float(sums[worst]):.6g}; mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"
+                    f"topology.name = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to "
+                    f"{float(sums[worst]):.6g}; topology.mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"
                 )
         if float(matrix.min()) < -TOLERANCE:
             i, j = divmod(int(matrix.argmin()), len(matrix))
-            raise TopologyError(f"topology = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0")
+            raise TopologyError(f"topology.name = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0")
     graph = nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)
     if not nx.is_strongly_connected(graph):
         parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
         told = ", ".join(map(str, parts[:4]))
-        raise TopologyError(f"topology = {name!r}: the graph is not connected, its parts are {told}")
+        raise TopologyError(f"topology.name = {name!r}: the graph is not connected, its parts are {told}")

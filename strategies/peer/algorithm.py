@@ -30,7 +30,7 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
 
     Attributes:
         init: the state at a model [..., d].
-        descend: a local step, by the gradient at ``state.x`` and a learning rate.
+        descend: a local step, by the gradient at ``state.x``, which nobody writes afterwards, and a learning rate.
         outgoing: what neighbours are offered after the last local step.
         mix: the exchange. Own vectors as neighbours decode them, and ``sum_j w_ij`` of everybody's decoded vectors, own included:
             ``x + mixed - sent`` keeps the mean of all peers whatever a codec lost.

@@ -38,7 +38,7 @@ def gradient_tracking(*, adapt_first: bool) -> PeerAlgorithm[Tracking]:
 
     def descend(state: Tracking, gradient: Tensor, lr: float) -> Tracking:
         y = (state.y + gradient).sub_(state.g)
-        return state._replace(x=torch.sub(state.x, y, alpha=lr), y=y, g=gradient.clone())
+        return state._replace(x=torch.sub(state.x, y, alpha=lr), y=y, g=gradient)
 
     def outgoing(state: Tracking) -> Vectors:
         return state.x if adapt_first else state.start, state.y

@@ -25,6 +25,7 @@ class Peer(NamedTuple):
         averaging_rate: gamma, how far it goes to its neighbours' mean.
         number: counts from 0.
         seed: of the run; codecs draw from it.
+        loss_batches: the loss is reported as a mean over at least so many batches.
     """
 
     plan: PeerPlan
@@ -34,6 +35,7 @@ class Peer(NamedTuple):
     averaging_rate: float
     number: int
     seed: int
+    loss_batches: int = 1
 
 
 class Pending(NamedTuple):
@@ -74,6 +76,9 @@ class PeerState(NamedTuple):
         restart: whether the next payload of a chained channel goes on from nothing.
         shift: how far the own model was perturbed for the neighbours; empty where it was not.
         pending: an exchange of neighbourhood gradients that has begun.
+        done: the fraction of the run that was over in the last step.
+        losses: the sum over the batches whose loss was not reported yet.
+        unreported: how many these are.
     """
 
     algorithm: Any
@@ -89,6 +94,9 @@ class PeerState(NamedTuple):
     offered: int = -1
     restart: bool = True
     pending: Pending | None = None
+    done: float = 0.0
+    losses: float = 0.0
+    unreported: int = 0
 
     @property
     def x(self) -> Tensor:
@@ -104,6 +112,7 @@ class Order(NamedTuple):
         step: counts from 0.
         neighbours: whose offers it mixes, with their weights.
         lr: the learning rate.
+        done: the fraction of the run that is over, from 0 to 1.
         test: whether the model is tested before it is trained.
         last: whether the run ends with the exchange of this step.
         again: whether the reply to the last message may be lost.
@@ -113,6 +122,7 @@ class Order(NamedTuple):
     step: int
     neighbours: Mapping[int, float]
     lr: float
+    done: float = 0.0
     test: bool = False
     last: bool = False
     again: bool = False

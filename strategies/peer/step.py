@@ -15,12 +15,14 @@ from torch import Tensor
 
 from strategies.averaging.mean import refusal
 from strategies.codecs import Payload
+from strategies.gradients import Diverged
 from strategies.peer.algorithm import Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, disagreement, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.state import Hat, Metrics, Oracle, Order, Peer, PeerState, Pending, Received, Refusal, Result
 from strategies.randomness import derive
 
 STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"  # parts of a payload, beside those of the codec
+OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
 T = TypeVar("T")
 
 
@@ -50,7 +52,7 @@ def models_step(peer: Peer, state: PeerState, received: Iterable[Received], orde
     """Mix what neighbours sent, train, offer the result; or end an exchange of neighbourhood gradients.
 
     Raises:
-        ValueError: the exchange that this step ends has not begun, or the model is not finite any more.
+        ValueError: the step is none of this run, the exchange that it ends has not begun, or the model is not finite any more.
     """
     state, metrics, refused = _start(peer, state, order), Metrics(), tuple[Refusal, ...]()
     if order.step and peer.plan.gradient.messages == 2:
@@ -92,7 +94,9 @@ def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order
 def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
     if peer.channel.chained and (order.again or order.restart):  # neighbours may lack what was offered last
         state = state._replace(memories=(), restart=True)
-    return state._replace(step=order.step)
+    if order.done < state.done:
+        raise ValueError(f"step {order.step}: {order.done:g} of the run is over, and {state.done:g} was before")
+    return state._replace(step=order.step, done=order.done)
 
 
 def encode(peer: Peer, memories: Vectors, vectors: Vectors, step: int) -> tuple[Payload, Vectors, Vectors]:
@@ -151,12 +155,20 @@ def _usable(
                 raise Refused(each.problem)
             if each.step <= seen:
                 raise Refused(f"step {each.step} came before")
+            _check_age(peer, each, order)
             state = state._replace(seen={**state.seen, each.sender: each.step})
             state, found[each.sender] = decode(peer, state, each)
         except Exception as error:
             refused.append(Refusal(each.sender, why(error)))
             found.pop(each.sender, None)
     return state, found, tuple(refused)
+
+
+def _check_age(peer: Peer, each: Received, order: Order) -> None:
+    if each.step >= order.step:
+        raise Refused(f"step {each.step} is not before this peer's step {order.step}")
+    if order.step - each.step > OLDEST and not peer.channel.chained:  # chained payloads must all come
+        raise Refused(f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use")
 
 
 def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Model]:
@@ -244,7 +256,8 @@ def _meet(
         state, taken = _gradients(peer, state, found, oracle)
         theirs = dict(zip(found, taken.gradients[1:], strict=True))
         state = _descend(peer, state, weighted(taken.gradients[0], theirs, order.neighbours), order)
-        metrics |= _trained(float(taken.losses[0]), order)
+        state, trained = _trained(peer, state, float(taken.losses[0]), order)
+        metrics |= trained
     return _exchange(peer, state, sent, mixed), metrics, refused
 
 
@@ -257,8 +270,8 @@ def _finish(
         raise ValueError(f"step {order.step} ends an exchange that this site does not remember to have begun")
     state, found, refused = _usable(peer, state, received, order, _decode_gradient)
     state = _descend(peer, state, weighted(pending.gradient, found, order.neighbours), order)
-    state = _exchange(peer, state, sent, pending.mixed)
-    return state._replace(pending=None), _trained(float(pending.loss), order), refused
+    state = _exchange(peer, state, sent, pending.mixed)._replace(pending=None)
+    return *_trained(peer, state, float(pending.loss), order), refused
 
 
 # Training.
@@ -300,11 +313,16 @@ def _train(peer: Peer, state: PeerState, order: Order, oracle: Oracle) -> tuple[
         state, taken = _gradients(peer, state, {}, oracle)
         total += taken.losses[0]
         state = _descend(peer, state, taken.gradients[0], order)
-    return state, _trained(float(total) / peer.plan.steps, order)
+    return _trained(peer, state, float(total) / peer.plan.steps, order)
 
 
-def _trained(loss: float, order: Order) -> Metrics:
-    return {"loss": loss, "lr-first": order.lr, "lr-last": order.lr}
+def _trained(peer: Peer, state: PeerState, loss: float, order: Order) -> tuple[PeerState, Metrics]:
+    """Report the mean ``loss`` of a step's batches, or keep it until it is one of many: few losses tell the examples."""
+    losses, unreported = state.losses + peer.plan.steps * loss, state.unreported + peer.plan.steps
+    if unreported < peer.loss_batches:
+        return state._replace(losses=losses, unreported=unreported), {}
+    metrics: Metrics = {"loss": losses / unreported, "lr-first": order.lr, "lr-last": order.lr}
+    return state._replace(losses=0.0, unreported=0), metrics
 
 
 # What is offered and kept.
@@ -330,9 +348,9 @@ def _finite(state: PeerState) -> PeerState:
     """Nothing else is ever remembered.
 
     Raises:
-        ValueError: part of the state is not finite.
+        Diverged: part of the state is not finite.
     """
     for name, part in zip((*state.algorithm._fields, STATS), (*state.algorithm, state.stats), strict=True):
         if part.numel() and not bool(torch.stack(torch.aminmax(part)).isfinite().all()):
-            raise ValueError(f"step {state.step}: this site's {name} is not finite; a smaller lr may help")
+            raise Diverged(f"in step {state.step} this site's {name} is not finite")
     return state

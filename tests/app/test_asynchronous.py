@@ -153,7 +153,7 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
 
     config = configuration(strategy="gsgm", num_sites=3, epochs=2, model={"name": "mlp"})
     history = History(config)
-    with pytest.raises(RunError, match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1: loss is nan"):
+    with pytest.raises(RunError, match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: loss is nan"):
         run_server(VirtualGrid(client_app, World().sites(3, 1), config.flat(), all_but_one), config, history)
 
 

@@ -99,18 +99,26 @@ ALIKE: list[dict[str, Any]] = [
     # Whoever mixes up w_ij and w_ji is found out where they differ.
     {"strategy": "ngm", "ngm.gradients": "model", "topology.name": "exponential"},
     {"strategy": "n-saddle", "n-saddle.perturbed-by": "owner-of-model", "training.weight-decay": 0.1},
+    {"strategy": "d-psgd", "data.augment": "flip-crop"},
 ]
+
+
+def smooth(shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
+    """A network without kinks, at which a rounding error of one engine would become far more than itself."""
+    hidden = 64
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, num_classes)
+    )
 
 
 @pytest.mark.parametrize("changes", ALIKE, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_batched_engine_is_the_relay_step_for_step(changes: dict[str, Any]) -> None:
+    changes = {"model.name": f"{__name__}:smooth"} | changes
     relay, batched = (run(engine=engine, epochs=3, **changes) for engine in ("app", "batched"))
     assert relay.models.keys() == batched.models.keys()
     for name, model in relay.models.items():
         for key, value in model.items():
-            # A convolution's last bits differ, and then max pooling takes another one of two equal numbers.
-            tolerance = 1e-3 if changes.get("model.name") == "cnn" else 1e-6
-            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=tolerance)
+            torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-6)
     assert list(relay.history["round"]) == list(batched.history["round"])
     np.testing.assert_allclose(relay.history["accuracy"], batched.history["accuracy"], atol=1e-9)
     trained = (found.metrics.query("metric == 'loss' and split == 'train'") for found in (relay, batched))
@@ -127,7 +135,7 @@ JUMPING: list[dict[str, Any]] = [
         {"wire.codec": codec, "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
         for codec in ("qsgd", "sign", "top-k", "fp16", "bf16")
     ),
-    {"strategy": "d-psgd", "data.augment": "flip-crop"},
+    {"strategy": "d-psgd"},
     {"strategy": "d-psgd", "model.name": "cnn"},
 ]
 
@@ -397,7 +405,7 @@ def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
 
 
 def test_batched_run_that_diverges_says_so() -> None:
-    with pytest.raises(RunError, match=r"exchange \d+: the models of the sites \[0, 1, 2, 3\] are not finite"):
+    with pytest.raises(RunError, match=r"exchange \d+: training diverged: the models of the sites \[0, 1, 2, 3\] are not finite"):
         run(engine="batched", strategy="d-psgd", training={"lr": 1e6})
 
 
@@ -702,6 +710,7 @@ def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
     for number, context in enumerate(grid._contexts.values()):
         (tmp_path / f"{number}.key").write_bytes(b64encode(private[number].private_bytes_raw()))
+        (tmp_path / f"{number}.key").chmod(0o600)
         context.node_config |= {"private-key": str(tmp_path / f"{number}.key"), "peer-keys": str(tmp_path / "peers.toml")}
     run_server(grid, config, history)
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(

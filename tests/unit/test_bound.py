@@ -4,7 +4,7 @@ from server_app.bound import Bound, Change
 
 
 def heard(*changes: Change) -> Bound:
-    bound = Bound()
+    bound = Bound(10.0)
     for site, change in enumerate(changes):
         bound.take(site, change)
     return bound
@@ -13,7 +13,9 @@ def heard(*changes: Change) -> Bound:
 def test_bound_is_ten_times_the_median_over_sites() -> None:
     bound = heard(Change(1, 1), Change(2, 1), Change(9, 1))
     assert bound.refusal(Change(20, 1), 0.0) is None
-    assert bound.refusal(Change(20.1, 1), 0.0) == "it moves the model by 20.1; at most 10 times the median over the sites, 20"
+    assert (bound.refusal(Change(20.1, 1), 0.0) or "").startswith(
+        "it moves the model by 20.1; at most 10 times the median over the sites, 20 (max-change)"
+    )
 
 
 def test_site_counts_once_and_with_its_largest_change() -> None:
@@ -47,7 +49,9 @@ def test_model_itself_is_the_measure_until_three_sites_were_heard() -> None:
     bound = heard(Change(1e-3, 1), Change(1e-3, 1))
     assert bound.few
     assert bound.refusal(Change(49, 1), 5.0) is None
-    assert bound.refusal(Change(51, 1), 5.0) == "it moves the model by 51; at most 10 times the model's norm, 50"
+    assert (bound.refusal(Change(51, 1), 5.0) or "").startswith(
+        "it moves the model by 51; at most 10 times the model's norm, 50 (max-change)"
+    )
     assert bound.refusal(Change(1e9, 1), 0.0) is None  # a model of zeros is no measure
     bound.take(2, Change(1e-3, 1))
     assert not bound.few
@@ -62,4 +66,4 @@ def test_sites_that_never_moved_are_no_measure() -> None:
 
 def test_first_contributions_are_measured_by_each_other() -> None:
     others = {0: Change(1.0, 1.0), 1: Change(2.0, 1.0), 2: Change(500.0, 1.0)}
-    assert [Bound().refusal(change, 1e9, others) is None for change in others.values()] == [True, True, False]
+    assert [Bound(10.0).refusal(change, 1e9, others) is None for change in others.values()] == [True, True, False]

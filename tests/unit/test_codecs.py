@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from strategies.codecs import BITS, Codec, codec, num_bytes
+from strategies.codecs import BITS, CODECS, Codec, codec, num_bytes
 
 SIZES = (300, 7, 1000)
 D = sum(SIZES)
@@ -17,6 +17,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("top-k", {"share": 0.1}),
     ("random-k", {"share": 0.1}),
     ("sign", {}),
+    ("examples.my_codec:few_digits", {}),
 ]
 
 
@@ -54,6 +55,7 @@ def test_zero_survives(name: str, changes: dict[str, Any]) -> None:
         ("top-k", {}, (30 + 1 + 100) * 8),
         ("random-k", {}, (30 + 1 + 100) * 4 + 8),
         ("sign", {}, -(-D // 8) + 12),
+        ("examples.my_codec:few_digits", {}, D + 4),
     ],
 )
 def test_bytes_are_exact(name: str, changes: dict[str, Any], expected: int) -> None:
@@ -70,6 +72,42 @@ def test_decoded_follows_the_original_with_slope_one(name: str, changes: dict[st
     for original, got in (parts[0], parts[2]):
         slope = float(original @ got / (original @ original if name == "qsgd" else got @ got))
         assert slope == pytest.approx(1, abs=0.15 if changes.get("bits") == 2 else 0.05)
+
+
+def nothing(sizes: tuple[int, ...]) -> int:
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qsdg", "allowed: identity, .*package.module:function; did you mean 'qsgd'"),
+        ("nowhere:codec", "cannot be imported"),
+        (f"{__name__}:SIZES", "a function is expected, it is a tuple"),
+        (f"{__name__}:nothing", "a Codec is expected; got int"),
+    ],
+)
+def test_codec_of_ones_own_is_checked(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"wire.codec = '{name}': .*{message}"):
+        build(name)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_table_says_what_a_codec_does(name: str) -> None:
+    """Rounding errs by a small share of each number; the mean over many draws of one that is not biased is the vector."""
+    vector, found, generator = layers()[250:350], build(name, (50, 50)), draw()
+    draws = torch.stack([found.decode(found.encode(vector, generator)) for _ in range(500)]).double()
+    assert CODECS[name].rounds == bool(((draws - vector).abs() <= vector.abs() / 100).all())
+    assert CODECS[name].biased == bool((draws.mean(0) - vector).abs().max() > 1)
+    assert found.exact == torch.equal(draws[0], vector.double()) == (name == "identity")
+
+
+@pytest.mark.parametrize(("size", "share", "kept"), [(19, 0.1, 1), (100, 0.29, 29), (300, 0.1, 30), (3, 0.1, 1)])
+def test_of_a_share_whole_numbers_are_kept_and_at_least_one(size: int, share: float, kept: int) -> None:
+    """Cut down, but not for a rounding error: 0.29 of 100 is 28.999999999999996."""
+    for name in ("top-k", "random-k"):
+        found = build(name, (size,), share=share)
+        assert len(found.encode(torch.randn(size, generator=draw()), draw())["values"]) == kept
 
 
 @pytest.mark.parametrize("bits", BITS)

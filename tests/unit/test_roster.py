@@ -107,7 +107,7 @@ def test_shortage_of_many_is_a_short_line() -> None:
     known = roster(sites=100)
     for site in range(99):
         known.lose(site, "no answer", 0.0)
-    assert known.shortage("peers").endswith("site 4: no answer; ...")
+    assert known.shortage("peers").endswith("site 3, site 4, ...: no answer")
 
 
 def test_least_is_at_most_all() -> None:

@@ -3,11 +3,15 @@
 import subprocess
 import sys
 from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from client_app.sealing import Header, Keyring, SealError, keyring, public_key
@@ -19,8 +23,10 @@ HEADER = Header(run=7, sender=0, step=3, kind="model")
 DATA = b"the model of a hospital" * 100
 
 
-def sealed() -> tuple[bytes, dict[int, bytes]]:
-    return RINGS[0].seal(DATA, [1, 2], HEADER)
+def sealed(data: bytes = DATA) -> tuple[bytes, dict[int, bytes]]:
+    found, keys, problems = RINGS[0].seal(data, [1, 2], HEADER)
+    assert problems == {}
+    return found, keys
 
 
 def test_neighbours_open_what_was_sealed_for_them() -> None:
@@ -66,25 +72,55 @@ def test_what_is_for_another_one_is_refused() -> None:
         RINGS[3].open(data, keys[1], HEADER)
     with pytest.raises(SealError):
         RINGS[2].open(data, keys[1], HEADER)
-    other, other_keys = RINGS[0].seal(b"something else", [1, 2], HEADER)
+    other, other_keys = sealed(b"something else")
     with pytest.raises(SealError):  # the content of one with the key of the other
         RINGS[1].open(other, keys[1], HEADER)
     assert RINGS[1].open(other, other_keys[1], HEADER) == b"something else"
 
 
 def test_who_has_not_the_senders_key_cannot_pretend_to_be_the_sender() -> None:
-    data, keys = Keyring(0, PRIVATE[3], PUBLIC).seal(DATA, [1], HEADER)
+    data, keys, _ = Keyring(0, PRIVATE[3], PUBLIC).seal(DATA, [1], HEADER)
     with pytest.raises(SealError):
         RINGS[1].open(data, keys[1], HEADER)
 
 
-def test_unknown_reader_is_named() -> None:
-    with pytest.raises(SealError, match="no public key of site 9 is known"):
-        RINGS[0].seal(DATA, [9], HEADER)
+def test_a_reader_and_the_relay_cannot_forge_the_senders_payload() -> None:
+    """Reader 1 knows the content key: it seals other data with it, which reach reader 2 with the genuine key of 2."""
+    data, keys = sealed()
+    secret = PRIVATE[1].exchange(PRIVATE[0].public_key())
+    both = f"0:{PUBLIC[0].hex()}:1:{PUBLIC[1].hex()}"
+    shared = HKDF(hashes.SHA256(), 32, None, f"archipelago content key:7:{both}".encode()).derive(secret)
+    bound = f"archipelago:7:0:3:model:1:{sha256(data).hexdigest()}".encode()
+    content = AESGCM(shared).decrypt(keys[1][:12], keys[1][12:], bound)
+    assert AESGCM(content).decrypt(bytes(12), data, b"archipelago:7:0:3:model:") == DATA
+    forged = AESGCM(content).encrypt(bytes(12), b"another model" * 100, b"archipelago:7:0:3:model:")
+    with pytest.raises(SealError, match="step 3 was changed on the way"):
+        RINGS[2].open(forged, keys[2], HEADER)
+
+
+@pytest.mark.parametrize("bad", [bytes(32), b"\x01" + bytes(31), b"short"], ids=["zero", "low order", "short"])
+def test_a_bad_public_key_costs_its_owner_only(bad: bytes) -> None:
+    ring = Keyring(0, PRIVATE[0], PUBLIC | {1: bad})
+    data, keys, problems = ring.seal(DATA, [1, 2, 9], HEADER)
+    assert problems == {1: "the public key of site 1 cannot be used", 9: "no public key of site 9 is known"}
+    assert RINGS[2].open(data, keys[2], HEADER) == DATA
+    with pytest.raises(SealError, match="the public key of site 1 cannot be used"):
+        ring.open(data, keys[2], HEADER._replace(sender=1))
+
+
+@pytest.mark.parametrize("wrapped", [b"", b"123", bytes(12)])
+def test_a_key_of_another_length_is_refused(wrapped: bytes) -> None:
+    with pytest.raises(SealError, match="step 3 was changed on the way"):
+        RINGS[1].open(sealed()[0], wrapped, HEADER)
 
 
 def context(**node: Any) -> Context:
     return Context(run_id=7, node_id=1, node_config=node, state=RecordDict(), run_config={})
+
+
+def write_private(path: Path, site: int, mode: int = 0o600) -> None:
+    path.write_bytes(b64encode(PRIVATE[site].private_bytes_raw()))
+    path.chmod(mode)
 
 
 def test_keys_from_files(tmp_path: Path) -> None:
@@ -96,9 +132,9 @@ def test_keys_from_files(tmp_path: Path) -> None:
     (tmp_path / "peers.toml").write_text(f'0 = "{made.stdout.strip()}"\n1 = "{b64encode(PUBLIC[1]).decode()}"\n')
     node = {"private-key": str(tmp_path / "own.key"), "peer-keys": str(tmp_path / "peers.toml")}
     own = keyring(context(**node), "keys", 0, {})
-    (tmp_path / "other.key").write_bytes(b64encode(PRIVATE[1].private_bytes_raw()))
+    write_private(tmp_path / "other.key", 1)
     other = keyring(context(**node | {"private-key": str(tmp_path / "other.key")}), "keys", 1, {})
-    data, keys = own.seal(DATA, [1], HEADER)
+    data, keys, _ = own.seal(DATA, [1], HEADER)
     assert other.open(data, keys[1], HEADER) == DATA
     again = subprocess.run(
         [sys.executable, "-m", "client_app.sealing", str(tmp_path / "own.key")], capture_output=True, check=False
@@ -110,8 +146,31 @@ def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(SealError, match="--node-config has no private-key and no peer-keys"):
         keyring(context(), "keys", 0, {})
     (tmp_path / "own.key").write_text("no key")
+    (tmp_path / "own.key").chmod(0o600)
     with pytest.raises(SealError, match=r"private-key = .*own\.key"):
         keyring(context(**{"private-key": str(tmp_path / "own.key"), "peer-keys": "nowhere"}), "keys", 0, {})
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_private_key_that_others_may_read_is_refused(mode: int, tmp_path: Path) -> None:
+    write_private(tmp_path / "own.key", 0, mode)
+    (tmp_path / "peers.toml").write_text(f'1 = "{b64encode(PUBLIC[1]).decode()}"\n')
+    node = {"private-key": str(tmp_path / "own.key"), "peer-keys": str(tmp_path / "peers.toml")}
+    with pytest.raises(SealError, match=rf"its mode is {mode:o}: chmod 600 {tmp_path}/own.key"):
+        keyring(context(**node), "keys", 0, {})
+    (tmp_path / "own.key").chmod(0o600)
+    assert keyring(context(**node), "keys", 0, {}).knows(1)
+
+
+def test_a_private_key_of_another_site_is_refused(tmp_path: Path) -> None:
+    write_private(tmp_path / "1.key", 1)
+    node = {"private-key": str(tmp_path / "1.key"), "peer-keys": str(tmp_path / "peers.toml")}
+    (tmp_path / "peers.toml").write_text(f'1 = "{b64encode(PUBLIC[1]).decode()}"\n')
+    with pytest.raises(SealError, match="this is site 0, its private key is that of site 1"):
+        keyring(context(**node), "keys", 0, {})
+    (tmp_path / "peers.toml").write_text(f'0 = "{b64encode(PUBLIC[0]).decode()}"\n')
+    with pytest.raises(SealError, match="this is site 0, its private key is not the one that peer-keys lists for it"):
+        keyring(context(**node), "keys", 0, {})
 
 
 def test_first_use_is_trusted_and_kept_to() -> None:

@@ -8,10 +8,10 @@ import networkx as nx
 import pytest
 import torch
 
-from strategies.topology import GRAPHS, Topology, TopologyError, spectral_gap, topology
+from strategies.topology import TOPOLOGIES, Topology, TopologyError, spectral_gap, topology
 
 SIZES = {"torus": 16, "hypercube": 16, "dyck": 32, "dyck-purdue": 32, "bipartite": 8}
-NAMES = [*GRAPHS, "circulant", "random-regular", "exponential", "one-peer-exponential"]
+NAMES = [name for name in TOPOLOGIES if name != "edges"]
 
 
 def build(name: str, n: int, **changes: Any) -> Topology:
@@ -35,6 +35,9 @@ def test_every_matrix_is_doubly_stochastic_and_its_support_is_the_graph(name: st
     graph = found.graph if found.graph.is_directed() else found.graph.to_directed()
     assert links == set(graph.edges)
     assert spectral_gap(*found.matrices) > 1e-3
+    assert found.graph.is_directed() == TOPOLOGIES[name].directed
+    assert (len(found.matrices) > 1) == TOPOLOGIES[name].varying
+    assert found.name == name
 
 
 RING16 = 1 - (1 / 3 + 2 / 3 * math.cos(2 * math.pi / 16))
@@ -90,6 +93,88 @@ def test_one_peer_exponential_averages_exactly_after_log2_n_exchanges() -> None:
     assert found.neighbours(1, 0) == {6: 0.5}
 
 
+def test_readers_are_those_who_read_a_peer_and_not_whom_it_reads() -> None:
+    found = build("exponential", 8)
+    assert set(found.neighbours(0, 0)) == {7, 6, 4}  # 1, 2 and 4 before it
+    assert found.readers(0) == {1, 2, 4}
+    assert found.linked(0) == [1, 2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("n", [6, 7])
+@pytest.mark.parametrize("weights", ["metropolis", "uniform"])
+def test_matchings_pair_everybody_but_an_odd_one_and_are_drawn_from_the_seed(n: int, weights: str) -> None:
+    found = build("matching", n, weights=weights)
+    alone = []
+    for exchange in range(len(found.matrices)):
+        pairs = {peer: found.neighbours(exchange, peer) for peer in range(n)}
+        for peer, partner in pairs.items():
+            assert partner in ({}, {next(iter(partner), -1): 0.5})
+            assert all(set(pairs[other]) == {peer} for other in partner)
+        alone.append([peer for peer, partner in pairs.items() if not partner])
+        assert len(alone[-1]) == n % 2
+    assert n % 2 == 0 or len({each[0] for each in alone}) == n  # another one each time
+    drawn = [{frozenset(pair) for pair in each.nonzero().tolist()} for each in found.matrices]
+    assert len({frozenset(each) for each in drawn}) > 10
+    assert all(torch.equal(*each) for each in zip(found.matrices, build("matching", n, weights=weights).matrices, strict=True))
+    other = build("matching", n, seed=2).matrices
+    assert not all(torch.equal(*each) for each in zip(found.matrices, other, strict=True))
+
+
+def test_topology_of_ones_own() -> None:
+    found = build("examples.my_topology:cities", 8)
+    assert {peer: set(found.neighbours(0, peer)) for peer in (0, 3, 4)} == {0: {1, 2, 3}, 3: {0, 1, 2, 4}, 4: {3, 5, 6, 7}}
+    assert found.readers(3) == {0, 1, 2, 4}
+    with pytest.raises(TopologyError, match=r"topology.name = 'examples.my_topology:cities': num-sites = 7: 2 cities"):
+        build("examples.my_topology:cities", 7)
+
+
+def drawn_once(n: int) -> "list[nx.Graph[int]]":
+    half = nx.Graph()
+    half.add_edge(0, 1, weight=0.25)
+    return [half, nx.Graph([(k, k + 1) for k in range(1, n - 1)])]
+
+
+def looped(n: int) -> "nx.Graph[int]":
+    return nx.Graph([(0, 1), (1, 1)])
+
+
+def both(n: int) -> "list[nx.Graph[int]]":
+    return [nx.cycle_graph(n), nx.DiGraph([(0, 1), (1, 0)])]
+
+
+def adrift(n: int) -> "nx.Graph[int]":
+    return nx.Graph([(0, 1)])
+
+
+def matrix(n: int) -> torch.Tensor:
+    return torch.eye(n)
+
+
+def test_graphs_of_ones_own_may_change_and_bear_weights() -> None:
+    found = build(f"{__name__}:drawn_once", 4)
+    assert found.neighbours(0, 0) == {1: 0.25}
+    assert found.neighbours(1, 0) == {}
+    assert set(found.neighbours(3, 2)) == {1, 3}  # the second graph again
+    assert found.readers(1) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{__name__}:looped", r"\(1, 1\) is no link between two of the peers 0 to 3"),
+        (f"{__name__}:both", "at least one graph is expected, all directed or none"),
+        (f"{__name__}:adrift", "the graph is not connected"),
+        (f"{__name__}:matrix", "a graph of networkx is expected, or a list; got Tensor"),
+        (f"{__name__}:SIZES", "a function is expected, it is a dict"),
+        ("nowhere:graph", "cannot be imported: ModuleNotFoundError"),
+        ("rings", "allowed: ring, path, .*package.module:function; did you mean 'ring'"),
+    ],
+)
+def test_topology_of_ones_own_is_checked(name: str, message: str) -> None:
+    with pytest.raises(TopologyError, match=f"topology.name = '{name}': .*{message}"):
+        build(name, 4)
+
+
 def test_edges_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "links"
     file.write_text("# four hospitals\n0 1\n1 2\n\n2 3 # by night\n")
@@ -103,12 +188,17 @@ def test_edges_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "n", "changes", "message"),
     [
-        ("torus", 14, {}, "topology = 'torus': num-sites = 14 is no product of two numbers from 3 on"),
-        ("hypercube", 12, {}, "topology = 'hypercube': num-sites = 12 is no power of two"),
-        ("hubs", 3, {}, "topology = 'hubs': num-sites = 3; allowed: 4"),
+        ("torus", 14, {}, "topology.name = 'torus': num-sites = 14 is no product of two numbers from 3 on"),
+        ("hypercube", 12, {}, "topology.name = 'hypercube': num-sites = 12 is no power of two"),
+        ("hubs", 3, {}, "topology.name = 'hubs': num-sites = 3; allowed: 4"),
         ("dyck", 16, {}, "num-sites = 16; allowed: 32"),
-        ("random-regular", 5, {"degree": 3}, "degree = 3: topology = 'random-regular' with num-sites = 5 allows 2 to 4"),
-        ("star", 5, {"weights": "uniform"}, "not doubly stochastic, column 0 sums to 2.2; mixing = 'metropolis' suits every"),
+        ("random-regular", 5, {"degree": 3}, "topology.degree = 3: 'random-regular' with num-sites = 5 allows 2 to 4"),
+        (
+            "star",
+            5,
+            {"weights": "uniform"},
+            "not doubly stochastic, column 0 sums to 2.2; topology.mixing = 'metropolis' suits every",
+        ),
         ("edges", 4, {"edges": "0 1\n2 3\n"}, r"the graph is not connected, its parts are \[0, 1\], \[2, 3\]"),
         ("edges", 3, {"edges": "0 1 0.7\n1 2 0.7\n"}, r"the weight of \(1, 1\) is -0.4; at least 0"),
         ("edges", 3, {"edges": "0 1\n1 3\n"}, r"\(1, 3\) is no link between two of the sites 0 to 2"),

@@ -1,0 +1,284 @@
+"""What a relay that turned bad, or a broken neighbour, can ask of a peer: the real ClientApp, and messages that no relay sends."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load_file
+
+from client_app.app import app as client_app
+from client_app.memory import recall
+from client_app.peer import peer_of
+from configuration.config import Config, configuration
+from strategies.peer.state import PeerState
+from strategies.records import arrays_of, config_of, metrics_of, unpack
+
+SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
+SITES = range(4)
+
+
+class Sites:
+    """Four peers on a ring, and somebody who sends them what he likes.
+
+    Attributes:
+        contexts: what each site remembers.
+        offered: of each step, what each site offered.
+    """
+
+    def __init__(self, node: dict[str, Any] | None = None, **changes: Any) -> None:
+        settings: dict[str, Any] = {"strategy": "d-psgd", "num_sites": 4, "epochs": 4, "model.name": "mlp"} | changes
+        self.config = configuration(**settings)
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
+        self.offered: dict[int, dict[int, ArrayRecord]] = {}
+        self.contexts = [self.context(site, self.config, node) for site in SITES]
+        self.public: dict[str, Any] = {}
+        if self.config.wire.sealing != "off":
+            keys = [config_of(self.ask(site, "query.site", {}))["public-key"] for site in SITES]
+            self.public = {f"key-{site}": key for site, key in enumerate(keys)}
+
+    def context(self, site: int, config: Config, node: dict[str, Any] | None = None, run: int = 1) -> Context:
+        """Of a site that remembers nothing."""
+        settings = {"partition-id": site, "num-partitions": 4} | (node or {})
+        return Context(run_id=run, node_id=1000 + site, node_config=settings, state=RecordDict(), run_config=dict(config.flat()))
+
+    def fields(self, site: int, step: int, **changes: Any) -> dict[str, Any]:
+        """What an honest relay tells."""
+        fields: dict[str, Any] = {
+            "server-round": step,
+            "classes": [str(digit) for digit in range(10)],
+            "neighbours": [(site - 1) % 4, (site + 1) % 4] if step else [],
+            "weights": [1 / 3, 1 / 3] if step else [],
+            "listeners": [(site - 1) % 4, (site + 1) % 4],
+            "test": False,
+            "last": False,
+            "rejoin": False,
+            "fresh": False,
+            "cycle-from": min(1.0, step / 48),
+        }
+        keys = {name: key for name, key in self.public.items() if name != f"key-{site}"}
+        return fields | keys | {name.replace("_", "-"): value for name, value in changes.items()}
+
+    def ask(self, site: int, kind: str, fields: dict[str, Any], received: dict[int, dict[str, Array]] | None = None) -> Message:
+        """The answer to a message."""
+        records: dict[str, Any] = {"config": ConfigRecord(fields)}
+        records |= {f"from-{sender}": ArrayRecord(arrays) for sender, arrays in (received or {}).items()}
+        message = Message(RecordDict(records), 1000 + site, kind)
+        message.metadata.__dict__["_message_id"] = "1"
+        return client_app(message=message, context=self.contexts[site])
+
+    def delivery(self, site: int, step: int, sender: int, labelled: int | None = None) -> dict[str, Array]:
+        """What ``sender`` offered ``site`` in a step, which the relay calls ``labelled``."""
+        label = step if labelled is None else labelled
+        arrays = self.offered[step][sender].items()
+        return {f"{label}/{name.partition('/')[2]}": array for name, array in arrays if name.startswith(("offer/", f"to-{site}/"))}
+
+    def step(self, site: int, step: int, received: dict[int, dict[str, Array]] | None = None, **changes: Any) -> Message:
+        """The answer to a step, by default with what the neighbours offered in the one before."""
+        if received is None:
+            received = {j: self.delivery(site, step - 1, j) for j in ((site - 1) % 4, (site + 1) % 4)} if step else {}
+        return self.ask(site, "train.peer", self.fields(site, step, **changes), received)
+
+    def all_step(self, step: int) -> list[Message]:
+        """Everybody takes a step."""
+        replies = [self.step(site, step) for site in SITES]
+        assert not any(reply.has_error() for reply in replies)
+        self.offered[step] = {site: arrays_of(reply) for site, reply in enumerate(replies)}
+        return replies
+
+    def state(self, site: int) -> PeerState | None:
+        """What a site remembers."""
+        algorithm = peer_of(self.config, site, (1,)).plan.algorithm
+        return recall(self.contexts[site], type(algorithm.init(torch.zeros(1))), torch.device("cpu"))
+
+
+def after(steps: int, **changes: Any) -> Sites:
+    sites = Sites(**changes)
+    for step in range(steps):
+        sites.all_step(step)
+    return sites
+
+
+def refused(reply: Message) -> list[str]:
+    found: Any = config_of(reply)["refused"]
+    return list(found)
+
+
+def reason(reply: Message) -> str:
+    return str(reply.error.reason) if reply.has_error() else ""
+
+
+def model(sites: Sites, site: int) -> torch.Tensor:
+    state = sites.state(site)
+    assert state is not None
+    return state.x
+
+
+def test_sites_here_are_those_of_the_app() -> None:
+    sites = after(3)
+    assert refused(sites.step(0, 3)) == []
+    assert not torch.equal(model(sites, 0), model(sites, 1))
+
+
+# What a site remembers, and for whom.
+
+
+def test_a_sealed_state_is_not_shown_where_the_configuration_is_another_one() -> None:
+    sites = after(3, **SEALED)
+    kept = model(sites, 0)
+    bare = Sites().config
+    changed = sites.context(0, bare)
+    changed.state = sites.contexts[0].state
+    sites.contexts[0] = changed
+    assert "run configuration: another one than in this run's first step" in reason(sites.step(0, 3, {}, last=True))
+    assert torch.equal(model(sites, 0), kept)
+
+
+def test_a_sealed_state_is_forgotten_in_another_run() -> None:
+    """Flower keeps contexts by series of runs, and the SuperLink says which runs are one."""
+    sites = after(3, **SEALED)
+    kept = model(sites, 0)
+    bare = Sites().config
+    other = sites.context(0, bare, run=2)
+    other.state = RecordDict(dict(sites.contexts[0].state))
+    sites.contexts[0] = other
+    reply = sites.step(0, 3, {}, last=True)
+    shown = reply.content["model"]
+    assert isinstance(shown, ArrayRecord)
+    assert not torch.equal(unpack(shown["x"]), kept)
+    assert config_of(reply)["anew"] is True
+
+
+def test_a_second_run_of_a_series_begins_as_the_first_did() -> None:
+    sites = after(2)
+    first = Sites()
+    other = sites.context(1, sites.config, run=2)
+    other.state = sites.contexts[1].state
+    sites.contexts[1] = other
+    assert not sites.step(1, 0).has_error()
+    first.all_step(0)
+    assert torch.equal(model(sites, 1), model(first, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": [str(9 - digit) for digit in range(10)]}, "classes and moments: another one than in this run's first step"),
+        ({"cycle_from": 1e6}, "cycle-from = 1e+06: 0 to 1 is expected"),
+        ({"cycle_from": math.nan}, "cycle-from = nan: 0 to 1 is expected"),
+        ({"cycle_from": -20.0}, "cycle-from = -20: 0 to 1 is expected"),
+        ({"cycle_from": 0.0}, "step 3: 0 of the run is over, and 0.0416667 was before"),
+        ({"server_round": 1}, "step 1 comes again"),
+    ],
+)
+def test_what_may_not_change_in_a_run_is_refused(changes: dict[str, Any], message: str) -> None:
+    sites = after(3)
+    kept = model(sites, 0)
+    assert message in reason(sites.step(0, 3, **changes))
+    assert torch.equal(model(sites, 0), kept)
+    assert not sites.step(0, 3).has_error()
+
+
+def test_a_state_that_is_not_finite_is_never_kept() -> None:
+    rate: dict[str, Any] = {"training.lr": 1e38, "training.lr-ratio": 1.0}
+    sites = Sites(**rate)
+    replies = [sites.step(0, 0)]
+    while not replies[-1].has_error() and len(replies) < 5:
+        replies.append(sites.step(0, len(replies), {}))
+    assert "this site's x is not finite; a smaller training.lr" in reason(replies[-1])
+    assert torch.isfinite(model(sites, 0)).all()
+
+
+# The last step.
+
+
+def test_only_a_step_of_training_ends_what_is_kept_on_disk(tmp_path: Path) -> None:
+    sites = Sites({"state": str(tmp_path)})
+    sites.all_step(0)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert len(files) == 4
+    sites.ask(0, "query.site", {"last": True, "server-round": 9})
+    assert {file.name for file in tmp_path.iterdir()} == files
+    sites.step(0, 0, last=True)
+    assert {file.name for file in tmp_path.iterdir()} == files
+    sites.step(0, 1, last=True)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_first_step_is_no_last_one_and_saves_nothing(tmp_path: Path) -> None:
+    finished = tmp_path / "model.safetensors"
+    sites = Sites({"save": str(finished)})
+    finished.write_bytes(b"the model of an earlier run")
+    reply = sites.step(0, 0, last=True)
+    assert "model" not in reply.content
+    assert finished.read_bytes() == b"the model of an earlier run"
+    sites.step(1, 1, {}, last=True)  # remembers nothing, has trained on nothing
+    assert finished.read_bytes() == b"the model of an earlier run"
+    sites.step(0, 1, {}, last=True)
+    assert load_file(finished)
+
+
+# What neighbours sent, and what the relay made of it.
+
+
+def test_a_payload_without_a_step_is_its_senders_fault() -> None:
+    sites = after(1)
+    received = {j: sites.delivery(0, 0, j) for j in (1, 3)}
+    received[1] = {"x/sealed": Array(np.zeros(3, np.uint8)), "9999999999/values": Array(np.zeros(3, np.float32))}
+    reply = sites.step(0, 1, received)
+    assert refused(reply) == ["site 1: 'x/sealed' is no part of a step", "site 1: '9999999999/values' is no part of a step"]
+
+
+def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
+    sites = after(20)
+    reply = sites.step(0, 20, {1: sites.delivery(0, 19, 1), 3: sites.delivery(0, 0, 3)})
+    assert refused(reply) == ["site 3: step 0 came before"]
+    late = after(1)
+    reply = late.step(0, 20, {1: late.delivery(0, 0, 1)}, rejoin=True)
+    assert refused(reply) == ["site 1: step 0 is 20 steps old, at most 16 are of use"]
+    reply = late.step(0, 21, {3: late.delivery(0, 0, 3, labelled=9999)})
+    assert refused(reply) == ["site 3: step 9999 is not before this peer's step 21"]
+    assert refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []  # it blocked nothing
+
+
+def test_one_bad_public_key_costs_its_owner_only() -> None:
+    sites = Sites(**SEALED)
+    sites.public["key-1"] = bytes(32)
+    reply = sites.step(0, 0)
+    assert refused(reply) == ["site 1: the public key of site 1 cannot be used"]
+    assert {name for name in arrays_of(reply) if name.endswith("/key")} == {"to-3/key"}
+
+
+@pytest.mark.parametrize(("reader", "sender"), [(2, 3), (2, 1)])
+def test_what_is_sealed_for_another_reader_is_refused(reader: int, sender: int) -> None:
+    sites = after(1, **SEALED)
+    reply = sites.step(0, 1, {sender: sites.delivery(reader, 0, sender)})
+    assert len(refused(reply)) == 1
+    assert refused(reply)[0].startswith(f"site {sender}: step 0 was changed on the way, or is not for this site")
+
+
+# What losses tell.
+
+
+def test_sealed_peers_report_losses_as_means_over_many_batches() -> None:
+    """One loss of a known network on one example tells the example."""
+    batches: dict[str, Any] = {"training.batch-size": 1, "training.lr": 1e-30, "training.lr-ratio": 1.0}
+    sealed, plain = Sites(**SEALED, **batches), Sites(**batches)
+    losses: list[float] = []
+    of_sealed: Any
+    of_plain: Any
+    for step in range(200):
+        of_sealed, of_plain = (metrics_of(each.step(0, step, {}, test=step == 0)) for each in (sealed, plain))
+        assert "loss" in of_plain
+        assert ("loss" in of_sealed) == ("lr-first" in of_sealed) == ("lr-last" in of_sealed)
+        losses.append(of_plain["loss"])
+        if "loss" in of_sealed:
+            break
+    else:
+        pytest.fail("no loss was reported")
+    assert len(losses) == -(-of_plain["num-examples"] // 2) > 100
+    assert of_sealed["loss"] == pytest.approx(np.mean(losses), rel=1e-5)

@@ -114,6 +114,7 @@ def _order(call: _Call) -> Order:
         _neighbours(call, step),
         learning_rate(config, done),
         done,
+        _readers(call, fields.get("listeners")),
         test=bool(fields["test"]),
         last=bool(fields["last"]) and step > 0,
         again=bool(fields["rejoin"]),
@@ -131,6 +132,15 @@ def _neighbours(call: _Call, step: int) -> dict[int, float]:
     if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
         raise ValueError(f"the server tells the weights {found}: above 0 and at most 1 in all is expected")
     return found
+
+
+def _readers(call: _Call, asked: Iterable[int] | None) -> tuple[int, ...]:
+    """Who may read an offer: those whom the server names, if they are neighbours; all of these, where it names none."""
+    if call.config.topology.name == "edges":
+        fields: Any = config_of(call.message)
+        return tuple(fields["neighbours"] if asked is None else asked)
+    known = graph_of(call.config).readers(call.peer.number)
+    return tuple(sorted(known) if asked is None else (each for each in asked if each in known))
 
 
 def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
@@ -177,7 +187,8 @@ def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: 
     for reader, payload in result.offers.items():
         name = OFFER if reader is None else f"{TO}{reader}"
         if call.ring:
-            found, problems = sealing.seal(call.ring, name, payload, _readers(call, reader), header)
+            readers = order.readers if reader is None else _readers(call, [reader])
+            found, problems = sealing.seal(call.ring, name, payload, readers, header)
             refused += [Refusal(*problem) for problem in problems.items()]
         else:
             new = pack({part: value for part, value in payload.items() if id(value) not in packed})
@@ -190,16 +201,6 @@ def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: 
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
-
-
-def _readers(call: _Call, reader: int | None) -> list[int]:
-    """Who may read an offer."""
-    fields: Any = config_of(call.message)
-    readers: Iterable[int] = fields["listeners"] if reader is None else [reader]
-    if call.config.topology.name == "edges":
-        return list(readers)
-    known = graph_of(call.config).readers(call.peer.number)
-    return [each for each in readers if each in known]
 
 
 def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:

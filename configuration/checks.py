@@ -11,6 +11,7 @@ from strategies.codecs import CODECS
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
 from strategies.methods import METHODS
+from strategies.peer.algorithm import LinkAlgorithm
 from strategies.topology import TOPOLOGIES
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         yield f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'"
     if wire.error_feedback != "none" and wire.codec == "identity":
         yield f"wire.error-feedback = {wire.error_feedback!r}: has no effect with wire.codec = 'identity'"
+    if wire.error_feedback != "none" and isinstance(plan.algorithm, LinkAlgorithm):
+        yield f"wire.error-feedback = {wire.error_feedback!r}: {name} offers each neighbour something else; allowed: 'none'"
     if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
         yield "wire.error-feedback = 'choco': neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
     for key in ("bits", "share"):

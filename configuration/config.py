@@ -119,7 +119,7 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
-        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius))
+        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites))
 
     def tables(self) -> dict[str, Any]:
         """The configuration as nested tables, without other methods' sections."""

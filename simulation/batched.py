@@ -23,7 +23,7 @@ from server_app.results import History
 from simulation.vectorised import Batch, Networks
 from strategies.codecs import num_bytes
 from strategies.gradients import MEND
-from strategies.peer.algorithm import Vectors, exchange
+from strategies.peer.algorithm import PeerAlgorithm, Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.step import encode, encode_gradient
 from strategies.records import X, pack
@@ -38,7 +38,8 @@ class Peers:
         history: gets everything that is measured.
 
     Raises:
-        ConfigError: the network has BatchNorm statistics, which one pass for all peers cannot keep.
+        ConfigError: the network has BatchNorm statistics, which one pass for all peers cannot keep; or neighbours are not all
+            offered the same.
     """
 
     def __init__(self, config: Config, federation: Federation, history: History) -> None:
@@ -54,7 +55,11 @@ class Peers:
             )
         history.begin(federation, model)
         self._peer = peer_of(config, 0, model.sizes)
-        self._algorithm = self._peer.plan.algorithm
+        if not isinstance(algorithm := self._peer.plan.algorithm, PeerAlgorithm):
+            raise ConfigError(
+                f"engine = 'batched': strategy = {config.strategy!r} offers each neighbour something else; allowed: 'app'"
+            )
+        self._algorithm = algorithm
         self.state = self._algorithm.init(self._network.x.expand(self._n, -1).clone())
         self._device = device_of(config.computing.device)
         self._memories: list[Vectors] = [()] * self._n

@@ -245,6 +245,28 @@ def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
     assert refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []  # it blocked nothing
 
 
+def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:
+    sites = after(1)
+    assert refused(sites.step(0, 1)) == []
+    assert refused(sites.step(0, 1, rejoin=True)) == []
+    assert refused(sites.step(0, 1)) == ["site 1: step 0 came before", "site 3: step 0 came before"]
+
+
+def test_a_difference_without_those_before_it_is_refused() -> None:
+    choco: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+    sites = after(3, **choco)
+    sites.contexts[0] = sites.context(0, sites.config)  # it remembers nothing
+    reply = sites.step(0, 3)
+    assert refused(reply) == [f"site {j}: step 2 goes on from a step that is missing here" for j in (1, 3)]
+    assert config_of(reply)["broken"] == [1, 3]
+    whole = after(2, **choco)
+    received = {1: whole.delivery(0, 1, 1)}  # not that of step 0
+    assert refused(whole.step(0, 2, received)) == []
+    whole.all_step(2)
+    whole.all_step(3)
+    assert refused(whole.step(0, 4, {1: whole.delivery(0, 3, 1), 3: whole.delivery(0, 2, 3)})) != []
+
+
 def test_one_bad_public_key_costs_its_owner_only() -> None:
     sites = Sites(**SEALED)
     sites.public["key-1"] = bytes(32)

@@ -15,6 +15,8 @@ from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
 from strategies.peer.gradient_tracking import gradient_tracking
 from strategies.peer.qgm import qgm
+from strategies.peer.state import Peer
+from strategies.peer.step import encode, encode_gradient
 from strategies.topology import topology
 from tests.equivalence.golden import (
     EXACT,
@@ -515,6 +517,20 @@ def test_a_model_that_is_not_finite_ends_the_step(at: Any) -> None:
 
 
 # Channels.
+
+
+def test_what_is_drawn_differs_by_peer_step_and_reader() -> None:
+    way = channel(codec("random-k", (100,), share=0.1), "none")
+    one = Peer(PeerPlan(CDSGD), way, way, lambda g, x: g, 1.0, number=1, seed=1)
+    vector = torch.ones(100)
+    seeds = [int(encode(peer, (), (vector,), step)[0]["0.seed"]) for peer in (one, one._replace(number=2)) for step in (3, 4)]
+    seeds += [
+        int(encode_gradient(peer, way.init(vector), vector, reader, step)[0]["seed"])
+        for peer in (one, one._replace(number=2))
+        for reader in (5, 6)
+        for step in (3, 4)
+    ]
+    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize("name", ["identity", "top-k", "qsgd", "sign", "random-k"])

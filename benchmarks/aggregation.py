@@ -16,17 +16,17 @@ from functools import partial
 
 import psutil
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from client_app.app import app
-from server_app.report import unusable
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
 from strategies.averaging import fedavg
 from strategies.averaging.adapter import Planned
 from strategies.averaging.mean import StreamingMean
 from strategies.method import Run
+from strategies.protocol import Layout, TrainMetrics, read_trained, write_trained
 from strategies.records import arrays_of, pack, unpack
 
 MILLION = 1_000_000
@@ -41,8 +41,8 @@ def reply(site: int, size: int) -> Message:
     """A site's reply with a model of ``size`` parameters."""
     question = Message(RecordDict(), FIRST_NODE + site, "train")
     x = torch.randn(size, generator=torch.Generator().manual_seed(site))
-    content = RecordDict({"arrays": pack({"x": x}), "metrics": MetricRecord({"loss": 1.0, "num-examples": 100 + site})})
-    made = Message(content, reply_to=question)
+    metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=100 + site, samples=100)
+    made = Message(write_trained({"x": x}, metrics), reply_to=question)
     made.metadata.__dict__["_src_node_id"] = FIRST_NODE + site
     return made
 
@@ -74,8 +74,9 @@ def ours(sites: int, before: ArrayRecord, replies: Iterable[Message]) -> None:
     grid = VirtualGrid(app, World().sites(sites, 0), {})
     strategy = Planned(fedavg.plan(fedavg.Keys(), Run(1.0, 0.0)), {FIRST_NODE + site: 1 / sites for site in range(sites)})
     list(strategy.configure_train(1, before, ConfigRecord({"training.lr": 1.0}), grid))
-    sizes = {"x": before["x"].shape[0]}
-    strategy.aggregate_train(1, (each for each in replies if not unusable(each, sizes)))
+    layout, sent = Layout({"x": before["x"].shape[0]}, torch.empty(0, dtype=torch.bool)), {"x": unpack(before["x"])}
+    numbered = enumerate(replies)
+    strategy.aggregate_train(1, (each for site, each in numbered if read_trained(each, layout, 100 + site, sent)))
 
 
 def ours_mean_alone(sites: int, replies: Iterable[Message]) -> None:

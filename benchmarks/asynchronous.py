@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "dc-asgd-a": {"strategy": "dc-asgd-a"},
     "fedasync": {"strategy": "fedasync"},
     "fedbuff": {"strategy": "fedbuff"},
+    "delayed-nesterov": {"strategy": "delayed-nesterov"},
 }
 
 

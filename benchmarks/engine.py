@@ -35,7 +35,8 @@ from datasets.site import SiteData, deal, take
 from datasets.sources import digits
 from models.networks import build
 from server_app.app import run as run_server
-from server_app.results import History, Progress
+from server_app.events import Progress
+from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
 

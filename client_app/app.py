@@ -1,10 +1,12 @@
 """What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
 
+import math
 import traceback
 from itertools import chain, count, islice
+from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
@@ -19,10 +21,12 @@ from configuration.graph import graph_of
 from datasets.partitions import PartitionError
 from datasets.site import moments
 from datasets.sources import SourceError
+from strategies.gradients import Diverged
 from strategies.method import PeerPlan, RoundPlan
+from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
 from strategies.randomness import derive
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, code_version, config_of, order_of, pack, unpack
-from strategies.schedules import decay, progress
+from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
+from strategies.schedules import rates
 
 RAISED = 2  # Flower's code for a ClientApp that raised an exception
 
@@ -37,7 +41,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if not isinstance(error, SourceError | PartitionError | ConfigError):  # these say all there is to say
+        if not isinstance(error, SourceError | PartitionError | ConfigError | Diverged):  # these say all there is to say
             traceback.print_exc()
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
@@ -51,33 +55,32 @@ def describe(message: Message, context: Context) -> Message:
     config, place = config_of_site(context), Place.of(context)
     data = raw_data(config, place)
     device_of(config.computing.device)
-    record = ConfigRecord(
-        {
-            "site": place.number,
-            "sites": place.num_sites or 0,
-            "name": name_of(config, place, context),
-            "classes": list(data.classes),
-            "columns": list(data.columns),
-            "shape": list(data.train.x.shape[1:]),
-            "train": len(data.train.y),
-            "test": len(data.test.y),
-            "notes": list(data.notes),
-            "code": code_version(),
-        }
-    )
+    found: dict[str, Any] = {}
     if data.columns:
-        own_moments = moments(data.train.x, data.columns)
-        record["known"], record["mean"], record["variance"] = map(list, own_moments)
+        found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
     if place.num_sites:  # how many examples of each class a real site has is its own business
-        record["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
+        found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.wire.sealing == "trust-on-first-use":
-        record["public-key"] = public_key(context)
+        found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":
         keys = keyring(context, config.wire.sealing, place.number, {})
         linked = graph_of(config).linked(place.number) if config.topology.name != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
-    return Message(RecordDict({CONFIG: record}), reply_to=message)
+    card = SiteCard.model_construct(
+        site=place.number,
+        sites=place.num_sites or 0,
+        name=name_of(config, place, context),
+        classes=list(data.classes),
+        columns=list(data.columns),
+        shape=list(data.train.x.shape[1:]),
+        train=len(data.train.y),
+        test=len(data.test.y),
+        notes=list(data.notes),
+        code=code_version(),
+        **found,
+    )
+    return Message(write_card(card), reply_to=message)
 
 
 def _vectors(message: Message) -> dict[str, Tensor]:
@@ -92,18 +95,16 @@ def train(message: Message, context: Context) -> Message:
     config, place, data, desk = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
-    vectors, local = _vectors(message), order_of(message)
-    round_number = int(config_of(message)["server-round"])  # type: ignore[arg-type]
+    vectors, order = _vectors(message), read_order(config_of(message))
+    if (local := order.local) is None:
+        raise ValueError("the message holds no order to train")
     keys, model = config.training, desk.model
     model.load(vectors[X], vectors[STATS])
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
     steps = local.steps or local.epochs * an_epoch
 
-    def rate(step: int) -> float:
-        done = local.cycle[0] + (local.cycle[1] - local.cycle[0]) * progress(step, steps, an_epoch, keys.lr_steps)
-        return local.lr * decay(keys.lr_shape, keys.lr_ratio, done)
-
+    rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
     memory = remembered(context, RULE, rule.init(model.x)) if rule else None
     gradient = training.proximal(desk.sharp, sent[X], local.proximal)
@@ -119,34 +120,30 @@ def train(message: Message, context: Context) -> Message:
     )
     if local.keep_moments:
         recall_moments(context, step)
-    order = torch.Generator().manual_seed(derive(config.seed, "order", place.number, round_number))
+    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", place.number, order.number))
     augment = training.flip_crop if config.data.augment == "flip-crop" else None
-    epochs = (training.batches(data.train, keys.batch_size, order, augment) for _ in count())
-    with dice(model.x.device, derive(config.seed, "layers", place.number, round_number)):
+    epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
+    with dice(model.x.device, derive(config.seed, "layers", place.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
         mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
-    metrics = MetricRecord(
-        {
-            "loss": mean_loss,
-            "lr-first": rate(0),
-            "lr-last": rate(steps - 1),
-            "num-examples": len(data.train.y),
-            # Gradients computed, one an example.
-            "samples": round(steps / an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
-        }
+    if not math.isfinite(mean_loss):
+        raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
+    metrics = TrainMetrics.model_construct(
+        loss=mean_loss,
+        lr_first=rate(0),
+        lr_last=rate(steps - 1),
+        num_examples=len(data.train.y),
+        # Gradients computed, one an example.
+        samples=round(steps / an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
     )
-    made = {X: model.x, STATS: model.stats}
-    lr_sum = sum(map(rate, range(steps)))
-    if local.delta:  # how far the site moved, and the sum of its rates: delta / lr-sum is its mean gradient
-        made[X] = sent[X] - model.x
-        metrics["lr-sum"] = lr_sum
+    made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
     if rule:
-        memory, beside = rule.finish(memory, sent, model.x, lr_sum)
+        memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
         keep(context, RULE, memory)
         made |= beside
     if local.keep_moments:
         remember_moments(context, step)
-    return Message(RecordDict({ARRAYS: pack(made), METRICS: metrics}), reply_to=message)
+    return Message(write_trained(made, metrics), reply_to=message)
 
 
 @app.train("peer")
@@ -170,5 +167,6 @@ def evaluate(message: Message, context: Context) -> Message:
     vectors = _vectors(message)
     xs = vectors[X].reshape(-1, desk.model.x.numel())
     result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
-    metrics = MetricRecord({**result, "num-examples": len(data.test.y)})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
+    metrics = TestMetrics.model_construct(**found, num_examples=len(data.test.y))
+    return Message(write_tested(metrics), reply_to=message)

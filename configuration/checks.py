@@ -132,6 +132,8 @@ def _data(config: "Config") -> Iterator[str]:
 def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     wire, topology, name = config.wire, config.topology.name, config.strategy
     codecs = (wire.codec, wire.cross_codec)
+    if config.max_change != type(config).model_fields["max_change"].default:
+        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: the server sees no model"
     if config.num_sites < 2:
         yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
     if wire.codec in CODECS and CODECS[wire.codec].biased and wire.error_feedback == "none":

@@ -27,7 +27,7 @@ from configuration.sections import (
     Training,
     Wire,
 )
-from strategies.keys import Positive
+from strategies.keys import NotNegative, Positive
 from strategies.method import ArrivalPlan, Method, PeerPlan, Plan, Run, Section
 from strategies.methods import METHODS, find
 
@@ -59,6 +59,8 @@ class Config(BaseModel):
     """in a simulation also: --federation-config "num-supernodes=5\""""
     min_sites: Positive = 2
     """the run stops when fewer sites than this answer"""
+    max_change: NotNegative = 10.0
+    """a contribution that moves the model by more than so many times the median over sites is refused; 0: no bound"""
     epochs: Positive = 32
     """local epochs of each site in the whole run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
@@ -119,10 +121,14 @@ class Config(BaseModel):
         """What the method makes of its keys."""
         return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites))
 
+    def tables(self) -> dict[str, Any]:
+        """The configuration as nested tables, without other methods' sections."""
+        tables = self.model_dump(by_alias=True)
+        return tables | {self.method.table: tables.pop("keys")}
+
     def flat(self) -> dict[str, bool | int | float | str]:
         """The configuration as Flower's ``--run-config`` takes it, without other methods' sections."""
-        tables = self.model_dump(by_alias=True)
-        return flatten_dict(tables | {self.method.table: tables.pop("keys")})
+        return flatten_dict(self.tables())
 
     @property
     def unit(self) -> str:

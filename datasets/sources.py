@@ -137,4 +137,8 @@ def load(
         "text_buckets": text_buckets,
     }
     found = SOURCES[source]
-    return check(found.read(**{key: keys[key] for key in found.keys}), source)
+    examples = found.read(**{key: keys[key] for key in found.keys})
+    try:
+        return check(examples, source)
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}" if path else str(error)) from None

@@ -1,7 +1,9 @@
 """The server: reads the configuration, counts the sites, builds the strategy, runs it, writes the results."""
 
 import logging
+from functools import partial
 
+import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -13,13 +15,15 @@ from models.networks import build
 from server_app.asynchronous import Asynchronous
 from server_app.census import Federation, RunError, take_census
 from server_app.consensus import conclude
+from server_app.events import Began, Ended, Event, Refused, Sink
 from server_app.relay import Relay
-from server_app.results import Folder, History
+from server_app.results import Folder
 from server_app.rounds import Rounds
 from strategies.averaging.adapter import Planned
 from strategies.averaging.alone import Alone
 from strategies.averaging.shipped import Shipped
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, PeerPlan, RoundPlan
+from strategies.protocol import Layout
 from strategies.randomness import derive
 from strategies.records import STATS, X, pack
 
@@ -33,14 +37,20 @@ def main(grid: Grid, context: Context) -> None:
     run(grid, config, Folder(config))
 
 
-def run(grid: Grid, config: Config, history: History) -> None:
-    """Everything that the server does, reported to ``history``.
+def run(grid: Grid, config: Config, sink: Sink) -> None:
+    """Everything that the server does, reported to ``sink``.
 
     Raises:
-        RunError: the run cannot start or go on; what it reached is in ``history``.
+        RunError: the run cannot start or go on; what it reached was reported.
     """
     # Flower's own lines about sampling and aggregation would drown ours; its warnings and errors stay.
     logging.getLogger("flwr").setLevel(logging.WARNING)
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Refused):
+            log(logging.WARNING, "%s", event)
+        sink(event)
+
     topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None  # one that cannot be stops the run here
     federation = take_census(grid, config)
     if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
@@ -50,28 +60,36 @@ def run(grid: Grid, config: Config, history: History) -> None:
     model = FlatModel(
         build(config.model.name, federation.shape, len(federation.classes), config.model.norm, derive(config.seed, "model"))
     )
-    history.begin(federation, model)
-    initial = pack({X: model.x, STATS: model.stats})
+    emit(Began(federation, model))
     try:
-        match config.plan:
-            case ArrivalPlan() as plan:
-                Asynchronous(grid, plan, federation, config, history).run(initial)
-            case PeerPlan():
-                assert topology is not None
-                relay = Relay(grid, topology, federation, config, history)
-                conclude(grid, relay.run(), federation, config, history, relay.report, relay.exchanges)
-            case RoundPlan() as plan:
-                planned = Planned(plan, _shares(federation, plan.weighting))
-                beside = plan.site.sends if plan.site else ()
-                Rounds(grid, planned, planned.instruct, federation, config, history).run(initial, beside)
-            case AlonePlan(instruct=by_itself, ensemble=ensemble):
-                alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
-                Rounds(grid, alone, lambda moment, _: by_itself(moment), federation, config, history).run(initial)
-            case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
-                shipped = Shipped(make(), _shares(federation, weighting))
-                Rounds(grid, shipped, lambda moment, _: foreign(moment), federation, config, history).run(initial)
-    finally:  # whatever stopped the run
-        history.end()
+        _drive(grid, config, federation, model, emit)
+    except BaseException as error:
+        try:
+            emit(Ended(error))
+        except Exception as second:  # it must not hide the first
+            log(logging.ERROR, "%s: %s", type(second).__name__, second)
+        raise
+    emit(Ended(None))
+
+
+def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink) -> None:
+    """Execute the plan of the run."""
+    initial, layout, shares = pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
+    rounds = partial(Rounds, grid, federation=federation, config=config, layout=layout, sink=emit)
+    match config.plan:
+        case ArrivalPlan() as plan:
+            Asynchronous(grid, plan, federation, config, layout, emit).run(initial)
+        case PeerPlan() as plan:
+            relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
+            conclude(grid, relay.run(), federation, config, relay.report, relay.exchanges)
+        case RoundPlan() as plan:
+            planned = Planned(plan, shares(plan.weighting))
+            rounds(planned, planned.instruct).run(initial, plan.site.sends if plan.site else ())
+        case AlonePlan(instruct=by_itself, ensemble=ensemble):
+            alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
+            rounds(alone, lambda moment, _: by_itself(moment)).run(initial)
+        case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
+            rounds(Shipped(make(), shares(weighting)), lambda moment, _: foreign(moment)).run(initial)
 
 
 def _shares(federation: Federation, weighting: str) -> dict[int, float]:
@@ -79,3 +97,11 @@ def _shares(federation: Federation, weighting: str) -> dict[int, float]:
     sites = federation.sites
     total = sum(site.num_train for site in sites)
     return {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
+
+
+def layout_of(model: FlatModel) -> Layout:
+    """How a model looks on the wire."""
+    named = [(name, buffer) for name, buffer in model.network.named_buffers() if buffer.is_floating_point()]
+    marks = [torch.full((buffer.numel(),), name.endswith("running_var")) for name, buffer in named]
+    sizes = {X: model.x.numel()} | ({STATS: model.num_stats} if model.num_stats else {})
+    return Layout(sizes, torch.cat([torch.empty(0, dtype=torch.bool), *marks]))

@@ -1,67 +1,64 @@
 """Asynchronous training: every site works all the time; the model changes with each arrival.
 
-A site is sent the newest model as soon as its last contribution was applied. When one is applied is the white list's affair, what
+A site is sent the newest model as soon as its last contribution was applied. When one is applied is the schedule's affair, what
 it does to the model the rule's. Tests go out after every so many updates, on the model of that moment, and nobody waits for them.
 """
 
 import math
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections import defaultdict
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from configuration.config import Config
+from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch, budget
+from server_app.events import Kept, Progress, Sink
 from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
-from server_app.report import Moment, Report, numbers
-from server_app.results import History, Progress
+from server_app.period import PendingTest, Period
+from server_app.report import Report
+from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
-from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
+from strategies.averaging.mean import LARGEST, extent, magnitude, weighted_mean
 from strategies.method import ArrivalPlan, Local
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, arrays_of, metrics_of, order, pack, unpack
+from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_order
+from strategies.records import ARRAYS, CONFIG, STATS, X, pack, unpack
+from strategies.schedules import rates
 
 
 class _Flight(NamedTuple):
-    """A training message under way."""
+    """A training message under way: the vectors that went with it, their version, what is to be done, and when it was sent."""
 
-    base: Tensor
+    sent: dict[str, Tensor]
     version: int
+    local: Local
+    at: float
 
 
-class _Contribution(NamedTuple):
-    """What a site sent; several of them averaged where it did not wait for its turn."""
+class _Part(NamedTuple):
+    """What a site sent; with which version and how many batches it was made, and its largest magnitude."""
 
     update: Update
     version: int
-    parts: int
+    steps: int
+    largest: float
 
 
-@dataclass
-class _Period:
-    """What arrived since the last test."""
+class _Extremes(NamedTuple):
+    """The largest magnitudes of all models and updates so far, and the smallest sum of learning rates."""
 
-    losses: dict[int, list[float]] = field(default_factory=dict)
-    staleness: dict[int, list[int]] = field(default_factory=dict)
-    rates: list[float] = field(default_factory=list)
-
-
-@dataclass
-class _Test:
-    """A test under way: what was true when it began, and the answers so far."""
-
-    moment: Moment
-    waiting: set[int]
-    train: dict[str, float]
-    answers: dict[int, MetricRecord] = field(default_factory=dict)
+    x: float = 0.0
+    delta: float = 0.0
+    lr: float = math.inf
 
 
 class Asynchronous:
-    """Drives a rule over the sites of a federation.
+    """Drives a plan over the sites of a federation.
 
     A site that fails is left out until the next test, one that is silent or gone until it is back; nobody waits for them.
 
@@ -70,230 +67,243 @@ class Asynchronous:
         plan: what an arrival does to the model, and when.
         federation: the sites.
         config: the run.
-        history: is told everything.
+        layout: of a model.
+        sink: is told everything.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        plan: ArrivalPlan,
-        federation: Federation,
-        config: Config,
-        history: History,
-    ) -> None:
-        self._grid, self._plan, self._federation, self._config, self._history = grid, plan, federation, config, history
-        self._rule = plan.rule
-        self._clock = clock_of(grid)
-        self._report = Report(federation, history, self._clock, "update")
+    def __init__(self, grid: Grid, plan: ArrivalPlan, federation: Federation, config: Config, layout: Layout, sink: Sink) -> None:
+        self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
+        self._layout, self._clock = layout, clock_of(grid)
+        self._report = Report(federation, sink, self._clock, "update")
         self._mailbox = Mailbox(grid, config.timeout_s)
-        self._nodes = [site.node for site in federation.sites]
-        self._list = WhiteList(self._nodes, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack)
-        self._blocking = plan.schedule.kind != "local"
+        self._sites = {site.node: site for site in federation.sites}
+        names = {site.node: f"site {site.number}" for site in federation.sites}
+        self._roster = Roster(names, config.min_sites, config.timeout_s)
+        self._list = WhiteList(self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack)
         self._flying: dict[int, _Flight] = {}
-        self._waiting: dict[int, _Contribution] = {}
-        self._failed: set[int] = set()
-        self._gone: dict[int, float] = {}  # silent, or gone from the grid: since when
-        self._absent: set[int] = set()  # those gone from the grid
-        self._least = min(config.min_sites, len(self._nodes))
+        self._waiting: dict[int, list[_Part]] = defaultdict(list)
+        self._bounds = {name: Bound(config.max_change) for name in layout.sizes}
+        self._extremes = _Extremes()
+        self._speeds: dict[int, float] = {}  # examples a second
         batches = an_epoch(federation, config.training.batch_size) * len(federation.sites)
         self._total, self._every = budget(config, plan, batches)
-        self._updates = 0
-        self._period = _Period()
-        self._tests: dict[int, _Test] = {}
+        self._updates = self._tested = 0
+        self._done = 0.0  # updates, each as a part of a whole one where sites take fewer batches
+        self._period = Period(0.0)
+        self._tests: dict[int, PendingTest] = {}
+        self._blind = False  # whether nobody could take the last test
 
     def run(self, arrays: ArrayRecord) -> ArrayRecord:
         """From the initial model to the last one.
 
         Raises:
-            RunError: fewer than ``min-sites`` sites work; what was reached so far is in the history.
+            RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what was reached so far was
+                emitted.
         """
-        self._sizes = {name: array.shape[-1] for name, array in arrays.items()}
-        self._state = self._rule.init(unpack(arrays[X]))
-        self._stats = unpack(arrays[STATS]).clone() if STATS in arrays else torch.empty(0)
-        self._dispatch(self._nodes)
-        while self._updates < self._total or self._tests:
-            self._readmit()
-            for message, reply in self._mailbox.receive(once=bool(self._gone)):
+        vectors = {name: unpack(array) for name, array in arrays.items()}
+        self._state = self._plan.rule.init(vectors[X])
+        self._stats = vectors[STATS].clone() if STATS in vectors else torch.empty(0)
+        self._dispatch(list(self._sites))
+        while self._done < self._total or self._tests:
+            away = self._readmit()
+            for message, reply in self._mailbox.receive(once=away):
                 node = message.metadata.dst_node_id
                 if message.metadata.message_type == MessageType.EVALUATE:
-                    self._tested(int(message.metadata.group_id), node, reply)
+                    self._answered(int(message.metadata.group_id), node, reply)
                 else:
                     self._arrived(node, reply)
+        if self._blind:
+            raise RunError(f"update {self._updates}: no site could test the model: it is of no use")
         return self._model()
 
     def _model(self) -> ArrayRecord:
         return pack({X: self._state.x, STATS: self._stats})
 
+    # Sites.
+
     def _dispatch(self, nodes: list[int]) -> None:
         """Send the newest model to sites to train on."""
         nodes = [node for node in nodes if node not in self._flying]
-        if not nodes or self._updates >= self._total:
+        if not nodes or self._done >= self._total:
             return
-        model, cycle = self._model(), (self._updates / self._total, (self._updates + 1) / self._total)
-        local = Local(self._config.training.rate, cycle, steps=self._plan.steps, proximal=self._plan.proximal, delta=True)
-        told = ConfigRecord(
-            {
-                "server-round": self._updates + 1,
-                **self._federation.agreed(),
-                **order(local),
-            }
-        )
+        model, now, messages = self._model(), self._clock.now(), []
+        sent = {name: unpack(array) for name, array in model.items()}
         connected = set(self._grid.get_node_ids())
-        messages = []
         for node in nodes:
             if node not in connected:
-                self._lose(node)
+                self._lose(node, "not connected")
                 continue
-            self._failed.discard(node)
-            messages.append(Message(RecordDict({ARRAYS: model, CONFIG: told}), node, MessageType.TRAIN))
-            self._flying[node] = _Flight(unpack(model[X]), self._state.version)
-        for message in messages:
-            self._report.sent(message)
+            self._roster.call(node)
+            local = self._local(node)
+            order = write_order(Order(self._updates + 1, self._federation.agreed(), local))
+            messages.append(Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.TRAIN))
+            self._flying[node] = _Flight(sent, self._state.version, local, now)
+        self._report.sent(messages)
         self._mailbox.send(messages)
+
+    def _local(self, node: int) -> Local:
+        """What a site is to do: with ``by_speed`` so many batches that all take equally long (DyLU)."""
+        plan, steps = self._plan, self._plan.steps
+        if plan.by_speed and node in self._speeds:
+            steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values())))
+        cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
+        return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
+
+    def _lose(self, node: int, reason: str) -> None:
+        """A site is silent or gone."""
+        self._roster.lose(node, reason, self._clock.now())
+        self._apply(self._list.set_aside(node))
+
+    def _fail(self, node: int, reason: str) -> None:
+        """A site sent what cannot be used: it is called again after the next test."""
+        self._roster.lose(node, reason, self._clock.now(), failed=True, again=self._tested + 1)
+        self._apply(self._list.set_aside(node))
+
+    def _readmit(self) -> bool:
+        """Sites that may be back get the newest model; whether any is away.
+
+        Raises:
+            RunError: too few are here.
+        """
+        if len(self._roster.here()) == len(self._sites):
+            return False
+        self._roster.see(set(self._grid.get_node_ids()), self._clock.now())
+        self._dispatch(self._roster.due(self._tested))
+        left = self._roster.left_s(self._clock.now())
+        if left == math.inf or self._done >= self._total:
+            return True
+        if left <= 0:
+            raise RunError(f"update {self._updates}: {self._roster.shortage()}")
+        if not self._mailbox:
+            self._clock.wait(LONGEST_WAIT_S, left)
+        return True
+
+    # Contributions.
 
     def _arrived(self, node: int, reply: Message) -> None:
         """A site has trained."""
-        flight = self._flying.pop(node)
-        if not self._report.received(node, reply, self._sizes, self._updates):
+        flight, site = self._flying.pop(node), self._sites[node]
+        sent = {name: vector for name, vector in flight.sent.items() if name != X}  # of x comes the change itself
+        read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
+        found = self._report.receive(node, reply, self._updates, "training", read)
+        if isinstance(found, Refusal):
             if reply.has_error() and reply.error.code in GONE:
-                self._lose(node)
+                self._lose(node, str(found))
             else:
-                self._gone.pop(node, None)
-                self._failed.add(node)
-                if len(self._nodes) - len(self._failed) < self._least:
-                    raise RunError(
-                        f"update {self._updates}: {len(self._nodes) - len(self._failed)} sites send what can be used, "
-                        f"min-sites = {self._least}: stopped"
-                    )
-                self._apply(self._list.set_aside(node))
+                self._fail(node, str(found))
             return
-        self._gone.pop(node, None)
-        if self._updates >= self._total:  # it came too late to matter
+        part = self._part(node, flight, found)
+        if reason := self._too_far(node, flight, found, part.update.lr):
+            self._refuse(node, reason)
             return
-        metrics, arrays = numbers(metrics_of(reply)), arrays_of(reply)
-        self._period.losses.setdefault(node, []).append(metrics["loss"])
-        self._period.rates.append(metrics["lr-first"])
-        if STATS in arrays:
-            self._stats.lerp_(unpack(arrays[STATS]), 1 / len(self._nodes))
-        update = Update(unpack(arrays[X]), flight.base, metrics["lr-sum"], 0)
-        self._waiting[node] = self._merged(node, update, flight.version)
+        self._roster.answer(node)
+        if self._done >= self._total:  # it came too late to matter
+            return
+        self._period.trained(node, found.metrics)
+        if STATS in found.vectors:
+            self._stats.lerp_(found.vectors[STATS], 1 / len(self._sites))
+        self._waiting[node].append(part)
         released = self._list.arrive(node)
-        if not self._blocking and node not in released:
+        if self._plan.schedule.kind == "local" and node not in released:
             self._dispatch([node])
         self._apply(released)
 
-    def _merged(self, node: int, update: Update, version: int) -> _Contribution:
-        """What a site contributes: the mean of all that it sent since its last turn, as old as the first of it."""
-        known = self._waiting.get(node)
-        if known is None:
-            return _Contribution(update, version, 1)
-        delta = torch.lerp(known.update.delta, update.delta, 1 / (known.parts + 1))
-        return known._replace(update=known.update._replace(delta=delta), parts=known.parts + 1)
+    def _part(self, node: int, flight: _Flight, found: Trained) -> _Part:
+        keys, site, local = self._config.training, self._sites[node], flight.local
+        epoch = site.batches(keys.batch_size)
+        rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=local.steps, epoch=epoch)
+        total = sum(map(rate, range(local.steps)))
+        if (elapsed := self._clock.now() - flight.at) > 0:
+            self._speeds[node] = local.steps / epoch * site.num_train / elapsed
+        return _Part(Update(found.vectors[X], flight.sent[X], total, 0), flight.version, local.steps, found.largest)
+
+    def _too_far(self, node: int, flight: _Flight, found: Trained, total: float) -> str | None:
+        """Whether a site moves the model further than others do."""
+        changes = {name: Change(norm, total if name == X else 1.0) for name, norm in found.change.items()}
+        for name, change in changes.items():
+            size = extent(flight.sent[name])[1] if self._bounds[name].few else 0.0
+            if reason := self._bounds[name].refusal(change, size):
+                return f"{name}: {reason}"
+        for name, change in changes.items():
+            self._bounds[name].take(node, change)
+        return None
+
+    def _refuse(self, node: int, reason: str) -> None:
+        self._report.refuse(node, self._updates, "training", reason)
+        self._fail(node, reason)
 
     def _apply(self, nodes: list[int]) -> None:
         """The contributions of sites, one after the other; then these sites go on with the newest model."""
+        refill = self._plan.schedule.kind == "refill"
         for node in nodes:
-            contribution = self._waiting.pop(node)
-            if self._updates >= self._total:
+            parts = self._waiting.pop(node)
+            if self._done >= self._total:
                 continue
-            staleness = self._state.version - contribution.version
-            self._state = self._rule.absorb(self._state, contribution.update._replace(staleness=staleness))
-            self._updates += 1
-            self._period.staleness.setdefault(node, []).append(staleness)
-            if node not in self._flying:
+            ages = [self._state.version - part.version for part in parts]
+            *earlier, last = (part.update._replace(staleness=age) for part, age in zip(parts, ages, strict=True))
+            update = last._replace(earlier=tuple(earlier))
+            if not self._safe(parts):
+                self._refuse(node, f"with it the model may hold more than {LARGEST:.3g}; a smaller lr or server-lr may help")
+                continue
+            self._state = self._plan.rule.absorb(self._state, update)
+            self._period.applied(node, ages)
+            before, self._updates = self._done, self._updates + 1
+            self._done += sum(part.steps for part in parts) / len(parts) / self._plan.steps
+            if not refill:
                 self._dispatch([node])
-            if self._updates % self._every == 0 or self._updates == self._total:
+            if self._done // self._every > before // self._every or self._done >= self._total:
                 self._test()
+        if refill and self._list.even:
+            self._dispatch(self._roster.here())
 
-    def _lose(self, node: int) -> None:
-        """A site is silent or gone."""
-        self._failed.discard(node)
-        self._gone.setdefault(node, self._clock.now())
-        self._apply(self._list.set_aside(node))
+    def _safe(self, parts: list[_Part]) -> bool:
+        """Whether the model surely stays within bounds, so that nothing need ever be taken back."""
+        x, old = magnitude(self._state.x), self._extremes
+        new = _Extremes(
+            max(x, old.x),
+            max(old.delta, *(part.largest for part in parts)),
+            min(old.lr, *(part.update.lr for part in parts)),
+        )
+        safe = x + self._plan.rule.reach(*new) < LARGEST
+        self._extremes = new if safe else old
+        return safe
 
-    def _readmit(self) -> None:
-        """Sites that may be back get the newest model; without enough that answer the run waits for ``timeout-s``."""
-        connected = set(self._grid.get_node_ids()) if self._gone else set()
-        for node in self._gone:
-            if node not in connected:
-                self._absent.add(node)
-            elif node in self._absent:  # from now on it has its time to answer
-                self._absent.discard(node)
-                self._gone[node] = self._clock.now()
-        self._dispatch([node for node in self._gone if node in connected])
-        working = len(self._nodes) - len(self._gone) - len(self._failed)
-        if working >= self._least or self._updates >= self._total:
-            return
-        # Since when there are too few: since as many were gone as leave one too few.
-        since = sorted(self._gone.values())[min(len(self._gone), len(self._nodes) - len(self._failed) - self._least + 1) - 1]
-        left = self._config.timeout_s - (self._clock.now() - since)
-        if left <= 0:
-            raise RunError(
-                f"update {self._updates}: {working} sites answer after timeout-s = {self._config.timeout_s:g}, "
-                f"min-sites = {self._least}: stopped"
-            )
-        if not self._mailbox:
-            self._clock.wait(LONGEST_WAIT_S, left)
+    # Tests.
 
     def _test(self) -> None:
         """Send the newest model to all sites for a test; who failed may train again."""
-        self._history.keep(model := self._model())
-        self._dispatch([node for node in self._nodes if node in self._failed])
+        self._tested += 1
+        self._report.emit(Kept(model := self._model()))
         connected = set(self._grid.get_node_ids())
-        told = ConfigRecord({"server-round": self._updates, **self._federation.agreed()})
+        order = write_order(Order(self._updates, self._federation.agreed()))
         messages = [
-            Message(RecordDict({ARRAYS: model, CONFIG: told}), node, MessageType.EVALUATE, group_id=str(self._updates))
-            for node in self._nodes
-            if node in connected
+            Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.EVALUATE, group_id=str(self._updates))
+            for node in self._sites
+            if node in connected and not self._roster.silent(node)
         ]
-        for message in messages:
-            self._report.sent(message)
-        train = self._train_metrics()
+        self._report.sent(messages)
+        of_sites, train = self._period.means(list(self._sites))
+        train["local-epochs"] = (self._done - self._period.start) * self._config.epochs / self._total
+        self._period = Period(self._done)
+        self._report.write(self._updates, "train", of_sites, train)
         if messages:  # else nobody is there to test it
             nodes = {message.metadata.dst_node_id for message in messages}
-            self._tests[self._updates] = _Test(self._report.moment(), nodes, train)
+            self._tests[self._updates] = PendingTest(self._report.moment(), self._done, nodes, train)
             self._mailbox.send(messages)
 
-    def _train_metrics(self) -> dict[str, float]:
-        """Write down what training reported since the last test; the means."""
-        period, self._period = self._period, _Period()
-        staleness = [each for of_site in period.staleness.values() for each in of_site]
-        losses = [each for of_site in period.losses.values() for each in of_site]
-        of_sites = {
-            node: {
-                "updates": float(len(period.staleness.get(node, ()))),
-                "staleness": _mean(period.staleness.get(node, ())),
-                "loss": _mean(period.losses.get(node, ())),
-            }
-            for node in self._nodes
-        }
-        together = {"updates": float(len(staleness)), "staleness": _mean(staleness), "loss": _mean(losses)}
-        together["local-epochs"] = len(staleness) * self._config.epochs / self._total
-        together |= {"lr-first": period.rates[0], "lr-last": period.rates[-1]} if period.rates else {}
-        counts = {f"staleness-{each}": float(count) for each, count in sorted(Counter(staleness).items())}
-        known = {node: {key: value for key, value in row.items() if not math.isnan(value)} for node, row in of_sites.items()}
-        together = {key: value for key, value in together.items() if not math.isnan(value)}
-        self._report.write(self._updates, "train", known, together | counts)
-        return together
-
-    def _tested(self, number: int, node: int, reply: Message) -> None:
-        """A site has tested; when all have, that is written down."""
+    def _answered(self, number: int, node: int, reply: Message) -> None:
+        """A site has tested; when all have, that is reported."""
         test = self._tests[number]
         test.waiting.discard(node)
-        if self._report.received(node, reply, None, number):
-            test.answers[node] = metrics_of(reply)
+        read = partial(read_tested, num_examples=self._sites[node].num_test)
+        found = self._report.receive(node, reply, number, "test", read)
+        if not isinstance(found, Refusal):
+            test.answers[node] = found.named()
         if test.waiting:
             return
         del self._tests[number]
-        answers = [RecordDict({METRICS: metrics}) for metrics in test.answers.values()]
-        mean = numbers(weighted_metrics(answers, NUM_EXAMPLES)) if answers else {}
-        answered = {each: numbers(metrics) for each, metrics in test.answers.items()}
-        self._report.write(number, "test", answered, mean or None, test.moment)
-        done = number * self._config.epochs / self._total
-        now = test.moment
-        progress = Progress("update", number, None, done, self._config.epochs, now.seconds, now.megabytes(), test.train, mean)
-        self._history.tell(progress)
-
-
-def _mean(values: Any) -> float:
-    return sum(values) / len(values) if values else float("nan")
+        self._blind = not test.answers
+        mean = weighted_mean(list(test.answers.values()), "num-examples")
+        self._report.write(number, "test", test.answers, mean or None, test.moment)
+        done, epochs, now = test.done * self._config.epochs / self._total, self._config.epochs, test.moment
+        self._report.emit(Progress("update", number, None, done, epochs, now.seconds, now.megabytes(), test.train, mean))

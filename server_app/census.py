@@ -10,18 +10,14 @@ from flwr.serverapp import Grid
 
 from configuration.config import Config
 from datasets.site import Moments, merge
-from server_app.exchange import clock_of, exchange, why
+from server_app.exchange import clock_of, exchange
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
-from strategies.records import code_version, config_of
+from strategies.protocol import Agreed, Refusal, SiteCard, printable, read_card
+from strategies.records import code_version
 
 
 class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
-
-
-def an_epoch(federation: "Federation", batch_size: int) -> float:
-    """Batches of an epoch, the mean over the sites."""
-    return sum(-(-site.num_train // batch_size) for site in federation.sites) / len(federation.sites)
 
 
 def budget(config: Config, plan: ArrivalPlan | PeerPlan, batches: float) -> tuple[int, int]:
@@ -59,6 +55,10 @@ class Site(NamedTuple):
     counts: tuple[int, ...]
     key: bytes
 
+    def batches(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        return -(-self.num_train // batch_size)
+
 
 class Federation(NamedTuple):
     """The sites that take part, by number, and what they have in common.
@@ -77,16 +77,20 @@ class Federation(NamedTuple):
     moments: Moments | None
     notes: tuple[str, ...]
 
-    def agreed(self) -> dict[str, list[str] | list[float]]:
+    def agreed(self) -> Agreed:
         """What every message tells the sites about each other."""
-        told: dict[str, list[str] | list[float]] = {"classes": list(self.classes)}
-        return told | ({} if self.moments is None else {key: list(value) for key, value in self.moments._asdict().items()})
+        return Agreed(self.classes, () if self.moments is None else tuple(self.moments))
+
+
+def an_epoch(federation: Federation, batch_size: int) -> float:
+    """Batches of an epoch, the mean over the sites."""
+    return sum(site.batches(batch_size) for site in federation.sites) / len(federation.sites)
 
 
 def take_census(grid: Grid, config: Config) -> Federation:
     """Wait for the sites, ask each what it holds, and make sure that they fit together.
 
-    A site that cannot answer is left out with a warning as long as ``min-sites`` remain.
+    A site that cannot answer, or whose answer cannot be used, is left out with a warning as long as ``min-sites`` remain.
 
     Raises:
         RunError: too few sites, two with the same number, examples that differ in shape, or other code than the server's.
@@ -94,19 +98,19 @@ def take_census(grid: Grid, config: Config) -> Federation:
     nodes = _wait_for(grid, config)
     if len(nodes) > config.num_sites:
         raise RunError(f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number")
-    answers: dict[int, Mapping[str, object]] = {}
+    cards: dict[int, SiteCard] = {}
     failures = []
     for node, reply in exchange(grid, [Message(RecordDict(), node, "query.site") for node in nodes], config.timeout_s):
-        if reply.has_error():
-            failures.append(why(reply))
-        else:
-            answers[node] = config_of(reply)
+        try:
+            cards[node] = read_card(reply)
+        except Refusal as refusal:
+            failures.append(str(refusal) if reply.has_error() else f"node {node}: {refusal}")
     for failure in sorted(set(failures)):
         log(WARNING, "%d of %d sites cannot take part: %s", failures.count(failure), len(nodes), failure)
-    if len(answers) < config.min_sites:
+    if len(cards) < config.min_sites:
         reasons = "; ".join(sorted(set(failures)))
-        raise RunError(f"{len(answers)} sites can take part, min-sites = {config.min_sites}. {reasons}")
-    return _fit_together(answers, config)
+        raise RunError(f"{len(cards)} sites can take part, min-sites = {config.min_sites}. {reasons}")
+    return _fit_together(cards, config)
 
 
 def _wait_for(grid: Grid, config: Config) -> list[int]:
@@ -137,58 +141,62 @@ def _wait_for(grid: Grid, config: Config) -> list[int]:
 def _simulated_sites(grid: Grid, node: int, config: Config) -> int:
     """How many sites the simulation has that ``node`` belongs to; 0 for a deployed site or one that does not answer."""
     [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
-    sites = 0 if reply.has_error() else config_of(reply)["sites"]
-    assert isinstance(sites, int)
-    return sites
+    try:
+        return read_card(reply).sites
+    except Refusal:
+        return 0
 
 
-def _counts(answer: Mapping[str, object], classes: Sequence[str]) -> tuple[int, ...]:
+def _counts(card: SiteCard, classes: Sequence[str]) -> tuple[int, ...]:
     """A site's examples of each of ``classes``; empty where it does not tell."""
-    if "counts" not in answer:
+    if card.counts is None:
         return ()
-    own = dict(zip(answer["classes"], answer["counts"], strict=True))  # type: ignore[call-overload]
+    own = dict(zip(card.classes, card.counts, strict=True))
     return tuple(own.get(name, 0) for name in classes)
 
 
-def _fit_together(answers: Mapping[int, Mapping[str, object]], config: Config) -> Federation:
-    ordered = sorted(answers.items(), key=lambda item: item[1]["site"])  # type: ignore[arg-type, return-value]
-    numbers = [answer["site"] for _, answer in ordered]
+def _fit_together(cards: Mapping[int, SiteCard], config: Config) -> Federation:
+    ordered = sorted(cards.items(), key=lambda item: item[1].site)
+    numbers = [card.site for _, card in ordered]
     if len(set(numbers)) < len(numbers):
         raise RunError(f"two sites have the same number: {numbers}; give each its own site=... in --node-config")
-    reference_name, reference = ordered[0][1]["name"], ordered[0][1]
-    for _, answer in ordered:
-        if answer["code"] != code_version():
-            raise RunError(
-                f"{answer['name']} runs other code than the server. In a simulation the SuperLink was started in a folder with "
-                "packages of the same names: stop it and start it elsewhere; in a deployment update the site"
-            )
-        for key, what in (("shape", "shape of an example"), ("columns", "columns")):
-            if answer[key] != reference[key]:
-                raise RunError(f"the {what} differ: {reference_name} has {reference[key]}, {answer['name']} has {answer[key]}")
-    classes = sorted({str(name) for _, answer in ordered for name in answer["classes"]})  # type: ignore[attr-defined]
-    known = [str(name) for name in reference["classes"]]  # type: ignore[attr-defined]
-    if set(known) == set(classes):
-        classes = known  # numbers before letters and the like: a source's own order is the better one
+    reference = ordered[0][1]
+    for _, card in ordered:
+        _same(card, reference)
+    classes = sorted({name for _, card in ordered for name in card.classes})
+    if set(reference.classes) == set(classes):
+        classes = reference.classes  # numbers before letters and the like: a source's own order is the better one
     sites = tuple(
-        Site(
-            int(answer["site"]),  # type: ignore[call-overload]
-            node,
-            str(answer["name"]),
-            int(answer["train"]),  # type: ignore[call-overload]
-            int(answer["test"]),  # type: ignore[call-overload]
-            _counts(answer, classes),
-            bytes(answer.get("public-key", b"")),  # type: ignore[call-overload]
-        )
-        for node, answer in ordered
+        Site(card.site, node, card.name, card.train, card.test, _counts(card, classes), card.public_key or b"")
+        for node, card in ordered
     )
     if isinstance(config.plan, PeerPlan) and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
         raise RunError(f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites")
     if isinstance(config.plan, RoundPlan) and config.plan.pooled:
         sites = sites[:1]  # the one place that holds everybody's data
-    notes = tuple(f"{answer['name']}: {note}" for _, answer in ordered for note in answer["notes"])  # type: ignore[attr-defined]
-    shape: tuple[int, ...] = tuple(reference["shape"])  # type: ignore[arg-type]
-    common = None
-    if reference["columns"]:
-        common = merge([Moments(*(tuple(answer[key]) for key in Moments._fields)) for _, answer in ordered])  # type: ignore[arg-type]
+    notes = tuple(f"{card.name}: {printable(note, 500)}" for _, card in ordered for note in card.notes)
+    shape, common = tuple(reference.shape), None
+    if reference.columns:
+        common = merge([Moments(*card.moments) for _, card in ordered])
         shape = (2 * shape[0],)  # the values, and which of them are missing
     return Federation(sites, tuple(classes), shape, common, notes)
+
+
+def _same(card: SiteCard, reference: SiteCard) -> None:
+    """Both sites run this code and have examples of the same kind.
+
+    Raises:
+        RunError: they do not; nobody can tell which of them is wrong.
+    """
+    if card.code != code_version():
+        raise RunError(
+            f"{card.name} runs other code than the server. In a simulation the SuperLink was started in a folder with "
+            "packages of the same names: stop it and start it elsewhere; in a deployment update the site"
+        )
+    for what, own, other in (
+        ("columns", reference.columns, card.columns),
+        ("shape of an example", reference.shape, card.shape),
+    ):
+        if own != other:
+            shown = f"{reference.name} has {own}, {card.name} has {other}"
+            raise RunError(f"the {what} differ: {printable(shown, 1000)}")

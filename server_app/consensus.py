@@ -1,19 +1,21 @@
 """What a run of peers ends with where the server may see their models: how far apart they are, and what their mean is worth."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from configuration.config import Config
 from server_app.census import Federation
+from server_app.events import Kept
 from server_app.exchange import exchange
-from server_app.report import Report, numbers
-from server_app.results import History
-from strategies.averaging.average import NUM_EXAMPLES, weighted_metrics
-from strategies.records import ARRAYS, CONFIG, METRICS, STATS, X, metrics_of, pack, unpack
+from server_app.report import Report
+from strategies.averaging.mean import weighted_mean
+from strategies.protocol import Order, Refusal, read_tested, write_order
+from strategies.records import ARRAYS, CONFIG, X, pack
 
 
 def consensus_distance(x: Tensor) -> float:
@@ -22,39 +24,31 @@ def consensus_distance(x: Tensor) -> float:
 
 
 def conclude(
-    grid: Grid,
-    models: Mapping[int, ArrayRecord],
-    federation: Federation,
-    config: Config,
-    history: History,
-    report: Report,
-    exchanges: int,
+    grid: Grid, models: Mapping[int, Mapping[str, Tensor]], federation: Federation, config: Config, report: Report, exchanges: int
 ) -> None:
-    """Keep the peers' last models, and write down their consensus distance and how their mean does on everybody's test parts."""
+    """Keep the peers' last models, and report their consensus distance and how their mean does on everybody's test parts."""
     if not models:
         return
     some = next(iter(models.values()))
-    rows: dict[str, list[Tensor]] = {name: [] for name in some}
-    for site in federation.sites:
-        for name, array in some.items():
-            known = models.get(site.number)
-            rows[name].append(torch.full_like(unpack(array), torch.nan) if known is None else unpack(known[name]))
-    history.keep(pack({name: torch.stack(vectors) for name, vectors in rows.items()}))
+    rows = {
+        name: torch.stack(
+            [models[site.number][name] if site.number in models else torch.full_like(like, torch.nan) for site in federation.sites]
+        )
+        for name, like in some.items()
+    }
+    report.emit(Kept(pack(rows)))
     there = torch.tensor([site.number in models for site in federation.sites])
-    means = {name: torch.stack(vectors)[there].double().mean(0).float() for name, vectors in rows.items()}
-    found = {"consensus-distance": consensus_distance(torch.stack(rows[X])[there])}
-    told = ConfigRecord({"server-round": exchanges, **federation.agreed()})
-    mean = pack({X: means[X], STATS: means.get(STATS, torch.empty(0))})
-    messages = [
-        Message(RecordDict({ARRAYS: mean, CONFIG: told}), site.node, "evaluate")
-        for site in federation.sites
-        if site.number in models
+    found = {"consensus-distance": consensus_distance(rows[X][there])}
+    mean = pack({name: vectors[there].double().mean(0).float() for name, vectors in rows.items()})
+    order = write_order(Order(exchanges, federation.agreed()))
+    tested = [site for site in federation.sites if site.number in models]
+    messages = [Message(RecordDict({ARRAYS: mean, CONFIG: order}), site.node, "evaluate") for site in tested]
+    report.sent(messages)
+    num_test = {site.node: site.num_test for site in tested}
+    answers = [
+        report.receive(node, reply, exchanges, "test", partial(read_tested, num_examples=num_test[node]))
+        for node, reply in exchange(grid, messages, config.timeout_s)
     ]
-    for message in messages:
-        report.sent(message)
-    replies = exchange(grid, messages, config.timeout_s)
-    answers = [reply for node, reply in replies if report.received(node, reply, None, exchanges)]
-    if answers:
-        tested = numbers(weighted_metrics([RecordDict({METRICS: metrics_of(reply)}) for reply in answers], NUM_EXAMPLES))
-        found |= {f"{name}-of-mean": value for name, value in tested.items() if name in ("accuracy", "loss")}
+    means = weighted_mean([answer.named() for answer in answers if not isinstance(answer, Refusal)], "num-examples")
+    found |= {f"{name}-of-mean": value for name, value in means.items() if name in ("accuracy", "loss")}
     report.write(exchanges, "consensus", {}, found)

@@ -86,7 +86,7 @@ class Mailbox:
         while self._waiting:
             arrived, now = False, self._clock.now()
             for identity in list(self._waiting):
-                for reply in self._pull(identity):
+                for reply in self._pull(identity)[:1]:
                     # Replies that Flower makes up itself name node 1 as their source: the message tells who was asked.
                     arrived = True
                     yield self._waiting.pop(identity)[0], reply
@@ -142,9 +142,3 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Itera
     while mailbox:
         for message, reply in mailbox.receive():
             yield message.metadata.dst_node_id, reply
-
-
-def why(reply: Message) -> str:
-    """What went wrong at the site, in a line."""
-    reason = (reply.error.reason or "no reason given").strip()
-    return reason.splitlines()[-1] if "\n" in reason else reason

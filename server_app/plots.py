@@ -140,7 +140,8 @@ def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
     nx.draw_networkx_labels(links, places, ax=axes, font_color="white", font_size=9)
     given = [label for number, label in enumerate(labels) if label != f"site {number}"]
     if given:
-        axes.set_xlabel("   ".join(f"{number} {label}" for number, label in enumerate(labels)), fontsize=8)
+        names = "   ".join(f"{number} {label}" for number, label in enumerate(labels))
+        axes.set_xlabel(names, fontsize=8, parse_math=False)  # sites choose them: a $ is a $
     axes.set_title(f"{name}: {n} peers, {links.number_of_edges()} links, spectral gap {spectral_gap(*topology.matrices):.3g}")
     axes.spines[:].set_visible(False)
     return figure
@@ -153,10 +154,11 @@ def who_has_what(counts: pd.DataFrame) -> Figure:
     figure = Picture(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
-    axes.set_yticks(range(num_sites), [str(name) for name in counts.index])
+    axes.set_yticks(range(num_sites), [str(name) for name in counts.index], parse_math=False)
     step = max(1, num_classes // 40)
     labels = [str(name) if len(str(name)) <= 12 else f"{str(name)[:11]}…" for name in counts.columns]
-    axes.set_xticks(range(0, num_classes, step), labels[::step], rotation=45 if max(map(len, labels)) > 3 else 0)
+    turned = 45 if max(map(len, labels)) > 3 else 0
+    axes.set_xticks(range(0, num_classes, step), labels[::step], rotation=turned, parse_math=False)
     if num_classes <= 20:
         for (site, label), count in np.ndenumerate(table):
             colour = "white" if count > 0.6 * table.max() else "black"

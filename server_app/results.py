@@ -1,19 +1,22 @@
 """What a run reports: in memory, and in a folder that is written as the run goes, so that a killed run leaves what it had."""
 
 import csv
-import math
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from io import StringIO
+from logging import WARNING
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import NamedTuple
 
 import pandas as pd
 import tomli_w
 from flwr.app import ArrayRecord
+from flwr.common.logger import log
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,64 +26,21 @@ from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from models.flat import FlatModel
 from server_app import plots
-from server_app.census import Federation
+from server_app.census import Federation, RunError
+from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported, Sink
 from strategies.method import ArrivalPlan, PeerPlan
 from strategies.records import STATS, X, unpack
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 DRAW_EVERY_S = 15.0
-EVERYBODY = "all"  # the site of a metric that is the mean over sites
-
-
-class Progress(NamedTuple):
-    """How far a run is after a round; printed, it is a line.
-
-    Attributes:
-        unit: what is counted: round, update of the server, or exchange of peers.
-        round_number: how many there were.
-        epochs: local epochs of this round (a fraction where it counts steps), or None where there are no rounds.
-        done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of the whole run.
-        seconds: since the first round.
-        megabytes: sent and received so far.
-        train, test: means over the sites.
-    """
-
-    unit: str
-    round_number: int
-    epochs: float | None
-    done: float
-    total: int
-    seconds: float
-    megabytes: float
-    train: Mapping[str, float]
-    test: Mapping[str, float]
-
-    def __str__(self) -> str:
-        rates = f"{self.train.get('lr-first', math.nan):.2g} to {self.train.get('lr-last', math.nan):.2g}"
-        rounds = self.epochs is not None
-        left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
-        parts = (
-            f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
-            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
-            f"lr {rates:<15}",
-            f"train loss {self.train.get('loss', math.nan):.4f}",
-            f"test accuracy {self.test.get('accuracy', math.nan):.4f}",
-            f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
-            f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
-            f"worst {self.test['accuracy-worst']:.4f}" if "accuracy-worst" in self.test else "",
-            f"apart {self.train['disagreement']:.3g}" if "disagreement" in self.train else "",
-            f"{self.megabytes:.1f} MB",
-            f"{self.seconds:.0f} s, {left:.0f} s to go",
-        )
-        return " | ".join(part for part in parts if part)
 
 
 class History:
-    """What a run reported so far, in memory.
+    """A sink that keeps in memory what a run reported so far.
 
     Attributes:
         config: the run.
-        federation: its sites; nobody before :meth:`begin`.
+        federation: its sites; nobody before it began.
         arrays: the newest model, or models where sites learn alone; empty before the first round is over.
     """
 
@@ -90,13 +50,25 @@ class History:
         self.arrays = ArrayRecord()
         self._rows: list[tuple[object, ...]] = []
 
+    def __call__(self, event: Event) -> None:
+        """Something happened."""
+        match event:
+            case Began():
+                self.begin(event.federation, event.model)
+            case Reported():
+                self.record(*event)
+            case Kept():
+                self.keep(event.arrays)
+            case Progress():
+                self.tell(event)
+
     def begin(self, federation: Federation, model: FlatModel) -> None:
         """The sites are known, and the network, at its initial model."""
         self.federation, self._model = federation, model
 
     def record(
         self,
-        round_number: int,
+        number: int,
         seconds: float,
         site: int | str,
         split: str,
@@ -104,17 +76,9 @@ class History:
         bytes_up: int,
         bytes_down: int,
     ) -> None:
-        """Metrics of one site, or of everybody; seconds since the first round, bytes up (to the server) and down so far."""
-        self.append(
-            [
-                (round_number, round(seconds, 3), bytes_up, bytes_down, str(site), split, name, value)
-                for name, value in metrics.items()
-            ]
-        )
-
-    def append(self, rows: list[tuple[object, ...]]) -> None:
-        """Rows with the columns of ``COLUMNS``."""
-        self._rows += rows
+        """See :class:`Reported`."""
+        start = (number, round(seconds, 3), bytes_up, bytes_down, str(site), split)
+        self._rows += [(*start, name, value) for name, value in metrics.items()]
 
     def keep(self, arrays: ArrayRecord) -> None:
         """The newest model."""
@@ -123,8 +87,10 @@ class History:
     def tell(self, progress: Progress) -> None:
         """A round is over."""
 
-    def end(self) -> None:
-        """The run is over, for whatever reason."""
+    @property
+    def rows(self) -> Sequence[tuple[object, ...]]:
+        """What was recorded, with the columns of ``COLUMNS``."""
+        return self._rows
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -154,31 +120,205 @@ class History:
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
     """Of :attr:`History.sites`, a row a site by its name and a column a class; no columns where sites do not tell."""
-    return sites.iloc[:, 4:].set_axis(sites["name"].astype(str), axis=0)
+    return sites.iloc[:, 4:].set_axis(sites.iloc[:, 1].astype(str), axis=0)
 
 
 def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """A state dict each, ``NAME.safetensors``; a file is replaced whole or not at all."""
+    """A state dict each, ``NAME.safetensors``; a file is on disk whole or not at all."""
     for name, state in models.items():
         final = folder / f"{name}.safetensors"
         partial = final.with_suffix(".partial")
         partial.touch()  # safetensors makes a file that only its owner can read: keep the mode of this one
         save_file({key: value.contiguous() for key, value in state.items()}, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, final)
 
 
 def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None:
     """``config.toml``, the whole configuration, which ``--run-config`` takes back, and ``sites.csv``."""
     with (folder / "config.toml").open("wb") as file:
-        tomli_w.dump(config.flat(), file)
-    sites.to_csv(folder / "sites.csv", index=False)
+        tomli_w.dump(config.tables(), file)
+    named = sites.set_axis([_no_formula(str(column)) for column in sites.columns], axis=1)
+    named.isetitem(1, list(map(_no_formula, sites.iloc[:, 1])))  # not by its name, which a class may have, too
+    named.to_csv(folder / "sites.csv", index=False)
+
+
+def _no_formula(name: str) -> str:
+    """A name that a site chose so that a spreadsheet does not compute it; but for a number with a sign."""
+    return f"'{name}" if re.match(r"[=+@-](?![\d.]+$)", name) else name
+
+
+def read_metrics(file: Path) -> pd.DataFrame:
+    """``metrics.csv``, without a last row that was cut off."""
+    text = file.read_text()
+    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str})
+
+
+class Rows:
+    """The sink of ``metrics.csv``: a killed run leaves whole rows.
+
+    Args:
+        history: the rows.
+        folder: where.
+    """
+
+    def __init__(self, history: History, folder: Path) -> None:
+        self._history, self._file, self._written = history, folder / "metrics.csv", 0
+
+    def __call__(self, event: Event) -> None:
+        """Append what is new, in one piece; all of it where the file is gone."""
+        if not isinstance(event, Began | Reported | Ended):
+            return
+        text = StringIO()
+        writer = csv.writer(text)
+        if not self._file.exists():
+            self._written = 0
+            writer.writerow(COLUMNS)
+        rows = self._history.rows
+        writer.writerows(rows[self._written :])
+        if text.tell():
+            with self._file.open("ab", buffering=0) as file:
+                file.write(text.getvalue().encode())
+        self._written = len(rows)
+
+
+class Models:
+    """The sink of ``model*.safetensors``: always the newest, whole.
+
+    Args:
+        history: the models.
+        folder: where.
+    """
+
+    def __init__(self, history: History, folder: Path) -> None:
+        self._history, self._folder, self._behind = history, folder, False
+
+    def __call__(self, event: Event) -> None:
+        """Write the newest model."""
+        self._behind = self._behind or isinstance(event, Kept)
+        if self._behind and isinstance(event, Kept | Ended):
+            write_models(self._folder, self._history.models)
+            self._behind = False
+
+
+class Pictures:
+    """The sink of ``*.png``; drawn every few seconds and at the end.
+
+    Args:
+        history: what is drawn.
+        folder: where.
+    """
+
+    def __init__(self, history: History, folder: Path) -> None:
+        self._history, self._folder, self._drawn = history, folder, time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Draw who takes part, then what they reach."""
+        match event:
+            case Began():
+                self.introduce()
+            case Progress() if time.monotonic() - self._drawn > DRAW_EVERY_S:
+                self.draw()
+            case Ended() if self._history.rows:
+                self.draw()
+
+    def introduce(self) -> None:
+        """Who has what, and who exchanges with whom."""
+        sites, config = self._history.sites, self._history.config
+        if not (counts := class_counts(sites)).empty:
+            plots.save(plots.who_has_what(counts), self._folder / "sites.png")
+        if isinstance(config.plan, PeerPlan):
+            found = graph_of(config)
+            plots.save(plots.graph(found, config.topology.name, sites.iloc[:, 1].tolist()), self._folder / "topology.png")
+
+    def draw(self) -> None:
+        """What was reached."""
+        metrics, config = self._history.metrics, self._history.config
+        title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
+        plots.save(plots.curves(metrics, title, config.unit), self._folder / "curves.png")
+        if isinstance(config.plan, ArrivalPlan):
+            plots.save(plots.arrivals(metrics, title), self._folder / "arrivals.png")
+        elif not isinstance(config.plan, PeerPlan):
+            epsilon = getattr(config.keys, "epsilon", 0.0)
+            plots.save(plots.schedule(metrics, title, config.training.lr_shape, epsilon), self._folder / "schedule.png")
+        self._drawn = time.monotonic()
+
+
+class Printed:
+    """The sink of the console: what is about to run, a line of progress a round, a table at the end.
+
+    Args:
+        history: what is shown.
+        folder: where the results are.
+    """
+
+    def __init__(self, history: History, folder: Path) -> None:
+        self._history, self._folder = history, folder
+
+    def __call__(self, event: Event) -> None:
+        """Print."""
+        match event:
+            case Began():
+                self._begin(event.federation, event.model.x.numel())
+            case Progress():
+                print(event, flush=True)
+            case Ended():
+                self._end()
+
+    def _begin(self, federation: Federation, size: int) -> None:
+        config, train = self._history.config, sum(site.num_train for site in federation.sites)
+        data = f"{config.data.source} {federation.shape} in {len(federation.classes)} classes"
+        print(
+            f"{config.method.name}: {len(federation.sites)} sites, {train:,} training examples of {data}, {config.model.name} of "
+            f"{size:,} parameters, {config.epochs} epochs a site\nresults: {self._folder}",
+            flush=True,
+        )
+
+    def _end(self) -> None:
+        metrics, console = self._history.metrics, Console(width=100, highlight=False)
+        tested = metrics[metrics["split"] == "test"]
+        if not tested.empty:
+            last = tested[tested["round"] == tested["round"].max()]
+            console.print(self._table(last))
+            together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
+            if "accuracy-of-mean" in together:
+                told = f"accuracy {together['accuracy-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
+                console.print(f"the mean of all models: {told}")
+            end = last.iloc[-1]
+            megabytes = f"{end['bytes_up'] / 1e6:.1f} MB up, {end['bytes_down'] / 1e6:.1f} MB down"
+            console.print(f"{end['seconds']:.1f} s of training and testing, {megabytes}")
+        console.print(f"results: {escape(str(self._folder))}", soft_wrap=True)
+
+    def _table(self, last: pd.DataFrame) -> Table:
+        """A row a site and one of the means."""
+        config, sites = self._history.config, self._history.federation.sites
+        values = last.set_index(["site", "metric"])["value"]
+        title = f"{config.method.name} after {last['round'].iloc[0]} {config.unit}s"
+        table = Table(title=title, title_justify="left")
+        for heading in ("site", "train examples", "test examples", "accuracy", "loss"):
+            table.add_column(heading, justify="left" if heading == "site" else "right")
+
+        def row(key: str, name: str, train: int, test: int, style: str = "") -> None:
+            if key in values.index.get_level_values("site"):
+                found = (f"{values[key, 'accuracy']:.4f}", f"{values[key, 'loss']:.4f}")
+                table.add_row(escape(name), f"{train:,}", f"{test:,}", *found, style=style)
+
+        for site in sites:
+            row(str(site.number), site.name, site.num_train, site.num_test)
+        table.add_section()
+        row(EVERYBODY, "all", sum(site.num_train for site in sites), sum(site.num_test for site in sites), "bold")
+        return table
 
 
 class Folder(History):
-    """Writes the folder of a run.
+    """Writes the folder of a run, besides keeping everything in memory.
 
     ``config.toml``: the whole configuration, which ``--run-config`` takes back. ``sites.csv``: who takes part. ``metrics.csv``:
     tidy. ``model*.safetensors``: the newest model. ``*.png``: pictures.
+
+    A disk that is full or a folder that is moved away does not stop a run: it goes on in memory, and what is missing is written
+    as soon as that works, at the latest at the end.
 
     Attributes:
         path: absolute.
@@ -189,92 +329,42 @@ class Folder(History):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        wanted = Path(config.results.folder).expanduser().absolute()
         try:
+            wanted = Path(config.results.folder).expanduser().absolute()
             TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
             raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
+        self._sinks: list[Sink] = []
 
-    def begin(self, federation: Federation, model: FlatModel) -> None:
-        """Make the folder and say what is about to run."""
-        super().begin(federation, model)
-        self.path = new_folder(Path(self.config.results.folder), self.config.strategy)
-        self._drawn = time.monotonic()
-        write_description(self.path, self.config, self.sites)
-        with (self.path / "metrics.csv").open("w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
-        train = sum(site.num_train for site in federation.sites)
-        print(
-            f"{self.config.strategy}: {len(federation.sites)} sites, {train:,} training examples of {self.config.data.source} "
-            f"{federation.shape} in {len(federation.classes)} classes, {self.config.model.name} of {model.x.numel():,} parameters, "
-            f"{self.config.epochs} epochs a site\nresults: {self.path}",
-            flush=True,
-        )
-        if not (counts := class_counts(self.sites)).empty:
-            plots.save(plots.who_has_what(counts), self.path / "sites.png")
-        if isinstance(self.config.plan, PeerPlan):
-            found = graph_of(self.config)
-            plots.save(plots.graph(found, self.config.topology.name, self.sites["name"].tolist()), self.path / "topology.png")
+    def __call__(self, event: Event) -> None:
+        """Keep it, then write and print it.
 
-    def append(self, rows: list[tuple[object, ...]]) -> None:
-        """Append to ``metrics.csv``."""
-        super().append(rows)
-        with (self.path / "metrics.csv").open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
+        Raises:
+            RunError: a run that nothing else stopped could not be written.
+        """
+        super().__call__(event)
+        if isinstance(event, Began):
+            self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
+            self._sinks = [kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)]
+        failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
+        for error in failures:
+            log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)
+        if failures and isinstance(event, Ended) and event.error is None:
+            raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
 
-    def keep(self, arrays: ArrayRecord) -> None:
-        """Write the newest model."""
-        super().keep(arrays)
-        write_models(self.path, self.models)
+    def _describe(self, event: Event) -> None:
+        """Also where somebody moved the folder away."""
+        if self._sinks and not (self.path / "config.toml").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_description(self.path, self.config, self.sites)
 
-    def tell(self, progress: Progress) -> None:
-        """Print a line of progress; every few seconds, draw."""
-        print(progress, flush=True)
-        if time.monotonic() - self._drawn > DRAW_EVERY_S:
-            self._draw()
 
-    def _draw(self) -> None:
-        metrics = self.metrics
-        title = f"{self.config.strategy} on {self.config.data.source}, {self.config.num_sites} sites"
-        epsilon = getattr(self.config.keys, "epsilon", 0.0)
-        plots.save(plots.curves(metrics, title, self.config.unit), self.path / "curves.png")
-        if isinstance(self.config.plan, ArrivalPlan):
-            plots.save(plots.arrivals(metrics, title), self.path / "arrivals.png")
-        elif not isinstance(self.config.plan, PeerPlan):
-            plots.save(plots.schedule(metrics, title, self.config.training.lr_shape, epsilon), self.path / "schedule.png")
-        self._drawn = time.monotonic()
-
-    def end(self) -> None:
-        """Draw what was reached, print the table of results and where they are."""
-        if self._rows:
-            self._draw()
-        metrics = self.metrics
-        tested = metrics[metrics["split"] == "test"]
-        console = Console(width=100, highlight=False)
-        if not tested.empty:
-            last = tested[tested["round"] == tested["round"].max()]
-            values = last.set_index(["site", "metric"])["value"]
-            title = f"{self.config.strategy} after {last['round'].iloc[0]} {self.config.unit}s"
-            table = Table(title=title, title_justify="left")
-            for heading in ("site", "train examples", "test examples", "accuracy", "loss"):
-                table.add_column(heading, justify="left" if heading == "site" else "right")
-            for site in self.federation.sites:
-                if (key := str(site.number)) in values.index.get_level_values("site"):
-                    numbers = (f"{values[key, 'accuracy']:.4f}", f"{values[key, 'loss']:.4f}")
-                    table.add_row(site.name, f"{site.num_train:,}", f"{site.num_test:,}", *numbers)
-            train, test = (sum(getattr(site, part) for site in self.federation.sites) for part in ("num_train", "num_test"))
-            numbers = (f"{values[EVERYBODY, 'accuracy']:.4f}", f"{values[EVERYBODY, 'loss']:.4f}")
-            table.add_section()
-            table.add_row("all", f"{train:,}", f"{test:,}", *numbers, style="bold")
-            console.print(table)
-            together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
-            if "accuracy-of-mean" in together:
-                told = f"accuracy {together['accuracy-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
-                console.print(f"the mean of all models: {told}")
-            end = last.iloc[-1]
-            megabytes = f"{end['bytes_up'] / 1e6:.1f} MB up, {end['bytes_down'] / 1e6:.1f} MB down"
-            console.print(f"{end['seconds']:.1f} s of training and testing, {megabytes}")
-        console.print(f"results: {self.path}", soft_wrap=True)
+def _failure(sink: Sink, event: Event) -> OSError | None:
+    try:
+        sink(event)
+    except OSError as error:
+        return error
+    return None
 
 
 def new_folder(parent: Path, strategy: str) -> Path:

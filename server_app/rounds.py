@@ -1,7 +1,10 @@
 """Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from logging import WARNING
+from typing import Generic, NamedTuple, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
@@ -10,19 +13,47 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from configuration.config import Config
+from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch
-from server_app.exchange import LONGEST_WAIT_S, clock_of, exchange
-from server_app.report import Report, numbers
-from server_app.results import History, Progress
+from server_app.events import Kept, Progress, Sink
+from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
+from server_app.report import Report
+from server_app.roster import Roster
+from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import Local, Moment
-from strategies.records import X, metrics_of, order, unpack
+from strategies.protocol import (
+    Layout,
+    Order,
+    Refusal,
+    TestMetrics,
+    Trained,
+    TrainMetrics,
+    read_tested,
+    read_trained,
+    why,
+    write_order,
+)
+from strategies.records import STATS, X, arrays_of, unpack
+from strategies.schedules import rates
+
+T = TypeVar("T")
+
+
+class Answer(NamedTuple, Generic[T]):
+    """A reply that can be used: whose it is, what it answers, and what it says."""
+
+    node: int
+    message: Message
+    reply: Message
+    found: T
 
 
 class Rounds:
     """Drives a strategy over the sites of a federation.
 
     Where Flower's ``Strategy.start`` waits for all replies and stops at the first that does not fit, this hands each reply to the
-    strategy when it arrives, leaves out a site whose reply cannot be used, and writes down what every site reported.
+    strategy when it arrives, leaves out a site whose reply cannot be used, and reports what every site says. A site that is
+    silent is waited for once: from then on it is called, but not waited for, until it answers.
 
     Args:
         grid: the way to the sites.
@@ -30,7 +61,8 @@ class Rounds:
         instruct: what sites do in a round that begins with a model [d], or with models [n, d] where they learn alone.
         federation: the sites.
         config: the run.
-        history: is told everything.
+        layout: of a model.
+        sink: is told everything.
     """
 
     def __init__(
@@ -40,16 +72,19 @@ class Rounds:
         instruct: Callable[[Moment, Tensor], Local],
         federation: Federation,
         config: Config,
-        history: History,
+        layout: Layout,
+        sink: Sink,
     ) -> None:
-        self._grid, self._strategy, self._config = grid, strategy, config
-        self._instruct = instruct
+        self._grid, self._strategy, self._instruct, self._config = grid, strategy, instruct, config
+        self._federation, self._layout = federation, layout
         self._an_epoch = an_epoch(federation, config.training.batch_size)
-        self._federation, self._history = federation, history
-        self._clock = clock_of(grid)
+        self._clock, self._mailbox = clock_of(grid), Mailbox(grid, config.timeout_s)
         self._sites = {site.node: site for site in federation.sites}
-        self._report = Report(federation, history, self._clock, "round")
-        self._least = min(config.min_sites, len(self._sites))
+        self._report = Report(federation, sink, self._clock, "round")
+        names = {site.node: f"site {site.number}" for site in federation.sites}
+        self._roster = Roster(names, config.min_sites, config.timeout_s)
+        self._open: dict[int, Message] = {}  # a site's message that is not answered yet
+        self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
         """From the initial model to the last one.
@@ -59,79 +94,192 @@ class Rounds:
             beside: vectors of the model's size that sites send beside theirs.
 
         Raises:
-            RunError: fewer than ``min-sites`` sites answered; what was reached so far is in the history.
+            RunError: fewer than ``min-sites`` sites answered, or no site can test the last model; what was reached so far was
+                emitted.
         """
-        total, done, round_number = self._config.epochs, 0.0, 0
-        sizes = {name: array.shape[-1] for name, array in arrays.items()}
-        sizes |= dict.fromkeys(beside, sizes[X])
+        total, done, number = self._config.epochs, 0.0, 0
+        sizes = dict(self._layout.sizes)
+        self._layout = self._layout._replace(sizes=sizes | dict.fromkeys(beside, sizes[X]))
         while done < total - 1e-9:
-            round_number += 1
-            local = self._instruct(Moment(round_number, done, total, self._an_epoch), unpack(arrays[X]))
+            number += 1
+            local = self._instruct(Moment(number, done, total, self._an_epoch), unpack(arrays[X]))
             epochs = local.epochs or local.steps / self._an_epoch
-            messages = self._configure(self._strategy.configure_train, round_number, arrays, order(local))
-            arrived: dict[int, MetricRecord] = {}
-            replies = self._usable(messages, round_number, sizes, arrived)
-            newest, metrics = self._strategy.aggregate_train(round_number, replies)
-            if len(arrived) < self._least or newest is None:
-                raise RunError(
-                    f"round {round_number}: {len(arrived)} sites sent a model that can be used, min-sites = {self._least}: stopped"
-                )
+            trained: dict[int, TrainMetrics] = {}
+            newest, metrics = self._aggregate(number, arrays, local, trained)
+            if len(trained) < self._roster.least or newest is None:
+                few = f"{len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}"
+                raise RunError(f"round {number}: {few}: stopped. {self._report.refusals(number)}")
             arrays, done = newest, done + epochs
-            self._history.keep(arrays)
-            train = numbers(metrics or MetricRecord()) | {"local-epochs": float(epochs)}
-            self._report.write(round_number, "train", {node: numbers(each) for node, each in arrived.items()}, train)
-            tested: dict[int, MetricRecord] = {}
-            messages = self._configure(self._strategy.configure_evaluate, round_number, arrays, {})
-            outcome = self._strategy.aggregate_evaluate(round_number, self._usable(messages, round_number, None, tested))
-            test = None if outcome is None else numbers(outcome)
-            self._report.write(round_number, "test", {node: numbers(each) for node, each in tested.items()}, test)
+            self._report.emit(Kept(arrays))
+            train = _numbers(metrics) | {"local-epochs": float(epochs)}
+            self._report.write(number, "train", _named(trained), train)
+            test = self._test(number, arrays)
             now = self._report.moment()
-            self._history.tell(
-                Progress("round", round_number, epochs, done, total, now.seconds, now.megabytes(), train, test or {})
-            )
+            self._report.emit(Progress("round", number, epochs, done, total, now.seconds, now.megabytes(), train, test))
+        if not test:
+            raise RunError(f"round {number}: no site could test the model: it is of no use")
         return arrays
 
-    def _configure(
+    def _aggregate(
+        self, number: int, arrays: ArrayRecord, local: Local, trained: dict[int, TrainMetrics]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the strategy makes of the replies; what sites reported is put into ``trained``.
+
+        Raises:
+            RunError: it fails, or makes a model that is not finite.
+        """
+        messages = self._messages(self._strategy.configure_train, number, arrays, local)
+
+        def replies() -> Iterator[Message]:
+            answers = self._answers(number, "training", messages, self._read_trained)
+            for answer in self._bounded(number, answers, local):
+                trained[answer.node] = answer.found.metrics
+                yield answer.reply
+
+        try:
+            newest, metrics = self._strategy.aggregate_train(number, replies())
+        except Exception as error:
+            raise RunError(f"round {number}: {self._config.strategy} fails: {type(error).__name__}: {error}") from error
+        for vector in map(unpack, (newest or {}).values()):
+            if reason := too_large(magnitude(vector)):
+                raise RunError(f"round {number}: {self._config.strategy}: {reason}; a smaller rate may help")
+        return newest, metrics
+
+    def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
+        """Test everywhere; the means, {} where nobody could."""
+        messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
+        tested: dict[int, TestMetrics] = {}
+
+        def replies() -> Iterator[Message]:
+            for answer in self._answers(number, "test", messages, self._read_tested):
+                tested[answer.node] = answer.found
+                yield answer.reply
+
+        outcome = self._strategy.aggregate_evaluate(number, replies())
+        means = _numbers(outcome) if tested else {}
+        self._report.write(number, "test", _named(tested), means or None)
+        return means
+
+    def _messages(
         self,
         configure: Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]],
-        round_number: int,
+        number: int,
         arrays: ArrayRecord,
-        instructions: Mapping[str, bool | int | float | str],
+        local: Local | None,
     ) -> list[Message]:
         """The messages of a phase."""
-        told = ConfigRecord({"server-round": round_number, **self._federation.agreed(), **instructions})
-        self._wait_for_enough(round_number)
-        messages = [
-            message for message in configure(round_number, arrays, told, self._grid) if message.metadata.dst_node_id in self._sites
-        ]
-        for message in messages:
-            self._report.sent(message)
+        self._wait_for_enough(number)
+        messages = configure(number, arrays, write_order(Order(number, self._federation.agreed(), local)), self._grid)
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
-        return sorted(messages, key=lambda message: self._sites[message.metadata.dst_node_id].number)
+        known = [message for message in messages if message.metadata.dst_node_id in self._sites]
+        return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
 
-    def _wait_for_enough(self, round_number: int) -> None:
+    def _wait_for_enough(self, number: int) -> None:
         """A round that cannot succeed is not begun: sites that went may come back."""
-        deadline, said = self._clock.now() + self._config.timeout_s, -1
-        while (there := len(set(self._grid.get_node_ids()) & self._sites.keys())) < self._least:
+        deadline, said, least = self._clock.now() + self._config.timeout_s, -1, self._roster.least
+        while (there := self._look()) < least:
             if self._clock.now() >= deadline:
                 raise RunError(
-                    f"round {round_number}: {there} sites are connected after timeout-s = {self._config.timeout_s:g}, "
-                    f"min-sites = {self._least}: stopped"
+                    f"round {number}: {there} sites are connected after timeout-s = {self._config.timeout_s:g}, "
+                    f"min-sites = {least}: stopped"
                 )
             if there != said:
                 said = there
-                log(WARNING, "round %d: waiting for sites: %d are connected, min-sites = %d", round_number, there, self._least)
+                log(WARNING, "round %d: waiting for sites: %d are connected, min-sites = %d", number, there, least)
             self._clock.wait(LONGEST_WAIT_S, deadline - self._clock.now())
 
-    def _usable(
-        self,
-        messages: list[Message],
-        round_number: int,
-        sizes: dict[str, int] | None,
-        arrived: dict[int, MetricRecord],
-    ) -> Iterator[Message]:
-        """The replies that can be used, as they come; their metrics are put into ``arrived``, by node."""
-        for node, reply in exchange(self._grid, messages, self._config.timeout_s):
-            if self._report.received(node, reply, sizes, round_number):
-                arrived[node] = metrics_of(reply)
-                yield reply
+    def _look(self) -> int:
+        """How many sites are connected; those that are again are waited for again."""
+        connected = set(self._grid.get_node_ids())
+        for node in self._roster.see(connected, self._clock.now()):
+            self._roster.answer(node)
+        return len(connected & self._sites.keys())
+
+    def _answers(
+        self, number: int, phase: str, messages: list[Message], read: Callable[[int, Message, Message], T]
+    ) -> Iterator[Answer[T]]:
+        """The replies that can be used, as they come.
+
+        All sites that are here are waited for; those that are away only where too few can be used without them.
+        """
+        calls = {message.metadata.dst_node_id: message for message in messages}
+        calls = {node: message for node, message in calls.items() if node not in self._open}
+        self._open |= calls
+        self._report.sent(list(calls.values()))
+        self._mailbox.send(calls.values())
+        usable = 0
+
+        def waiting() -> bool:
+            missing = [node for node, message in calls.items() if self._open.get(node) is message]
+            return bool(missing) and (usable < self._roster.least or not all(map(self._roster.away, missing)))
+
+        while waiting():
+            for message, reply in self._mailbox.receive():
+                node = message.metadata.dst_node_id
+                late = self._came(number, node, reply, calls.get(node) is not message)
+                if late:
+                    continue
+                found = self._report.receive(node, reply, number, phase, partial(read, node, message))
+                if not isinstance(found, Refusal):
+                    usable += 1
+                    yield Answer(node, message, reply, found)
+
+    def _came(self, number: int, node: int, reply: Message, late: bool) -> bool:
+        """A reply came, of this phase or too late: the site is here, or away."""
+        del self._open[node]
+        if reply.has_error() and reply.error.code in GONE:
+            self._roster.lose(node, why(reply), self._clock.now())
+        elif self._roster.answer(node):
+            log(WARNING, "round %d: %s answers again%s", number, self._sites[node].name, ", but too late" * late)
+        if late:
+            self._report.count(node, reply)
+        return late
+
+    def _read_trained(self, node: int, message: Message, reply: Message) -> Trained:
+        return read_trained(reply, self._layout, self._sites[node].num_train, _sent(message))
+
+    def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
+        x = arrays_of(message)[X]
+        return read_tested(reply, self._sites[node].num_test, 1 if len(x.shape) == 1 else x.shape[0])
+
+    def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
+        """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
+        measured: Iterable[tuple[Answer[Trained], dict[str, Change]]]
+        measured = ((answer, self._changes(answer, local)) for answer in answers)
+        if first := self._bounds[X].few:
+            measured = list(measured)
+        for answer, changes in measured:
+            sent = _sent(answer.message)
+            for name, change in changes.items():
+                others = {other.node: each[name] for other, each in measured} if first else None
+                size = extent(sent[name])[1] if first and name in sent else 0.0
+                if reason := self._bounds[name].refusal(change, size, others):
+                    self._report.refuse(answer.node, number, "training", f"{name}: {reason}")
+                    break
+            else:
+                for name, change in changes.items():
+                    self._bounds[name].take(answer.node, change)
+                yield answer
+
+    def _changes(self, answer: Answer[Trained], local: Local) -> dict[str, Change]:
+        """How far a site moved each vector, and by which learning rates."""
+        keys = self._config.training
+        epoch = self._sites[answer.node].batches(keys.batch_size)
+        steps = local.steps or local.epochs * epoch
+        rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=epoch)
+        total = sum(map(rate, range(steps)))
+        return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}
+
+
+def _sent(message: Message) -> dict[str, Tensor]:
+    """The model in a message; of what goes beside it sites send back something else."""
+    return {name: unpack(array) for name, array in arrays_of(message).items() if name in (X, STATS)}
+
+
+def _named(metrics: dict[int, TrainMetrics] | dict[int, TestMetrics]) -> dict[int, dict[str, float]]:
+    return {node: {key: float(value) for key, value in each.named().items()} for node, each in metrics.items()}
+
+
+def _numbers(record: MetricRecord | None) -> dict[str, float]:
+    """A record's single numbers."""
+    return {key: float(value) for key, value in (record or {}).items() if isinstance(value, int | float)}

@@ -18,9 +18,11 @@ from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
-from server_app.results import EVERYBODY, History, Progress
+from server_app.events import EVERYBODY, Progress
+from server_app.results import History
 from simulation.vectorised import Batch, Networks
 from strategies.codecs import num_bytes
+from strategies.gradients import MEND
 from strategies.peer.algorithm import PeerAlgorithm, Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.step import encode, encode_gradient
@@ -167,7 +169,7 @@ class Peers:
             RunError: a model is not finite.
         """
         if wrong := (~self.state.x.isfinite().all(1)).nonzero().flatten().tolist():
-            raise RunError(f"exchange {number}: the models of the sites {wrong} are not finite; a smaller lr may help")
+            raise RunError(f"exchange {number}: training diverged: the models of the sites {wrong} are not finite; {MEND}")
         history, config, model = self._history, self._config, self._network.model
         none = self.state.x.new_empty(1, 0)
         mean = self.state.x.double().mean(0).float()

@@ -33,8 +33,9 @@ from configuration.config import Config, configuration, flatten
 from configuration.errors import ConfigError
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
+from server_app.events import EVERYBODY, Progress
 from server_app.plots import who_has_what
-from server_app.results import EVERYBODY, History, Progress, class_counts, write_description, write_models
+from server_app.results import History, class_counts, read_metrics, write_description, write_models
 from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
@@ -150,7 +151,7 @@ class Run:
         """Read a folder that :meth:`save` or ``flwr run`` wrote."""
         folder = Path(folder)
         config = Config.read(tomllib.loads((folder / "config.toml").read_text()))
-        metrics = pd.read_csv(folder / "metrics.csv", dtype={"site": str})
+        metrics = read_metrics(folder / "metrics.csv")
         epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)]["value"].sum()
         models = {file.stem: load_file(file) for file in sorted(folder.glob("model*.safetensors"))}
         return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), bool(epochs >= config.epochs - 1e-6))

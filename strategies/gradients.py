@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 SMALL = 1e-12
+MEND = "a smaller training.lr, training.clip-norm above 0 or a model.norm may help"
+
+
+class Diverged(ValueError):
+    """Training left the finite numbers."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"training diverged: {what}; {MEND}")
 
 
 def perturbed(x: Tensor, gradient: Tensor, rho: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, fedasync, fedbuff, gsgm
+from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, delayed_nesterov, fedasync, fedbuff, gsgm
 from strategies.averaging import centralized, co_learning, diloco, ensemble, fedavg, flower, local, scaffold
 from strategies.imported import imported
 from strategies.method import Method
@@ -34,6 +34,7 @@ _ALL: tuple[Method[Any], ...] = (
     dc_asgd.CONSTANT,
     dc_asgd.ADAPTIVE,
     fedasync.METHOD,
+    delayed_nesterov.METHOD,
     fedbuff.METHOD,
     d_psgd.METHOD,
     cdsgd.METHOD,

@@ -17,8 +17,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
-from strategies.method import Local
-
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records of a message; Flower's strategies use these names
 X, STATS = "x", "stats"  # the arrays of a model
 OFFER, TO, FROM = "offer", "to-", "from-"  # what a peer offers to all neighbours, or to one; what came from one
@@ -36,16 +34,16 @@ def _array(vector: Tensor) -> Array:
 
 
 def _written(values: "np.ndarray[Any, Any]") -> Array:
-    data = b"".join((_header(values.dtype, values.shape), values.data))
+    data = b"".join((header(values.dtype, values.shape), values.data))
     return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
-@lru_cache(maxsize=64)
-def _header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
-    """That of numpy's format."""
-    header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    return header.getvalue()
+@lru_cache(maxsize=256)
+def header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
+    """What numpy's format writes before the elements of a plain array in C order."""
+    stream = BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 def pack_bytes(data: bytes) -> Array:
@@ -84,36 +82,6 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     if (fortran and len(shape) > 1) or dtype.hasobject:
         raise ValueError("only plain arrays in C order")
     return shape, dtype, stream.tell()
-
-
-def order(local: Local) -> dict[str, bool | int | float | str]:
-    """An order as it is written in a message."""
-    told: dict[str, bool | int | float | str] = {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
-    told |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
-    told |= {"reply": "delta", "proximal-mu": local.proximal} if local.delta else {}
-    return told | {key: True for key in ("keep-moments", "plain") if getattr(local, key.replace("-", "_"))}
-
-
-def order_of(message: Message) -> Local:
-    """The order in a message.
-
-    Raises:
-        ValueError: it is none.
-    """
-    told: Any = config_of(message)
-    try:
-        return Local(
-            float(told["lr"]),
-            (float(told["cycle-from"]), float(told["cycle-to"])),
-            epochs=int(told.get("local-epochs", 0)),
-            steps=int(told.get("local-steps", 0)),
-            proximal=float(told.get("proximal-mu", 0.0)),
-            delta=told.get("reply") == "delta",
-            keep_moments=bool(told.get("keep-moments", False)),
-            plain=bool(told.get("plain", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the message holds no order to train: {type(error).__name__}: {error}") from None
 
 
 # Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole content, which would keep a

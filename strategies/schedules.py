@@ -12,6 +12,7 @@ paper cites; cosine is SGDR (Loshchilov and Hutter 2017, eq. 5).
 """
 
 import math
+from collections.abc import Callable
 
 
 def decay(shape: str, ratio: float, u: float) -> float:
@@ -32,3 +33,20 @@ def progress(step: int, steps: int, epoch: int, every: str) -> float:
     ``every`` is "batch" or "epoch"; by epoch, the rate stands still inside an epoch.
     """
     return step / steps if every == "batch" else step // epoch * epoch / steps
+
+
+def rates(
+    lr: float, shape: str, ratio: float, every: str, cycle: tuple[float, float], *, steps: int, epoch: int
+) -> Callable[[int], float]:
+    """The learning rate before each batch of a site's ``steps``, counted from 0.
+
+    Args:
+        lr: the rate at the start of a cycle.
+        shape, ratio: of :func:`decay`.
+        every: of :func:`progress`.
+        cycle: fractions of the cycle at the first batch and after the last.
+        steps: batches in all.
+        epoch: batches an epoch.
+    """
+    start, stop = cycle
+    return lambda step: lr * decay(shape, ratio, start + (stop - start) * progress(step, steps, epoch, every))

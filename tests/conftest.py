@@ -17,7 +17,7 @@ from client_app.app import app as client_app
 from configuration.config import flatten
 from server_app import plots
 from server_app.app import app as server_app
-from server_app.results import Folder
+from server_app.results import Pictures
 from simulation.grid import run_in_process
 from strategies.methods import find
 
@@ -61,7 +61,7 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
 
     def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
         if not draw:  # most of the time of a small run
-            monkeypatch.setattr(Folder, "_draw", lambda folder: None)
+            monkeypatch.setattr(Pictures, "draw", lambda pictures: None)
             monkeypatch.setattr(plots, "save", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
         short = own(changes.get("strategy", "co-learning"), local_epochs=1)

@@ -10,6 +10,7 @@ Differs: fed one site's update at a time (**reconstructed**: GSGM's abstracts sa
 Special case: one site, p = 1 is ``torch.optim.Adam`` or ``RMSprop``.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from strategies.asynchronous.rule import Part, ServerRule, Update, Weight, blocks
 
 EPSILON = 1e-8
+OVERFLOW = 1e18  # of a gradient: its square is still a float32
 
 
 class Adaptive(NamedTuple):
@@ -27,7 +29,7 @@ class Adaptive(NamedTuple):
     version: int
     mean: Tensor
     square: Tensor
-    recent: tuple[Part, ...]
+    recent: tuple[tuple[Part, ...], ...]
 
 
 def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Weight, correct: bool) -> ServerRule[Adaptive]:
@@ -47,14 +49,22 @@ def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Wei
     def absorb(state: Adaptive, update: Update) -> Adaptive:
         t = state.version + 1
         first, second = (1 - beta**t, 1 - beta_2**t) if correct else (1.0, 1.0)
-        averaged = (*state.recent, Part(update.delta, weight(update.staleness) / update.lr))
-        for x, mean, square, *deltas in blocks(state.x, state.mean, state.square, *(part.vector for part in averaged)):
+        new = tuple(Part(part.delta, weight(part.staleness) / part.lr / len(update.parts)) for part in update.parts)
+        averaged = (*state.recent, new)
+        parts = [part for contribution in averaged for part in contribution]
+        for x, mean, square, *deltas in blocks(state.x, state.mean, state.square, *(part.vector for part in parts)):
             g = torch.zeros_like(x)
-            for delta, part in zip(deltas, averaged, strict=True):
+            for delta, part in zip(deltas, parts, strict=True):
                 g.add_(delta, alpha=part.weight / len(averaged))
             mean.lerp_(g, 1 - beta)
             square.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
             x.addcdiv_(mean, torch.div(square, second, out=g).sqrt_().add_(EPSILON), value=-eta / first)
         return state._replace(version=t, recent=averaged[-window + 1 :] if window > 1 else ())
 
-    return ServerRule(init, absorb)
+    def reach(x: float, delta: float, lr: float) -> float:
+        # Cauchy-Schwarz on the two moments; the corrections only help. No square overflows float32.
+        if beta**2 >= beta_2 or delta / lr >= OVERFLOW:
+            return math.inf
+        return eta * (1 - beta) / math.sqrt((1 - beta_2) * (1 - beta**2 / beta_2))
+
+    return ServerRule(init, absorb, reach)

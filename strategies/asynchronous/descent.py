@@ -17,6 +17,8 @@ a site may take several steps, where the papers send one gradient.
 Special cases: p = 1, beta = 0, s = 1, lambda = 0 is ASGD; with one site that is SGD; beta > 0 alone is ASGD with momentum.
 """
 
+import math
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ class Descent(NamedTuple):
     version: int
     momentum: Tensor
     square: Tensor
-    recent: tuple[Part, ...]
+    recent: tuple[tuple[Part, ...], ...]
 
 
 def descent(
@@ -74,20 +76,28 @@ def descent(
 
     def absorb(state: Descent, update: Update) -> Descent:
         d = len(state.x)
-        g = state.x.new_empty(d if window > 1 else min(d, BLOCK)) if compensation else update.delta
-        averaged = (*state.recent, Part(g, weight(update.staleness)))
+        # Where nothing is remembered, a compensated update is made block by block.
+        made = [state.x.new_empty(d if window > 1 else min(d, BLOCK)) if compensation else part.delta for part in update.parts]
+        shares = [weight(part.staleness) / len(made) for part in update.parts]
+        averaged = (*state.recent, tuple(map(Part, made, shares)))
         for start in range(0, d, BLOCK):
             place = slice(start, min(start + BLOCK, d))
-            here = slice(0, place.stop - start) if len(g) < d else place  # where nothing is remembered, g is a block
+            here = slice(0, place.stop - start)
             if compensation:
-                compensate(state, update, place, g[here])
+                for part, g in zip(update.parts, made, strict=True):
+                    compensate(state, part, place, g[here if len(g) < d else place])
             moved = state.momentum[place].mul_(beta) if beta else state.x[place]
             step = (1 - beta if beta else -eta) / len(averaged)
-            for part in averaged:
-                moved.add_(part.vector[here if part.vector is g else place], alpha=step * part.weight)
+            for g, share in chain.from_iterable(averaged):
+                moved.add_(g[here if len(g) < d else place], alpha=step * share)
             if beta:
                 state.x[place].sub_(moved, alpha=eta)
         recent = averaged[-window + 1 :] if window > 1 else ()
         return state._replace(version=state.version + 1, recent=recent)
 
-    return ServerRule(init, absorb)
+    def reach(x: float, delta: float, lr: float) -> float:
+        # Adaptive: the square holds at least (1 - DECAY) G . G.
+        strength = 1 / math.sqrt(1 - DECAY) if adaptive else delta / lr
+        return eta * delta * (1 + compensation * strength * 2 * x)
+
+    return ServerRule(init, absorb, reach)

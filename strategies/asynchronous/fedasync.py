@@ -28,12 +28,20 @@ def fedasync(*, alpha: float, weight: Weight) -> ServerRule[Mixing]:
     """FedAsync with mixing rate ``alpha`` and ``weight`` by staleness."""
 
     def absorb(state: Mixing, update: Update) -> Mixing:
-        rate = alpha * weight(update.staleness)
-        for x, base, delta in blocks(state.x, update.base, update.delta):
-            x.lerp_(base - delta, rate)
+        steps, left = [], 1.0
+        for part in reversed(update.parts):  # each step shrinks what those before it brought
+            rate = alpha * weight(part.staleness) / len(update.parts)
+            steps.append((part, rate / left))
+            left -= rate
+        for part, rate in reversed(steps):
+            for x, base, delta in blocks(state.x, part.base, part.delta):
+                x.lerp_(base - delta, rate)
         return Mixing(state.x, state.version + 1)
 
-    return ServerRule(lambda x: Mixing(x.clone(), 0), absorb)
+    def reach(x: float, delta: float, lr: float) -> float:
+        return alpha * (2 * x + delta)
+
+    return ServerRule(lambda x: Mixing(x.clone(), 0), absorb, reach)
 
 
 class Keys(StalenessKeys):

@@ -32,12 +32,17 @@ def fedbuff(*, eta: float, size: int, weight: Weight) -> ServerRule[Buffer]:
     """FedBuff with a buffer of ``size`` updates and the server's rate ``eta``."""
 
     def absorb(state: Buffer, update: Update) -> Buffer:
-        total, collected = state.total.add_(update.delta, alpha=weight(update.staleness)), state.collected + 1
+        total, collected = state.total, state.collected + 1
+        for part in update.parts:
+            total.add_(part.delta, alpha=weight(part.staleness) / len(update.parts))
         if collected < size:
             return state._replace(collected=collected)
         return Buffer(state.x.sub_(total, alpha=eta / size), state.version + 1, total.zero_(), 0)
 
-    return ServerRule(lambda x: Buffer(x.clone(), 0, torch.zeros_like(x), 0), absorb)
+    def reach(x: float, delta: float, lr: float) -> float:
+        return eta * delta
+
+    return ServerRule(lambda x: Buffer(x.clone(), 0, torch.zeros_like(x), 0), absorb, reach)
 
 
 class Keys(ArrivalKeys):

@@ -36,29 +36,45 @@ class Update(NamedTuple):
         base: [d], the model that the site was sent.
         lr: the sum of the learning rates of the site's steps: ``delta / lr`` is its mean gradient.
         staleness: by how many versions the model changed in the meantime.
+        earlier: what the site sent before while it waited for its turn. One contribution is the mean of all these, each against
+            the model that it was made of, as old as that is.
     """
 
     delta: Tensor
     base: Tensor
     lr: float
     staleness: int
+    earlier: tuple["Update", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Update", ...]:
+        """All updates of the contribution, mostly one."""
+        return (*self.earlier, self)
 
 
 class Part(NamedTuple):
-    """An update of the window and its weight."""
+    """An update and its weight."""
 
     vector: Tensor
     weight: float
 
 
 class ServerRule(NamedTuple, Generic[S]):
-    """A rule: ``init`` makes the state of a model [d], ``absorb`` takes one update."""
+    """A rule.
+
+    Attributes:
+        init: the state at a model [d].
+        absorb: the state after an update.
+        reach: how far ``absorb`` moves a coordinate of the model at most, given the largest magnitudes of all models and of all
+            deltas so far and the smallest ``lr``: a state that must not leave its bounds is not given what could take it there.
+    """
 
     init: Callable[[Tensor], S]
     absorb: Callable[[S, Update], S]
+    reach: Callable[[float, float, float], float]
 
 
-Weight = Callable[[int], float]
+Weight = Callable[[int], float]  # in (0, 1]
 
 
 def constant(staleness: int) -> float:
@@ -73,7 +89,7 @@ def polynomial(exponent: float) -> Weight:
 
 def hinge(slope: float, border: float) -> Weight:
     """1 up to ``border``, then ``1 / (a (staleness - b) + 1)`` (FedAsync: Xie et al. 2019, section 5.2)."""
-    return lambda staleness: 1.0 if staleness <= border else 1.0 / (slope * (staleness - border) + 1.0)
+    return lambda staleness: 1.0 / (slope * max(0.0, staleness - border) + 1.0)
 
 
 def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -3,13 +3,16 @@
     site k may contribute  <=>  c_k - min_j c_j <= slack        over the active sites j; c: contributions so far
 
 With slack 0 the sites that may contribute are a list from which each one is struck when it did, refilled when it is empty. A
-contribution that may not be applied yet waits, in the order of arrival; its site waits too (blocking), or goes on working, and what
-it sends in the meantime is averaged with what waits (the reading "local"). An infinite slack applies everything at once.
+contribution that may not be applied yet waits, in the order of arrival. An infinite slack applies everything at once. Readings:
+
+* list: a site waits for its turn, too, and starts again with the model of its release.
+* refill: a site that contributed waits until all have; then all are sent the same newest model.
+* local: a site goes on working while its contribution waits, and what it sends in the meantime is averaged with it.
 
 Source: "white-list scheduling" of GSGM (arXiv 1902.07848). **Reconstructed from the abstracts**; when the list is refilled, the
-slack and both readings of waiting are ours.
-Invariant: contributions of active sites never differ by more than 1 + slack; with slack 0 and blocking, an update's staleness is
-at most 2 (N - 1).
+slack and all readings of waiting are ours.
+Invariant: contributions of active sites never differ by more than 1 + slack; with slack 0, an update's staleness is at most
+2 (N - 1) in the reading "list", and that of the k-th arrival of a list is k - 1 in the reading "refill".
 """
 
 from collections.abc import Hashable, Iterable
@@ -50,6 +53,11 @@ class WhiteList(Generic[Site]):
         if not self.waits(site):
             self._waiting.append(site)
         return self._release()
+
+    @property
+    def even(self) -> bool:
+        """Whether all active sites contributed equally often: the list is empty, and filled again."""
+        return len({self.counts[site] for site in self._active}) <= 1
 
     def set_aside(self, site: Site) -> list[Site]:
         """Nobody waits for ``site`` any more: the sites whose contributions are now to be applied."""

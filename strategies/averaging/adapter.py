@@ -18,7 +18,8 @@ from torch import Tensor
 from strategies.averaging.average import CHANGE, NUM_EXAMPLES, weighted_metrics
 from strategies.averaging.mean import StreamingMean, relative_change
 from strategies.method import Local, Mean, Moment, RoundPlan
-from strategies.records import METRICS, STATS, X, arrays_of, metrics_of, order, pack, unpack
+from strategies.protocol import write_local
+from strategies.records import METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
 
 
 class Planned(FedAvg):
@@ -70,7 +71,7 @@ class Planned(FedAvg):
             moment = Moment(server_round, self._done, self._total, self._an_epoch)
             local = self.instruct(moment, vectors[X])
             self._done += local.epochs or local.steps / self._an_epoch
-            config = ConfigRecord({**config, **order(local)})
+            config = ConfigRecord({**config, **write_local(local)})
         if self.state is None:
             self.state = self._plan.init(vectors[X].clone())
         self._sent = vectors

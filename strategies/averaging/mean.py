@@ -9,6 +9,7 @@ whose own step is larger for every value above 1.5e-5.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,14 +21,37 @@ _BLOCK = 1 << 18  # elements worked on at a time: the two scratch buffers (4 MiB
 
 def refusal(x: Tensor) -> str | None:
     """Why ``x`` (any shape, on the CPU) cannot be averaged, or None where it can."""
-    if not x.numel():
-        return None
-    smallest, largest = (bound.item() for bound in torch.aminmax(x))
-    if not (math.isfinite(smallest) and math.isfinite(largest)):
+    return too_large(magnitude(x))
+
+
+def magnitude(x: Tensor) -> float:
+    """The largest magnitude in ``x`` (any shape), NaN if it holds one, 0 of nothing."""
+    return torch.stack(torch.aminmax(x)).abs().amax().item() if x.numel() else 0.0
+
+
+def too_large(largest: float) -> str | None:
+    """Why a vector with this largest magnitude (NaN if it holds one) cannot be averaged, or None where it can."""
+    if not math.isfinite(largest):
         return "the model holds NaN or infinite values"
-    if max(-smallest, largest) >= LARGEST:
-        return f"the model diverged: it holds {max(-smallest, largest):.3g}, the largest value taken is {LARGEST:.3g}"
+    if largest >= LARGEST:
+        return f"the model diverged: it holds {largest:.3g}, the largest value taken is {LARGEST:.3g}"
     return None
+
+
+def extent(x: Tensor, origin: Tensor | None = None) -> tuple[float, float]:
+    """The largest magnitude in ``x`` [d] (NaN if it holds one), and ``|x - origin|``; without an origin, ``|x|``.
+
+    Both in one pass over memory.
+    """
+    if not x.numel():
+        return 0.0, 0.0
+    largest, norms = [], []
+    origins = x.split(_BLOCK) if origin is None else origin.split(_BLOCK)
+    for block, start in zip(x.split(_BLOCK), origins, strict=True):
+        smallest, greatest = torch.aminmax(block)
+        largest.append(torch.maximum(-smallest, greatest))
+        norms.append(torch.linalg.vector_norm(block) if origin is None else torch.dist(block, start))
+    return torch.stack(largest).amax().item(), torch.stack(norms).double().square().sum().sqrt().item()
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:
@@ -78,3 +102,12 @@ class StreamingMean:
         for source, target in zip(self._sum.split(_BLOCK), mean.split(_BLOCK), strict=True):
             target.copy_(self._scaled[: source.numel()].copy_(source).div_(total))
         return mean.reshape(self._shape)
+
+
+def weighted_mean(rows: Sequence[Mapping[str, float]], weight: str) -> dict[str, float]:
+    """Means of the sites' metrics by ``weight``, which are summed, independent of the order of the sites; {} of none."""
+    if not rows:
+        return {}
+    total = math.fsum(row[weight] for row in rows)
+    means = {key: math.fsum(row[weight] * row[key] for row in rows) / total for key in rows[0] if key != weight}
+    return {**means, weight: total}

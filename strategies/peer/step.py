@@ -15,6 +15,7 @@ from torch import Tensor
 
 from strategies.averaging.mean import refusal
 from strategies.codecs import Payload
+from strategies.gradients import Diverged
 from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm, Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, disagreement, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.state import Hat, Metrics, Oracle, Order, Peer, PeerState, Pending, Received, Refusal, Result
@@ -365,10 +366,10 @@ def _finite(state: PeerState) -> PeerState:
     """Nothing else is ever remembered.
 
     Raises:
-        ValueError: part of the state is not finite.
+        Diverged: part of the state is not finite.
     """
     tensors, _ = flatten(state.algorithm)
     for name, part in {**tensors, STATS: state.stats}.items():
         if part.numel() and not bool(torch.stack(torch.aminmax(part)).isfinite().all()):
-            raise ValueError(f"step {state.step}: this site's {name} is not finite; a smaller lr may help")
+            raise Diverged(f"in step {state.step} this site's {name} is not finite")
     return state

@@ -55,7 +55,7 @@ def test_folder_holds_the_configuration_that_runs_again(run_app: RunApp) -> None
     with (run.folder / "config.toml").open("rb") as file:
         config = tomllib.load(file)
     assert Config.read(config) == configuration(**config)
-    assert config["training.lr"] == 0.03
+    assert config["training"]["lr"] == 0.03
     assert run.folder.is_absolute()
 
 

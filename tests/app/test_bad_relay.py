@@ -189,7 +189,7 @@ def test_a_state_that_is_not_finite_is_never_kept() -> None:
     replies = [sites.step(0, 0)]
     while not replies[-1].has_error() and len(replies) < 5:
         replies.append(sites.step(0, len(replies), {}))
-    assert "this site's x is not finite; a smaller lr may help" in reason(replies[-1])
+    assert "this site's x is not finite; a smaller training.lr" in reason(replies[-1])
     assert torch.isfinite(model(sites, 0)).all()
 
 

@@ -409,7 +409,7 @@ def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
 
 
 def test_batched_run_that_diverges_says_so() -> None:
-    with pytest.raises(RunError, match=r"exchange \d+: the models of the sites \[0, 1, 2, 3\] are not finite"):
+    with pytest.raises(RunError, match=r"exchange \d+: training diverged: the models of the sites \[0, 1, 2, 3\] are not finite"):
         run(engine="batched", strategy="d-psgd", training={"lr": 1e6})
 
 

@@ -56,14 +56,18 @@ def with_value(value: float) -> Callable[[Message], Message]:
     return spoiled
 
 
+def with_metric(key: str, value: Any) -> Callable[[Message], Message]:
+    return lambda reply: changed(reply, metrics=MetricRecord({**reply.content.metric_records["metrics"], key: value}))
+
+
 SPOILED: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "raises": (lambda reply: Message(Error(2, "ValueError: boom"), reply_to=_QUESTION[0]), "ValueError: boom"),
     "is lost": (lambda reply: None, "no answer within timeout-s = 3600"),
     "NaN": (with_value(float("nan")), "the model holds NaN or infinite values"),
     "infinite": (with_value(float("-inf")), "the model holds NaN or infinite values"),
     "huge": (with_value(1e9), "the model diverged: it holds 1e+09"),
-    "shape": (lambda reply: changed(reply, arrays=pack({"x": torch.zeros(3)})), r"x is float32 of shape (3,), float32 of shape"),
-    "dtype": (lambda reply: changed(reply, arrays=pack({"x": vector(reply).double()})), "x is float64 of shape"),
+    "shape": (lambda reply: changed(reply, arrays=pack({"x": torch.zeros(3)})), "x is 'float32' of shape (3,), float32 of shape"),
+    "dtype": (lambda reply: changed(reply, arrays=pack({"x": vector(reply).double()})), "x is 'float64' of shape"),
     "lies": (
         lambda reply: changed(
             reply,
@@ -71,25 +75,23 @@ SPOILED: dict[str, tuple[Callable[[Message], Message | None], str]] = {
                 {"x": Array("float32", tuple(vector(reply).shape), "numpy.ndarray", pack({"x": torch.zeros(3)})["x"].data)}
             ),
         ),
-        "x is of shape (3,)",
+        "x holds 140 bytes that are not float32 of shape (",
     ),
     "garbage": (
         lambda reply: changed(
             reply, arrays=ArrayRecord({"x": Array("float32", tuple(vector(reply).shape), "numpy.ndarray", b"zzz")})
         ),
-        "x cannot be read",
+        "x holds 3 bytes that are not float32 of shape (",
     ),
     "names": (lambda reply: changed(reply, arrays=pack({"y": vector(reply)})), "holds the arrays ['y'], ['x'] are expected"),
-    "no model": (lambda reply: changed(reply, arrays=None), "holds the arrays [], ['x'] are expected"),
-    "no metrics": (lambda reply: changed(reply, metrics=None), "the reply holds no metrics"),
-    "no examples": (
-        lambda reply: changed(reply, metrics=MetricRecord({"loss": 1.0, "num-examples": 0})),
-        "num-examples is 0, a whole number above 0 is expected",
-    ),
-    "NaN loss": (
-        lambda reply: changed(reply, metrics=MetricRecord({"loss": float("nan"), "num-examples": 3})),
-        "metrics are not finite: loss = nan",
-    ),
+    "no model": (lambda reply: changed(reply, arrays=None), "holds the records ['metrics'], ['arrays', 'metrics'] are expected"),
+    "no metrics": (lambda reply: changed(reply, metrics=None), "holds the records ['arrays'], ['arrays', 'metrics'] are expected"),
+    "no examples": (with_metric("num-examples", 0), "num-examples is 0: must be greater than or equal to 1"),
+    "more examples": (with_metric("num-examples", 10**9), "num-examples is 1000000000, at first the site said 479"),
+    "NaN loss": (with_metric("loss", float("nan")), "loss is nan: must be a finite number"),
+    "whole number as text": (with_metric("samples", [1]), "samples is [1]: must be a valid integer"),
+    "unknown metric": (with_metric("weight", 1.0), "'weight' is unknown"),
+    "far": (with_value(1e6), "x: it moves the model by 1e+06; at most 10 times the median over the sites, "),
 }
 
 
@@ -102,7 +104,7 @@ def test_reply_that_cannot_be_used_is_left_out_with_its_reason(
     logging.getLogger("flwr").propagate = True
     with caplog.at_level(logging.WARNING, "flwr"):
         run = run_app(spoil(1, spoiled), strategy=strategy, epochs=1)
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    (warning,) = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
     assert warning.startswith("round 1: site 1 (site 1) is left out of the training: ")
     assert reason in warning
     trained = run.metrics[(run.metrics["split"] == "train") & (run.metrics["metric"] == "loss")]
@@ -235,7 +237,7 @@ def census(change: Callable[[int, dict[str, Any]], None]) -> Tamper:
     [
         ("code", "other", "site 1 runs other code than the server"),
         ("shape", [3, 8, 8], r"the shape of an example differ: site 0 has \[1, 8, 8\], site 1 has \[3, 8, 8\]"),
-        ("columns", ["age"], "the columns differ"),
+        ("columns", ["age"], r"the columns differ: site 0 has \[\], site 1 has \['age'\]"),
         ("site", 0, "two sites have the same number"),
     ],
 )
@@ -243,6 +245,8 @@ def test_sites_that_do_not_fit_together_are_named(key: str, value: Any, message:
     def change(number: int, record: dict[str, Any]) -> None:
         if number == 1:
             record[key] = value
+            if key == "columns":  # as a table tells it
+                record.update({"shape": [1], "known": [1.0], "mean": [0.0], "variance": [1.0]})
 
     with pytest.raises(RunError, match=message):
         run_app(census(change))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strategies.asynchronous.adaptive import adaptive
+from strategies.asynchronous.delayed_nesterov import delayed_nesterov
 from strategies.asynchronous.descent import descent
 from strategies.asynchronous.fedasync import fedasync
 from strategies.asynchronous.fedbuff import fedbuff
@@ -35,6 +36,7 @@ RULES: dict[str, Callable[[], ServerRule[Any]]] = {
     "adam": lambda: adaptive(eta=0.01, beta=0.9, beta_2=0.999, window=2, weight=constant, correct=True),
     "fedasync": lambda: fedasync(alpha=0.6, weight=polynomial(0.5)),
     "fedbuff": lambda: fedbuff(eta=1.0, size=2, weight=polynomial(0.5)),
+    "delayed-nesterov": lambda: delayed_nesterov(eta=0.7, beta=0.9, period=3, share=0.3),
 }
 
 
@@ -89,6 +91,29 @@ def test_dc_asgd_with_adaptive_lambda_by_hand() -> None:
     close(follow(rule, vector(4), [update(vector(0.2), vector(1)), update(vector(0.1), vector(2))]), [first, second])
 
 
+def test_adaptive_lambda_of_a_gradient_that_was_hardly_there_by_hand() -> None:
+    """m = 0.05 * 0.0004 = 2e-5, which leaves 1e-7 a say only beside it, under the root."""
+    rule = descent(**PLAIN | {"compensation": 2.0, "adaptive": True})
+    g = 0.02
+    found = follow(rule, vector(4), [update(vector(0.1 * g), vector(1))])
+    expected = 4 - 0.1 * (g + 2 / math.sqrt(0.05 * g**2 + 1e-7) * g**2 * (4 - 1))
+    torch.testing.assert_close(found[0], vector(expected), rtol=1e-9, atol=0)
+
+
+def test_adam_averages_what_there_is_by_hand() -> None:
+    """p = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2. beta = beta_2 = 1/2, corrected."""
+    rule = adaptive(eta=1.0, beta=0.5, beta_2=0.5, window=2, weight=constant, correct=True)
+    m, u = 0.5 * 1.5 + 0.5 * 2, 0.5 * 4.5 + 0.5 * 4
+    second = 10 - 1 - (m / 0.75) / math.sqrt(u / 0.75)
+    close(follow(rule, vector(10), [update(vector(0.3)), update(vector(0.1))]), [10 - 1, second])
+
+
+def test_window_averages_what_there_is_by_hand() -> None:
+    """p = 3: 6; (6 + 0) / 2; (6 + 0 + 3) / 3; (0 + 3 + 3) / 3."""
+    rule = descent(**PLAIN | {"window": 3})
+    close(follow(rule, vector(20), [update(vector(each)) for each in (6, 0, 3, 3)]), [14, 11, 8, 6])
+
+
 def test_fedasync_by_hand() -> None:
     """The site's model is base - delta = 6, then 2 with weight 1/2."""
     rule = fedasync(alpha=0.5, weight=polynomial(1.0))
@@ -113,6 +138,62 @@ def test_weights_by_staleness_by_hand() -> None:
     assert [constant(tau) for tau in (0, 9)] == [1, 1]
     assert [polynomial(0.5)(tau) for tau in (0, 3, 8)] == [1, 1 / 2, 1 / 3]
     assert [hinge(10, 4)(tau) for tau in (0, 4, 5, 7)] == [1, 1, 1 / 11, 1 / 31]
+
+
+# --- several updates of a site as one contribution ---------------------------------------------------------------------
+
+
+PARTS = [
+    update(vector(0.4), vector(1), lr=0.1, staleness=3),
+    update(vector(0.2), vector(2), lr=0.2, staleness=1),
+    update(vector(-0.1), vector(3), lr=0.1),
+]
+TOGETHER = PARTS[2]._replace(earlier=tuple(PARTS[:2]))
+
+
+def test_each_part_is_weighted_by_its_own_age_by_hand() -> None:
+    """0.4 / 4, 0.2 / 2 and -0.1, and of these the mean."""
+    close(follow(descent(**PLAIN | {"weight": polynomial(1.0)}), vector(5), [TOGETHER]), [5 - 0.1 / 3])
+    close(follow(fedbuff(eta=1.0, size=1, weight=polynomial(1.0)), vector(5), [TOGETHER]), [5 - 0.1 / 3])
+
+
+def test_each_part_is_compensated_against_its_own_base_by_hand() -> None:
+    """delta + lambda / lr delta^2 (x - base) with lambda = 1/2."""
+    terms = [0.4 + 5 * 0.16 * (5 - 1), 0.2 + 2.5 * 0.04 * (5 - 2), -0.1 + 5 * 0.01 * (5 - 3)]
+    close(follow(descent(**PLAIN | {"compensation": 0.5}), vector(5), [TOGETHER]), [5 - sum(terms) / 3])
+    windowed = follow(descent(**PLAIN | {"compensation": 0.5, "window": 2}), vector(5), [TOGETHER])
+    close(windowed, [5 - sum(terms) / 3])
+
+
+def test_parts_are_one_in_the_window_by_hand() -> None:
+    """p = 2: the mean of the parts is 1/6, then (1/6 + 3) / 2."""
+    rule = descent(**PLAIN | {"window": 2})
+    close(follow(rule, vector(5), [TOGETHER, update(vector(3))]), [5 - 0.5 / 3, 5 - 0.5 / 3 - (0.5 / 3 + 3) / 2])
+    assert rule.absorb(rule.init(vector(5)), TOGETHER).version == 1
+
+
+def test_adam_is_fed_the_mean_gradient_of_the_parts() -> None:
+    """4, 1 and -1: as one update with the gradient 4/3."""
+    rule = adaptive(eta=0.1, beta=0.9, beta_2=0.99, window=2, weight=constant, correct=False)
+    both = [update(vector(2)), TOGETHER], [update(vector(2)), update(vector(0.4 / 3), lr=0.1)]
+    torch.testing.assert_close(*(follow(rule, vector(5), updates)[-1] for updates in both))
+
+
+def test_fedasync_goes_towards_the_mean_of_the_models_made_by_hand() -> None:
+    """These are 0.6, 1.8 and 3.1, with the rates 1/2 times 1/4, 1/2 and 1, a third each."""
+    rates = [0.5 / 4 / 3, 0.5 / 2 / 3, 0.5 / 3]
+    expected = 5 * (1 - sum(rates)) + sum(rate * made for rate, made in zip(rates, (0.6, 1.8, 3.1), strict=True))
+    close(follow(fedasync(alpha=0.5, weight=polynomial(1.0)), vector(5), [TOGETHER]), [expected])
+    alone = follow(fedasync(alpha=1.0, weight=constant), vector(5), [TOGETHER])
+    close(alone, [(0.6 + 1.8 + 3.1) / 3])
+
+
+# Not of an adaptive lambda: its square decays with every gradient.
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("dc-asgd-a", "gsgm-dc-a")])
+def test_equal_parts_are_as_one(name: str) -> None:
+    one, x = update(vector(0.1, -0.2), vector(1, 2), staleness=2), vector(1, 3)
+    many = one._replace(earlier=(one, one))
+    torch.testing.assert_close(*(follow(RULES[name](), x, [each, each])[-1] for each in (one, many)))
 
 
 # --- limit cases and references ---------------------------------------------------------------------------------------
@@ -225,6 +306,44 @@ def test_sites_that_found_nothing_to_change_change_nothing(name: str) -> None:
     assert torch.equal(follow(RULES[name](), x, [update(torch.zeros_like(x), x)] * 4)[-1], x)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(RULES)), st.integers(0, 10_000), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_no_coordinate_moves_further_than_the_rule_says(name: str, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rule, x, delta, lr = RULES[name](), 0.0, 0.0, math.inf
+    state = rule.init(torch.randn(7, generator=generator, dtype=torch.float64))
+    for step in range(12):
+        vectors = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+        size = scale * 10 ** float(torch.rand(1, generator=generator) * 4 - 2)
+        base = state.x.clone() if step % 2 else vectors[1]
+        part = update(size * vectors[0].sign() if step % 3 else size * vectors[0], base, 0.05 + 0.1 * (step % 2), step % 4)
+        before = state.x.clone()
+        x = max(x, float(before.abs().max()), float(base.abs().max()))
+        delta, lr = max(delta, float(part.delta.abs().max())), min(lr, part.lr)
+        state = rule.absorb(state, part)
+        assert float((state.x - before).abs().max()) <= rule.reach(x, delta, lr) * (1 + 1e-9)
+
+
+def test_reach_is_no_wild_guess() -> None:
+    """Of what an ordinary run does, it is at most some ten times what happens."""
+    for name in RULES:
+        assert 0 < RULES[name]().reach(1.0, 0.01, 0.05) < 2, name
+
+
+def test_adam_comes_as_far_as_it_may_on_gradients_that_shrink() -> None:
+    """By beta_2 / beta from one to the next, where Cauchy-Schwarz is an equality."""
+    rule = adaptive(eta=1.0, beta=0.9, beta_2=0.85, window=1, weight=constant, correct=False)
+    updates = [update(vector((0.85 / 0.9) ** step), lr=1.0) for step in range(150)]
+    *_, before, last = follow(rule, vector(0), updates)
+    found = float((last - before).abs())
+    assert found == pytest.approx(rule.reach(0.0, 1.0, 1.0), rel=1e-3)
+
+
+def test_adam_reaches_any_distance_where_its_second_moment_forgets_first_or_overflows() -> None:
+    assert adaptive(eta=1.0, beta=0.9, beta_2=0.8, window=1, weight=constant, correct=True).reach(1, 1, 1) == math.inf
+    assert RULES["adam"]().reach(1.0, 1.0, 1e-20) == math.inf
+
+
 # --- the white list ---------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +407,30 @@ def test_list_by_hand() -> None:
     assert white_list.arrive("b") == ["b"]
     assert white_list.arrive("b") == []
     assert white_list.arrive("c") == ["c", "a", "b"]  # the cycle closes; who waited is next, in the order of arrival
+
+
+def test_site_that_was_ahead_when_it_was_set_aside_is_still_ahead_when_it_is_back() -> None:
+    white_list = WhiteList("abc", 1)
+    assert [white_list.arrive("a"), white_list.arrive("a")] == [["a"], ["a"]]
+    white_list.set_aside("a")
+    assert white_list.arrive("b") == ["b"]
+    assert white_list.arrive("a") == []  # it has two, c has none
+    assert white_list.arrive("c") == ["c", "a"]
+
+
+def test_list_is_even_when_all_active_sites_contributed() -> None:
+    white_list = WhiteList("abc", 0)
+    assert white_list.even
+    seen = []
+    for site in "abc":
+        white_list.arrive(site)
+        seen.append(white_list.even)
+    assert seen == [False, False, True]
+    white_list.arrive("a")
+    white_list.arrive("b")
+    assert not white_list.even
+    white_list.set_aside("c")
+    assert white_list.even
 
 
 def test_site_set_aside_is_not_waited_for_and_comes_back_level_with_the_others() -> None:

@@ -559,7 +559,7 @@ def test_only_neighbourhoods_perturb_as_they_say() -> None:
 
 @pytest.mark.parametrize("at", ["own", "data", "model"])
 def test_a_model_that_is_not_finite_ends_the_step(at: Any) -> None:
-    with pytest.raises(ValueError, match="this site's x is not finite; a smaller lr may help"):
+    with pytest.raises(ValueError, match=r"this site's x is not finite; a smaller training\.lr"):
         lockstep(PeerPlan(CDSGD, Neighbourhood(at)), 1, x=vectors(d=2) * 1e3, lr=1e308)
 
 

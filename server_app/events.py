@@ -1,0 +1,118 @@
+"""What happens in a run, as values: the drivers emit them, and whoever wants to know is a sink."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from flwr.app import ArrayRecord
+
+from models.flat import FlatModel
+from server_app.census import Federation, Site
+
+EVERYBODY = "all"  # the site of a metric that is the mean over sites
+
+
+class Began(NamedTuple):
+    """The sites are known, and the network, at its initial model."""
+
+    federation: Federation
+    model: FlatModel
+
+
+class Reported(NamedTuple):
+    """Metrics of one site, or the mean over them.
+
+    Attributes:
+        number: of the round, update or exchange.
+        seconds: since the first round.
+        site: its number, or ``EVERYBODY``.
+        split: train, test, consensus or links.
+        metrics: by name.
+        bytes_up, bytes_down: to the server and from it, so far.
+    """
+
+    number: int
+    seconds: float
+    site: int | str
+    split: str
+    metrics: Mapping[str, float]
+    bytes_up: int
+    bytes_down: int
+
+
+class Refused(NamedTuple):
+    """What a site sent cannot be used; printed, it is a line.
+
+    Attributes:
+        when: the round, update or step.
+        site: whose it is.
+        phase: what the site is left out of.
+        reason: why.
+    """
+
+    when: str
+    site: Site
+    phase: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.when}: {self.site.name} (site {self.site.number}) is left out of the {self.phase}: {self.reason}"
+
+
+class Kept(NamedTuple):
+    """The newest model, or models where sites learn alone: a row each."""
+
+    arrays: ArrayRecord
+
+
+class Progress(NamedTuple):
+    """How far a run is after a round; printed, it is a line.
+
+    Attributes:
+        unit: what is counted: round, update of the server, or exchange of peers.
+        round_number: how many there were.
+        epochs: local epochs of this round (a fraction where it counts steps), or None where there are no rounds.
+        done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of the whole run.
+        seconds: since the first round.
+        megabytes: sent and received so far.
+        train, test: means over the sites.
+    """
+
+    unit: str
+    round_number: int
+    epochs: float | None
+    done: float
+    total: int
+    seconds: float
+    megabytes: float
+    train: Mapping[str, float]
+    test: Mapping[str, float]
+
+    def __str__(self) -> str:
+        rates = f"{self.train.get('lr-first', math.nan):.2g} to {self.train.get('lr-last', math.nan):.2g}"
+        rounds = self.epochs is not None
+        left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
+        parts = (
+            f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
+            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
+            f"lr {rates:<15}",
+            f"train loss {self.train.get('loss', math.nan):.4f}",
+            f"test accuracy {self.test.get('accuracy', math.nan):.4f}",
+            f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
+            f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
+            f"worst {self.test['accuracy-worst']:.4f}" if "accuracy-worst" in self.test else "",
+            f"apart {self.train['disagreement']:.3g}" if "disagreement" in self.train else "",
+            f"{self.megabytes:.1f} MB",
+            f"{self.seconds:.0f} s, {left:.0f} s to go",
+        )
+        return " | ".join(part for part in parts if part)
+
+
+class Ended(NamedTuple):
+    """The run is over; with the error that stopped it, if one did."""
+
+    error: BaseException | None
+
+
+Event = Began | Reported | Refused | Kept | Progress | Ended
+Sink = Callable[[Event], None]

@@ -1,0 +1,68 @@
+"""What an asynchronous run gathers from test to test."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from server_app.report import Moment
+from strategies.protocol import TrainMetrics
+
+
+class Period:
+    """What arrived since the last test.
+
+    Args:
+        start: how far the run was then.
+    """
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self._losses: dict[int, list[float]] = defaultdict(list)
+        self._ages: dict[int, list[float]] = defaultdict(list)
+        self._rates: list[float] = []
+
+    def trained(self, node: int, metrics: TrainMetrics) -> None:
+        """A site sent a contribution."""
+        self._losses[node].append(metrics.loss)
+        self._rates.append(metrics.lr_first)
+
+    def applied(self, node: int, ages: Sequence[int]) -> None:
+        """A site's contribution of so old parts changed the model."""
+        self._ages[node].append(sum(ages) / len(ages))
+
+    def means(self, nodes: Sequence[int]) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
+        """Updates, mean staleness and loss of each site, and over all."""
+        ages, losses = ([each for of_site in known.values() for each in of_site] for known in (self._ages, self._losses))
+        of_sites = {node: _row(self._ages.get(node, []), self._losses.get(node, [])) for node in nodes}
+        together = _row(ages, losses)
+        together |= {"lr-first": self._rates[0], "lr-last": self._rates[-1]} if self._rates else {}
+        counts = sorted(Counter(map(round, ages)).items())
+        return of_sites, together | {f"staleness-{age}": float(count) for age, count in counts}
+
+
+def _row(ages: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
+    found = {"updates": float(len(ages)), "staleness": _mean(ages), "loss": _mean(losses)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+@dataclass
+class PendingTest:
+    """A test under way.
+
+    Attributes:
+        moment, done: how far the run was.
+        waiting: whose answers are still to come.
+        train: means over the sites of what training reported before.
+        answers: what sites found, by node.
+    """
+
+    moment: Moment
+    done: float
+    waiting: set[int]
+    train: Mapping[str, float]
+    answers: dict[int, dict[str, float]] = field(default_factory=dict)

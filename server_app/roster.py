@@ -1,0 +1,145 @@
+"""Who takes part in a run at the moment: who is here, who is away and why, who is called again, whether there are enough.
+
+One roster for all drivers. It sends nothing and looks at no clock: the driver tells it what happened, and the time.
+
+A site is *here* until it fails (it answers, but with nothing that can be used) or is silent (it does not answer, or the grid lost
+it). From then on it is *away*: nobody waits for it, and it is called again without being waited for. With its next answer it is
+here again.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+LONGEST_PAUSE = 64
+
+
+@dataclass
+class Standing:
+    """Where a site stands.
+
+    Attributes:
+        state: here, failed or silent; of the latter two, why, and since when.
+        called: whether it was called again since it failed: until then it is sure to fail again.
+        connected: whether the grid has it.
+        again: it is called again when the driver's count is there.
+        failures: since its last answer.
+    """
+
+    state: Literal["here", "failed", "silent"] = "here"
+    reason: str = ""
+    since: float = 0.0
+    called: bool = False
+    connected: bool = True
+    again: int = 0
+    failures: int = 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it would fail again."""
+        return self.state == "failed" and not self.called
+
+
+class Roster:
+    """The sites of a run.
+
+    Args:
+        sites: by whatever the driver knows them, what they are called in an error.
+        least: with fewer here the run stops.
+        timeout_s: after so many seconds.
+    """
+
+    def __init__(self, sites: Mapping[int, str], least: int, timeout_s: float) -> None:
+        self._names = sites
+        self._sites = {site: Standing() for site in sites}
+        self.least = min(least, len(self._sites))
+        self._timeout_s = timeout_s
+
+    # What happened.
+
+    def lose(self, site: int, reason: str, now: float, *, failed: bool = False, again: int = 0) -> None:
+        """A site failed or is silent: it is away, and called again from the driver's count ``again`` on."""
+        standing = self._sites[site]
+        if standing.state == "here":
+            standing.since = now
+        standing.state, standing.called = "failed" if failed else "silent", False
+        standing.reason, standing.again = reason, again
+        standing.failures += 1
+
+    def call(self, site: int) -> None:
+        """A site is called again."""
+        self._sites[site].called = True
+
+    def hurry(self) -> None:
+        """Silent sites may be called at once: nothing else moves the driver's count."""
+        for standing in self._sites.values():
+            standing.again = 0 if standing.state == "silent" else standing.again
+
+    def answer(self, site: int) -> bool:
+        """A site answered, and is here; whether it was away."""
+        standing = self._sites[site]
+        was_away, standing.state, standing.failures = standing.state != "here", "here", 0
+        return was_away
+
+    def see(self, connected: Collection[int], now: float) -> list[int]:
+        """Which sites the grid has: those that it has again, whose time to answer begins now."""
+        back = [site for site, each in self._sites.items() if site in connected and not each.connected]
+        for site, standing in self._sites.items():
+            standing.connected = site in connected
+        for site in back:
+            self._sites[site].since = now
+        return back
+
+    # Who takes part.
+
+    def here(self) -> list[int]:
+        """Who is waited for."""
+        return [site for site, standing in self._sites.items() if standing.state == "here"]
+
+    def away(self, site: int) -> bool:
+        """Whether nobody waits for a site."""
+        return self._sites[site].state != "here"
+
+    def silent(self, site: int) -> bool:
+        """Whether a site is away since it does not answer."""
+        return self._sites[site].state == "silent"
+
+    def due(self, count: int) -> list[int]:
+        """Who is away, connected, and to be called again when the driver's count is ``count``."""
+        away = ((site, each) for site, each in self._sites.items() if each.state != "here")
+        return [site for site, each in away if each.connected and each.again <= count]
+
+    def pause(self, site: int) -> int:
+        """How long, in the driver's count, a site is left alone that is lost now: ever longer the more often it is."""
+        return min(1 << self._sites[site].failures, LONGEST_PAUSE)
+
+    # Whether there are enough.
+
+    @property
+    def hope(self) -> bool:
+        """Whether enough sites are here or may come back."""
+        return sum(not standing.hopeless for standing in self._sites.values()) >= self.least
+
+    def left_s(self, now: float) -> float:
+        """Seconds until the run stops since too few sites are here; infinite while there are enough."""
+        gone = sorted(standing.since for standing in self._sites.values() if standing.state != "here")
+        spare = len(self._sites) - self.least
+        if len(gone) <= spare:
+            return math.inf
+        return gone[spare] + self._timeout_s - now if self.hope else 0.0
+
+    def shortage(self, who: str = "sites") -> str:
+        """Why a run stops whose time is over."""
+        when = f"after timeout-s = {self._timeout_s:g}" if self.hope else "and no others will"
+        reasons = {self._names[site]: each.reason for site, each in self._sites.items() if each.state != "here"}
+        return f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. {together(reasons)}"
+
+
+def together(reasons: Mapping[str, str]) -> str:
+    """Why sites are left out, by their names: those of the same reason together, the first few."""
+    of_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        of_reason.setdefault(reason, []).append(name)
+    shown = [f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: {reason}" for reason, names in of_reason.items()]
+    return "; ".join(shown[:5]) + ("; ..." if len(shown) > 5 else "")

@@ -1,0 +1,86 @@
+"""What peers report from test to test."""
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from server_app.report import Moment
+from strategies.averaging.mean import weighted_mean
+from strategies.protocol import StepMetrics
+
+
+@dataclass
+class PeerTest:
+    """What peers found when they tested after an exchange, and reported of their training before.
+
+    Attributes:
+        moment: of the last answer.
+        answers: of each peer, loss, accuracy and test examples.
+        train: of each peer, means since its last test; the first and the last rate.
+    """
+
+    moment: Moment
+    answers: dict[int, dict[str, float]] = field(default_factory=dict)
+    train: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def train_means(self) -> dict[str, float]:
+        """Over the peers that report it, each metric."""
+        names = sorted({name for each in self.train.values() for name in each})
+        found = {name: [each[name] for each in self.train.values() if name in each] for name in names}
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def test_means(self) -> dict[str, float]:
+        """By test examples; and the worst and the best peer."""
+        accuracies = [each["accuracy"] for each in self.answers.values()]
+        extremes = {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)}
+        return weighted_mean(list(self.answers.values()), "num-examples") | extremes
+
+
+class Tally:
+    """Gathers what peers report.
+
+    Args:
+        before: whether what a peer trained in the step in which it tests came before the test.
+    """
+
+    def __init__(self, *, before: bool) -> None:
+        self._before = before
+        self._tests: dict[int, PeerTest] = {}
+        self._train: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, peer: int, metrics: StepMetrics, number: int | None, moment: Moment) -> None:
+        """A peer took a step, in which it tested after the exchange ``number``, or not."""
+        if metrics.disagreement is not None:  # before it trained on
+            self._train[peer]["disagreement"].append(metrics.disagreement)
+        if self._before:
+            self._trained(peer, metrics)
+        if number is not None:
+            self._tested(peer, metrics, number, moment)
+        if not self._before:
+            self._trained(peer, metrics)
+
+    def _trained(self, peer: int, metrics: StepMetrics) -> None:
+        for name, value in (("loss", metrics.loss), ("lr-first", metrics.lr_first), ("lr-last", metrics.lr_last)):
+            if value is not None:
+                self._train[peer][name].append(value)
+
+    def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Moment) -> None:
+        test = self._tests.setdefault(number, PeerTest(moment))
+        test.moment = moment
+        found = {"num-examples": metrics.test_examples, "loss": metrics.test_loss, "accuracy": metrics.test_accuracy}
+        test.answers[peer] = {name: float(value) for name, value in found.items() if value is not None}
+        trained = self._train.pop(peer, {})
+        test.train[peer] = {name: sum(values) / len(values) for name, values in trained.items()}
+        test.train[peer] |= {name: trained[name][place] for name, place in (("lr-first", 0), ("lr-last", -1)) if name in trained}
+
+    def pending(self) -> list[int]:
+        """After which exchanges peers tested, of what was not taken yet."""
+        return sorted(self._tests)
+
+    def answered(self, number: int) -> Collection[int]:
+        """Who tested after an exchange."""
+        return self._tests[number].answers.keys()
+
+    def take(self, number: int) -> PeerTest:
+        """The test after an exchange; it is forgotten here."""
+        return self._tests.pop(number)

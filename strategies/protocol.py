@@ -1,0 +1,584 @@
+"""What crosses the wire between the server and its sites, typed: one function each way between a value and Flower's records.
+
+A server that believes a site is ended by the first broken one. Every reply is therefore read here, once and completely, before
+anything is touched: which records there are, every name, type and range, every byte of an array's header, every number of a
+model. Whatever is wrong, or goes wrong while reading, is a :class:`Refusal` that says what in one short line.
+"""
+
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from strategies.averaging.mean import extent, too_large
+from strategies.method import Local
+from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
+
+MODEL = "model"  # the record with a peer's last model
+SWITCHES = ("delta", "keep-moments", "plain")  # of an order
+MOMENTS = ("known", "mean", "variance")  # of the columns of a table
+GREATEST = 1e30  # no loss is larger: sums over sites stay finite
+ARRAY_NAME = re.compile(rf"({OFFER}|{TO}\d+)/[a-z0-9.-]{{1,32}}")
+NUMBERS = {"uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}  # types of arrays between peers
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+class Refusal(ValueError):
+    """A reply cannot be used; the message says why in a line."""
+
+
+def printable(text: str, longest: int = 80) -> str:
+    """Text of a site for a log, a table or an error: one line without control characters, shortened."""
+    start = "".join(char if char.isprintable() else "?" for char in text[: longest + 1])
+    return start if len(start) <= longest else f"{start[: longest - 1]}…"
+
+
+def _shown(value: object) -> str:
+    return printable(_SHORT.repr(value))
+
+
+# What a message holds besides vectors.
+
+
+def _is_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable")
+    return text
+
+
+Whole = Annotated[int, Field(ge=0, le=10**15)]
+Examples = Annotated[int, Field(ge=1, le=10**12)]
+Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]  # datasets.names makes no others
+Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]
+
+
+class Part(BaseModel):
+    """A record of a message: keys with hyphens, of exact types, no others."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        populate_by_name=True,
+        alias_generator=lambda field: field.replace("_", "-"),
+    )
+
+    def named(self) -> dict[str, Any]:
+        """What is there, by key."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
+class TrainMetrics(Part):
+    """What a site reports of its training: mean loss, first and last rate, examples, gradients (one an example) computed."""
+
+    loss: Magnitude
+    lr_first: Magnitude
+    lr_last: Magnitude
+    num_examples: Examples
+    samples: Whole
+
+
+class TestMetrics(Part):
+    """What a site reports of a test: of the mean prediction of several models also by majority, and the mean over the models."""
+
+    __test__ = False  # pytest looks at names
+
+    loss: Magnitude
+    accuracy: Share
+    accuracy_vote: Share | None = None
+    accuracy_single: Share | None = None
+    num_examples: Examples
+
+
+class StepMetrics(Part):
+    """What a peer reports of a step, as far as it took part in each."""
+
+    num_examples: Examples
+    samples: Whole
+    loss: Magnitude | None = None
+    lr_first: Magnitude | None = None
+    lr_last: Magnitude | None = None
+    disagreement: Magnitude | None = None
+    test_loss: Magnitude | None = None
+    test_accuracy: Share | None = None
+    test_examples: Examples | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> "StepMetrics":
+        for group in ((self.loss, self.lr_first, self.lr_last), (self.test_loss, self.test_accuracy, self.test_examples)):
+            if len({value is None for value in group}) > 1:
+                raise ValueError("loss and rates go together, and what a test found")
+        return self
+
+
+class StepNotes(Part):
+    """What a peer says of a step: payloads it refuses and why, neighbours to start anew with, whether it started anew itself."""
+
+    refused: Annotated[list[str], Field(max_length=1000)]
+    broken: list[Whole]
+    fresh: bool
+    anew: bool
+
+
+class SiteCard(Part):
+    """A site's answer to who it is and what it holds.
+
+    Attributes:
+        site: its number, from 0.
+        sites: how many a simulation has; 0 in a deployment, where a site knows nothing but itself.
+        name: for people.
+        classes, columns: of its labels; of its table, if it is one.
+        shape: of an example.
+        train, test: examples.
+        notes: on its data, for people.
+        code: of :func:`strategies.records.code_version`.
+        known, mean, variance: of a table's columns.
+        counts: examples of each class; a deployed site keeps them to itself.
+        public_key: where keys are trusted on first use.
+    """
+
+    site: Annotated[int, Field(ge=0, lt=10**6)]
+    sites: Annotated[int, Field(ge=0, le=10**6)]
+    name: Name
+    classes: Annotated[list[Name], Field(min_length=1, max_length=100)]
+    columns: list[Column]
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=2**24)]], Field(min_length=1, max_length=4)]
+    train: Examples
+    test: Examples
+    notes: Annotated[list[str], Field(max_length=1000)]
+    code: Annotated[str, Field(max_length=64)]
+    known: list[Magnitude] | None = None
+    mean: list[Finite] | None = None
+    variance: list[Annotated[float, Field(ge=0, le=GREATEST**2, allow_inf_nan=False)]] | None = None
+    counts: list[Whole] | None = None
+    public_key: Annotated[bytes, Field(min_length=32, max_length=32)] | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> "SiteCard":
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes must differ")
+        if self.counts is not None and (len(self.counts), sum(self.counts)) != (len(self.classes), self.train + self.test):
+            raise ValueError("counts must be those of the classes, train + test in all")
+        moments = (self.known, self.mean, self.variance)
+        if any(each is not None and len(each) != len(self.columns) for each in moments):
+            raise ValueError("known, mean and variance must be those of the columns")
+        if len({each is None for each in moments}) > 1 or (self.known is None) != (not self.columns):
+            raise ValueError("known, mean and variance belong to a table's columns")
+        if self.columns and self.shape != [len(self.columns)]:
+            raise ValueError("shape must be that of the columns")
+        return self
+
+    @property
+    def moments(self) -> tuple[tuple[float, ...], ...]:
+        """``known``, ``mean`` and ``variance``; empty where the data are no table."""
+        return tuple(tuple(each) for each in (self.known, self.mean, self.variance) if each is not None)
+
+
+# Orders: what the server tells.
+
+
+class Agreed(NamedTuple):
+    """What all sites know of each other.
+
+    Attributes:
+        classes: of all sites.
+        moments: ``known``, ``mean`` and ``variance`` of a table's columns over all sites; empty for other data.
+    """
+
+    classes: tuple[str, ...]
+    moments: tuple[tuple[float, ...], ...] = ()
+
+    def config(self) -> dict[str, Any]:
+        """As a message tells it."""
+        return {"classes": list(self.classes)} | dict(zip(MOMENTS, map(list, self.moments), strict=False))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Agreed":
+        """What a message tells."""
+        return cls(tuple(config["classes"]), tuple(tuple(config[key]) for key in MOMENTS if key in config))
+
+
+class Order(NamedTuple):
+    """To train (``local``) or to test the model that comes with it.
+
+    Attributes:
+        number: of the round, or of updates so far.
+        agreed: what all sites know.
+        local: what to do; None in a test.
+    """
+
+    number: int
+    agreed: Agreed
+    local: Local | None = None
+
+
+def write_order(order: Order) -> ConfigRecord:
+    """As a record."""
+    local = {} if order.local is None else write_local(order.local)
+    return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local})
+
+
+def write_local(local: Local) -> dict[str, bool | int | float | str]:
+    """What a site is to do, as an order says it: what differs from the default."""
+    found: dict[str, bool | int | float | str] = {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
+    found |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
+    found |= {"proximal-mu": local.proximal} if local.proximal else {}
+    return found | {key: True for key in SWITCHES if getattr(local, key.replace("-", "_"))}
+
+
+def read_order(record: ConfigRecord) -> Order:
+    """From a record.
+
+    Raises:
+        KeyError: a part is missing.
+    """
+    told: dict[str, Any] = dict(record)
+    local = None
+    if "lr" in told:
+        local = Local(
+            float(told["lr"]),
+            (float(told["cycle-from"]), float(told["cycle-to"])),
+            epochs=int(told.get("local-epochs", 0)),
+            steps=int(told.get("local-steps", 0)),
+            proximal=float(told.get("proximal-mu", 0.0)),
+            **{key.replace("-", "_"): bool(told.get(key, False)) for key in SWITCHES},
+        )
+    return Order(int(told["server-round"]), Agreed.of(told), local)
+
+
+class PeerOrder(NamedTuple):
+    """To a peer: take this step.
+
+    Attributes:
+        step: counts from 0.
+        agreed: what all sites know.
+        neighbours: whom it hears in this step, with their weights.
+        test: whether it tests its model.
+        last: whether this is its last step.
+        rejoin: whether it was away.
+        fresh: whether it must start anew what its neighbours keep of it (CHOCO).
+        done: fraction of the run.
+        listeners: who may read what it offers, where that is sealed.
+        keys: public keys of the others, where they are trusted on first use.
+    """
+
+    step: int
+    agreed: Agreed
+    neighbours: Mapping[int, float]
+    test: bool
+    last: bool
+    rejoin: bool
+    fresh: bool
+    done: float
+    listeners: tuple[int, ...] | None = None
+    keys: Mapping[int, bytes] = {}
+
+
+def write_peer_order(order: PeerOrder) -> ConfigRecord:
+    """As a record."""
+    found: dict[str, Any] = {
+        "server-round": order.step,
+        **order.agreed.config(),
+        "neighbours": list(order.neighbours),
+        "weights": list(order.neighbours.values()),
+        "test": order.test,
+        "last": order.last,
+        "rejoin": order.rejoin,
+        "fresh": order.fresh,
+        "cycle-from": order.done,
+    }
+    found |= {} if order.listeners is None else {"listeners": list(order.listeners)}
+    return ConfigRecord(found | {f"key-{number}": key for number, key in order.keys.items()})
+
+
+def read_peer_order(record: ConfigRecord) -> PeerOrder:
+    """From a record.
+
+    Raises:
+        KeyError: a part is missing.
+    """
+    told: dict[str, Any] = dict(record)
+    return PeerOrder(
+        int(told["server-round"]),
+        Agreed.of(told),
+        dict(zip(told["neighbours"], told["weights"], strict=True)),
+        bool(told["test"]),
+        bool(told["last"]),
+        bool(told["rejoin"]),
+        bool(told["fresh"]),
+        float(told["cycle-from"]),
+        tuple(told["listeners"]) if "listeners" in told else None,
+        {int(key.removeprefix("key-")): value for key, value in told.items() if key.startswith("key-")},
+    )
+
+
+# Replies: what sites answer.
+
+
+class Layout(NamedTuple):
+    """Of a model on the wire.
+
+    Attributes:
+        sizes: elements of each vector.
+        variances: which statistics are variances, [b] of bool.
+    """
+
+    sizes: Mapping[str, int]
+    variances: Tensor
+
+
+class Trained(NamedTuple):
+    """A site's reply to an order to train.
+
+    Attributes:
+        vectors: the model it made, or how far it moved from the one it was sent.
+        metrics: what it reports.
+        largest: the largest magnitude in ``x``.
+        change: of each vector, how far it is from the one that was sent.
+    """
+
+    vectors: Mapping[str, Tensor]
+    metrics: TrainMetrics
+    largest: float
+    change: Mapping[str, float]
+
+
+class Offer(NamedTuple):
+    """A peer's reply to a step.
+
+    Attributes:
+        arrays: payloads for all neighbours (``offer/``) or one (``to-J/``), which only they look into.
+        metrics: what it reports.
+        notes: what it says.
+        model: its last model, where the server may have it.
+        flaw: why its last model cannot be used.
+    """
+
+    arrays: Mapping[str, Array]
+    metrics: StepMetrics
+    notes: StepNotes
+    model: Mapping[str, Tensor] | None
+    flaw: str
+
+
+Rest = ParamSpec("Rest")
+T = TypeVar("T")
+P = TypeVar("P", bound=Part)
+
+
+def _border(read: Callable[Concatenate[RecordDict, Rest], T]) -> Callable[Concatenate[Message, Rest], T]:
+    """A reader of replies that raises nothing but :class:`Refusal`, whatever the reply holds."""
+
+    def reader(reply: Message, /, *args: Rest.args, **kwargs: Rest.kwargs) -> T:
+        if reply.has_error():
+            raise Refusal(why(reply))
+        try:
+            return read(reply.content, *args, **kwargs)
+        except Exception as error:
+            raise Refusal(_cause(error)) from error
+
+    reader.__doc__ = read.__doc__
+    return reader
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, Refusal):
+        return str(error)
+    return f"cannot be read: {type(error).__name__}: {printable(str(error))}"
+
+
+def why(reply: Message) -> str:
+    """What went wrong at the site, in a line."""
+    reason = (reply.error.reason or "no reason given").strip()
+    return printable(reason.splitlines()[-1] if "\n" in reason else reason, 500)
+
+
+def _records(content: Mapping[str, Any], **expected: type) -> Iterator[Any]:
+    """The records of a reply in the order asked for; there must be these and no others."""
+    if set(content) != set(expected):
+        raise Refusal(f"the reply holds the records {_shown(sorted(content))}, {sorted(expected)} are expected")
+    for name, kind in expected.items():
+        if not isinstance(content[name], kind):
+            raise Refusal(f"{name} is {type(content[name]).__name__}, {kind.__name__} is expected")
+        yield content[name]
+
+
+def _part(kind: type[P], record: MetricRecord | ConfigRecord) -> P:
+    try:
+        return kind.model_validate(dict(record))
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        key = ".".join(str(step) for step in wrong["loc"])
+        what = wrong["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        match wrong["type"]:
+            case "missing":
+                reason = f"{key} is missing"
+            case "extra_forbidden":
+                reason = f"{_shown(key)} is unknown"
+            case _ if not key:
+                reason = what
+            case _:
+                reason = f"{key} is {_shown(wrong['input'])}: {what}"
+        raise Refusal(printable(reason, 240)) from None
+
+
+def _examples(found: int | None, expected: int, name: str = "num-examples") -> None:
+    if found != expected:
+        raise Refusal(f"{name} is {found}, at first the site said {expected}")
+
+
+def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
+    """An array whose bytes are what they are said to be."""
+    known, start = np.dtype(dtype), header(np.dtype(dtype), shape)
+    length = len(start) + known.itemsize * int(np.prod(shape, dtype=object))
+    if array.stype != "numpy.ndarray":
+        raise Refusal(f"{name} is a {_shown(array.stype)}, 'numpy.ndarray' is expected")
+    if len(array.data) != length or array.data[: len(start)] != start:
+        raise Refusal(f"{name} holds {len(array.data)} bytes that are not {dtype} of shape {shape}")
+
+
+def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
+    """The vectors of a model; they share the reply's memory. Their values are still to be looked at."""
+    if set(record) != set(layout.sizes):
+        raise Refusal(f"the reply holds the arrays {_shown(sorted(record))}, {sorted(layout.sizes)} are expected")
+    found = {}
+    for name, size in layout.sizes.items():
+        array = record[name]
+        if array.dtype != "float32" or tuple(array.shape) != (size,):
+            raise Refusal(
+                f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, float32 of shape ({size},) is expected"
+            )
+        _whole(name, array, "float32", (size,))
+        found[name] = unpack(array)
+    if STATS in found and bool((found[STATS][layout.variances] < 0).any()):
+        raise Refusal("stats holds a variance below 0")
+    return found
+
+
+def _model(record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float, dict[str, float]]:
+    """The vectors of a model, the largest magnitude in ``x``, and how far each is from what was sent."""
+    vectors = _vectors(record, layout)
+    measured = {name: extent(vector, sent.get(name)) for name, vector in vectors.items()}
+    for largest, _ in measured.values():
+        if reason := too_large(largest):
+            raise Refusal(reason)
+    return vectors, measured[X][0], {name: change for name, (_, change) in measured.items()}
+
+
+@_border
+def read_trained(content: RecordDict, layout: Layout, num_examples: int, sent: Mapping[str, Tensor]) -> Trained:
+    """What a site made of an order to train.
+
+    Args:
+        content: of the reply.
+        layout: of the model.
+        num_examples: what the site said at first.
+        sent: the vectors that the change is taken from; not those of which the site sends the change itself.
+
+    Raises:
+        Refusal: it cannot be used.
+    """
+    arrays, record = _records(content, **{ARRAYS: ArrayRecord, METRICS: MetricRecord})
+    metrics = _part(TrainMetrics, record)
+    _examples(metrics.num_examples, num_examples)
+    vectors, largest, change = _model(arrays, layout, sent)
+    return Trained(vectors, metrics, largest, change)
+
+
+def write_trained(vectors: Mapping[str, Tensor], metrics: TrainMetrics) -> RecordDict:
+    """As a reply's content."""
+    return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named())})
+
+
+@_border
+def read_tested(content: RecordDict, num_examples: int, models: int = 1) -> TestMetrics:
+    """What a site found when it tested the mean prediction of so many models.
+
+    Raises:
+        Refusal: it cannot be used.
+    """
+    [record] = _records(content, **{METRICS: MetricRecord})
+    metrics = _part(TestMetrics, record)
+    _examples(metrics.num_examples, num_examples)
+    for value in (metrics.accuracy_vote, metrics.accuracy_single):
+        if (value is None) != (models == 1):
+            raise Refusal(f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}")
+    return metrics
+
+
+def write_tested(metrics: TestMetrics) -> RecordDict:
+    """As a reply's content."""
+    return RecordDict({METRICS: MetricRecord(metrics.named())})
+
+
+@_border
+def read_offer(
+    content: RecordDict, order: PeerOrder, layout: Layout, num_examples: int, num_tests: int, readers: Collection[int], model: bool
+) -> Offer:
+    """What a peer answers to an order.
+
+    Args:
+        content: of the reply.
+        order: that it answers.
+        layout: of a model.
+        num_examples, num_tests: what the site said at first.
+        readers: whom it may address.
+        model: whether its model is expected; a flaw in it costs no more than the model.
+
+    Raises:
+        Refusal: it cannot be used.
+    """
+    rest = {name: record for name, record in content.items() if not (model and name == MODEL)}
+    arrays, record, told = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord, CONFIG: ConfigRecord})
+    metrics, notes = _part(StepMetrics, record), _part(StepNotes, told)
+    _examples(metrics.num_examples, num_examples)
+    if (metrics.test_examples is not None) != order.test:
+        raise Refusal(f"it {'left out the' if order.test else 'reports a'} test")
+    if order.test:
+        _examples(metrics.test_examples, num_tests, "test-examples")
+    if strangers := set(notes.broken) - set(order.neighbours):
+        raise Refusal(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
+    _payloads(arrays, [] if order.last else [OFFER, *(f"{TO}{reader}" for reader in readers)])
+    made, flaw = None, ""
+    if model:
+        try:
+            [last] = _records({MODEL: content.get(MODEL)}, **{MODEL: ArrayRecord})
+            made = _model(last, layout, {})[0]
+        except Exception as error:
+            flaw = _cause(error)
+    return Offer(arrays, metrics, notes, made, flaw)
+
+
+def _payloads(arrays: ArrayRecord, known: Collection[str]) -> None:
+    """Arrays for peers: their names and types, and that their bytes are what they are said to be."""
+    for name, array in arrays.items():
+        if not ARRAY_NAME.fullmatch(name) or name.partition("/")[0] not in known:
+            raise Refusal(f"it offers {_shown(name)}, which nobody expects")
+        if array.dtype not in NUMBERS:
+            raise Refusal(f"{name} is {_shown(array.dtype)}; allowed: {', '.join(sorted(NUMBERS))}")
+        _whole(name, array, array.dtype, tuple(array.shape))
+
+
+@_border
+def read_card(content: RecordDict) -> SiteCard:
+    """Who a site is and what it holds.
+
+    Raises:
+        Refusal: it cannot be used.
+    """
+    [record] = _records(content, **{CONFIG: ConfigRecord})
+    return _part(SiteCard, record)
+
+
+def write_card(card: SiteCard) -> RecordDict:
+    """As a reply's content."""
+    return RecordDict({CONFIG: ConfigRecord(card.named())})

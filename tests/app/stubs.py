@@ -1,0 +1,181 @@
+"""Sites that answer at once with made-up numbers: the real server, without training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from configuration.config import Config
+from server_app.app import run
+from server_app.events import Event, Kept, Refused
+from server_app.results import History
+from simulation.grid import FIRST_NODE, VirtualGrid
+from simulation.world import World
+from strategies.protocol import (
+    Order,
+    SiteCard,
+    StepMetrics,
+    StepNotes,
+    TestMetrics,
+    TrainMetrics,
+    read_order,
+    read_peer_order,
+    write_card,
+    write_tested,
+    write_trained,
+)
+from strategies.records import STATS, X, arrays_of, code_version, config_of, pack, unpack
+
+SITES, TRAIN, TEST, SIZE = 5, 8, 4, 14
+NETWORK = "tests.app.stubs:network"
+Answer = RecordDict | Error | None  # None: it is lost
+Spoil = Callable[[int, Message, RecordDict], Answer]
+
+
+def network(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Fourteen parameters and four statistics."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes), nn.BatchNorm1d(num_classes))
+
+
+class Sites(VirtualGrid):
+    """Sites that answer with made-up numbers.
+
+    Args:
+        config: the run.
+        spoil: what becomes of a site's answer.
+        seconds: how long it takes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        spoil: Spoil = lambda site, message, content: content,
+        seconds: Callable[[int, Message], float] = lambda site, message: 1.0,
+    ) -> None:
+        super().__init__(ClientApp(), World().sites(config.num_sites, 1), {})
+        self._config, self._spoil, self._seconds = config, spoil, seconds
+
+    def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
+        site = node - FIRST_NODE
+        answer = self._spoil(site, message, honest(self._config, site, message))
+        reply = None if answer is None else Message(answer, reply_to=message)
+        return self.now() + self._seconds(site, message), reply
+
+
+def honest(config: Config, site: int, message: Message) -> RecordDict:
+    """What a site answers that is as it should be."""
+    match message.metadata.message_type:
+        case "query.site":
+            return write_card(card(config, site))
+        case "train":
+            return trained(read_order(config_of(message)), site, message)
+        case "evaluate":
+            models = 1 if len(arrays_of(message)[X].shape) == 1 else config.num_sites
+            more = {} if models == 1 else {"accuracy_vote": 0.5, "accuracy_single": 0.5}
+            return write_tested(TestMetrics(loss=1.0 + site, accuracy=site / 10, num_examples=TEST, **more))
+        case kind:
+            return stepped(config, site, message, kind == "train.cross")
+
+
+def card(config: Config, site: int) -> SiteCard:
+    """Two classes of 1 x 2 x 2."""
+    trusting = config.wire.sealing == "trust-on-first-use"
+    return SiteCard(
+        site=site,
+        sites=config.num_sites,
+        name=f"site {site}",
+        classes=["a", "b"],
+        columns=[],
+        shape=[1, 2, 2],
+        train=TRAIN,
+        test=TEST,
+        notes=[],
+        code=code_version(),
+        counts=[6, 6],
+        public_key=bytes([9] * 32) if trusting else None,
+    )
+
+
+def noise(site: int, number: int, size: int) -> torch.Tensor:
+    """A tenth in each coordinate or so, the same for the same site and message."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(1000 * number + site)) / 10
+
+
+def trained(order: Order, site: int, message: Message) -> RecordDict:
+    """A model a little way off, or that way."""
+    assert order.local is not None
+    sent = {name: unpack(array) for name, array in arrays_of(message).items()}
+    moved = noise(site, order.number, SIZE)
+    made = {X: moved if order.local.delta else sent[X] - moved, STATS: sent[STATS] * 0.9 + 0.1}
+    made |= {name: noise(site, -order.number, SIZE) for name in sent if name not in made}
+    metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=TRAIN, samples=TRAIN)
+    return write_trained(made, metrics)
+
+
+def stepped(config: Config, site: int, message: Message, cross: bool) -> RecordDict:
+    """A peer's answer: it offers what it makes up."""
+    order = read_peer_order(config_of(message))
+    metrics: dict[str, Any] = {"num_examples": TRAIN, "samples": TRAIN}
+    if order.test:
+        metrics |= {"test_loss": 1.0 + site, "test_accuracy": site / 10, "test_examples": TEST}
+    if not cross and not order.last:
+        metrics |= {"loss": 1.0, "lr_first": 0.05, "lr_last": 0.05}
+    names = [f"to-{j}/values" for j in order.neighbours] if cross else ["offer/0.values"]
+    arrays = {name: Array(noise(site, order.step, SIZE).numpy()) for name in names if not order.last}
+    notes = StepNotes(refused=[], broken=[], fresh=False, anew=False)
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(arrays),
+            "metrics": MetricRecord(StepMetrics(**metrics).named()),
+            "config": ConfigRecord(notes.named()),
+        }
+    )
+    if order.last and config.wire.collect_models and config.wire.sealing == "off":
+        content["model"] = pack({X: noise(site, order.step, SIZE), STATS: torch.ones(4)})
+    return content
+
+
+class Outcome(History):
+    """What a run left behind.
+
+    Attributes:
+        refused: what was refused.
+        kept: the models, as they came.
+        error: the error that ended it, if one did.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.refused: list[Refused] = []
+        self.kept: list[dict[str, torch.Tensor]] = []
+        self.error: Exception | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Keep it."""
+        super().__call__(event)
+        if isinstance(event, Refused):
+            self.refused.append(event)
+        if isinstance(event, Kept):
+            self.kept.append({name: unpack(array) for name, array in event.arrays.items()})
+
+    def model(self) -> dict[str, bytes]:
+        """Every byte of the last model."""
+        return {name: array.data for name, array in self.arrays.items()}
+
+    def model_of(self, site: int) -> "np.ndarray[Any, Any]":
+        """A peer's last model."""
+        return unpack(self.arrays[X])[site].numpy()
+
+
+def outcome(config: Config, *args: Any, **kwargs: Any) -> Outcome:
+    """Run the real server over :class:`Sites`."""
+    found = Outcome(config)
+    try:
+        run(Sites(config, *args, **kwargs), config, found)
+    except Exception as error:
+        found.error = error
+    return found

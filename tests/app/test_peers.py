@@ -448,7 +448,7 @@ def test_peers_that_all_fail_stop_the_run_at_once() -> None:
             reply.content.metric_records["metrics"]["num-examples"] = 0
         return reply
 
-    with pytest.raises(RunError, match=r"and no others will, min-sites = 2: stopped\. site 0: num-examples is 0"):
+    with pytest.raises(RunError, match=r"and no others will, min-sites = 2: stopped\. site 0, site 1, site 2, site 3: num-examples is 0"):
         watched(fail, strategy="d-psgd")
 
 

@@ -18,6 +18,7 @@ from strategies.peer import (
     ngm,
     q_saddle,
     qgm,
+    relay_sgd,
 )
 
 _ALL: tuple[Method[Any], ...] = (
@@ -47,6 +48,7 @@ _ALL: tuple[Method[Any], ...] = (
     q_saddle.METHOD,
     n_saddle.METHOD,
     dfedsam.METHOD,
+    relay_sgd.METHOD,
     *flower.METHODS,
 )
 METHODS = {method.name: method for method in _ALL}

@@ -66,6 +66,7 @@ def test_every_strategy_of_peers_learns_by_its_name(strategy: str) -> None:
     assert together["consensus-distance"] > 0
 
 
+NOLOCO = "strategies.peer.noloco:METHOD"
 ALIKE: list[dict[str, Any]] = [
     {"strategy": "d-psgd"},
     {"strategy": "cdsgd", "topology.name": "star"},
@@ -102,6 +103,8 @@ ALIKE: list[dict[str, Any]] = [
     {"strategy": "ngm", "ngm.gradients": "model", "topology.name": "exponential"},
     {"strategy": "n-saddle", "n-saddle.perturbed-by": "owner-of-model", "training.weight-decay": 0.1},
     {"strategy": "d-psgd", "data.augment": "flip-crop"},
+    {"strategy": NOLOCO, "topology.name": "matching", "num_sites": 5, "noloco.local-steps": 3},
+    {"strategy": "d-psgd", "topology.name": "examples.my_topology:cities"},
 ]
 
 
@@ -137,6 +140,7 @@ JUMPING: list[dict[str, Any]] = [
         {"wire.codec": codec, "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
         for codec in ("qsgd", "sign", "top-k", "fp16", "bf16")
     ),
+    {"wire.codec": "examples.my_codec:few_digits", "wire.error-feedback": "deep-squeeze"},
     {"strategy": "d-psgd"},
     {"strategy": "d-psgd", "model.name": "cnn"},
 ]
@@ -581,6 +585,10 @@ def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[st
         ({"strategy": "ngm", "ngm.local-steps": 2}, "ngm.local-steps = 2: unknown key"),
         (
             {"strategy": "qgm", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.name": "one-peer-exponential"},
+            "error-feedback = 'choco': neighbours change",
+        ),
+        (
+            {"strategy": "qgm", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.name": "matching"},
             "error-feedback = 'choco': neighbours change",
         ),
         (

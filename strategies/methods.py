@@ -16,6 +16,7 @@ from strategies.peer import (
     gradient_tracking,
     n_saddle,
     ngm,
+    noloco,
     q_saddle,
     qgm,
     relay_sgd,
@@ -49,6 +50,7 @@ _ALL: tuple[Method[Any], ...] = (
     n_saddle.METHOD,
     dfedsam.METHOD,
     relay_sgd.METHOD,
+    noloco.METHOD,
     *flower.METHODS,
 )
 METHODS = {method.name: method for method in _ALL}

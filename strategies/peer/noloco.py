@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from strategies.keys import Above0, Decay, NotNegative, PeerKeys, Positive
-from strategies.method import Method, PeerPlan, Run
+from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
@@ -85,7 +85,7 @@ class Keys(PeerKeys):
 def plan(keys: Keys, run: Run) -> PeerPlan:
     """Adapt, then combine with momentum."""
     algorithm = noloco(alpha=keys.alpha, beta=keys.beta, gamma=keys.gamma, momentum=keys.momentum)
-    return PeerPlan(algorithm, steps=keys.local_steps)
+    return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps)
 
 
 METHOD = Method("noloco", Keys, plan)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from strategies.keys import Decay, PeerKeys
-from strategies.method import Method, PeerPlan, Run
+from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.algorithm import LinkAlgorithm, Vectors
 from strategies.topology import Topology, TopologyError
 
@@ -86,7 +86,8 @@ class Keys(PeerKeys):
 
 def plan(keys: Keys, run: Run) -> PeerPlan:
     """Adapt, then relay."""
-    return PeerPlan(relay_sgd(n=run.num_sites, beta=keys.momentum), steps=keys.local_steps, check=check, exact=True)
+    algorithm = relay_sgd(n=run.num_sites, beta=keys.momentum)
+    return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, check, exact=True)
 
 
 METHOD = Method("relaysgd", Keys, plan, frozenset({"topology.averaging-rate"}))

@@ -51,7 +51,9 @@ def run(world: World | None = None, engine: str = "app", **changes: Any) -> Run:
 
 @pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "peers"])
 def test_every_strategy_of_peers_learns_by_its_name(strategy: str) -> None:
+    tree: dict[str, Any] = {"topology.name": "path"} if strategy == "relaysgd" else {}
     found = run(
+        **tree,
         strategy=strategy,
         epochs=30,
         training={"batch_size": 64, "lr": 0.1},

@@ -8,7 +8,7 @@ each step of a sender once, in order.
 
 Whose public key is whose, a site reads from a file of its own (``--node-config 'private-key="..." peer-keys="..."'``), which lists
 for each site number its public key. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the
-public ones on, and a site keeps to the first it was told: that protects from a relay that turns bad later, not from one that was
+public ones on, and a site keeps to the first that came: that protects from a relay that turns bad later, not from one that was
 bad at first.
 """
 

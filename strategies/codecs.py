@@ -127,7 +127,7 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
 
 
 def random_k(sizes: Sequence[int], share: float) -> Codec:
-    """Numbers of each layer at random places, which the seed of 8 bytes tells; not scaled up."""
+    """Numbers of each layer at random places, which follow from a seed of 8 bytes; not scaled up."""
 
     def places(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

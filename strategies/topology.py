@@ -47,15 +47,15 @@ class Topology(NamedTuple):
         return self.matrices[exchange % len(self.matrices)]
 
     def neighbours(self, exchange: int, peer: int) -> dict[int, float]:
-        """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
-        return _heard(self.matrices)[exchange % len(self.matrices)][peer]
+        """Whose vectors ``peer`` mixes in an exchange, with their weights, itself not among them."""
+        return _neighbours_of(self.matrices)[exchange % len(self.matrices)][peer]
 
     def readers(self, peer: int) -> set[int]:
-        """Who hears ``peer`` in any exchange."""
+        """Who mixes what ``peer`` offers in any exchange."""
         return {other for other in self.graph if self.graph.has_edge(other, peer)}
 
     def linked(self, peer: int) -> list[int]:
-        """Whom ``peer`` hears from or is heard by in any exchange."""
+        """Who is linked with ``peer`` in any exchange, in either direction."""
         return sorted(set(nx.all_neighbors(self.graph, peer)))
 
     def parts(self, peers: set[int]) -> list[list[int]]:
@@ -65,7 +65,7 @@ class Topology(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _heard(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
+def _neighbours_of(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
     """Of each matrix and peer; looked up for every message."""
     return [
         [{j: weight for j, weight in enumerate(row) if weight and j != peer} for peer, row in enumerate(matrix.tolist())]
@@ -294,7 +294,7 @@ def metropolis_weights(adjacency: Tensor) -> Tensor:
 
 
 def uniform_weights(adjacency: Tensor) -> Tensor:
-    """Everybody heard, oneself included, counts the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
+    """All neighbours and the peer itself count the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
     return (adjacency + torch.eye(len(adjacency), dtype=torch.float64)) / (1 + adjacency.sum(1, keepdim=True))
 
 
@@ -316,7 +316,7 @@ def check(matrices: list[Tensor], name: str) -> None:
     """Refuse what does not lead to agreement.
 
     Raises:
-        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that never hear from others.
+        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that others never reach.
     """
     union = torch.stack(matrices).sum(0)
     for matrix in matrices:
@@ -333,5 +333,5 @@ def check(matrices: list[Tensor], name: str) -> None:
     graph = nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)
     if not nx.is_strongly_connected(graph):
         parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
-        told = ", ".join(map(str, parts[:4]))
-        raise TopologyError(f"topology.name = {name!r}: the graph is not connected, its parts are {told}")
+        first = ", ".join(map(str, parts[:4]))
+        raise TopologyError(f"topology.name = {name!r}: the graph is not connected, its parts are {first}")

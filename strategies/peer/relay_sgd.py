@@ -5,7 +5,7 @@
     x_i     = (1/n) (sum_{j in N_i} s_ji + (n - sum_{j in N_i} c_ji) x_half_i)                        of this one
 
 Peer i offers neighbour j the sum ``s_ij`` of the models on its own side of their link, and how many they are. What has not
-arrived yet counts as the own model: a peer at distance t is heard after t exchanges.
+arrived yet counts as the own model: that of a peer at distance t arrives in t exchanges.
 
 Source: Vogels, He, Koloskova, Karimireddy, Lin, Stich, Jaggi, "RelaySum for Decentralized Deep Learning on Heterogeneous Data",
 NeurIPS 2021, algorithm 1, and its code. Differs: where a neighbour sends nothing, its whole side counts as the own model, for as

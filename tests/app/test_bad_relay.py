@@ -16,7 +16,7 @@ from client_app.memory import recall
 from client_app.peer import peer_of
 from configuration.config import Config, configuration
 from strategies.peer.state import PeerState
-from strategies.records import arrays_of, config_of, metrics_of, unpack
+from strategies.records import arrays_of, config_of, metrics_of, pack, unpack
 
 SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
 SITES = range(4)
@@ -63,9 +63,16 @@ class Sites:
         keys = {name: key for name, key in self.public.items() if name != f"key-{site}"}
         return fields | keys | {name.replace("_", "-"): value for name, value in changes.items()}
 
-    def ask(self, site: int, kind: str, fields: dict[str, Any], received: dict[int, dict[str, Array]] | None = None) -> Message:
+    def ask(
+        self,
+        site: int,
+        kind: str,
+        fields: dict[str, Any],
+        received: dict[int, dict[str, Array]] | None = None,
+        x: torch.Tensor | None = None,
+    ) -> Message:
         """The answer to a message."""
-        records: dict[str, Any] = {"config": ConfigRecord(fields)}
+        records: dict[str, Any] = {"config": ConfigRecord(fields)} | ({} if x is None else {"arrays": pack({"x": x})})
         records |= {f"from-{sender}": ArrayRecord(arrays) for sender, arrays in (received or {}).items()}
         message = Message(RecordDict(records), 1000 + site, kind)
         message.metadata.__dict__["_message_id"] = "1"
@@ -281,6 +288,15 @@ def test_what_is_sealed_for_another_reader_is_refused(reader: int, sender: int) 
     reply = sites.step(0, 1, {sender: sites.delivery(reader, 0, sender)})
     assert len(refused(reply)) == 1
     assert refused(reply)[0].startswith(f"site {sender}: step 0 was changed on the way, or is not for this site")
+
+
+def test_sealed_peers_answer_no_plain_training_and_no_new_keys() -> None:
+    sites = after(1, **SEALED)
+    x = model(sites, 0)
+    for kind, message in (("train", "a peer trains its own model"), ("evaluate", "a sealed peer tests no model but its own")):
+        assert message in reason(sites.ask(0, kind, sites.fields(0, 1), {}, x))
+    stranger = sites.step(0, 1, key_9=bytes(32), listeners=[9])
+    assert "site 9 has a public key, and had none at first" in reason(stranger)
 
 
 # What losses tell.

@@ -146,10 +146,12 @@ class Outcome(History):
         refused: what was refused.
         kept: the models, as they came.
         error: the error that ended it, if one did.
+        seconds: how long it took, the census included.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.seconds = 0.0
         self.refused: list[Refused] = []
         self.kept: list[dict[str, torch.Tensor]] = []
         self.error: Exception | None = None
@@ -173,9 +175,10 @@ class Outcome(History):
 
 def outcome(config: Config, *args: Any, **kwargs: Any) -> Outcome:
     """Run the real server over :class:`Sites`."""
-    found = Outcome(config)
+    found, grid = Outcome(config), Sites(config, *args, **kwargs)
     try:
-        run(Sites(config, *args, **kwargs), config, found)
+        run(grid, config, found)
     except Exception as error:
         found.error = error
+    found.seconds = grid.now()
     return found

@@ -127,6 +127,9 @@ def test_a_silent_side_counts_as_the_own_model_and_a_wrong_count_does_little() -
     mixed = algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one), 2: (torch.tensor([7.0]), one)})
     assert [float(part) for part in algorithm.outgoing(mixed, 1)] == [pytest.approx(mixed.x + 7), 2]
     assert [float(part) for part in algorithm.outgoing(mixed, 2)] == [pytest.approx(mixed.x + 12), 4]
+    silent = algorithm.mix(mixed, {2: (torch.tensor([7.0]), one)})  # what 1 sent before is of no use any more
+    assert silent.x == pytest.approx(float((7 + 4 * mixed.x) / 5))
+    assert float(algorithm.outgoing(silent, 2)[1]) == 1
 
 
 def in_turn(n: int) -> "list[nx.Graph[int]]":

@@ -226,7 +226,7 @@ def topology(name: str, n: int, *, weights: str, lazy: bool, **keys: Any) -> Top
     Args:
         name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of peers.
         n: number of peers.
-        weights: ``metropolis`` or ``uniform``; a directed graph is always uniform.
+        weights: ``metropolis`` or ``uniform``; the same on regular graphs, and others must not be directed.
         lazy: halve all links, (I + W) / 2: no negative eigenvalues.
         keys: what it takes, and it may be more.
 
@@ -273,7 +273,7 @@ def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
     matrix = torch.from_numpy(array)
     if given:
         return matrix + torch.diag(1 - matrix.sum(1))
-    return uniform_weights(matrix) if weights == "uniform" or links.is_directed() else metropolis_weights(matrix)
+    return uniform_weights(matrix) if weights == "uniform" else metropolis_weights(matrix)
 
 
 def metropolis_weights(adjacency: Tensor) -> Tensor:

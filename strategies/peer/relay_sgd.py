@@ -69,7 +69,7 @@ def relay_sgd(*, n: int, beta: float = 0.0) -> LinkAlgorithm[Relayed]:
 
 def check(topology: Topology, rate: float) -> None:
     """On a circle a model would come back to its peer, and be counted again and again."""
-    if len(topology.matrices) > 1 or topology.graph.is_directed() or not nx.is_tree(topology.graph):
+    if len(topology.matrices) > 1 or not nx.is_tree(topology.graph):
         peers, links = topology.graph.number_of_nodes(), topology.graph.number_of_edges()
         raise TopologyError(
             f"relaysgd: needs a tree; topology.name = {topology.name!r} has {links} links between {peers} peers, or changes; "

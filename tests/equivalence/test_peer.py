@@ -461,6 +461,16 @@ def test_noloco_alone_is_an_outer_heavy_ball_on_what_its_local_steps_made() -> N
     torch.testing.assert_close(found, theta.detach())
 
 
+def test_momentum_of_local_steps_outlives_an_exchange_of_noloco() -> None:
+    plan = PeerPlan(noloco(alpha=0.0, beta=1.0, gamma=1.0, momentum=0.9), steps=3)
+    x = torch.nn.Parameter(ORIGIN.clone())
+    reference = torch.optim.SGD([x], LR, momentum=0.9)
+    for _ in range(9):
+        x.grad = gradient(x.detach())
+        reference.step()
+    torch.testing.assert_close(models(lockstep(plan, 3, torch.eye(N, dtype=torch.float64))), x.detach())
+
+
 def test_noloco_by_its_equations_on_matchings() -> None:
     """With dictionaries in the place of messages, a partner at a time."""
     found = topology("matching", N, weights="metropolis", lazy=False, seed=1)

@@ -127,13 +127,21 @@ def test_a_silent_side_counts_as_the_own_model_and_a_wrong_count_does_little() -
     mixed = algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one), 2: (torch.tensor([7.0]), one)})
     assert [float(part) for part in algorithm.outgoing(mixed, 1)] == [pytest.approx(mixed.x + 7), 2]
     assert [float(part) for part in algorithm.outgoing(mixed, 2)] == [pytest.approx(mixed.x + 12), 4]
+    silent = algorithm.mix(mixed, {2: (torch.tensor([7.0]), one)})  # what 1 sent before is of no use any more
+    assert silent.x == pytest.approx(float((7 + 4 * mixed.x) / 5))
+    assert float(algorithm.outgoing(silent, 2)[1]) == 1
+
+
+def in_turn(n: int) -> "list[nx.Graph[int]]":
+    """A path, of which a link at a time is there."""
+    return [nx.Graph([(k, k + 1)]) for k in range(n - 1)]
 
 
 def graph(name: str) -> Topology:
     return topology(name, 5, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1)
 
 
-@pytest.mark.parametrize("name", ["ring", "complete", "matching", "exponential"])
+@pytest.mark.parametrize("name", ["ring", "complete", "matching", "exponential", f"{__name__}:in_turn"])
 def test_only_trees(name: str) -> None:
     plan: Any = METHOD.plan(METHOD.keys(), Run(0.1, 0.0, 5))
     with pytest.raises(TopologyError, match=f"relaysgd: needs a tree; topology.name = '{name}' has "):

@@ -59,7 +59,7 @@ def _torchvision() -> tuple[str, ...]:
 class Training(Section):
     """Training at the sites, of every method."""
 
-    lr: Annotated[float, Field(ge=0, le=100)] = 0.0
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
@@ -180,7 +180,7 @@ class Results(Section):
 
     folder: Annotated[str, Field(min_length=1)] = "runs"
     """each run makes a folder in it"""
-    evaluate_every: Annotated[int, Field(ge=0, le=10**6)] = 0
+    evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
 
 

@@ -10,8 +10,8 @@ from strategies.method import Local, Moment, Run, Section
 
 # Larger numbers are slips: they would end in an overflow, or never.
 Positive = Annotated[int, Field(ge=1, le=10**6)]
-Above0 = Annotated[float, Field(gt=0, le=1e6)]
-NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Above0 = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 SAM = frozenset({"training.sam-radius"})  # unused by methods with a radius of their own
@@ -85,7 +85,7 @@ class StalenessKeys(ArrivalKeys):
 class DescentKeys(StalenessKeys):
     """Of asynchronous descent."""
 
-    server_lr: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    server_lr: Above0 = 1.0
     """factor on the sites' own steps"""
 
 

@@ -10,7 +10,6 @@ Half of the sites would have to be broken for the median to be. Until three site
 ``median_k a_k``; two cannot tell which of them is wrong.
 """
 
-import math
 from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
@@ -34,7 +33,7 @@ class Bound:
     """
 
     def __init__(self, multiple: float) -> None:
-        self._multiple = multiple or math.inf
+        self._multiple = multiple
         self._largest: dict[int, Change] = {}  # of each site: norms, and norms over rates
 
     @property
@@ -53,7 +52,7 @@ class Bound:
         known = list(self._largest.values()) if others is None else [_relative(each) for each in others.values()]
         reference = median(each.norm for each in known) if len(known) >= FEW else 0.0
         allowed = self._multiple * (reference or size)
-        if not allowed or change.norm <= allowed:
+        if not allowed or change.norm <= allowed:  # also of no bound
             return None
         relative = self._multiple * median(each.rates for each in known) if reference else 0.0
         if _relative(change).rates <= relative:

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from io import StringIO
 from logging import WARNING
@@ -331,6 +332,8 @@ class Folder(History):
         super().__init__(config)
         try:
             wanted = Path(config.results.folder).expanduser().absolute()
+            with suppress(FileNotFoundError):
+                wanted.lstat()
             TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
             raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
@@ -340,7 +343,7 @@ class Folder(History):
         """Keep it, then write and print it.
 
         Raises:
-            RunError: a run that nothing else stopped could not be written.
+            RunError: at the end, something could still not be written.
         """
         super().__call__(event)
         if isinstance(event, Began):
@@ -349,7 +352,7 @@ class Folder(History):
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)
-        if failures and isinstance(event, Ended) and event.error is None:
+        if failures and isinstance(event, Ended):
             raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
 
     def _describe(self, event: Event) -> None:

@@ -24,7 +24,7 @@ class Standing:
         called: whether it was called again since it failed: until then it is sure to fail again.
         connected: whether the grid has it.
         again: it is called again when the driver's count is there.
-        failures: since its last answer.
+        failures: and calls that nobody waited for since its last answer.
     """
 
     state: Literal["here", "failed", "silent"] = "here"
@@ -67,9 +67,13 @@ class Roster:
         standing.reason, standing.again = reason, again
         standing.failures += 1
 
-    def call(self, site: int) -> None:
-        """A site is called again."""
-        self._sites[site].called = True
+    def call(self, site: int, again: int | None = None) -> None:
+        """A site is called again; where its answer is not waited for, once more from the driver's count ``again`` on."""
+        standing = self._sites[site]
+        standing.called = True
+        if again is not None:
+            standing.again = again
+            standing.failures += 1
 
     def hurry(self) -> None:
         """Silent sites may be called at once: nothing else moves the driver's count."""

@@ -83,7 +83,7 @@ class Rounds:
         self._report = Report(federation, sink, self._clock, "round")
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
-        self._open: dict[int, Message] = {}  # a site's message that is not answered yet
+        self._latest: dict[int, Message] = {}  # to each site
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
@@ -202,38 +202,44 @@ class Rounds:
 
         All sites that are here are waited for; those that are away only where too few can be used without them.
         """
-        calls = {message.metadata.dst_node_id: message for message in messages}
-        calls = {node: message for node, message in calls.items() if node not in self._open}
-        self._open |= calls
+        calls = {message.metadata.dst_node_id: message for message in messages if self._calls(number, message)}
+        self._latest |= calls
         self._report.sent(list(calls.values()))
         self._mailbox.send(calls.values())
-        usable = 0
-
-        def waiting() -> bool:
-            missing = [node for node, message in calls.items() if self._open.get(node) is message]
-            return bool(missing) and (usable < self._roster.least or not all(map(self._roster.away, missing)))
-
-        while waiting():
+        missing, usable = set(calls), 0
+        while missing and (usable < self._roster.least or not all(map(self._roster.away, missing))):
             for message, reply in self._mailbox.receive():
                 node = message.metadata.dst_node_id
-                late = self._came(number, node, reply, calls.get(node) is not message)
+                late = calls.get(node) is not message
+                self._came(number, message, reply, late)
                 if late:
                     continue
+                missing.discard(node)
                 found = self._report.receive(node, reply, number, phase, partial(read, node, message))
                 if not isinstance(found, Refusal):
                     usable += 1
                     yield Answer(node, message, reply, found)
 
-    def _came(self, number: int, node: int, reply: Message, late: bool) -> bool:
-        """A reply came, of this phase or too late: the site is here, or away."""
-        del self._open[node]
+    def _calls(self, number: int, message: Message) -> bool:
+        """Whether a message is sent: to a site that is away in fewer and fewer rounds, for each may wait until it is back."""
+        node = message.metadata.dst_node_id
+        if not self._roster.away(node):
+            return True
+        due = node in self._roster.due(number)
+        if due:
+            self._roster.call(node, number + self._roster.pause(node))
+        return due
+
+    def _came(self, number: int, message: Message, reply: Message, late: bool) -> None:
+        """A reply came, of this phase or too late: the site is here; or there will be none, and it is away."""
+        node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if reply.has_error() and reply.error.code in GONE:
-            self._roster.lose(node, why(reply), self._clock.now())
+            if self._latest[node] is message:  # else it may have answered to another since
+                self._roster.lose(node, why(reply), self._clock.now(), again=number)
         elif self._roster.answer(node):
-            log(WARNING, "round %d: %s answers again%s", number, self._sites[node].name, ", but too late" * late)
+            log(WARNING, "round %d: %s answers again%s", number, name, ", but too late" * late)
         if late:
             self._report.count(node, reply)
-        return late
 
     def _read_trained(self, node: int, message: Message, reply: Message) -> Trained:
         return read_trained(reply, self._layout, self._sites[node].num_train, _sent(message))

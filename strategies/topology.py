@@ -160,6 +160,8 @@ def matching(n: int, seed: int) -> "list[nx.Graph[int]]":
 def read_edges(n: int, edges: str) -> "nx.Graph[int]":
     """Links from a file, a line each, ``i j`` or ``i j weight``."""
     try:
+        if not Path(edges).is_file():
+            raise FileNotFoundError("there is no such file, or it is no regular one")
         lines = [line.split("#")[0].split() for line in Path(edges).read_text().splitlines()]
         rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:]]) for row in lines if row]
     except (OSError, ValueError, IndexError) as error:
@@ -254,11 +256,12 @@ def _built(name: str, n: int, keys: dict[str, Any]) -> "list[nx.Graph[int]]":
             found = imported(name, FunctionType, TOPOLOGIES, "function")(n)
         except Exception as error:
             raise TopologyError(f"topology.name = {name!r}: {error}") from error
+    peers = set(range(n))
     graphs: list[nx.Graph[int]] = list(found) if isinstance(found, list | tuple) else [found]
     for graph in graphs:
         if not isinstance(graph, nx.Graph) or graph.is_multigraph():
             raise TopologyError(f"topology.name = {name!r}: a graph of networkx is expected, or a list; got {type(graph).__name__}")
-        if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= {*range(n)}]:
+        if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= peers]:
             raise TopologyError(f"topology.name = {name!r}: {wrong[0]} is no link between two of the peers 0 to {n - 1}")
     if not graphs or len({graph.is_directed() for graph in graphs}) > 1:
         raise TopologyError(f"topology.name = {name!r}: at least one graph is expected, all directed or none")

@@ -37,7 +37,7 @@ Spoil = Callable[[int, Message, RecordDict], Answer]
 
 
 def network(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Fourteen parameters and four statistics."""
+    """Fourteen parameters and four statistics; as many more for more classes than two."""
     return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes), nn.BatchNorm1d(num_classes))
 
 
@@ -76,7 +76,7 @@ def honest(config: Config, site: int, message: Message) -> RecordDict:
         case "evaluate":
             models = 1 if len(arrays_of(message)[X].shape) == 1 else config.num_sites
             more = {} if models == 1 else {"accuracy_vote": 0.5, "accuracy_single": 0.5}
-            return write_tested(TestMetrics(loss=1.0 + site, accuracy=site / 10, num_examples=TEST, **more))
+            return write_tested(TestMetrics(loss=1.0 + site, accuracy=site % 10 / 10, num_examples=TEST, **more))
         case kind:
             return stepped(config, site, message, kind == "train.cross")
 
@@ -109,9 +109,10 @@ def trained(order: Order, site: int, message: Message) -> RecordDict:
     """A model a little way off, or that way."""
     assert order.local is not None
     sent = {name: unpack(array) for name, array in arrays_of(message).items()}
-    moved = noise(site, order.number, SIZE)
+    size = len(sent[X])
+    moved = noise(site, order.number, size)
     made = {X: moved if order.local.delta else sent[X] - moved, STATS: sent[STATS] * 0.9 + 0.1}
-    made |= {name: noise(site, -order.number, SIZE) for name in sent if name not in made}
+    made |= {name: noise(site, -order.number, size) for name in sent if name not in made}
     metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=TRAIN, samples=TRAIN)
     return write_trained(made, metrics)
 
@@ -121,11 +122,13 @@ def stepped(config: Config, site: int, message: Message, cross: bool) -> RecordD
     order = read_peer_order(config_of(message))
     metrics: dict[str, Any] = {"num_examples": TRAIN, "samples": TRAIN}
     if order.test:
-        metrics |= {"test_loss": 1.0 + site, "test_accuracy": site / 10, "test_examples": TEST}
+        metrics |= {"test_loss": 1.0 + site, "test_accuracy": site % 10 / 10, "test_examples": TEST}
     if not cross and not order.last:
         metrics |= {"loss": 1.0, "lr_first": 0.05, "lr_last": 0.05}
     names = [f"to-{j}/values" for j in order.neighbours] if cross else ["offer/0.values"]
-    arrays = {name: Array(noise(site, order.step, SIZE).numpy()) for name in names if not order.last}
+    classes = len(order.agreed.classes)
+    x = noise(site, order.step, 7 * classes)
+    arrays = {name: Array(x.numpy()) for name in names if not order.last}
     notes = StepNotes(refused=[], broken=[], fresh=False, anew=False)
     content = RecordDict(
         {
@@ -135,7 +138,7 @@ def stepped(config: Config, site: int, message: Message, cross: bool) -> RecordD
         }
     )
     if order.last and config.wire.collect_models and config.wire.sealing == "off":
-        content["model"] = pack({X: noise(site, order.step, SIZE), STATS: torch.ones(4)})
+        content["model"] = pack({X: x, STATS: torch.ones(2 * classes)})
     return content
 
 
@@ -146,10 +149,12 @@ class Outcome(History):
         refused: what was refused.
         kept: the models, as they came.
         error: the error that ended it, if one did.
+        seconds: how long it took, the census included.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.seconds = 0.0
         self.refused: list[Refused] = []
         self.kept: list[dict[str, torch.Tensor]] = []
         self.error: Exception | None = None
@@ -173,9 +178,10 @@ class Outcome(History):
 
 def outcome(config: Config, *args: Any, **kwargs: Any) -> Outcome:
     """Run the real server over :class:`Sites`."""
-    found = Outcome(config)
+    found, grid = Outcome(config), Sites(config, *args, **kwargs)
     try:
-        run(Sites(config, *args, **kwargs), config, found)
+        run(grid, config, found)
     except Exception as error:
         found.error = error
+    found.seconds = grid.now()
     return found

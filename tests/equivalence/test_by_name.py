@@ -30,7 +30,7 @@ ARRIVALS = 2 * (0, 1, 2, 3, 4, 0, 2, 4, 1, 3, 2, 0, 4, 4, 1)  # sites in the ord
 NEEDED = {"QFedAvg": {"flower.arguments": "client_learning_rate=0.05"}}
 Values = dict[str, Any]
 PATH = topology("path", N, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1).mixing(0)
-REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e9}}  # beside those that Only names
+REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}}  # beside those that Only names
 
 
 def of_local(local: Local) -> list[float]:

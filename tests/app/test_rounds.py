@@ -1,0 +1,204 @@
+"""Rounds with sites that are silent, slow or come back; runs that end without anything of use say so."""
+
+import logging
+import math
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+
+from configuration.config import Config, configuration
+from server_app.app import run
+from server_app.census import RunError
+from strategies.averaging import fedavg
+from strategies.method import Mean, Method, RoundPlan, Run
+from strategies.protocol import read_order
+from strategies.records import config_of
+from tests.app.stubs import NETWORK, Answer, Outcome, Sites, Spoil, outcome
+
+
+def rounds(number: int = 4, **changes: Any) -> Config:
+    """One epoch a round."""
+    common: dict[str, Any] = {"strategy": "fedavg", "num_sites": 4, "model": {"name": NETWORK}}
+    own: dict[str, Any] = {} if "strategy" in changes else {"fedavg.local-epochs": 1}
+    return configuration(epochs=number, **common | changes | own)
+
+
+def took_part(found: Outcome, site: int, split: str = "train") -> list[int]:
+    rows = found.metrics.query(f"metric == 'loss' and split == '{split}' and site == '{site}'")
+    return [int(number) for number in rows["round"]]
+
+
+def silent(site: int, rounds: range, kinds: tuple[str, ...] = ("train", "evaluate")) -> Spoil:
+    """A site whose answers are lost in some rounds."""
+
+    def spoil(number: int, message: Message, content: RecordDict) -> Answer:
+        if number != site or message.metadata.message_type not in kinds:
+            return content
+        return None if read_order(config_of(message)).number in rounds else content
+
+    return spoil
+
+
+def test_site_that_never_answers_is_waited_for_once() -> None:
+    found = outcome(rounds(8), silent(2, range(1, 99)))
+    assert found.error is None
+    assert took_part(found, 2) == []
+    assert 3600 < found.seconds < 3600 + 8 * 3
+    assert len(found.refused) == 1  # its other messages are still under way
+
+
+@pytest.mark.parametrize("strategy", ["gsgm", "d-psgd"])
+def test_others_wait_once_for_a_site_that_never_answers_too(strategy: str) -> None:
+    def mute(site: int, message: Message, content: RecordDict) -> Answer:
+        return None if site == 2 and message.metadata.message_type != "query.site" else content
+
+    small: dict[str, Any] = {"model": {"name": NETWORK}, "training": {"batch_size": 4}}
+    found = outcome(configuration(strategy=strategy, num_sites=4, epochs=8, **small), mute)
+    assert found.error is None
+    assert 3600 < found.seconds < 3600 + 60
+
+
+def test_silent_site_is_waited_for_again_after_its_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """Its training is lost in the first round; from the test on it is slow: its answer comes in the third round."""
+    logging.getLogger("flwr").propagate = True
+
+    def slow(site: int, message: Message) -> float:
+        return 3.5 if site == 2 else 1.0
+
+    found = outcome(rounds(6), silent(2, range(1, 2), ("train",)), seconds=slow)
+    assert found.error is None
+    assert took_part(found, 2) == [3, 4, 5, 6]
+    assert "site 2 answers again, but too late" in caplog.text
+    up = {site: found.metrics.query(f"site == '{site}'")["bytes_up"].iloc[0] for site in (1, 2)}
+    assert up[2] > up[1] + 50  # with the answer that came too late
+
+
+def test_site_that_answers_in_time_while_nobody_waits_takes_part_at_once() -> None:
+    found = outcome(rounds(4), silent(2, range(1, 2), ("train",)))
+    assert took_part(found, 2) == [2, 3, 4]
+    assert took_part(found, 2, "test") == [1, 2, 3, 4]
+
+
+def test_site_that_stays_silent_is_called_ever_less_often() -> None:
+    called: list[int] = []
+    mute = silent(2, range(1, 99))
+
+    def watch(site: int, message: Message, content: RecordDict) -> Answer:
+        if site == 2 and message.metadata.message_type != "query.site":
+            called.append(read_order(config_of(message)).number)
+        return mute(site, message, content)
+
+    outcome(rounds(40), watch)
+    assert called == [1, 1, 3, 7, 15, 31]
+
+
+def test_message_of_before_that_nobody_answers_does_not_send_a_site_away_that_is_back() -> None:
+    """Its test of the first round is lost, too, which is known an hour later: rounds take a thousand seconds."""
+
+    def slow(site: int, message: Message) -> float:
+        return 900.0 if site == 2 else 500.0
+
+    found = outcome(rounds(9), silent(2, range(1, 2)), seconds=slow)
+    assert took_part(found, 2) == [4, 5, 6, 7, 8, 9]  # called in the third, where it comes too late
+    assert took_part(found, 2, "test") == [4, 5, 6, 7, 8, 9]
+
+
+def test_too_few_without_a_silent_site_means_waiting_for_it() -> None:
+    """All four are needed: from the second round on one is away, but each round waits for its answer."""
+
+    def slow(site: int, message: Message) -> float:
+        return 3.5 if site == 2 else 1.0
+
+    found = outcome(rounds(3, min_sites=4), silent(2, range(1, 2), ("evaluate",)), seconds=slow)
+    assert found.error is None
+    assert took_part(found, 2) == [1, 2, 3]
+
+
+def test_silent_site_that_the_grid_lost_and_has_again_is_waited_for() -> None:
+    """Silent in the first round, not connected in the second and third; from the fourth on it has its time to answer."""
+    absent, trained = False, 0
+
+    class Grid(Sites):
+        def get_node_ids(self) -> Any:
+            return [node for node in super().get_node_ids() if not (absent and node == 1002)]
+
+    lost = silent(2, range(1, 2))
+
+    def watch(site: int, message: Message, content: RecordDict) -> Answer:
+        nonlocal absent, trained
+        if site == 0 and message.metadata.message_type == "evaluate":
+            trained += 1
+            absent = trained in (1, 2)
+        return lost(site, message, content)
+
+    config = rounds(6)
+    found = Outcome(config)
+    run(Grid(config, watch, lambda site, message: 9.0 if site == 2 else 1.0), config, found)
+    assert took_part(found, 2) == [4, 5, 6]
+
+
+def unusable(kind: str) -> Spoil:
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        if message.metadata.message_type == kind:
+            content.metric_records["metrics"]["loss"] = math.nan
+        return content
+
+    return spoil
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "local", "Krum", "gsgm"])
+def test_run_whose_model_nobody_can_test_is_an_error(strategy: str) -> None:
+    found = outcome(rounds(2, strategy=strategy), unusable("evaluate"))
+    assert isinstance(found.error, RunError)
+    assert "no site could test the model: it is of no use" in str(found.error)
+    assert found.kept  # what there is was kept
+
+
+def test_one_test_that_can_be_used_is_enough() -> None:
+    spoil = unusable("evaluate")
+    found = outcome(rounds(2), lambda site, message, content: spoil(site, message, content) if site else content)
+    assert found.error is None
+    assert took_part(found, 0, "test") == [1, 2]
+
+
+def test_steps_that_could_leave_the_bounds_are_not_taken() -> None:
+    """With a rate of the server as large as this, one contribution could: the model stays what it was."""
+    keys = {"server_lr": 1e9, "window": 1, "momentum": 0.0}
+    config = configuration(strategy="gsgm", num_sites=4, epochs=2, model={"name": NETWORK}, gsgm=keys)
+    found = outcome(config)
+    assert isinstance(found.error, RunError)
+    assert "with it the model may hold more than 4.19e+06; a smaller lr or server-lr may help" in found.refused[0].reason
+    assert found.kept == []
+
+
+def _fails(state: fedavg.Average, mean: Mean) -> fedavg.Average:
+    raise ZeroDivisionError("by the number of sites")
+
+
+def _plan(keys: fedavg.Keys, of: Run) -> RoundPlan[fedavg.Average]:
+    return fedavg.plan(keys, of)._replace(absorb=_fails)
+
+
+BROKEN = Method("broken", fedavg.Keys, _plan)
+
+
+def test_strategy_that_fails_is_named() -> None:
+    found = outcome(rounds(2, strategy="tests.app.test_rounds:BROKEN"))
+    assert isinstance(found.error, RunError)
+    assert str(found.error).endswith(":BROKEN fails: ZeroDivisionError: by the number of sites")
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_reply_from_somebody_else_is_refused(kind: str) -> None:
+    class Grid(Sites):
+        def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
+            time, reply = super()._work(message, node)
+            if node == 1001 and reply is not None and message.metadata.message_type == kind:
+                reply.metadata.__dict__["_src_node_id"] = 1000
+            return time, reply
+
+    config = rounds(1)
+    found = Outcome(config)
+    run(Grid(config), config, found)
+    assert [(event.site.number, event.reason) for event in found.refused] == [(1, "it says that it comes from node 1000")]

@@ -18,7 +18,7 @@ from configuration.config import Config
 from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Kept, Progress, Sink
-from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
+from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
 from server_app.report import Report
 from server_app.roster import Roster
@@ -149,14 +149,9 @@ class Asynchronous:
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
         return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
 
-    def _lose(self, node: int, reason: str) -> None:
-        """A site is silent or gone."""
-        self._roster.lose(node, reason, self._clock.now())
-        self._apply(self._list.set_aside(node))
-
-    def _fail(self, node: int, reason: str) -> None:
-        """A site sent what cannot be used: it is called again after the next test."""
-        self._roster.lose(node, reason, self._clock.now(), failed=True, again=self._tested + 1)
+    def _lose(self, node: int, reason: str, *, failed: bool = False) -> None:
+        """A site is silent or gone; or it failed, and is called again after the next test."""
+        self._roster.lose(node, reason, self._clock.now(), failed=failed, again=self._tested + failed)
         self._apply(self._list.set_aside(node))
 
     def _readmit(self) -> bool:
@@ -187,10 +182,7 @@ class Asynchronous:
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
         found = self._report.receive(node, reply, self._updates, "training", read)
         if isinstance(found, Refusal):
-            if reply.has_error() and reply.error.code in GONE:
-                self._lose(node, str(found))
-            else:
-                self._fail(node, str(found))
+            self._lose(node, str(found), failed=not gone(reply))
             return
         part = self._part(node, flight, found)
         if reason := self._too_far(node, flight, found, part.update.lr):
@@ -230,7 +222,7 @@ class Asynchronous:
 
     def _refuse(self, node: int, reason: str) -> None:
         self._report.refuse(node, self._updates, "training", reason)
-        self._fail(node, reason)
+        self._lose(node, reason, failed=True)
 
     def _apply(self, nodes: list[int]) -> None:
         """The contributions of sites, one after the other; then these sites go on with the newest model."""

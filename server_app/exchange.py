@@ -20,6 +20,11 @@ TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 GONE = (TOO_LATE, 3, 5, 8)
 
 
+def gone(reply: Message) -> bool:
+    """Whether the reply says that the site is silent or gone."""
+    return reply.has_error() and reply.error.code in GONE
+
+
 @runtime_checkable
 class Clock(Protocol):
     """Time in seconds, as the server sees it. A grid that simulates time is its own clock."""

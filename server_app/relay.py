@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from configuration.config import Config
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Progress, Sink
-from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
+from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Report
 from server_app.roster import Roster
 from server_app.tally import Tally
@@ -221,7 +221,7 @@ class Relay:
         )
         offer = self.report.receive(site.node, reply, step, "exchange", read)
         if isinstance(offer, Refusal):
-            self._lose(peer, str(offer), failed=not reply.has_error() or reply.error.code not in GONE)
+            self._lose(peer, str(offer), failed=not gone(reply))
             if sealed and step < self._last:  # it may have done it, and takes a sealed step once only
                 self._courses[peer].step = step + 1
             return

@@ -16,7 +16,7 @@ from configuration.config import Config
 from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch
 from server_app.events import Kept, Progress, Sink
-from server_app.exchange import GONE, LONGEST_WAIT_S, Mailbox, clock_of
+from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Report
 from server_app.roster import Roster
 from strategies.averaging.mean import extent, magnitude, too_large
@@ -233,7 +233,7 @@ class Rounds:
     def _came(self, number: int, message: Message, reply: Message, late: bool) -> None:
         """A reply came, of this phase or too late: the site is here; or there will be none, and it is away."""
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
-        if reply.has_error() and reply.error.code in GONE:
+        if gone(reply):
             if self._latest[node] is message:  # else it may have answered to another since
                 self._roster.lose(node, why(reply), self._clock.now(), again=number)
         elif self._roster.answer(node):

@@ -85,7 +85,7 @@ class StalenessKeys(ArrivalKeys):
 class DescentKeys(StalenessKeys):
     """Of asynchronous descent."""
 
-    server_lr: Above0 = 1.0
+    server_lr: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """factor on the sites' own steps"""
 
 

@@ -96,6 +96,8 @@ def descent(
         return state._replace(version=state.version + 1, recent=recent)
 
     def reach(x: float, delta: float, lr: float) -> float:
+        if not compensation:
+            return eta * delta
         # Adaptive: the square holds at least (1 - DECAY) G . G.
         strength = 1 / math.sqrt(1 - DECAY) if adaptive else delta / lr
         return eta * delta * (1 + compensation * strength * 2 * x)

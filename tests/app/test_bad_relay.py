@@ -191,10 +191,10 @@ def test_what_may_not_change_in_a_run_is_refused(changes: dict[str, Any], messag
 
 
 def test_a_state_that_is_not_finite_is_never_kept() -> None:
-    rate: dict[str, Any] = {"training.lr": 1e38, "training.lr-ratio": 1.0}
+    rate: dict[str, Any] = {"training.lr": 100.0, "training.lr-ratio": 1.0, "training.weight-decay": 1e6}
     sites = Sites(**rate)
     replies = [sites.step(0, 0)]
-    while not replies[-1].has_error() and len(replies) < 5:
+    while not replies[-1].has_error() and len(replies) < 50:
         replies.append(sites.step(0, len(replies), {}))
     assert "this site's x is not finite; a smaller training.lr" in reason(replies[-1])
     assert torch.isfinite(model(sites, 0)).all()

@@ -272,6 +272,20 @@ def test_a_difference_without_those_before_it_is_refused() -> None:
     assert refused(reply) == ["site 1: step 3 goes on from a step that is missing here"]
 
 
+def test_a_sender_whose_newest_difference_is_bad_is_left_out_whole() -> None:
+    choco: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+    found = []
+    for delivered in ((0, 1), ()):  # of site 1: a good difference and a bad one; nothing
+        sites = after(2, **choco)
+        sites.contexts[0] = sites.context(0, sites.config)
+        received = {name: array for step in delivered for name, array in sites.delivery(0, step, 1).items()}
+        received |= {name: Array(np.zeros(3, np.float32)) for name in received if name.startswith("1/") and "codes" in name}
+        reply = sites.step(0, 2, {1: received})
+        assert len(refused(reply)) == (1 if delivered else 0)
+        found.append(model(sites, 0))
+    assert torch.equal(*found)
+
+
 def test_one_bad_public_key_costs_its_owner_only() -> None:
     sites = Sites(**SEALED)
     sites.public["key-1"] = bytes(32)

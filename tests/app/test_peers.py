@@ -87,6 +87,7 @@ ALIKE: list[dict[str, Any]] = [
     {"strategy": "gradient-tracking"},
     {"strategy": "dfedsam", "dfedsam.local-steps": 3},
     {"strategy": "ngm"},
+    {"strategy": "ngm", "wire.cross-codec": "random-k", "wire.share": 0.5},
     {"strategy": "ngm", "ngm.gradients": "model", "training.weight-decay": 0.01},
     {"strategy": "n-saddle", "topology.name": "complete", "training.weight-decay": 0.01},
     {"strategy": "n-saddle", "n-saddle.perturbed-by": "none"},

@@ -25,8 +25,8 @@ def refusal(x: Tensor) -> str | None:
 
 
 def magnitude(x: Tensor) -> float:
-    """The largest magnitude in ``x`` (any shape), NaN if it holds one, 0 of nothing."""
-    return torch.stack(torch.aminmax(x)).abs().amax().item() if x.numel() else 0.0
+    """The largest magnitude in ``x`` (any shape, on the CPU), NaN if it holds one, 0 of nothing."""
+    return extent(x.reshape(-1), norm=False)[0]
 
 
 def too_large(largest: float) -> str | None:
@@ -38,20 +38,23 @@ def too_large(largest: float) -> str | None:
     return None
 
 
-def extent(x: Tensor, origin: Tensor | None = None) -> tuple[float, float]:
+def extent(x: Tensor, origin: Tensor | None = None, *, norm: bool = True) -> tuple[float, float]:
     """The largest magnitude in ``x`` [d] (NaN if it holds one), and ``|x - origin|``; without an origin, ``|x|``.
 
-    Both in one pass over memory.
+    Both in one pass over memory: a block stays in the cache.
     """
     if not x.numel():
         return 0.0, 0.0
-    largest, norms = [], []
+    largest, squares = [], []
     origins = x.split(_BLOCK) if origin is None else origin.split(_BLOCK)
+    scratch = x.new_empty(min(_BLOCK, x.numel()))
     for block, start in zip(x.split(_BLOCK), origins, strict=True):
-        smallest, greatest = torch.aminmax(block)
-        largest.append(torch.maximum(-smallest, greatest))
-        norms.append(torch.linalg.vector_norm(block) if origin is None else torch.dist(block, start))
-    return torch.stack(largest).amax().item(), torch.stack(norms).double().square().sum().sqrt().item()
+        here = scratch[: block.numel()]
+        largest.append(torch.abs(block, out=here).amax())
+        if norm:
+            moved = block if origin is None else torch.sub(block, start, out=here)
+            squares.append(torch.dot(moved, moved))
+    return torch.stack(largest).amax().item(), math.sqrt(math.fsum(square.item() for square in squares))
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:

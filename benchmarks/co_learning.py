@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
-    common = DATA_SETS[arguments.data] | {"data.path": arguments.path}
+    common = {"training.clip-norm": 0.0} | DATA_SETS[arguments.data] | {"data.path": arguments.path}
     if conf := common.pop("conf", None):  # a file's section of Co-learning counts where Co-learning runs
         common = flatten(tomllib.loads((ROOT / conf).read_text())) | common
     comparison = compare(METHODS, seeds=arguments.seeds, processes=arguments.processes, **common)

@@ -21,7 +21,14 @@ from simulation.laboratory import Comparison, compare
 from simulation.world import Lognormal, World
 
 WORLD = World(samples_per_s=Lognormal(median=200, sigma=0.7))
-PICTURES = {"model.name": "lenet5", "training.lr": 0.015, "epochs": 2, "results.evaluate-every": 125, "data.test-part": "official"}
+PICTURES = {
+    "model.name": "lenet5",
+    "training.lr": 0.015,
+    "training.clip-norm": 0.0,
+    "epochs": 2,
+    "results.evaluate-every": 125,
+    "data.test-part": "official",
+}
 DATA_SETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"data.source": "fashion-mnist", **PICTURES},
     "cifar10": {"data.source": "benchmarks.cifar10_jpeg:load", **PICTURES},

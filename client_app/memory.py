@@ -22,8 +22,8 @@ from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as SavedContext
 from torch import Tensor
 
-from datasets.site import Moments
 from strategies.peer.state import PeerState
+from strategies.protocol import Agreed
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
@@ -32,13 +32,12 @@ RULE, MOMENTS = "rule", "moments"
 T = TypeVar("T", bound=tuple[Any, ...])
 
 
-def run_of(message: Message, context: Context) -> dict[str, str]:
+def run_of(context: Context, agreed: Agreed) -> dict[str, str]:
     """What must be the same in all messages of a run: the run itself, its configuration, and what the sites agreed on."""
-    fields = {key: list(value) for key, value in config_of(message).items() if key in ("classes", *Moments._fields)}  # type: ignore[arg-type]
     return {
         "run id": str(context.run_id),
         "run configuration": _digest(context.run_config),
-        "classes and moments": _digest(fields),
+        "classes and moments": _digest(agreed._asdict()),
     }
 
 

@@ -5,7 +5,7 @@ The step itself is a function that knows no Flower (:mod:`strategies.peer.step`)
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from strategies.method import PeerPlan
 from strategies.peer.channel import channel
 from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Refusal, Result
 from strategies.peer.step import begin, cross_step, models_step, why
+from strategies.protocol import PeerOrder, read_peer_order
 from strategies.randomness import derive
 from strategies.records import ARRAYS, CONFIG, FROM, METRICS, OFFER, STATS, TO, X, config_of, pack, unpack
 from strategies.schedules import decay
@@ -59,6 +60,7 @@ class _Call(NamedTuple):
     """A message to a peer, and what the answer follows from."""
 
     message: Message
+    asked: PeerOrder
     context: Context
     config: Config
     peer: Peer
@@ -79,13 +81,14 @@ def take_step(message: Message, context: Context) -> Message:
         ValueError: it cannot be taken; then the peer remembers what it remembered before.
     """
     config, site, data, network = open_site(message, context)
-    run, ring, loss_batches = run_of(message, context), None, 1
+    asked, ring, loss_batches = read_peer_order(config_of(message)), None, 1
+    run = run_of(context, asked.agreed)
     check_run(context, run)
     if config.wire.sealing != "off":
-        ring = sealing.keyring(context, config.wire.sealing, site.number, config_of(message))
+        ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys)
         loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)  # half an epoch
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
-    call = _Call(message, context, config, peer, data, network, ring)
+    call = _Call(message, asked, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
     known = recall(context, type(first.algorithm), network.x.device)
     order = _order(call)
@@ -105,32 +108,39 @@ def take_step(message: Message, context: Context) -> Message:
 
 
 def _order(call: _Call) -> Order:
-    fields: Any = config_of(call.message)
-    step, done, config = int(fields["server-round"]), float(fields["cycle-from"]), call.config
-    if not 0 <= done <= 1:
-        raise ValueError(f"cycle-from = {done:g}: 0 to 1 is expected")
+    asked = call.asked
+    if not 0 <= asked.done <= 1:
+        raise ValueError(f"cycle-from = {asked.done:g}: 0 to 1 is expected")
     return Order(
-        step,
-        _neighbours(call, step),
-        learning_rate(config, done),
-        done,
-        test=bool(fields["test"]),
-        last=bool(fields["last"]) and step > 0,
-        again=bool(fields["rejoin"]),
-        restart=bool(fields["fresh"]),
+        asked.step,
+        _neighbours(call),
+        learning_rate(call.config, asked.done),
+        asked.done,
+        _readers(call, asked.listeners),
+        test=asked.test,
+        last=asked.last and asked.step > 0,
+        again=asked.rejoin,
+        restart=asked.fresh,
     )
 
 
-def _neighbours(call: _Call, step: int) -> dict[int, float]:
+def _neighbours(call: _Call) -> Mapping[int, float]:
     """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
+    step, found = call.asked.step, call.asked.neighbours
     if call.config.topology.name != "edges":
         exchange = (step - 1) // call.peer.plan.gradient.messages
         return graph_of(call.config).neighbours(exchange, call.peer.number) if step else {}
-    fields: Any = config_of(call.message)
-    found = dict(zip(fields["neighbours"], fields["weights"], strict=True))
     if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
-        raise ValueError(f"the server tells the weights {found}: above 0 and at most 1 in all is expected")
+        raise ValueError(f"the server names the weights {dict(found)}: above 0 and at most 1 in all is expected")
     return found
+
+
+def _readers(call: _Call, named: Iterable[int] | None) -> tuple[int, ...]:
+    """Who may read an offer: those whom the server names, if they are neighbours; all of these, where it names none."""
+    if call.config.topology.name == "edges":
+        return tuple(call.asked.neighbours if named is None else named)
+    known = graph_of(call.config).readers(call.peer.number)
+    return tuple(sorted(known) if named is None else (each for each in named if each in known))
 
 
 def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
@@ -177,7 +187,8 @@ def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: 
     for reader, payload in result.offers.items():
         name = OFFER if reader is None else f"{TO}{reader}"
         if call.ring:
-            found, problems = sealing.seal(call.ring, name, payload, _readers(call, reader), header)
+            readers = order.readers if reader is None else _readers(call, [reader])
+            found, problems = sealing.seal(call.ring, name, payload, readers, header)
             refused += [Refusal(*problem) for problem in problems.items()]
         else:
             new = pack({part: value for part, value in payload.items() if id(value) not in packed})
@@ -190,16 +201,6 @@ def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: 
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
-
-
-def _readers(call: _Call, reader: int | None) -> list[int]:
-    """Who may read an offer."""
-    fields: Any = config_of(call.message)
-    readers: Iterable[int] = fields["listeners"] if reader is None else [reader]
-    if call.config.topology.name == "edges":
-        return list(readers)
-    known = graph_of(call.config).readers(call.peer.number)
-    return [each for each in readers if each in known]
 
 
 def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:

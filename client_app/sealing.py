@@ -8,7 +8,7 @@ each step of a sender once, in order.
 
 Whose public key is whose, a site reads from a file of its own (``--node-config 'private-key="..." peer-keys="..."'``), which lists
 for each site number its public key. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the
-public ones on, and a site keeps to the first it was told: that protects from a relay that turns bad later, not from one that was
+public ones on, and a site keeps to the first that came: that protects from a relay that turns bad later, not from one that was
 bad at first.
 """
 
@@ -153,14 +153,14 @@ def _own(context: Context) -> ConfigRecord:
     return record
 
 
-def keyring(context: Context, sealing: str, number: int, fields: Mapping[str, object]) -> Keyring:
+def keyring(context: Context, sealing: str, number: int, keys: Mapping[int, bytes]) -> Keyring:
     """The keys of a site.
 
     Args:
         context: of the message.
         sealing: ``keys`` or ``trust-on-first-use``.
         number: of this site.
-        fields: of the message; with trust on first use, ``key-K`` is the public key of site K.
+        keys: public keys of other sites that the message brings; of use with trust on first use only.
 
     Raises:
         SealError: the files cannot be read, or a site has another key than before.
@@ -169,13 +169,12 @@ def keyring(context: Context, sealing: str, number: int, fields: Mapping[str, ob
         return _from_files(context, number)
     record = _own(context)
     pinned = any(name.startswith("key-") for name in record)
-    for name, value in fields.items():
-        if name.startswith("key-"):
-            if record.get(name, value) != value:
-                raise SealError(f"site {name.removeprefix('key-')} has another public key than at first: refused")
-            if name not in record and pinned:
-                raise SealError(f"site {name.removeprefix('key-')} has a public key, and had none at first: refused")
-            record[name] = value  # type: ignore[assignment]
+    for site, key in keys.items():
+        if record.get(f"key-{site}", key) != key:
+            raise SealError(f"site {site} has another public key than at first: refused")
+        if f"key-{site}" not in record and pinned:
+            raise SealError(f"site {site} has a public key, and had none at first: refused")
+        record[f"key-{site}"] = key
     known = {int(name.removeprefix("key-")): bytes(value) for name, value in record.items() if name.startswith("key-")}  # type: ignore[arg-type]
     return Keyring(number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known)  # type: ignore[arg-type]
 

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.sources import SOURCES
-from strategies.codecs import CODECS
+from models.networks import own
+from strategies.codecs import CODECS, codec
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
 from strategies.methods import METHODS
+from strategies.peer.algorithm import LinkAlgorithm
 from strategies.topology import TOPOLOGIES
 
 if TYPE_CHECKING:
     from configuration.config import Config
 
+MOST_PEERS = 1000  # the mixing matrix, and the check that it connects them, grow with the square
 ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 # Keys of the sections of every run that have no effect with a kind of plan; a section's name stands for all of its keys.
 UNUSED: dict[type, set[str]] = {
@@ -114,6 +117,11 @@ def _run(config: "Config") -> Iterator[str]:
         for key in ("lr-shape", "lr-steps"):
             if key in changed(training):
                 yield f"training.{key} = {changed(training)[key]!r}: has no effect with training.lr-ratio = 1"
+    if ":" in config.model.name and not config.model.name.startswith("torchvision:"):
+        try:
+            own(config.model.name)
+        except ValueError as error:
+            yield str(error)
     if config.model.name == "mlp" and config.computing.channels_last:
         yield "computing.channels-last = True: only for a convolutional model; allowed: False"
 
@@ -135,10 +143,19 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: the server sees no model"
     if config.num_sites < 2:
         yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
+    if config.num_sites > MOST_PEERS:
+        yield f"num-sites = {config.num_sites}: {name} takes at most {MOST_PEERS} peers"
+    for key, each in (("wire.codec", wire.codec), ("wire.cross-codec", wire.cross_codec)):
+        try:
+            codec(each, (1,), key, bits=wire.bits, share=wire.share)
+        except ValueError as error:
+            yield str(error)
     if wire.codec in CODECS and CODECS[wire.codec].biased and wire.error_feedback == "none":
         yield f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'"
     if wire.error_feedback != "none" and wire.codec == "identity":
         yield f"wire.error-feedback = {wire.error_feedback!r}: has no effect with wire.codec = 'identity'"
+    if wire.error_feedback != "none" and isinstance(plan.algorithm, LinkAlgorithm):
+        yield f"wire.error-feedback = {wire.error_feedback!r}: {name} offers each neighbour something else; allowed: 'none'"
     if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
         yield "wire.error-feedback = 'choco': neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
     for key in ("bits", "share"):

@@ -14,7 +14,7 @@ from flwr.common.config import flatten_dict
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from configuration.checks import together
-from configuration.errors import ConfigError, changed, shown
+from configuration.errors import ConfigError, changed, shown, shown_key
 from configuration.former import new_key
 from configuration.sections import (
     SECTIONS,
@@ -32,6 +32,7 @@ from strategies.method import ArrivalPlan, Method, PeerPlan, Plan, Run, Section
 from strategies.methods import METHODS, find
 
 ROOT = Path(__file__).parent.parent
+LONGEST = 1000  # characters of a text
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -55,7 +56,7 @@ class Config(BaseModel):
 
     strategy: str = "co-learning"
     """a method by name (docs/reference/methods.md), or one's own: package.module:METHOD"""
-    num_sites: Positive = 5
+    num_sites: Annotated[int, Field(ge=1, le=10_000)] = 5
     """in a simulation also: --federation-config "num-supernodes=5\""""
     min_sites: Positive = 2
     """the run stops when fewer sites than this answer"""
@@ -65,7 +66,7 @@ class Config(BaseModel):
     """local epochs of each site in the whole run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """of everything random"""
-    timeout_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3600.0
+    timeout_s: Annotated[float, Field(ge=1, le=1e7)] = 3600.0
     """seconds a site has to answer"""
     keys: SerializeAsAny[Section] = Section()
     training: Training = Training()
@@ -85,6 +86,8 @@ class Config(BaseModel):
             ConfigError: names every key that is wrong, its value and what is allowed.
         """
         flat = flatten(run_config)
+        if long := [key for key, value in flat.items() if len(value if isinstance(value, str) else key) > LONGEST]:
+            raise ConfigError("\n".join(f"{shown_key(key)} = {shown(flat[key])}: at most {LONGEST} characters" for key in long))
         name = flat.get("strategy", cls.model_fields["strategy"].default)
         try:
             method = find(name)
@@ -119,7 +122,7 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
-        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius))
+        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites))
 
     def tables(self) -> dict[str, Any]:
         """The configuration as nested tables, without other methods' sections."""
@@ -179,7 +182,7 @@ def _unknown(key: str, value: object, method: Method[Any]) -> str:
     keys += [str(field.alias) for name, field in Config.model_fields.items() if name not in (*SECTIONS, "keys")]
     last = {each.rpartition(".")[2]: each for each in reversed(keys)}
     close = get_close_matches(key, keys, n=1) or [last[each] for each in get_close_matches(key, last, n=1)]
-    return f"{key} = {shown(value)}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"{shown_key(key)} = {shown(value)}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str]) -> S | None:

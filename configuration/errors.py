@@ -18,6 +18,11 @@ def changed(section: BaseModel) -> dict[str, Any]:
     return {str(fields[name].alias): value for name, value in values.items() if value != fields[name].default}
 
 
+def shown_key(key: str) -> str:
+    """A key, not longer than a line and without control characters."""
+    return key if key.isprintable() and 0 < len(key) <= SHOWN else shown(key)
+
+
 def shown(value: object) -> str:
     """A value, not longer than a line."""
     text = repr(value)

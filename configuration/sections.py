@@ -59,7 +59,7 @@ def _torchvision() -> tuple[str, ...]:
 class Training(Section):
     """Training at the sites, of every method."""
 
-    lr: NotNegative = 0.0
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
@@ -131,7 +131,7 @@ class Partition(Section):
     """smaller is more skewed"""
     classes_per_site: Annotated[Positive, Only(kind=_taking(PARTITIONS, "classes_per_site"))] = 2
     """so many"""
-    size_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False), Only(kind=_taking(PARTITIONS, "size_ratio"))] = 10.0
+    size_ratio: Annotated[float, Field(ge=1, le=1e6), Only(kind=_taking(PARTITIONS, "size_ratio"))] = 10.0
     """examples of the largest site over those of the smallest"""
     iid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """so much of the data is spread by chance, the rest as kind says"""
@@ -180,7 +180,7 @@ class Results(Section):
 
     folder: Annotated[str, Field(min_length=1)] = "runs"
     """each run makes a folder in it"""
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
 
 

@@ -1,7 +1,7 @@
 """Names that leave a site, and values that a run's author wrote: short, printable, found."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 MOST_CLASSES = 100
@@ -47,17 +47,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(said) + (", ..." if len(names) > 20 else "")
 
 
-def imported(key: str, value: str, error: type[ValueError]) -> Callable[..., Any]:
-    """The function of one's own that the run's ``key = "package.module:function"`` names.
+def called(key: str, value: str, error: type[ValueError], *arguments: object) -> Any:
+    """What the function of one's own returns that the run's ``key = "package.module:function"`` names.
 
     Raises:
-        ``error``: there is none.
+        ``error``: there is none, or it raises something.
     """
     module, _, name = value.partition(":")
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise error(f"{key} = {shown(value)}: {problem}") from problem
-    if not callable(found):
-        raise error(f"{key} = {shown(value)} is no function but {type(found).__name__}")
-    return found
+        found = getattr(importlib.import_module(module), name)
+        if not callable(found):
+            raise error(f"{key} = {shown(value)} is no function but {type(found).__name__}")
+        return found(*arguments)
+    except error:
+        raise
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {str(problem)[:200]}".strip(" :")
+        raise error(f"{key} = {shown(value)}: {reason}") from problem

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from datasets.names import imported, listed, shown
+from datasets.names import called, listed, shown
 
 Indices = NDArray[np.int64]
 FEWEST = 2  # examples a site must have: one to train on, one to test on
@@ -189,7 +189,7 @@ def partition(
         parts = iid(labels, num_sites, generator)
     elif ":" in kind:
         parts = _checked(
-            imported("partition.kind", kind, PartitionError)(labels, num_sites, generator),
+            called("partition.kind", kind, PartitionError, labels, num_sites, generator),
             len(labels),
             num_sites,
             said,

@@ -15,7 +15,7 @@ import torch
 from datasets.examples import Examples, SourceError, check
 from datasets.files import naming
 from datasets.folders import audio_folder, image_folder, log_mel
-from datasets.names import imported, shown
+from datasets.names import called, shown
 from datasets.tables import csv, text_csv
 
 __all__ = [
@@ -125,7 +125,7 @@ def load(
         SourceError: what is missing, and where it was looked for.
     """
     if ":" in source:
-        return check(imported("data.source", source, SourceError)(path), source)
+        return check(called("data.source", source, SourceError, path), source)
     if source not in SOURCES:
         raise SourceError(f"data.source = {shown(source)}: allowed: {', '.join(SOURCES)}, package.module:function")
     keys = {

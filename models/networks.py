@@ -7,6 +7,7 @@ torchvision or from the user.
 import importlib
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -58,13 +59,31 @@ def _construct(name: str, shape: tuple[int, ...], num_classes: int, norm: str) -
         extra = {"aux_logits": False} if attribute in ("googlenet", "inception_v3") else {}
         network = get_model(attribute, weights=None, num_classes=num_classes, **extra)
         return nn.Sequential(_ThreeChannels(), network) if picture and shape[0] == 1 else network
+    make = own(name)
     try:
-        network = getattr(importlib.import_module(module), attribute)(shape, num_classes)
+        network = make(shape, num_classes)
     except Exception as error:
         raise ValueError(f"model.name = {name!r} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}")
     return network
+
+
+def own(name: str) -> Callable[..., nn.Module]:
+    """The function or class of one's own that ``package.module:NAME`` names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(f"model.name = {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(found, FunctionType | type):
+        kind = type(found).__name__
+        raise ValueError(f"model.name = {name!r}: a function written in Python or a class is expected, it is a {kind}")
+    return found
 
 
 class _ThreeChannels(nn.Module):

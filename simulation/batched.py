@@ -16,6 +16,7 @@ from client_app.site import Place, device_of, site_data, workplace
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
+from datasets.site import SiteData
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
 from server_app.events import EVERYBODY, Progress
@@ -23,7 +24,7 @@ from server_app.results import History
 from simulation.vectorised import Batch, Networks
 from strategies.codecs import num_bytes
 from strategies.gradients import MEND
-from strategies.peer.algorithm import Vectors, exchange
+from strategies.peer.algorithm import PeerAlgorithm, Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.step import encode, encode_gradient
 from strategies.records import X, pack
@@ -38,7 +39,8 @@ class Peers:
         history: gets everything that is measured.
 
     Raises:
-        ConfigError: the network has BatchNorm statistics, which one pass for all peers cannot keep.
+        ConfigError: the network has BatchNorm statistics, which one pass for all peers cannot keep; or neighbours are not all
+            offered the same.
     """
 
     def __init__(self, config: Config, federation: Federation, history: History) -> None:
@@ -54,7 +56,11 @@ class Peers:
             )
         history.begin(federation, model)
         self._peer = peer_of(config, 0, model.sizes)
-        self._algorithm = self._peer.plan.algorithm
+        if not isinstance(algorithm := self._peer.plan.algorithm, PeerAlgorithm):
+            raise ConfigError(
+                f"engine = 'batched': strategy = {config.strategy!r} offers each neighbour something else; allowed: 'app'"
+            )
+        self._algorithm = algorithm
         self.state = self._algorithm.init(self._network.x.expand(self._n, -1).clone())
         self._device = device_of(config.computing.device)
         self._memories: list[Vectors] = [()] * self._n
@@ -165,36 +171,52 @@ class Peers:
         """
         if wrong := (~self.state.x.isfinite().all(1)).nonzero().flatten().tolist():
             raise RunError(f"exchange {number}: training diverged: the models of the sites {wrong} are not finite; {MEND}")
-        history, config, model = self._history, self._config, self._network.model
-        none = self.state.x.new_empty(1, 0)
         mean = self.state.x.double().mean(0).float()
-        counts = torch.tensor([site.num_test for site in self._federation.sites], dtype=torch.float64)
-        own, of_mean = ([] for _ in range(2))  # type: list[dict[str, float]], list[dict[str, float]]
-        for x, data in zip(self.state.x, self._data, strict=True):
-            own.append(training.evaluate(self._network.predict, model, x[None], none, data.test))
-            of_mean.append(training.evaluate(self._network.predict, model, mean[None], none, data.test))
+        own = [self._tested(x, data) for x, data in zip(self.state.x, self._data, strict=True)]
+        of_mean = [self._tested(mean, data) for data in self._data]
+        total = sum(site.num_test for site in self._federation.sites)
+        shares = [site.num_test / total for site in self._federation.sites]
+
+        def weighted_mean(name: str, each: list[dict[str, float]]) -> float:
+            return sum(share * found[name] for share, found in zip(shares, each, strict=True))
+
         losses = torch.stack(self._losses).mean(0)
         self._losses.clear()
-        epochs = config.epochs / self.exchanges
         since = (number - 1) // self._every * self._every  # the first exchange after the last test
-        first, last = (learning_rate(config, each / self.exchanges) for each in (since, number - 1))
+        first, last = (learning_rate(self._config, each / self.exchanges) for each in (since, number - 1))
         train = {
             "loss": float(losses.mean()),
             "lr-first": first,
             "lr-last": last,
-            "local-epochs": (number - since) * epochs,
+            "local-epochs": (number - since) * self._config.epochs / self.exchanges,
             "consensus-distance": consensus_distance(self.state.x),
         }
-        share = counts / counts.sum()
-        test = {key: float(sum(w * each[key] for w, each in zip(share.tolist(), own, strict=True))) for key in ("loss", "accuracy")}
-        test["accuracy-worst"] = min(each["accuracy"] for each in own)
-        test["accuracy-best"] = max(each["accuracy"] for each in own)
-        test["accuracy-of-mean"] = float(sum(w * each["accuracy"] for w, each in zip(share.tolist(), of_mean, strict=True)))
-        for site, loss, found, (up, down) in zip(self._federation.sites, losses.tolist(), own, self._traffic.tolist(), strict=True):
-            history.record(number, seconds, site.number, "train", {"loss": loss}, up, down)
-            history.record(number, seconds, site.number, "test", found, up, down)
-        up, down = self._traffic.sum(0).tolist()
-        history.record(number, seconds, EVERYBODY, "train", train, up, down)
-        history.record(number, seconds, EVERYBODY, "test", test, up, down)
+        test = {name: weighted_mean(name, own) for name in ("loss", "accuracy")} | {
+            "accuracy-worst": min(found["accuracy"] for found in own),
+            "accuracy-best": max(found["accuracy"] for found in own),
+            "accuracy-of-mean": weighted_mean("accuracy", of_mean),
+        }
+        self._write(number, seconds, train, test, losses.tolist(), own)
+        epochs, sent = self._config.epochs, float(self._traffic.sum()) / 1e6
+        watch(Progress("exchange", number, None, number * epochs / self.exchanges, epochs, seconds, sent, train, test))
+
+    def _tested(self, x: Tensor, data: SiteData) -> dict[str, float]:
+        network = self._network
+        return training.evaluate(network.predict, network.model, x[None], x.new_empty(1, 0), data.test)
+
+    def _write(
+        self,
+        number: int,
+        seconds: float,
+        train: dict[str, float],
+        test: dict[str, float],
+        losses: list[float],
+        own: list[dict[str, float]],
+    ) -> None:
+        history = self._history
+        for site, loss, found, traffic in zip(self._federation.sites, losses, own, self._traffic.tolist(), strict=True):
+            history.record(number, seconds, site.number, "train", {"loss": loss}, *traffic)
+            history.record(number, seconds, site.number, "test", found, *traffic)
+        for split, found in (("train", train), ("test", test)):
+            history.record(number, seconds, EVERYBODY, split, found, *self._traffic.sum(0).tolist())
         history.keep(pack({X: self.state.x}))
-        watch(Progress("exchange", number, None, number * epochs, config.epochs, seconds, (up + down) / 1e6, train, test))

@@ -49,6 +49,9 @@ class VirtualGrid(Grid):
         sites: what each site lives in.
         run_config: the run configuration of every site.
         tamper: called with a site's number, the message and the reply; what it returns is delivered instead, None is lost.
+
+    Attributes:
+        contexts: of each node, what its site is configured with and remembers.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class VirtualGrid(Grid):
         self._count = 0
         self._sites = {FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._busy_until = dict.fromkeys(self._sites, 0.0)
-        self._contexts = {
+        self.contexts = {
             node: Context(
                 run_id=1,
                 node_id=node,
@@ -138,7 +141,7 @@ class VirtualGrid(Grid):
             if outage[1] - outage[0] > NOTICED_AFTER_S:
                 return max(start, outage[0] + NOTICED_AFTER_S), self._unavailable(message)
             start = outage[1]
-        known = self._contexts[node]
+        known = self.contexts[node]
         context = Context(known.run_id, known.node_id, known.node_config, RecordDict(dict(known.state)), known.run_config)
         try:
             reply = self._client_app(message=message, context=context)
@@ -149,10 +152,10 @@ class VirtualGrid(Grid):
         if outage and outage[0] < arrival:  # it goes off on the way: what it did is lost, unless it was done and only the reply is
             self._busy_until[node] = outage[1]
             if outage[0] >= done:
-                self._contexts[node] = context
+                self.contexts[node] = context
             noticed = outage[1] - outage[0] > NOTICED_AFTER_S
             return outage[0] + NOTICED_AFTER_S, self._unavailable(message) if noticed else None
-        self._contexts[node], self._busy_until[node] = context, arrival
+        self.contexts[node], self._busy_until[node] = context, arrival
         return arrival, reply
 
     @staticmethod

@@ -127,7 +127,7 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
 
 
 def random_k(sizes: Sequence[int], share: float) -> Codec:
-    """Numbers of each layer at random places, which the seed of 8 bytes tells; not scaled up."""
+    """Numbers of each layer at random places, which follow from a seed of 8 bytes; not scaled up."""
 
     def places(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -198,12 +198,13 @@ CODECS = {
 }
 
 
-def codec(name: str, sizes: Sequence[int], **keys: Any) -> Codec:
+def codec(name: str, sizes: Sequence[int], key: str = "wire.codec", **keys: Any) -> Codec:
     """The codec of a run configuration.
 
     Args:
         name: one of ``CODECS``, or the import path of one's own: a function of ``sizes``.
         sizes: parameters of each layer; their sum is d.
+        key: where ``name`` stands, for the error.
         keys: what it takes, and it may be more.
 
     Raises:
@@ -215,9 +216,9 @@ def codec(name: str, sizes: Sequence[int], **keys: Any) -> Codec:
     try:
         found: object = imported(name, FunctionType, CODECS, "function")(sizes)
     except Exception as error:
-        raise ValueError(f"wire.codec = {name!r}: {error}") from error
+        raise ValueError(f"{key} = {name!r}: {error}") from error
     if not isinstance(found, Codec):
-        raise ValueError(f"wire.codec = {name!r}: a Codec is expected; got {type(found).__name__}")
+        raise ValueError(f"{key} = {name!r}: a Codec is expected; got {type(found).__name__}")
     return found
 
 

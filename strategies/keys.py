@@ -8,9 +8,10 @@ from pydantic import Field
 from strategies.asynchronous.rule import Weight, constant, hinge, polynomial
 from strategies.method import Local, Moment, Run, Section
 
-Positive = Annotated[int, Field(ge=1)]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Larger numbers are slips: they would end in an overflow, or never.
+Positive = Annotated[int, Field(ge=1, le=10**6)]
+Above0 = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 SAM = frozenset({"training.sam-radius"})  # unused by methods with a radius of their own

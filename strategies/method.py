@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from strategies.asynchronous.rule import ServerRule
-from strategies.peer.algorithm import PeerAlgorithm
+from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm
 from strategies.topology import Topology
 
 Vectors = Mapping[str, Tensor]
@@ -36,10 +36,12 @@ class Run(NamedTuple):
     Attributes:
         lr: the learning rate at the start of the run.
         sam_radius: of sharpness-aware training of any method; 0: off.
+        num_sites: how many take part.
     """
 
     lr: float
     sam_radius: float
+    num_sites: int = 1
 
 
 class Local(NamedTuple):
@@ -242,7 +244,7 @@ class PeerPlan(NamedTuple):
         exact: whether its vectors bear no lossy codec, whose errors it would carry on.
     """
 
-    algorithm: PeerAlgorithm[Any]
+    algorithm: PeerAlgorithm[Any] | LinkAlgorithm[Any]
     gradient: Neighbourhood = Neighbourhood()
     steps: int = 1
     check: Callable[[Topology, float], None] = lambda topology, rate: None

@@ -16,8 +16,10 @@ from strategies.peer import (
     gradient_tracking,
     n_saddle,
     ngm,
+    noloco,
     q_saddle,
     qgm,
+    relay_sgd,
 )
 
 _ALL: tuple[Method[Any], ...] = (
@@ -47,6 +49,8 @@ _ALL: tuple[Method[Any], ...] = (
     q_saddle.METHOD,
     n_saddle.METHOD,
     dfedsam.METHOD,
+    relay_sgd.METHOD,
+    noloco.METHOD,
     *flower.METHODS,
 )
 METHODS = {method.name: method for method in _ALL}

@@ -47,15 +47,15 @@ class Topology(NamedTuple):
         return self.matrices[exchange % len(self.matrices)]
 
     def neighbours(self, exchange: int, peer: int) -> dict[int, float]:
-        """Whom ``peer`` hears in an exchange, with their weights, itself not among them."""
-        return _heard(self.matrices)[exchange % len(self.matrices)][peer]
+        """Whose vectors ``peer`` mixes in an exchange, with their weights, itself not among them."""
+        return _neighbours_of(self.matrices)[exchange % len(self.matrices)][peer]
 
     def readers(self, peer: int) -> set[int]:
-        """Who hears ``peer`` in any exchange."""
+        """Who mixes what ``peer`` offers in any exchange."""
         return {other for other in self.graph if self.graph.has_edge(other, peer)}
 
     def linked(self, peer: int) -> list[int]:
-        """Whom ``peer`` hears from or is heard by in any exchange."""
+        """Who is linked with ``peer`` in any exchange, in either direction."""
         return sorted(set(nx.all_neighbors(self.graph, peer)))
 
     def parts(self, peers: set[int]) -> list[list[int]]:
@@ -65,7 +65,7 @@ class Topology(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _heard(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
+def _neighbours_of(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
     """Of each matrix and peer; looked up for every message."""
     return [
         [{j: weight for j, weight in enumerate(row) if weight and j != peer} for peer, row in enumerate(matrix.tolist())]
@@ -160,6 +160,8 @@ def matching(n: int, seed: int) -> "list[nx.Graph[int]]":
 def read_edges(n: int, edges: str) -> "nx.Graph[int]":
     """Links from a file, a line each, ``i j`` or ``i j weight``."""
     try:
+        if not Path(edges).is_file():
+            raise FileNotFoundError("there is no such file, or it is no regular one")
         lines = [line.split("#")[0].split() for line in Path(edges).read_text().splitlines()]
         rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:]]) for row in lines if row]
     except (OSError, ValueError, IndexError) as error:
@@ -226,7 +228,7 @@ def topology(name: str, n: int, *, weights: str, lazy: bool, **keys: Any) -> Top
     Args:
         name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of peers.
         n: number of peers.
-        weights: ``metropolis`` or ``uniform``; a directed graph is always uniform.
+        weights: ``metropolis`` or ``uniform``; the same on regular graphs, and others must not be directed.
         lazy: halve all links, (I + W) / 2: no negative eigenvalues.
         keys: what it takes, and it may be more.
 
@@ -254,11 +256,12 @@ def _built(name: str, n: int, keys: dict[str, Any]) -> "list[nx.Graph[int]]":
             found = imported(name, FunctionType, TOPOLOGIES, "function")(n)
         except Exception as error:
             raise TopologyError(f"topology.name = {name!r}: {error}") from error
+    peers = set(range(n))
     graphs: list[nx.Graph[int]] = list(found) if isinstance(found, list | tuple) else [found]
     for graph in graphs:
         if not isinstance(graph, nx.Graph) or graph.is_multigraph():
             raise TopologyError(f"topology.name = {name!r}: a graph of networkx is expected, or a list; got {type(graph).__name__}")
-        if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= {*range(n)}]:
+        if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= peers]:
             raise TopologyError(f"topology.name = {name!r}: {wrong[0]} is no link between two of the peers 0 to {n - 1}")
     if not graphs or len({graph.is_directed() for graph in graphs}) > 1:
         raise TopologyError(f"topology.name = {name!r}: at least one graph is expected, all directed or none")
@@ -273,7 +276,7 @@ def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
     matrix = torch.from_numpy(array)
     if given:
         return matrix + torch.diag(1 - matrix.sum(1))
-    return uniform_weights(matrix) if weights == "uniform" or links.is_directed() else metropolis_weights(matrix)
+    return uniform_weights(matrix) if weights == "uniform" else metropolis_weights(matrix)
 
 
 def metropolis_weights(adjacency: Tensor) -> Tensor:
@@ -294,7 +297,7 @@ def metropolis_weights(adjacency: Tensor) -> Tensor:
 
 
 def uniform_weights(adjacency: Tensor) -> Tensor:
-    """Everybody heard, oneself included, counts the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
+    """All neighbours and the peer itself count the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
     return (adjacency + torch.eye(len(adjacency), dtype=torch.float64)) / (1 + adjacency.sum(1, keepdim=True))
 
 
@@ -316,7 +319,7 @@ def check(matrices: list[Tensor], name: str) -> None:
     """Refuse what does not lead to agreement.
 
     Raises:
-        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that never hear from others.
+        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that others never reach.
     """
     union = torch.stack(matrices).sum(0)
     for matrix in matrices:
@@ -333,5 +336,5 @@ def check(matrices: list[Tensor], name: str) -> None:
     graph = nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)
     if not nx.is_strongly_connected(graph):
         parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
-        told = ", ".join(map(str, parts[:4]))
-        raise TopologyError(f"topology.name = {name!r}: the graph is not connected, its parts are {told}")
+        first = ", ".join(map(str, parts[:4]))
+        raise TopologyError(f"topology.name = {name!r}: the graph is not connected, its parts are {first}")

@@ -38,7 +38,7 @@ def arguments_of(name: str, text: str) -> dict[str, int | float]:
     """Arguments of the strategy ``name``, read from ``"eta=0.1 beta_1=0.9"``.
 
     Raises:
-        ValueError: an unknown argument or one that comes twice, a value that is no finite number, or a required one left out.
+        ValueError: an unknown argument or one that comes twice, a value that is no number from 0 on, or a required one left out.
     """
     where = f"flower.arguments = {text!r}"
     parameters = {
@@ -56,8 +56,8 @@ def arguments_of(name: str, text: str) -> dict[str, int | float]:
             found[key] = int(value) if value.lstrip("+-").isdigit() else float(value)
         except ValueError:
             raise ValueError(f"{where}: {value!r} is not a number") from None
-        if not math.isfinite(found[key]):
-            raise ValueError(f"{where}: {value!r} is not finite")
+        if not 0 <= found[key] < math.inf:
+            raise ValueError(f"{where}: {value!r} is negative or not finite")
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     if missing := [key for key in required if key not in found]:
         raise ValueError(f"{where}: {name} needs {' '.join(f'{key}=...' for key in missing)}")

@@ -5,7 +5,7 @@ simulation and in tests. A state is a NamedTuple of tensors, so saving it, sendi
 Inputs are never written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -15,7 +15,8 @@ Vectors = tuple[Tensor, ...]
 
 
 class State(Protocol):
-    """What every algorithm remembers at least: all fields are tensors, an empty one where there is nothing to remember."""
+    """What every algorithm remembers at least; further fields are tensors, an empty one where there is nothing to remember, or
+    dictionaries of tensors by neighbour."""
 
     @property
     def x(self) -> Tensor:
@@ -40,6 +41,22 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
     descend: Callable[[S, Tensor, float], S]
     outgoing: Callable[[S], Vectors]
     mix: Callable[[S, Vectors, Vectors], S]
+
+
+class LinkAlgorithm(NamedTuple, Generic[S]):
+    """An algorithm that offers each neighbour something else, and mixes what came from each of them itself.
+
+    Attributes:
+        init: the state at a model [d].
+        descend: as of :class:`PeerAlgorithm`.
+        outgoing: what a neighbour, by its number, is offered after the last local step.
+        mix: the exchange, with the vectors of each neighbour that sent them.
+    """
+
+    init: Callable[[Tensor], S]
+    descend: Callable[[S, Tensor, float], S]
+    outgoing: Callable[[S, int], Vectors]
+    mix: Callable[[S, Mapping[int, Vectors]], S]
 
 
 def exchange(algorithm: PeerAlgorithm[S], state: S, sent: Vectors, mixed: Vectors, gamma: float) -> S:

@@ -111,6 +111,7 @@ class Order(NamedTuple):
     Attributes:
         step: counts from 0.
         neighbours: whose offers it mixes, with their weights.
+        readers: who mixes what it offers now.
         lr: the learning rate.
         done: the fraction of the run that is over, from 0 to 1.
         test: whether the model is tested before it is trained.
@@ -123,6 +124,7 @@ class Order(NamedTuple):
     neighbours: Mapping[int, float]
     lr: float
     done: float = 0.0
+    readers: tuple[int, ...] = ()
     test: bool = False
     last: bool = False
     again: bool = False

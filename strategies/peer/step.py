@@ -16,10 +16,11 @@ from torch import Tensor
 from strategies.averaging.mean import refusal
 from strategies.codecs import Payload
 from strategies.gradients import Diverged
-from strategies.peer.algorithm import Vectors, exchange
+from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm, Vectors, exchange
 from strategies.peer.neighbourhood import Gradients, disagreement, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.state import Hat, Metrics, Oracle, Order, Peer, PeerState, Pending, Received, Refusal, Result
 from strategies.randomness import derive
+from strategies.saving import flatten
 
 STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"  # parts of a payload, beside those of the codec
 OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
@@ -71,14 +72,14 @@ def models_step(peer: Peer, state: PeerState, received: Iterable[Received], orde
         shift = owners_shift(pair, state.x[None], peer.plan.gradient)
         state = state._replace(shift=state.x.new_empty(0) if shift is None else shift[0])
     restarted = peer.channel.chained and state.restart
-    state, payload = _offer(peer, _finite(state), order)
-    return Result(state, {None: payload}, metrics, refused, restarted)
+    state, offers = _offer(peer, _finite(state), order)
+    return Result(state, offers, metrics, refused, restarted)
 
 
 def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
     """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
-    state, mixed = _mixed(peer, state, found, order)
+    state, mixed = _mix_stats(state, found, order), _mixed(peer, state, found, order)
     metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
     state, taken = _gradients(peer, state, found, oracle)
     pending = Pending(taken.gradients[0], taken.losses[0], mixed)
@@ -172,7 +173,7 @@ def _check_age(peer: Peer, each: Received, order: Order) -> None:
 
 
 def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Model]:
-    payload, like = each.payload, peer.plan.algorithm.outgoing(state.algorithm)
+    payload, like = each.payload, _outgoing(peer, state, each.sender)
     before = like  # channels that are not chained decode without it
     if peer.channel.chained:
         before = tuple(map(torch.zeros_like, like))
@@ -214,19 +215,30 @@ def _part(payload: Payload, prefix: str) -> Payload:
 # What becomes of it.
 
 
+def _outgoing(peer: Peer, state: PeerState, reader: int = -1) -> Vectors:
+    """The own vectors, for all neighbours or for one."""
+    algorithm = peer.plan.algorithm
+    if isinstance(algorithm, LinkAlgorithm):
+        return algorithm.outgoing(state.algorithm, reader)
+    return algorithm.outgoing(state.algorithm)
+
+
 def _sent(peer: Peer, state: PeerState) -> Vectors:
     """Own vectors as neighbours have them."""
-    return state.sent or peer.plan.algorithm.outgoing(state.algorithm)
+    return state.sent or _outgoing(peer, state)
 
 
-def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> tuple[PeerState, Vectors]:
-    """Weighted means of every vector; those of the statistics become the peer's own at once."""
-    if state.stats.numel():
-        stats = {j: model.stats for j, model in found.items()}
-        state = state._replace(stats=weighted(state.stats, stats, order.neighbours))
+def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> Vectors:
+    """Weighted means of every vector."""
     theirs = [{j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))]
     pairs = zip(_sent(peer, state), theirs, strict=True)
-    return state, tuple(weighted(own, other, order.neighbours) for own, other in pairs)
+    return tuple(weighted(own, other, order.neighbours) for own, other in pairs)
+
+
+def _mix_stats(state: PeerState, found: Mapping[int, Model], order: Order) -> PeerState:
+    if not state.stats.numel():
+        return state
+    return state._replace(stats=weighted(state.stats, {j: model.stats for j, model in found.items()}, order.neighbours))
 
 
 def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
@@ -236,6 +248,7 @@ def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Orde
 
 def _exchange(peer: Peer, state: PeerState, sent: Vectors, mixed: Vectors) -> PeerState:
     algorithm = peer.plan.algorithm
+    assert isinstance(algorithm, PeerAlgorithm)
     return state._replace(algorithm=exchange(algorithm, state.algorithm, sent, mixed, peer.averaging_rate))
 
 
@@ -248,8 +261,11 @@ def _meet(
 ) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
     """The neighbours' models: mix them; in the model variant, descend along the own gradients there too."""
     state, found, refused = _models(peer, state, received, order)
-    sent, metrics = _sent(peer, state), Metrics()
-    state, mixed = _mixed(peer, state, found, order)
+    state, algorithm, metrics = _mix_stats(state, found, order), peer.plan.algorithm, Metrics()
+    if isinstance(algorithm, LinkAlgorithm):
+        vectors = {j: model.vectors for j, model in found.items()}
+        return state._replace(algorithm=algorithm.mix(state.algorithm, vectors)), metrics, refused
+    sent, mixed = _sent(peer, state), _mixed(peer, state, found, order)
     if order.test:
         metrics["disagreement"] = _apart(peer, state, found, order)
     if peer.plan.gradient.at == "model":
@@ -328,20 +344,22 @@ def _trained(peer: Peer, state: PeerState, loss: float, order: Order) -> tuple[P
 # What is offered and kept.
 
 
-def _offer(peer: Peer, state: PeerState, order: Order) -> tuple[PeerState, Payload]:
-    """The vectors, and what goes with them, for all neighbours."""
-    vectors = peer.plan.algorithm.outgoing(state.algorithm)
-    payload, memories, sent = encode(peer, state.memories, vectors, order.step)
+def _offer(peer: Peer, state: PeerState, order: Order) -> tuple[PeerState, dict[int | None, Payload]]:
+    """The vectors, and what goes with them, for all neighbours or for each."""
+    beside = {STATS: state.stats} if state.stats.numel() else {}
+    if isinstance(peer.plan.algorithm, LinkAlgorithm):
+        offers = {j: encode(peer, (), _outgoing(peer, state, j), order.step)[0] for j in order.readers}
+        return state, {j: payload | beside for j, payload in offers.items()}
+    payload, memories, sent = encode(peer, state.memories, _outgoing(peer, state), order.step)
     if not peer.channel.exact:
         state = state._replace(memories=memories if memories[0].numel() else (), sent=sent)
-    if state.stats.numel():
-        payload[STATS] = state.stats
+    payload |= beside
     if state.shift.numel():
         payload[SHIFT] = state.shift
     if peer.channel.chained:
         payload[NEW if state.restart else AFTER] = torch.tensor([state.offered])
         state = state._replace(offered=order.step, restart=False)
-    return state, payload
+    return state, {None: payload}
 
 
 def _finite(state: PeerState) -> PeerState:
@@ -350,7 +368,8 @@ def _finite(state: PeerState) -> PeerState:
     Raises:
         Diverged: part of the state is not finite.
     """
-    for name, part in zip((*state.algorithm._fields, STATS), (*state.algorithm, state.stats), strict=True):
+    tensors, _ = flatten(state.algorithm)
+    for name, part in {**tensors, STATS: state.stats}.items():
         if part.numel() and not bool(torch.stack(torch.aminmax(part)).isfinite().all()):
             raise Diverged(f"in step {state.step} this site's {name} is not finite")
     return state

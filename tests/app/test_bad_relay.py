@@ -16,7 +16,7 @@ from client_app.memory import recall
 from client_app.peer import peer_of
 from configuration.config import Config, configuration
 from strategies.peer.state import PeerState
-from strategies.records import arrays_of, config_of, metrics_of, unpack
+from strategies.records import arrays_of, config_of, metrics_of, pack, unpack
 
 SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
 SITES = range(4)
@@ -63,9 +63,16 @@ class Sites:
         keys = {name: key for name, key in self.public.items() if name != f"key-{site}"}
         return fields | keys | {name.replace("_", "-"): value for name, value in changes.items()}
 
-    def ask(self, site: int, kind: str, fields: dict[str, Any], received: dict[int, dict[str, Array]] | None = None) -> Message:
+    def ask(
+        self,
+        site: int,
+        kind: str,
+        fields: dict[str, Any],
+        received: dict[int, dict[str, Array]] | None = None,
+        x: torch.Tensor | None = None,
+    ) -> Message:
         """The answer to a message."""
-        records: dict[str, Any] = {"config": ConfigRecord(fields)}
+        records: dict[str, Any] = {"config": ConfigRecord(fields)} | ({} if x is None else {"arrays": pack({"x": x})})
         records |= {f"from-{sender}": ArrayRecord(arrays) for sender, arrays in (received or {}).items()}
         message = Message(RecordDict(records), 1000 + site, kind)
         message.metadata.__dict__["_message_id"] = "1"
@@ -184,10 +191,10 @@ def test_what_may_not_change_in_a_run_is_refused(changes: dict[str, Any], messag
 
 
 def test_a_state_that_is_not_finite_is_never_kept() -> None:
-    rate: dict[str, Any] = {"training.lr": 1e38, "training.lr-ratio": 1.0}
+    rate: dict[str, Any] = {"training.lr": 100.0, "training.lr-ratio": 1.0, "training.weight-decay": 1e6}
     sites = Sites(**rate)
     replies = [sites.step(0, 0)]
-    while not replies[-1].has_error() and len(replies) < 5:
+    while not replies[-1].has_error() and len(replies) < 50:
         replies.append(sites.step(0, len(replies), {}))
     assert "this site's x is not finite; a smaller training.lr" in reason(replies[-1])
     assert torch.isfinite(model(sites, 0)).all()
@@ -245,6 +252,40 @@ def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
     assert refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []  # it blocked nothing
 
 
+def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:
+    sites = after(1)
+    assert refused(sites.step(0, 1)) == []
+    assert refused(sites.step(0, 1, rejoin=True)) == []
+    assert refused(sites.step(0, 1)) == ["site 1: step 0 came before", "site 3: step 0 came before"]
+
+
+def test_a_difference_without_those_before_it_is_refused() -> None:
+    choco: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+    sites = after(3, **choco)
+    sites.contexts[0] = sites.context(0, sites.config)  # it remembers nothing
+    reply = sites.step(0, 3)
+    assert refused(reply) == [f"site {j}: step 2 goes on from a step that is missing here" for j in (1, 3)]
+    assert config_of(reply)["broken"] == [1, 3]
+    whole = after(3, **choco)  # what site 1 offered in step 2 is not delivered
+    whole.offered[3] = {1: arrays_of(whole.step(1, 3))}
+    reply = whole.step(0, 4, {1: whole.delivery(0, 3, 1)})
+    assert refused(reply) == ["site 1: step 3 goes on from a step that is missing here"]
+
+
+def test_a_sender_whose_newest_difference_is_bad_is_left_out_whole() -> None:
+    choco: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+    found = []
+    for delivered in ((0, 1), ()):  # of site 1: a good difference and a bad one; nothing
+        sites = after(2, **choco)
+        sites.contexts[0] = sites.context(0, sites.config)
+        received = {name: array for step in delivered for name, array in sites.delivery(0, step, 1).items()}
+        received |= {name: Array(np.zeros(3, np.float32)) for name in received if name.startswith("1/") and "codes" in name}
+        reply = sites.step(0, 2, {1: received})
+        assert len(refused(reply)) == (1 if delivered else 0)
+        found.append(model(sites, 0))
+    assert torch.equal(*found)
+
+
 def test_one_bad_public_key_costs_its_owner_only() -> None:
     sites = Sites(**SEALED)
     sites.public["key-1"] = bytes(32)
@@ -259,6 +300,15 @@ def test_what_is_sealed_for_another_reader_is_refused(reader: int, sender: int) 
     reply = sites.step(0, 1, {sender: sites.delivery(reader, 0, sender)})
     assert len(refused(reply)) == 1
     assert refused(reply)[0].startswith(f"site {sender}: step 0 was changed on the way, or is not for this site")
+
+
+def test_sealed_peers_answer_no_plain_training_and_no_new_keys() -> None:
+    sites = after(1, **SEALED)
+    x = model(sites, 0)
+    for kind, message in (("train", "a peer trains its own model"), ("evaluate", "a sealed peer tests no model but its own")):
+        assert message in reason(sites.ask(0, kind, sites.fields(0, 1), {}, x))
+    stranger = sites.step(0, 1, key_9=bytes(32), listeners=[9])
+    assert "site 9 has a public key, and had none at first" in reason(stranger)
 
 
 # What losses tell.

@@ -204,7 +204,7 @@ def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deploymen
         return int(saved.state.config_records["peer-numbers"]["batches"])  # type: ignore[arg-type]
 
     with deployment.run(settings) as process:
-        wait_for(lambda: batches(2) >= 15, 120)
+        wait_for(lambda: batches(2) >= 15, 600)
         time.sleep(2)  # what it answers is sent: half a reply would keep Flower waiting for three minutes
         deployment.kill("supernode-2")
         time.sleep(65)  # Flower takes it to be online for so long, and refuses it

@@ -85,5 +85,5 @@ def test_wrong_configuration_is_named_and_nothing_is_started(make: Make, argumen
 def test_run_that_fails_fails_the_command(make: Make, tmp_path: Path) -> None:
     failed = make("run", f"RESULTS={tmp_path / 'none'}", 'SET=data.source="csv" data.path="/nowhere"')
     assert failed.returncode != 0
-    assert "data-path = '/nowhere'" in failed.stdout
+    assert "data.path = '/nowhere'" in failed.stdout
     assert "The run failed: see above." in failed.stderr

@@ -89,7 +89,8 @@ def lockstep(
         for i, (peer, state) in enumerate(zip(peers, states, strict=True)):
             row = matrices[max(step - 1, 0) // messages % len(matrices)][i].tolist()
             neighbours = {j: w for j, w in enumerate(row) if step and w and j != i}
-            order = Order(step, neighbours, lr, last=step == exchanges * messages)
+            readers = tuple(neighbours) or tuple(j for j in range(len(x)) if matrices[0][j, i] and j != i)
+            order = Order(step, neighbours, lr, readers=readers, last=step == exchanges * messages)
             received = [
                 Received(j, step - 1, payload) for j in neighbours for reader, payload in offers[j].items() if reader in (None, i)
             ]

@@ -19,15 +19,18 @@ from strategies.asynchronous.rule import Update
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Local, Mean, Method, Moment, PeerPlan, RoundPlan
 from strategies.methods import METHODS
+from strategies.peer.algorithm import PeerAlgorithm
 from strategies.schedules import decay
-from tests.equivalence.golden import LR, ORIGIN, B, H, N, lockstep, models
+from strategies.topology import topology
+from tests.equivalence.golden import LR, ORIGIN, RING, B, H, N, lockstep, models
 
 STORED = Path(__file__).parent / "by_name.json"
 AN_EPOCH, EPOCHS = 2, 60
 ARRIVALS = 2 * (0, 1, 2, 3, 4, 0, 2, 4, 1, 3, 2, 0, 4, 4, 1)  # sites in the order of their arrivals
 NEEDED = {"QFedAvg": {"flower.arguments": "client_learning_rate=0.05"}}
 Values = dict[str, Any]
-REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e9}}  # beside those that Only names
+PATH = topology("path", N, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1).mixing(0)
+REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}}  # beside those that Only names
 
 
 def of_local(local: Local) -> list[float]:
@@ -78,8 +81,9 @@ def of_arrivals(plan: ArrivalPlan) -> Values:
 
 
 def of_peers(plan: PeerPlan) -> Values:
-    """Three exchanges on the ring."""
-    found = models(lockstep(plan._replace(steps=min(plan.steps, 3)), 3))
+    """Three exchanges on the ring, or on a path what needs a tree."""
+    mixing = RING if isinstance(plan.algorithm, PeerAlgorithm) else PATH
+    found = models(lockstep(plan._replace(steps=min(plan.steps, 3)), 3, mixing))
     return {"plan": [*plan.gradient, plan.steps, plan.exact], "values": rounded(found)}
 
 

@@ -14,7 +14,10 @@ from strategies.peer.channel import Channel, channel
 from strategies.peer.dmsgd import dmsgd, growth
 from strategies.peer.dsgd import dsgd
 from strategies.peer.gradient_tracking import gradient_tracking
+from strategies.peer.noloco import noloco
 from strategies.peer.qgm import qgm
+from strategies.peer.state import Peer
+from strategies.peer.step import encode, encode_gradient
 from strategies.topology import topology
 from tests.equivalence.golden import (
     EXACT,
@@ -44,6 +47,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "qgm-nesterov": qgm(beta=0.9, mu=0.9, nesterov=True),
     "gt": gradient_tracking(adapt_first=True),
     "gt-awc": gradient_tracking(adapt_first=False),
+    "noloco": noloco(alpha=0.5, beta=0.7, gamma=0.9),
+    "noloco-momentum": noloco(alpha=0.5, beta=0.7, gamma=0.9, momentum=0.9),
 }
 each = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -437,6 +442,60 @@ def test_dsgdm_alone_is_torchs_sgd_with_nesterov() -> None:
         torch.testing.assert_close(run(dsgd(beta=0.9, nesterov=True, adapt_first=adapt_first), 6, eye).x, x.detach())
 
 
+def test_noloco_without_outer_momentum_is_d_psgd_with_local_steps() -> None:
+    plans = [PeerPlan(each, steps=3) for each in (noloco(alpha=0.0, beta=1.0, gamma=1.0), ALGORITHMS["dpsgd"])]
+    one, other = (models(lockstep(plan, 4, x=vectors(d=2))) for plan in plans)
+    torch.testing.assert_close(one, other)
+
+
+def test_noloco_alone_is_an_outer_heavy_ball_on_what_its_local_steps_made() -> None:
+    found = models(lockstep(PeerPlan(noloco(alpha=0.5, beta=0.7, gamma=0.9), steps=3), 5, torch.eye(N, dtype=torch.float64)))
+    theta = torch.nn.Parameter(ORIGIN.clone())
+    outer = torch.optim.SGD([theta], 0.7, momentum=0.5)
+    for _ in range(5):
+        x = theta.detach()
+        for _ in range(3):
+            x = x - LR * gradient(x)
+        theta.grad = theta.detach() - x
+        outer.step()
+    torch.testing.assert_close(found, theta.detach())
+
+
+def test_momentum_of_local_steps_outlives_an_exchange_of_noloco() -> None:
+    plan = PeerPlan(noloco(alpha=0.0, beta=1.0, gamma=1.0, momentum=0.9), steps=3)
+    x = torch.nn.Parameter(ORIGIN.clone())
+    reference = torch.optim.SGD([x], LR, momentum=0.9)
+    for _ in range(9):
+        x.grad = gradient(x.detach())
+        reference.step()
+    torch.testing.assert_close(models(lockstep(plan, 3, torch.eye(N, dtype=torch.float64))), x.detach())
+
+
+def test_noloco_by_its_equations_on_matchings() -> None:
+    """With dictionaries in the place of messages, a partner at a time."""
+    found = topology("matching", N, weights="metropolis", lazy=False, seed=1)
+    theta, d, alpha, beta, gamma = vectors(d=2), torch.zeros(N, 2, dtype=torch.float64), 0.5, 0.7, 0.9
+    for number in range(6):
+        x = theta - LR * gradient(theta)
+        moved = theta - (x - LR * gradient(x))
+        d_new = torch.zeros_like(d)
+        for i in range(N):
+            both = [i, *found.neighbours(number, i)]
+            d_new[i] = alpha * d[i] - beta * moved[both].mean(0) - gamma * (theta[i] - theta[both].mean(0))
+        theta, d = theta + d_new, d_new
+    plan = PeerPlan(noloco(alpha=alpha, beta=beta, gamma=gamma), steps=2)
+    torch.testing.assert_close(models(lockstep(plan, 6, found.matrices, vectors(d=2))), theta)
+
+
+def test_peers_of_noloco_come_to_agree_on_matchings_and_their_mean_keeps_still() -> None:
+    found, x = topology("matching", N, weights="metropolis", lazy=False, seed=1), vectors()
+    algorithm = noloco(alpha=0.5, beta=0.7, gamma=0.9)
+    state = algorithm.init(x)
+    for number in range(200):
+        state = gossip_round(algorithm, state, torch.zeros_like, LR, found.mixing(number))
+    torch.testing.assert_close(state.x, x.mean(0).expand(N, -1), rtol=0, atol=1e-3)
+
+
 # Neighbourhood gradients: the steps that run, against the definition.
 
 MIXING = torch.eye(N, dtype=torch.float64) * 0.55  # doubly stochastic, and not symmetric
@@ -515,6 +574,20 @@ def test_a_model_that_is_not_finite_ends_the_step(at: Any) -> None:
 
 
 # Channels.
+
+
+def test_what_is_drawn_differs_by_peer_step_and_reader() -> None:
+    way = channel(codec("random-k", (100,), share=0.1), "none")
+    one = Peer(PeerPlan(CDSGD), way, way, lambda g, x: g, 1.0, number=1, seed=1)
+    vector = torch.ones(100)
+    seeds = [int(encode(peer, (), (vector,), step)[0]["0.seed"]) for peer in (one, one._replace(number=2)) for step in (3, 4)]
+    seeds += [
+        int(encode_gradient(peer, way.init(vector), vector, reader, step)[0]["seed"])
+        for peer in (one, one._replace(number=2))
+        for reader in (5, 6)
+        for step in (3, 4)
+    ]
+    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize("name", ["identity", "top-k", "qsgd", "sign", "random-k"])

@@ -89,7 +89,8 @@ def test_configuration_survives_flowers_command_line() -> None:
         ({"training.nesterov": True, "training.momentum": 0.0}, "training.nesterov = True: needs"),
         ({"strategy": "FedAdam", "flower.arguments": "lr=1"}, "argument 'lr' of FedAdam is unknown; allowed: eta, eta_l, beta_1"),
         ({"strategy": "FedAdam", "flower.arguments": "eta=x"}, "'x' is not a number"),
-        ({"strategy": "FedAdam", "flower.arguments": "eta=1e999"}, "'1e999' is not finite"),
+        ({"strategy": "FedAdam", "flower.arguments": "eta=1e999"}, "'1e999' is negative or not finite"),
+        ({"strategy": "FedProx", "flower.arguments": "proximal_mu=-5"}, "'-5' is negative or not finite"),
         ({"strategy": "FedAdam", "flower.arguments": "eta=1 eta=2"}, "argument 'eta' of FedAdam is given twice"),
         ({"strategy": "FedTrimmedAvg", "flower.arguments": "beta=5"}, "flower.arguments = 'beta=5': FedTrimmedAvg refuses it"),
         ({"strategy": "QFedAvg"}, "QFedAvg needs client_learning_rate=..."),
@@ -223,7 +224,7 @@ def test_strategies_of_flower_are_found_without_trees_and_wrappers() -> None:
 
 def test_strategy_arguments_keep_whole_numbers_whole() -> None:
     assert arguments_of("MultiKrum", "num_nodes_to_select=3") == {"num_nodes_to_select": 3}
-    assert arguments_of("FedAdam", "eta=1e-2 beta_1=-.5") == {"eta": 0.01, "beta_1": -0.5}
+    assert arguments_of("FedAdam", "eta=1e-2 beta_1=.5") == {"eta": 0.01, "beta_1": 0.5}
 
 
 def test_every_name_that_the_configuration_allows_is_known() -> None:

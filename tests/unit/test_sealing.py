@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 
 from client_app.sealing import Header, Keyring, SealError, keyring, public_key
 
@@ -177,7 +177,7 @@ def test_first_use_is_trusted_and_kept_to() -> None:
     here = context()
     first = public_key(here)
     assert public_key(here) == first
-    keyring(here, "trust-on-first-use", 0, ConfigRecord({"key-1": PUBLIC[1]}))
-    keyring(here, "trust-on-first-use", 0, ConfigRecord({"key-1": PUBLIC[1]}))
+    keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]})
+    keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]})
     with pytest.raises(SealError, match="site 1 has another public key than at first"):
-        keyring(here, "trust-on-first-use", 0, ConfigRecord({"key-1": PUBLIC[2]}))
+        keyring(here, "trust-on-first-use", 0, {1: PUBLIC[2]})

@@ -193,7 +193,7 @@ def test_own_source_by_import_path() -> None:
             r"data\.source = 'jpeg': allowed: digits, mnist, .*, package.module:function",
         ),
         ("tests.unit.test_sources:missing", "", {}, r"data\.source = 'tests.*:missing': .*missing"),
-        ("tests.unit.nowhere:load", "", {}, r"data\.source = 'tests.*:load': No module"),
+        ("tests.unit.nowhere:load", "", {}, r"data\.source = 'tests.*:load': ModuleNotFoundError: No module"),
         ("tests.unit.test_sources:NUMBER", "", {}, r"data\.source = .* is no function but int"),
         (
             "tests.unit.test_sources:not_examples",

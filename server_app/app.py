@@ -14,7 +14,7 @@ from models.flat import FlatModel
 from models.networks import build
 from server_app.asynchronous import Asynchronous
 from server_app.census import Federation, RunError, take_census
-from server_app.consensus import conclude
+from server_app.consensus import report_consensus
 from server_app.events import Began, Ended, Event, Refused, Sink
 from server_app.relay import Relay
 from server_app.results import Folder
@@ -81,7 +81,7 @@ def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel,
             Asynchronous(grid, plan, federation, config, layout, emit).run(initial)
         case PeerPlan() as plan:
             relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
-            conclude(grid, relay.run(), federation, config, relay.report, relay.exchanges)
+            report_consensus(grid, relay.run(), federation, config, relay.report, relay.exchanges)
         case RoundPlan() as plan:
             planned = Planned(plan, shares(plan.weighting))
             rounds(planned, planned.instruct).run(initial, plan.site.sends if plan.site else ())

@@ -24,6 +24,7 @@ from server_app.report import Report
 from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
+from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import LARGEST, extent, magnitude, weighted_mean
 from strategies.method import ArrivalPlan, Local
 from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_order
@@ -217,7 +218,7 @@ class Asynchronous:
             if reason := self._bounds[name].refusal(change, size):
                 return f"{name}: {reason}"
         for name, change in changes.items():
-            self._bounds[name].take(node, change)
+            self._bounds[name].accept(node, change)
         return None
 
     def _refuse(self, node: int, reason: str) -> None:
@@ -295,7 +296,7 @@ class Asynchronous:
             return
         del self._tests[number]
         self._blind = not test.answers
-        mean = weighted_mean(list(test.answers.values()), "num-examples")
+        mean = weighted_mean(list(test.answers.values()), NUM_EXAMPLES)
         self._report.write(number, "test", test.answers, mean or None, test.moment)
         done, epochs, now = test.done * self._config.epochs / self._total, self._config.epochs, test.moment
         self._report.emit(Progress("update", number, None, done, epochs, now.seconds, now.megabytes(), test.train, mean))

@@ -6,7 +6,7 @@
 learning rates of the site's steps. Both must be passed: sites with more data take more steps, and rates rise and fall. The largest
 and not the newest: where a site has learned its part, its next batches move nothing, until one does.
 
-Half of the sites would have to be broken for the median to be. Until three sites were heard, the model's own norm stands for
+Half of the sites would have to be broken for the median to be. Until three sites answered, the model's own norm stands for
 ``median_k a_k``; two cannot tell which of them is wrong.
 """
 
@@ -62,7 +62,7 @@ class Bound:
             f"it moves the model by {change.norm:.3g}; at most {self._multiple:g} times {what}, {allowed:.3g} (max-change); {HINT}"
         )
 
-    def take(self, site: int, change: Change) -> None:
+    def accept(self, site: int, change: Change) -> None:
         """A site's contribution is taken."""
         old, new = self._largest.get(site, Change(0.0, 0.0)), _relative(change)
         self._largest[site] = Change(max(old.norm, new.norm), max(old.rates, new.rates))

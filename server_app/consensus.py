@@ -13,6 +13,7 @@ from server_app.census import Federation
 from server_app.events import Kept
 from server_app.exchange import exchange
 from server_app.report import Report
+from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
 from strategies.protocol import Order, Refusal, read_tested, write_order
 from strategies.records import ARRAYS, CONFIG, X, pack
@@ -23,7 +24,7 @@ def consensus_distance(x: Tensor) -> float:
     return float((x - x.mean(0)).square().sum(1).mean().sqrt())
 
 
-def conclude(
+def report_consensus(
     grid: Grid, models: Mapping[int, Mapping[str, Tensor]], federation: Federation, config: Config, report: Report, exchanges: int
 ) -> None:
     """Keep the peers' last models, and report their consensus distance and how their mean does on everybody's test parts."""
@@ -49,6 +50,6 @@ def conclude(
         report.receive(node, reply, exchanges, "test", partial(read_tested, num_examples=num_test[node]))
         for node, reply in exchange(grid, messages, config.timeout_s)
     ]
-    means = weighted_mean([answer.named() for answer in answers if not isinstance(answer, Refusal)], "num-examples")
+    means = weighted_mean([answer.named() for answer in answers if not isinstance(answer, Refusal)], NUM_EXAMPLES)
     found |= {f"{name}-of-mean": value for name, value in means.items() if name in ("accuracy", "loss")}
     report.write(exchanges, "consensus", {}, found)

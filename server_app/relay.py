@@ -123,13 +123,13 @@ class Relay:
     def _is_cross(self, step: int) -> bool:
         return self._messages == 2 and step % 2 == 1
 
-    def _hears(self, step: int, peer: int) -> dict[int, float]:
-        """Whom a peer hears in a step, with their weights."""
+    def _neighbours(self, step: int, peer: int) -> dict[int, float]:
+        """Whose offers a peer gets in a step, with their weights."""
         return self._topology.neighbours(self._exchange_of(step), peer) if step else {}
 
     def _ready(self, peer: int, step: int) -> bool:
         """Whether all that a peer must have for a step is there."""
-        others = [(j, self._courses[j]) for j in self._hears(step, peer) if j in self._courses and not self._roster.away(j)]
+        others = [(j, self._courses[j]) for j in self._neighbours(step, peer) if j in self._courses and not self._roster.away(j)]
         return all(other.step >= step or step - 1 < other.joined for _, other in others)
 
     # Calls.
@@ -169,7 +169,7 @@ class Relay:
         order = self._flying[peer] = PeerOrder(
             step=step,
             agreed=self._federation.agreed(),
-            neighbours=self._hears(step, peer),
+            neighbours=self._neighbours(step, peer),
             test=not self._is_cross(step) and (last or (step > 0 and (number + 1) % self._every == 0)),
             last=last,
             rejoin=rejoin,
@@ -190,8 +190,8 @@ class Relay:
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
         """Who may read what a peer offers; who comes back may be heard later than in the next exchange."""
         exchanges = range(len(self._topology.matrices)) if rejoin else [self._exchange_of(step + 1)]
-        heard = self._topology.neighbours
-        return tuple(reader for reader in self._sites if any(peer in heard(each, reader) for each in exchanges))
+        of = self._topology.neighbours
+        return tuple(reader for reader in self._sites if any(peer in of(each, reader) for each in exchanges))
 
     def _delivery(self, sender: int, reader: int, step: int, rejoin: bool) -> dict[str, Array]:
         """What a neighbour offered and a peer is given with its next message."""
@@ -264,7 +264,7 @@ class Relay:
         """Put what a peer offers on the links to those who hear it next."""
         at = self._courses[peer].step
         for reader in self._sites:
-            if reader == peer or peer not in self._hears(at, reader):
+            if reader == peer or peer not in self._neighbours(at, reader):
                 continue
             own, all_ = f"{TO}{reader}/", f"{OFFER}/"
             parts = {f"{step}/{name.partition('/')[2]}": array for name, array in arrays.items() if name.startswith((own, all_))}
@@ -320,7 +320,7 @@ class Relay:
             self._report_test(number)
 
     def _report_test(self, number: int) -> None:
-        test, epochs = self._tally.take(number), self._config.epochs
+        test, epochs = self._tally.pop(number), self._config.epochs
         train = test.train_means() | {"local-epochs": (number - self._written) * epochs / self.exchanges}
         mean = test.test_means()
         self._written = number

@@ -103,8 +103,8 @@ class History:
         """A row a site: site, name, train and test examples and, where sites tell, its examples of each class."""
         columns = ["site", "name", "train", "test"]
         rows = [(site.number, site.name, site.num_train, site.num_test, *site.counts) for site in self.federation.sites]
-        told = all(site.counts for site in self.federation.sites)
-        return pd.DataFrame([row if told else row[:4] for row in rows], columns=columns + list(self.federation.classes) * told)
+        known = all(site.counts for site in self.federation.sites)
+        return pd.DataFrame([row if known else row[:4] for row in rows], columns=columns + list(self.federation.classes) * known)
 
     @property
     def models(self) -> dict[str, dict[str, Tensor]]:
@@ -284,8 +284,8 @@ class Printed:
             console.print(self._table(last))
             together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
             if "accuracy-of-mean" in together:
-                told = f"accuracy {together['accuracy-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
-                console.print(f"the mean of all models: {told}")
+                found = f"accuracy {together['accuracy-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
+                console.print(f"the mean of all models: {found}")
             end = last.iloc[-1]
             megabytes = f"{end['bytes_up'] / 1e6:.1f} MB up, {end['bytes_down'] / 1e6:.1f} MB down"
             console.print(f"{end['seconds']:.1f} s of training and testing, {megabytes}")

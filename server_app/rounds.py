@@ -264,7 +264,7 @@ class Rounds:
                     break
             else:
                 for name, change in changes.items():
-                    self._bounds[name].take(answer.node, change)
+                    self._bounds[name].accept(answer.node, change)
                 yield answer
 
     def _changes(self, answer: Answer[Trained], local: Local) -> dict[str, Change]:

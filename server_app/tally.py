@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from server_app.report import Moment
+from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
 from strategies.protocol import StepMetrics
 
@@ -33,7 +34,7 @@ class PeerTest:
         """By test examples; and the worst and the best peer."""
         accuracies = [each["accuracy"] for each in self.answers.values()]
         extremes = {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)}
-        return weighted_mean(list(self.answers.values()), "num-examples") | extremes
+        return weighted_mean(list(self.answers.values()), NUM_EXAMPLES) | extremes
 
 
 class Tally:
@@ -67,11 +68,11 @@ class Tally:
     def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Moment) -> None:
         test = self._tests.setdefault(number, PeerTest(moment))
         test.moment = moment
-        found = {"num-examples": metrics.test_examples, "loss": metrics.test_loss, "accuracy": metrics.test_accuracy}
+        found = {NUM_EXAMPLES: metrics.test_examples, "loss": metrics.test_loss, "accuracy": metrics.test_accuracy}
         test.answers[peer] = {name: float(value) for name, value in found.items() if value is not None}
         trained = self._train.pop(peer, {})
         test.train[peer] = {name: sum(values) / len(values) for name, values in trained.items()}
-        test.train[peer] |= {name: trained[name][place] for name, place in (("lr-first", 0), ("lr-last", -1)) if name in trained}
+        test.train[peer] |= {name: trained[name][end] for name, end in (("lr-first", 0), ("lr-last", -1)) if name in trained}
 
     def pending(self) -> list[int]:
         """After which exchanges peers tested, of what was not taken yet."""
@@ -81,6 +82,6 @@ class Tally:
         """Who tested after an exchange."""
         return self._tests[number].answers.keys()
 
-    def take(self, number: int) -> PeerTest:
+    def pop(self, number: int) -> PeerTest:
         """The test after an exchange; it is forgotten here."""
         return self._tests.pop(number)

@@ -241,18 +241,18 @@ def read_order(record: ConfigRecord) -> Order:
     Raises:
         KeyError: a part is missing.
     """
-    told: dict[str, Any] = dict(record)
+    config: dict[str, Any] = dict(record)
     local = None
-    if "lr" in told:
+    if "lr" in config:
         local = Local(
-            float(told["lr"]),
-            (float(told["cycle-from"]), float(told["cycle-to"])),
-            epochs=int(told.get("local-epochs", 0)),
-            steps=int(told.get("local-steps", 0)),
-            proximal=float(told.get("proximal-mu", 0.0)),
-            **{key.replace("-", "_"): bool(told.get(key, False)) for key in SWITCHES},
+            float(config["lr"]),
+            (float(config["cycle-from"]), float(config["cycle-to"])),
+            epochs=int(config.get("local-epochs", 0)),
+            steps=int(config.get("local-steps", 0)),
+            proximal=float(config.get("proximal-mu", 0.0)),
+            **{key.replace("-", "_"): bool(config.get(key, False)) for key in SWITCHES},
         )
-    return Order(int(told["server-round"]), Agreed.of(told), local)
+    return Order(int(config["server-round"]), Agreed.of(config), local)
 
 
 class PeerOrder(NamedTuple):
@@ -306,18 +306,18 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
     Raises:
         KeyError: a part is missing.
     """
-    told: dict[str, Any] = dict(record)
+    config: dict[str, Any] = dict(record)
     return PeerOrder(
-        int(told["server-round"]),
-        Agreed.of(told),
-        dict(zip(told["neighbours"], told["weights"], strict=True)),
-        bool(told["test"]),
-        bool(told["last"]),
-        bool(told["rejoin"]),
-        bool(told["fresh"]),
-        float(told["cycle-from"]),
-        tuple(told["listeners"]) if "listeners" in told else None,
-        {int(key.removeprefix("key-")): value for key, value in told.items() if key.startswith("key-")},
+        int(config["server-round"]),
+        Agreed.of(config),
+        dict(zip(config["neighbours"], config["weights"], strict=True)),
+        bool(config["test"]),
+        bool(config["last"]),
+        bool(config["rejoin"]),
+        bool(config["fresh"]),
+        float(config["cycle-from"]),
+        tuple(config["listeners"]) if "listeners" in config else None,
+        {int(key.removeprefix("key-")): value for key, value in config.items() if key.startswith("key-")},
     )
 
 
@@ -538,8 +538,8 @@ def read_offer(
         Refusal: it cannot be used.
     """
     rest = {name: record for name, record in content.items() if not (model and name == MODEL)}
-    arrays, record, told = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord, CONFIG: ConfigRecord})
-    metrics, notes = _part(StepMetrics, record), _part(StepNotes, told)
+    arrays, record, config = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord, CONFIG: ConfigRecord})
+    metrics, notes = _part(StepMetrics, record), _part(StepNotes, config)
     _examples(metrics.num_examples, num_examples)
     if (metrics.test_examples is not None) != order.test:
         raise Refusal(f"it {'left out the' if order.test else 'reports a'} test")

@@ -172,6 +172,93 @@ def copied(content: RecordDict) -> RecordDict:
     return RecordDict({name: type(record)(dict(record)) for name, record in content.items()})  # type: ignore[arg-type]
 
 
+# --- an opinion of its own on what cannot be taken ---------------------------------------------------------------------
+
+
+def bad_number(key: str, value: Any, honest: Any) -> bool:
+    if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= 1e30:
+        return True
+    if "examples" in key or key == "samples":
+        return type(value) is not int or (key != "samples" and value != honest)
+    return "accuracy" in key and value > 1
+
+
+def bad_array(array: Array, honest: Array | None) -> bool:
+    """Not what it is said to be; or, of a model, of another kind, not finite or far away."""
+    try:
+        stream = BytesIO(array.data)
+        values = np.load(stream, allow_pickle=False)
+        wrong = stream.read(1) != b"" or (values.dtype.name, values.shape) != (array.dtype, tuple(array.shape))
+        wrong |= array.stype != "numpy.ndarray" or values.dtype.byteorder == ">" or not values.flags.c_contiguous
+    except Exception:
+        return True
+    if wrong or honest is None:
+        return wrong or values.dtype.kind not in "fiu"
+    if (array.dtype, tuple(array.shape)) != (honest.dtype, tuple(honest.shape)):
+        return True
+    return not bool((np.abs(values - np.load(BytesIO(honest.data))) < 1e3).all())
+
+
+def bad_arrays(kind: str, record: ArrayRecord, honest: ArrayRecord) -> bool:
+    if kind == "train":
+        return set(record) != set(honest) or any(bad_array(record[name], honest[name]) for name in honest)
+    return not set(record) <= {*honest, "offer/0.values"} or any(bad_array(array, None) for array in record.values())
+
+
+def bad_metrics(kind: str, record: MetricRecord, honest: MetricRecord) -> bool:
+    missing, more = set(honest) - set(record), set(record) - set(honest)
+    may_be_left_out = {"loss", "lr-first", "lr-last"} if kind.startswith("train.") else set()
+    may_be_there = may_be_left_out | {"disagreement"} if may_be_left_out else set()
+    return (
+        not missing <= may_be_left_out
+        or not more <= may_be_there
+        or any(bad_number(key, value, honest.get(key)) for key, value in record.items())
+    )
+
+
+def bad_notes(record: ConfigRecord, honest: ConfigRecord) -> bool:
+    if set(record) != set(honest):
+        return True
+    lists = {"refused": str, "broken": int}
+    whole = all(isinstance(record[key], list) and all(type(each) is kind for each in record[key]) for key, kind in lists.items())  # type: ignore[union-attr]
+    return not whole or not all(type(record[key]) is bool for key in ("fresh", "anew"))
+
+
+def bad_card(record: ConfigRecord, honest: ConfigRecord) -> bool:
+    if set(record) != set(honest) or any(type(record[key]) is not type(honest[key]) for key in honest):
+        return True
+    card: dict[str, Any] = dict(record)
+    texts = [card["name"], *card["classes"]]
+    return (
+        not all(isinstance(text, str) and 0 < len(text) <= 64 and text.isprintable() for text in texts)
+        or not all(1 <= card[key] <= 10**12 for key in ("train", "test"))
+        or len(card["counts"]) != len(card["classes"])
+        or any(type(count) is not int or count < 0 for count in card["counts"])
+        or sum(card["counts"]) != card["train"] + card["test"]
+        or any(type(size) is not int or size < 1 for size in card["shape"])
+    )
+
+
+def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
+    """Whether an answer must be refused whole; the last model of a peer is another matter."""
+    names = [name for name in honest if name != "model"]
+    if set(answer) - {"model"} != set(names) or any(type(answer[name]) is not type(honest[name]) for name in names):
+        return True
+    if "model" in answer and "model" not in honest:
+        return True
+    found = False
+    for name in names:
+        record: Any = answer[name]
+        usual: Any = honest[name]
+        if isinstance(usual, ArrayRecord):
+            found |= bad_arrays(kind, record, usual)
+        elif isinstance(usual, MetricRecord):
+            found |= bad_metrics(kind, record, usual)
+        else:
+            found |= (bad_card if kind == "query.site" else bad_notes)(record, usual)
+    return found
+
+
 # --- what must hold ---------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +303,13 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
         change_content(data.draw, answer)  # type: ignore[arg-type]
     heard.lines.clear()
     found = changed(name, kind, at, answer)
-    event("refused" if found.refused or BAD not in [site.number for site in found.federation.sites] else "taken")
+    must = cannot_be_taken(kind, answer, answers(name)[kind][at])
+    refused = bool(found.refused) or BAD not in [site.number for site in found.federation.sites]
+    event("refused" if refused else "taken")
+    assert refused or not must
     lines = list(heard.lines)
     if kind == "query.site":
+        assert found.error is None or not must  # an answer that can be taken may not fit to the others
         check_census(found, name, lines)
         return
     assert found.error is None, found.error

@@ -6,7 +6,7 @@ from server_app.bound import Bound, Change
 def heard(*changes: Change) -> Bound:
     bound = Bound(10.0)
     for site, change in enumerate(changes):
-        bound.take(site, change)
+        bound.accept(site, change)
     return bound
 
 
@@ -21,7 +21,7 @@ def test_bound_is_ten_times_the_median_over_sites() -> None:
 def test_site_counts_once_and_with_its_largest_change() -> None:
     bound = heard(Change(1, 1), Change(2, 1), Change(3, 1))
     for site in (1, 2):
-        bound.take(site, Change(1e-9, 1))  # they have learned their parts
+        bound.accept(site, Change(1e-9, 1))  # they have learned their parts
     assert bound.refusal(Change(20, 0.1), 0.0) is None
     assert bound.refusal(Change(40, 2), 0.0) is None
     assert bound.refusal(Change(21, 1), 0.0)
@@ -53,7 +53,7 @@ def test_model_itself_is_the_measure_until_three_sites_were_heard() -> None:
         "it moves the model by 51; at most 10 times the model's norm, 50 (max-change)"
     )
     assert bound.refusal(Change(1e9, 1), 0.0) is None  # a model of zeros is no measure
-    bound.take(2, Change(1e-3, 1))
+    bound.accept(2, Change(1e-3, 1))
     assert not bound.few
     assert bound.refusal(Change(49, 1), 5.0)
 

@@ -1,5 +1,6 @@
 """The sites of a run: who is there, what they hold, and whether it fits together."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from logging import WARNING
 from typing import NamedTuple
@@ -11,9 +12,15 @@ from flwr.serverapp import Grid
 from configuration.config import Config
 from datasets.site import Moments, merge
 from server_app.exchange import clock_of, exchange
+from server_app.roster import together
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.protocol import Agreed, Refusal, SiteCard, printable, read_card
 from strategies.records import code_version
+
+OTHER_CODE = (
+    "it runs other code than the server. In a simulation the SuperLink was started in a folder with packages of the same "
+    "names: stop it and start it elsewhere; in a deployment update the site"
+)
 
 
 class RunError(RuntimeError):
@@ -90,27 +97,32 @@ def an_epoch(federation: Federation, batch_size: int) -> float:
 def take_census(grid: Grid, config: Config) -> Federation:
     """Wait for the sites, ask each what it holds, and make sure that they fit together.
 
-    A site that cannot answer, or whose answer cannot be used, is left out with a warning as long as ``min-sites`` remain.
+    A site that cannot answer, whose answer cannot be used, or that does not fit to the others is left out with a warning as long
+    as ``min-sites`` remain.
 
     Raises:
-        RunError: too few sites, two with the same number, examples that differ in shape, or other code than the server's.
+        RunError: more sites than ``num-sites``, or fewer than ``min-sites`` that can take part.
     """
     nodes = _wait_for(grid, config)
     if len(nodes) > config.num_sites:
         raise RunError(f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number")
     cards: dict[int, SiteCard] = {}
-    failures = []
+    failures: list[str] = []
     for node, reply in exchange(grid, [Message(RecordDict(), node, "query.site") for node in nodes], config.timeout_s):
         try:
             cards[node] = read_card(reply)
         except Refusal as refusal:
             failures.append(str(refusal) if reply.has_error() else f"node {node}: {refusal}")
-    for failure in sorted(set(failures)):
-        log(WARNING, "%d of %d sites cannot take part: %s", failures.count(failure), len(nodes), failure)
-    if len(cards) < config.min_sites:
-        reasons = "; ".join(sorted(set(failures)))
-        raise RunError(f"{len(cards)} sites can take part, min-sites = {config.min_sites}. {reasons}")
-    return _fit_together(cards, config)
+    misfits = _misfits(cards, config)
+    reasons = {failure: failures.count(failure) for failure in sorted(set(failures))}
+    if misfits:
+        reasons[together({f"{cards[node].name} (node {node})": reason for node, reason in misfits.items()})] = len(misfits)
+    for reason, sites in reasons.items():
+        log(WARNING, "%d of %d sites cannot take part: %s", sites, len(nodes), reason)
+    fitting = {node: card for node, card in cards.items() if node not in misfits}
+    if len(fitting) < config.min_sites:
+        raise RunError(f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. {'; '.join(reasons)}")
+    return _federation(fitting, config)
 
 
 def _wait_for(grid: Grid, config: Config) -> list[int]:
@@ -155,14 +167,35 @@ def _counts(card: SiteCard, classes: Sequence[str]) -> tuple[int, ...]:
     return tuple(own.get(name, 0) for name in classes)
 
 
-def _fit_together(cards: Mapping[int, SiteCard], config: Config) -> Federation:
+def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
+    """Why sites cannot take part with the others, by node.
+
+    Of two that cannot both be right, none is believed, unless most sites say as it does.
+    """
+    found = {node: OTHER_CODE for node, card in cards.items() if card.code != code_version()}
+    kinds = {node: _kind(card) for node, card in cards.items() if node not in found}
+    usual, votes = Counter(kinds.values()).most_common(1)[0] if kinds else ("", 0)
+    for node, kind in kinds.items():
+        if 2 * votes <= len(kinds) or kind != usual:
+            others = ", ".join(sorted({*kinds.values()} - {kind}))
+            found[node] = printable(f"it has {kind}, others have {others}", 1000)
+    numbers = {node: card.site for node, card in cards.items() if node not in found}
+    for node, number in numbers.items():
+        if list(numbers.values()).count(number) > 1:
+            found[node] = f"two sites have the number {number}; give each its own site=... in --node-config"
+        elif isinstance(config.plan, PeerPlan) and number >= config.num_sites:
+            found[node] = f"its number is {number}; peers are numbered 0 to {config.num_sites - 1}, below num-sites"
+    return found
+
+
+def _kind(card: SiteCard) -> str:
+    """What must be the same at all sites."""
+    return f"the columns {', '.join(card.columns)}" if card.columns else f"examples of shape {card.shape}"
+
+
+def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
     ordered = sorted(cards.items(), key=lambda item: item[1].site)
-    numbers = [card.site for _, card in ordered]
-    if len(set(numbers)) < len(numbers):
-        raise RunError(f"two sites have the same number: {numbers}; give each its own site=... in --node-config")
     reference = ordered[0][1]
-    for _, card in ordered:
-        _same(card, reference)
     classes = sorted({name for _, card in ordered for name in card.classes})
     if set(reference.classes) == set(classes):
         classes = reference.classes  # numbers before letters and the like: a source's own order is the better one
@@ -170,8 +203,6 @@ def _fit_together(cards: Mapping[int, SiteCard], config: Config) -> Federation:
         Site(card.site, node, card.name, card.train, card.test, _counts(card, classes), card.public_key or b"")
         for node, card in ordered
     )
-    if isinstance(config.plan, PeerPlan) and (wrong := [site.number for site in sites if site.number >= config.num_sites]):
-        raise RunError(f"site {wrong[0]}: peers are numbered 0 to {config.num_sites - 1}, below num-sites")
     if isinstance(config.plan, RoundPlan) and config.plan.pooled:
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{card.name}: {printable(note, 500)}" for _, card in ordered for note in card.notes)
@@ -180,23 +211,3 @@ def _fit_together(cards: Mapping[int, SiteCard], config: Config) -> Federation:
         common = merge([Moments(*card.moments) for _, card in ordered])
         shape = (2 * shape[0],)  # the values, and which of them are missing
     return Federation(sites, tuple(classes), shape, common, notes)
-
-
-def _same(card: SiteCard, reference: SiteCard) -> None:
-    """Both sites run this code and have examples of the same kind.
-
-    Raises:
-        RunError: they do not; nobody can tell which of them is wrong.
-    """
-    if card.code != code_version():
-        raise RunError(
-            f"{card.name} runs other code than the server. In a simulation the SuperLink was started in a folder with "
-            "packages of the same names: stop it and start it elsewhere; in a deployment update the site"
-        )
-    for what, own, other in (
-        ("columns", reference.columns, card.columns),
-        ("shape of an example", reference.shape, card.shape),
-    ):
-        if own != other:
-            shown = f"{reference.name} has {own}, {card.name} has {other}"
-            raise RunError(f"the {what} differ: {printable(shown, 1000)}")

@@ -232,24 +232,38 @@ def census(change: Callable[[int, dict[str, Any]], None]) -> Tamper:
     return tamper
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("code", "other", "site 1 runs other code than the server"),
-        ("shape", [3, 8, 8], r"the shape of an example differ: site 0 has \[1, 8, 8\], site 1 has \[3, 8, 8\]"),
-        ("columns", ["age"], r"the columns differ: site 0 has \[\], site 1 has \['age'\]"),
-        ("site", 0, "two sites have the same number"),
-    ],
-)
-def test_sites_that_do_not_fit_together_are_named(key: str, value: Any, message: str, run_app: RunApp) -> None:
+MISFITS: list[tuple[str, Any, str]] = [
+    ("code", "other", r"site 1 \(node \d+\): it runs other code than the server"),
+    ("shape", [3, 8, 8], r"site 1 \(node \d+\): it has examples of shape \[3, 8, 8\], others have examples of shape \[1, 8, 8\]"),
+    ("columns", ["age"], r"site 1 \(node \d+\): it has the columns age, others have examples of shape \[1, 8, 8\]"),
+    ("site", 0, r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; give each its own site="),
+]
+
+
+def misfit(key: str, value: Any) -> Tamper:
     def change(number: int, record: dict[str, Any]) -> None:
         if number == 1:
             record[key] = value
             if key == "columns":  # as a table tells it
                 record.update({"shape": [1], "known": [1.0], "mean": [0.0], "variance": [1.0]})
 
-    with pytest.raises(RunError, match=message):
-        run_app(census(change))
+    return census(change)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISFITS)
+def test_sites_that_do_not_fit_together_are_named(key: str, value: Any, message: str, run_app: RunApp) -> None:
+    with pytest.raises(RunError, match=rf"\d sites can take part, min-sites = 3\. {message}"):
+        run_app(misfit(key, value), **{"min-sites": 3})
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISFITS[:3])
+def test_most_sites_go_on_without_the_one_that_does_not_fit(key: str, value: Any, message: str, run_app: RunApp) -> None:
+    assert set(run_app(misfit(key, value), epochs=1).metrics["site"]) == {"all", "0", "2"}
+
+
+def test_of_two_sites_that_differ_none_is_believed(run_app: RunApp) -> None:
+    with pytest.raises(RunError, match=r"0 sites can take part, .* site 0 .*: it has .*; site 1 .*: it has "):
+        run_app(misfit("shape", [3, 8, 8]), **{"num-sites": 2, "min-sites": 1})
 
 
 def test_classes_of_all_sites_are_put_together(run_app: RunApp) -> None:

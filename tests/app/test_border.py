@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from configuration.config import Config, configuration
-from server_app.census import RunError
 from tests.app.stubs import NETWORK, SITES, Answer, Outcome, outcome
 
 CASES = int(os.environ.get("BORDER_CASES", "300"))

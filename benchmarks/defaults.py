@@ -1,6 +1,6 @@
 """Does every method learn with the shipped defaults? Final test accuracy of each, on small parts of every built-in kind of data.
 
-    python -m benchmarks.defaults DATA      the folder that holds the data sets, unpacked as each source reads them
+    python -m benchmarks.defaults DATA      the folder that docs/results/defaults.md describes
     python -m benchmarks.defaults DATA --only fedbuff asgd --data digits sms --set fedbuff.buffer-size=5
 
 Nothing is set but the data, the epochs, and ``model.name = "mlp"`` where the examples are no pictures. Test parts are pooled: every
@@ -74,7 +74,7 @@ def parts(shared: Path, folder: Path, examples: int) -> dict[str, dict[str, Any]
         found[name] = {"data.source": "text-csv", "data.path": str(folder / f"{name}.csv"), **tables}
     with zipfile.ZipFile(shared / "heart_disease.zip") as archive:
         archive.extractall(folder / "heart", [name for name in archive.namelist() if name.endswith(".csv")])
-    found["heart"] = {"data.source": "csv", "data.path": str(folder / "heart"), "data.label": "target > 0", **tables}
+    found["heart"] = {"data.source": "csv", "data.path": str(folder / "heart"), "data.label": "target > 0", "epochs": 32, **tables}
     return {name: found["digits"] | each for name, each in found.items()}
 
 

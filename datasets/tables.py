@@ -70,7 +70,9 @@ def csv(path: str | Path, label: str, group: str) -> Examples:
 def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Examples:
     """Texts in a column ``text``, as hashed bags of words and word pairs.
 
-    [n, text_buckets] float16, each of Euclidean norm 1. ``label`` and ``group`` as in :func:`csv`.
+    [n, text_buckets] float16, each with a mean square of 1, like pictures and standardised tables: of
+    Euclidean norm 1 they would be so small that a network stays where it starts. ``label`` and
+    ``group`` as in :func:`csv`.
     """
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -81,7 +83,7 @@ def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Exa
     of_group, groups = _groups(table, group)
     hashing = HashingVectorizer(n_features=text_buckets, ngram_range=(1, 2), dtype=np.float32)
     bags = hashing.transform(table.rows["text"].fillna("").astype(str))
-    return Examples(torch.from_numpy(bags.toarray()).half(), y, classes, of_group, groups)
+    return Examples(torch.from_numpy(bags.toarray() * text_buckets**0.5).half(), y, classes, of_group, groups)
 
 
 def _read(path: Path) -> Table:

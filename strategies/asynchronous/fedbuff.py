@@ -48,7 +48,9 @@ def fedbuff(*, eta: float, size: int, weight: Weight) -> ServerRule[Buffer]:
 class Keys(ArrivalKeys):
     """Of FedBuff."""
 
-    buffer_size: Positive = 10
+    local_steps: Positive = 5
+    """batches of a contribution; 1: a gradient"""
+    buffer_size: Positive = 3
     """contributions of a step"""
     server_lr: Above0 = 1.0
     """factor on the mean of the sites' own steps"""

@@ -14,7 +14,7 @@ from configuration.config import Config, configuration
 from strategies.methods import METHODS
 from tests.conftest import RunApp, default_config, own
 
-ARGUMENTS = {"QFedAvg": "client_learning_rate=0.05", "FedAdam": "eta=0.01", "FedYogi": "eta=0.01", "FedAdagrad": "eta=0.01"}
+ARGUMENTS = {"QFedAvg": "client_learning_rate=0.05"}
 
 
 # Peers have tests of their own.

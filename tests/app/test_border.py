@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ensemble": {},
     "Krum": {},
     "FedMedian": {},
-    "FedAdam": {"flower": {"arguments": "eta=0.01"}},
+    "FedAdam": {},
     "FedAvgM": {},
     "FedTrimmedAvg": {},
     "gsgm": {"gsgm": {"schedule": "list"}},

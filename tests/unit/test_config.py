@@ -117,7 +117,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
         {"flower.arguments": "eta=1"},
         "flower.arguments = 'eta=1': strategy = 'co-learning' does not take it, only a strategy of Flower",
     ),
-    ({"strategy": "asgd", "fedbuff.buffer-size": 3}, "only fedbuff"),
+    ({"strategy": "asgd", "fedbuff.buffer-size": 7}, "only fedbuff"),
     ({"topology.name": "star"}, "has no effect with strategy = 'co-learning'; taken by d-psgd, cdsgd"),
     ({"wire.sealing": "keys"}, "wire.sealing = 'keys': has no effect with strategy = 'co-learning'; taken by d-psgd"),
     ({"wire.codec": "fp16", "strategy": "asgd"}, "has no effect with strategy = 'asgd'; taken by d-psgd"),

@@ -135,11 +135,11 @@ def test_files_of_a_folder_are_natural_sites_and_so_is_a_column(tmp_path: Path) 
     assert (examples.groups, examples.group.tolist()) == (("oslo", "rome"), [0, 1, 1])
 
 
-def test_text_becomes_bags_of_norm_one(tmp_path: Path) -> None:
+def test_text_becomes_bags_of_mean_square_one(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", 'label,text\nham,"see you, later"\nspam,WIN WIN now\nham,see you\n')
     examples = read("text-csv", path)
     assert examples.x.shape == (3, 64)
-    torch.testing.assert_close(examples.x.float().norm(dim=1), torch.ones(3), rtol=1e-3, atol=0)  # float16
+    torch.testing.assert_close(examples.x.float().square().mean(1), torch.ones(3), rtol=2e-3, atol=0)  # float16
     similarity = examples.x.float() @ examples.x.float().T
     assert similarity[0, 2] > similarity[0, 1]
 

@@ -179,6 +179,9 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
         if 2 * votes <= len(kinds) or kind != usual:
             others = ", ".join(sorted({*kinds.values()} - {kind}))
             found[node] = printable(f"it has {kind}, others have {others}", 1000)
+    if config.wire.sealing == "trust-on-first-use":
+        keyless = {node: "it tells no public key (wire.sealing)" for node, card in cards.items() if card.public_key is None}
+        found = keyless | found
     numbers = {node: card.site for node, card in cards.items() if node not in found}
     for node, number in numbers.items():
         if list(numbers.values()).count(number) > 1:

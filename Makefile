@@ -57,7 +57,7 @@ test: .venv/installed
 	python -m pytest
 
 test-fast: .venv/installed
-	python -m pytest -m 'not e2e and not slow'
+	python -m pytest --numprocesses 2 --dist worksteal -m 'not e2e and not slow'
 
 docs: .venv/installed
 	python -m configuration.generate

@@ -23,6 +23,7 @@ from strategies.methods import find
 
 ROOT = Path(__file__).parent.parent
 mpl.use("agg")
+torch.set_num_threads(1)  # small networks; and tests run side by side
 
 
 def default_config() -> dict[str, Any]:
@@ -57,7 +58,6 @@ RunApp = Callable[..., Run]
 def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
     """``run_app(tamper=None, draw=False, epochs=2, ...)`` runs the app on digits, small and fast unless told otherwise."""
     small = {"num-sites": 3, "epochs": 2, "model.name": "mlp", "results.folder": str(tmp_path / "runs")}
-    torch.set_num_threads(1)
 
     def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
         if not draw:  # most of the time of a small run

@@ -19,6 +19,7 @@ ARGUMENTS = {"QFedAvg": "client_learning_rate=0.05"}
 
 # Peers have tests of their own.
 @pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) not in ("peers", "arrivals")])
+@pytest.mark.slow
 def test_every_strategy_learns_by_its_name(strategy: str, run_app: RunApp) -> None:
     arguments = own(strategy, arguments=ARGUMENTS.get(strategy, ""), local_steps=10)
     run = run_app(strategy=strategy, epochs=4, num_sites=4, **arguments)
@@ -110,6 +111,7 @@ def test_switches_of_local_training_learn(changes: dict[str, Any], run_app: RunA
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_compiled_network_learns_the_same(run_app: RunApp) -> None:
     plain, compiled = (
         run_app(model={"name": "cnn"}, num_sites=2),

@@ -49,6 +49,7 @@ def staleness(found: Run) -> Counter[int]:
 
 
 @pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "arrivals"])
+@pytest.mark.slow
 def test_every_asynchronous_strategy_learns_by_its_name(strategy: str) -> None:
     found = run(strategy=strategy, epochs=24, training={"momentum": 0.0}, **own(strategy, local_steps=3, buffer_size=4))
     assert found.finished
@@ -110,7 +111,7 @@ def test_site_that_dies_halfway_does_not_stop_the_run(strategy: str) -> None:
     gone = updates(found, "2")
     assert gone[0] > 0
     assert gone[-1] == 0
-    assert sum(updates(found)) == TOTAL
+    assert sum(updates(found)) == round(TOTAL / METHODS[strategy].keys().local_steps)
     assert found.history["accuracy"].iloc[-1] > 0.6
 
 
@@ -165,6 +166,7 @@ def test_test_that_nobody_can_take_is_not_waited_for() -> None:
     assert run(world, **AWAY, results={"evaluate_every": 1}, timeout_s=36000.0).finished
 
 
+@pytest.mark.slow
 def test_site_that_is_back_is_sent_one_message_not_two() -> None:
     """Its contribution of before is applied while it is away, which alone would send it the newest model."""
     world = World(samples_per_s=[64, 0.5], offline={0: [(10, 100)]})
@@ -206,7 +208,7 @@ def test_site_that_fails_and_then_is_gone_counts_once() -> None:
 def test_budget_that_holds_no_update_is_refused() -> None:
     with pytest.raises(RunError, match="local-steps = 1000: epochs = 2 have 96 batches; at most these"):
         run(strategy="gsgm", gsgm={"local_steps": 1000}, epochs=2)
-    with pytest.raises(RunError, match="epochs = 2: 96 contributions, and fedbuff needs 100 for a step"):
+    with pytest.raises(RunError, match="epochs = 2: 19 contributions, and fedbuff needs 100 for a step"):
         run(strategy="fedbuff", fedbuff={"buffer_size": 100}, epochs=2)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -281,7 +280,6 @@ class Listening(logging.Handler):
 
 @pytest.fixture(scope="module")
 def heard() -> Any:
-    torch.set_num_threads(1)
     listening, logger = Listening(), logging.getLogger("flwr")
     logger.addHandler(listening)
     yield listening

@@ -155,10 +155,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {"Co-learning": {}, "sites alone": {"str
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    torch.set_num_threads(1)
     return compare(STRATEGIES, seeds=2, world=ROUGH, processes=1, **SMALL)
 
 
+@pytest.mark.slow
 def test_number_of_processes_changes_no_result(comparison: Comparison) -> None:
     several = compare(STRATEGIES, seeds=2, world=ROUGH, processes=2, **SMALL)
     assert several.runs.keys() == comparison.runs.keys()

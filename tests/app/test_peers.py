@@ -50,6 +50,7 @@ def run(world: World | None = None, engine: str = "app", **changes: Any) -> Run:
 
 
 @pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "peers"])
+@pytest.mark.slow
 def test_every_strategy_of_peers_learns_by_its_name(strategy: str) -> None:
     tree: dict[str, Any] = {"topology.name": "path"} if strategy == "relaysgd" else {}
     found = run(
@@ -158,6 +159,7 @@ def test_what_jumps_is_close_in_both_engines(changes: dict[str, Any]) -> None:
             torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_sealing_changes_no_number_and_keeps_models_from_the_server() -> None:
     changes: dict[str, Any] = {
         "strategy": "q-saddle",
@@ -369,6 +371,7 @@ def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
     ],
     ids=["dmsgd", "n-saddle", "choco, sealed", "n-saddle, choco"],
 )
+@pytest.mark.slow
 def test_peer_that_comes_back_rejoins_with_its_state(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flwr").propagate = True
     found = run(World(samples_per_s=100, offline={2: [(6.0, 80.0)]}), epochs=24, **changes)

@@ -123,6 +123,7 @@ def write_private(path: Path, site: int, mode: int = 0o600) -> None:
     path.chmod(mode)
 
 
+@pytest.mark.slow
 def test_keys_from_files(tmp_path: Path) -> None:
     """As the operator makes them: the program writes the private key for its owner only and prints the public one."""
     made = subprocess.run(

@@ -70,7 +70,7 @@ def noloco(*, alpha: float, beta: float, gamma: float, momentum: float = 0.0) ->
 class Keys(PeerKeys):
     """Of NoLoCo."""
 
-    local_steps: Positive = 50
+    local_steps: Positive = 10
     """batches between two exchanges"""
     alpha: Decay = 0.5
     """outer momentum"""

@@ -9,23 +9,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from configuration.checks import kind_of
 from configuration.config import Config, configuration
-from strategies.methods import METHODS
-from tests.conftest import RunApp, default_config, own
-
-ARGUMENTS = {"QFedAvg": "client_learning_rate=0.05"}
-
-
-# Peers have tests of their own.
-@pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) not in ("peers", "arrivals")])
-@pytest.mark.slow
-def test_every_strategy_learns_by_its_name(strategy: str, run_app: RunApp) -> None:
-    arguments = own(strategy, arguments=ARGUMENTS.get(strategy, ""), local_steps=10)
-    run = run_app(strategy=strategy, epochs=4, num_sites=4, **arguments)
-    losses = run.trace("loss")
-    assert losses[-1] < losses[0] < 2.5  # nine tenths of guessing: log(10) = 2.3
-    assert run.trace("accuracy")[-1] > 0.5
+from tests.conftest import RunApp, default_config
 
 
 def test_metrics_are_tidy_and_read_in_one_line(run_app: RunApp) -> None:

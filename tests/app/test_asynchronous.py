@@ -11,7 +11,6 @@ from flwr.app import Error, Message
 from matplotlib.image import imread
 
 from client_app.app import app as client_app
-from configuration.checks import kind_of
 from configuration.config import configuration
 from server_app.app import run as run_server
 from server_app.census import RunError
@@ -20,7 +19,7 @@ from simulation.grid import VirtualGrid
 from simulation.laboratory import Run, simulate
 from simulation.world import Lognormal, World
 from strategies.methods import METHODS
-from tests.conftest import RunApp, own
+from tests.conftest import RunApp
 
 UNEQUAL = World(samples_per_s=Lognormal(median=100, sigma=0.7))
 SMALL: dict[str, Any] = {
@@ -46,15 +45,6 @@ def updates(found: Run, site: str = "all") -> list[float]:
 def staleness(found: Run) -> Counter[int]:
     rows = found.metrics[found.metrics["metric"].str.startswith("staleness-")]
     return Counter({int(str(name).removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
-
-
-@pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "arrivals"])
-@pytest.mark.slow
-def test_every_asynchronous_strategy_learns_by_its_name(strategy: str) -> None:
-    found = run(strategy=strategy, epochs=24, training={"momentum": 0.0}, **own(strategy, local_steps=3, buffer_size=4))
-    assert found.finished
-    assert found.history["accuracy"].iloc[-1] > 0.7
-    assert sum(updates(found)) == 24 * 48 / 3
 
 
 @pytest.mark.parametrize("base", ["dc-asgd-c", "dc-asgd-a", "adam", "rmsprop"])

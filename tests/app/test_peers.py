@@ -18,7 +18,6 @@ from client_app import oracle as oracle_module
 from client_app import site as site_module
 from client_app.app import app as client_app
 from client_app.memory import recall
-from configuration.checks import kind_of
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 from server_app import relay as relay_module
@@ -29,7 +28,6 @@ from simulation.grid import VirtualGrid
 from simulation.laboratory import Run, simulate
 from simulation.world import World
 from strategies.method import PeerPlan
-from strategies.methods import METHODS
 from strategies.records import arrays_of, config_of, unpack
 from strategies.topology import TopologyError
 from tests.conftest import RunApp, own
@@ -47,24 +45,6 @@ def small(**changes: Any) -> Config:
 def run(world: World | None = None, engine: str = "app", **changes: Any) -> Run:
     half = own(changes.get("strategy", "co-learning"), momentum=0.5)
     return simulate(**(SMALL | half | changes), world=world, engine=engine)
-
-
-@pytest.mark.parametrize("strategy", [name for name, each in METHODS.items() if kind_of(each) == "peers"])
-@pytest.mark.slow
-def test_every_strategy_of_peers_learns_by_its_name(strategy: str) -> None:
-    tree: dict[str, Any] = {"topology.name": "path"} if strategy == "relaysgd" else {}
-    found = run(
-        **tree,
-        strategy=strategy,
-        epochs=30,
-        training={"batch_size": 64, "lr": 0.1},
-    )
-    assert found.finished
-    assert found.history["accuracy"].iloc[-1] > 0.75
-    assert set(found.models) == {"model-0", "model-1", "model-2", "model-3"}
-    together = found.metrics.query("split == 'consensus'").set_index("metric")["value"]
-    assert together["accuracy-of-mean"] > 0.75
-    assert together["consensus-distance"] > 0
 
 
 NOLOCO = "strategies.peer.noloco:METHOD"

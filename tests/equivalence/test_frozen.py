@@ -8,8 +8,6 @@ is meant is written down by ``python -m tests.equivalence.test_frozen``, and its
 import hashlib
 import json
 import platform
-import struct
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from configuration.config import configuration
 from datasets.sources import Examples
 from simulation.laboratory import Run, simulate
+from tests.data import write_audio, write_texts
 
 ROOT = Path(__file__).parent.parent.parent
 FROZEN = Path(__file__).parent / "frozen.json"
@@ -44,17 +43,8 @@ def write_data(folder: Path) -> dict[str, dict[str, Any]]:
         rows = generator.normal(size=(24, 4)).round(3)
         lines = [",".join(map(str, row)) + f",{int(row[0] + row[1] > 0)}" for row in rows]
         (folder / "heart" / f"{hospital}.csv").write_text("age,bp,chol,rate,target\n" + "\n".join(lines))
-    for digit in range(2):
-        (folder / "audio" / str(digit)).mkdir(parents=True)
-        for speaker in "abcdef":
-            for take in range(4):
-                with wave.open(str(folder / "audio" / str(digit) / f"{digit}_{speaker}_{take}.wav"), "wb") as file:
-                    file.setparams((1, 2, 8000, 0, "NONE", ""))
-                    tone = np.sin(np.arange(4000) * (0.1 + 0.3 * digit)) * 20000 + generator.normal(size=4000) * 500
-                    file.writeframes(struct.pack("<4000h", *tone.astype(int)))
-    words = ["ball", "goal", "match"], ["bank", "market", "money"]
-    texts = [f'{kind},"{" ".join(generator.choice(words[kind], 5))}"' for kind in (0, 1) * 40]
-    (folder / "text.csv").write_text("label,text\n" + "\n".join(texts))
+    write_audio(folder / "audio")
+    write_texts(folder / "text.csv")
     return {
         "heart": {"data.path": str(folder / "heart")},
         "audio": {"data.path": str(folder / "audio")},

@@ -1,5 +1,6 @@
 """The table of methods: every name has one home."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -57,3 +58,15 @@ def test_who_greps_for_a_name_finds_the_file_with_its_source_and_equation(method
     title = (text.split('"""')[1]).lower()
     assert re.sub("[^a-z]", "", method.name.removesuffix("-c").removesuffix("-a"))[:4] in re.sub("[^a-z]", "", title)
     assert len(text.splitlines()) <= 130
+
+
+def test_what_drives_peers_and_arrivals_stays_readable() -> None:
+    files = [
+        ROOT / f"{name}.py" for name in ("client_app/peer", "server_app/relay", "server_app/asynchronous", "simulation/batched")
+    ]
+    texts = {file: file.read_text() for file in files}
+    assert sum(len(text.splitlines()) for text in texts.values()) <= 1100
+    for file, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 40, f"{file}: {node.name}"

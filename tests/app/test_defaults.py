@@ -22,7 +22,7 @@ DRIVERS = ("co-learning", "gsgm", "dmsgd")
 
 
 def learns(method: str, split: str, **keys: Any) -> bool:
-    common = {"strategy": method, "progress": False, "data.test-part": "pooled"}
+    common: dict[str, Any] = {"strategy": method, "progress": False, "data.test-part": "pooled"}
     return reached(simulate(**(common | NEEDED.get(method, {}) | SPLITS[split] | keys))).learned
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jvp
 from torch.nn import functional as F
 
-from client_app.site import Place, site_data
+from client_app.site import SiteId, site_data
 from client_app.training import prepare
 from configuration.config import flatten
 from models.networks import build
@@ -42,7 +42,7 @@ def largest_eigenvalue(run: Run, steps: int = 15) -> float:
     """Of the Hessian of the training loss at the mean model, by power iteration."""
     config = run.config
     classes = tuple(str(name) for name in run.sites.columns[4:])
-    parts = [site_data(config, Place(site, config.num_sites, ""), classes, None).train for site in range(config.num_sites)]
+    parts = [site_data(config, SiteId(site, config.num_sites, ""), classes, None).train for site in range(config.num_sites)]
     each = 2000 // len(parts)
     inputs, labels = prepare(torch.cat([part.x[:each] for part in parts])), torch.cat([part.y[:each] for part in parts])
     network = build(config.model.name, tuple(inputs.shape[1:]), len(classes), config.model.norm, 0)

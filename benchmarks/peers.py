@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from client_app.app import app as client_app
 from client_app.oracle import nth_batch
 from client_app.sealing import Header, Keyring
-from client_app.site import Place, site_data
+from client_app.site import SiteId, site_data
 from configuration.__main__ import pairs
 from configuration.config import ROOT, Config, configuration
 from models.networks import build
@@ -55,7 +55,7 @@ def configured(peers: int, iterations: int, model: str) -> Config:
 def plain_loop(config: Config, exchanges: int) -> float:
     """As a researcher writes it: a module and an optimizer a peer, and the mean of three neighbours by hand."""
     n = config.num_sites
-    data = [site_data(config, Place(peer, n, ""), tuple(map(str, range(10))), None) for peer in range(n)]
+    data = [site_data(config, SiteId(peer, n, ""), tuple(map(str, range(10))), None) for peer in range(n)]
     networks = [build(config.model.name, (1, 8, 8), 10, config.model.norm, derive(config.seed, "model")) for _ in range(n)]
     optimizers = [torch.optim.SGD(network.parameters(), config.training.lr) for network in networks]
     start = time.perf_counter()

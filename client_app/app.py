@@ -15,7 +15,7 @@ from client_app import training
 from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
-from client_app.site import Place, config_of_site, device_of, dice, name_of, open_site, raw_data
+from client_app.site import SiteId, config_of_site, device_of, name_of, open_site, raw_data, seeded
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from datasets.partitions import PartitionError
@@ -52,25 +52,25 @@ app = ClientApp(mods=[answer_always, keep_on_disk])
 @app.query("site")
 def describe(message: Message, context: Context) -> Message:
     """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
-    config, place = config_of_site(context), Place.of(context)
-    data = raw_data(config, place)
+    config, site = config_of_site(context), SiteId.of(context)
+    data = raw_data(config, site)
     device_of(config.computing.device)
     found: dict[str, Any] = {}
     if data.columns:
         found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
-    if place.num_sites:  # how many examples of each class a real site has is its own business
+    if site.num_sites:  # how many examples of each class a real site has is its own business
         found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.wire.sealing == "trust-on-first-use":
         found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":
-        keys = keyring(context, config.wire.sealing, place.number, {})
-        linked = graph_of(config).linked(place.number) if config.topology.name != "edges" else []  # the file is the server's
+        keys = keyring(context, config.wire.sealing, site.number, {})
+        linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
     card = SiteCard.model_construct(
-        site=place.number,
-        sites=place.num_sites or 0,
-        name=name_of(config, place, context),
+        site=site.number,
+        sites=site.num_sites or 0,
+        name=name_of(config, site, context),
         classes=list(data.classes),
         columns=list(data.columns),
         shape=list(data.train.x.shape[1:]),
@@ -92,13 +92,13 @@ def _vectors(message: Message) -> dict[str, Tensor]:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back."""
-    config, place, data, desk = open_site(message, context)
+    config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
     vectors, order = _vectors(message), read_order(config_of(message))
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
-    keys, model = config.training, desk.model
+    keys, model = config.training, network.model
     model.load(vectors[X], vectors[STATS])
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
@@ -107,7 +107,7 @@ def train(message: Message, context: Context) -> Message:
     rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
     memory = remembered(context, RULE, rule.init(model.x)) if rule else None
-    gradient = training.proximal(desk.sharp, sent[X], local.proximal)
+    gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
     step = training.optimizer(
@@ -120,10 +120,10 @@ def train(message: Message, context: Context) -> Message:
     )
     if local.keep_moments:
         recall_moments(context, step)
-    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", place.number, order.number))
+    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
     augment = training.flip_crop if config.data.augment == "flip-crop" else None
     epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
-    with dice(model.x.device, derive(config.seed, "layers", place.number, order.number)):
+    with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
         mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
     if not math.isfinite(mean_loss):
@@ -161,12 +161,12 @@ def cross(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test the model in the message, or the mean prediction of several, on this site's test part."""
-    config, _, data, desk = open_site(message, context)
+    config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
     vectors = _vectors(message)
-    xs = vectors[X].reshape(-1, desk.model.x.numel())
-    result = training.evaluate(desk.predict, desk.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
+    xs = vectors[X].reshape(-1, network.model.x.numel())
+    result = training.evaluate(network.predict, network.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
     found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
     metrics = TestMetrics.model_construct(**found, num_examples=len(data.test.y))
     return Message(write_tested(metrics), reply_to=message)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from client_app import training
-from client_app.site import Workplace
+from client_app.site import Network
 from configuration.config import Config
 from datasets.site import SiteData
 from strategies.peer.state import Metrics
@@ -39,7 +39,7 @@ class Oracle:
         samples: gradients computed, one an example.
     """
 
-    def __init__(self, config: Config, number: int, data: SiteData, network: Workplace) -> None:
+    def __init__(self, config: Config, number: int, data: SiteData, network: Network) -> None:
         self._data, self._network, self.samples = data, network, 0
         self._a_batch = min(config.training.batch_size, len(data.train.y))
         self._batch = lru_cache(maxsize=1)(partial(nth_batch, config, number, data.train))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from client_app import sealing
 from client_app.memory import check_run, recall, remember, run_of, written
 from client_app.oracle import Oracle
-from client_app.site import Workplace, dice, open_site
+from client_app.site import Network, open_site, seeded
 from client_app.training import num_batches
 from configuration.config import Config
 from configuration.graph import graph_of
@@ -65,7 +65,7 @@ class _Call(NamedTuple):
     config: Config
     peer: Peer
     data: SiteData
-    network: Workplace
+    network: Network
     ring: sealing.Keyring | None
 
     @property
@@ -94,7 +94,7 @@ def take_step(message: Message, context: Context) -> Message:
     order = _order(call)
     _check_turn(call, order, known)
     oracle = Oracle(config, site.number, data, network)
-    with dice(network.x.device, derive(config.seed, "layers", site.number, order.step)):
+    with seeded(network.x.device, derive(config.seed, "layers", site.number, order.step)):
         step = cross_step if call.crossing else models_step
         result = step(peer, known or first, _received(call, order), order, oracle)
     metrics = {"num-examples": len(data.train.y), **result.metrics, "samples": oracle.samples}

@@ -25,11 +25,12 @@ from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, st
 from models.flat import FlatModel
 from models.networks import build
 from strategies.method import PeerPlan, RoundPlan
+from strategies.protocol import Agreed
 from strategies.randomness import derive
 from strategies.records import config_of
 
 
-class Place(NamedTuple):
+class SiteId(NamedTuple):
     """Which site this is.
 
     Attributes:
@@ -43,7 +44,7 @@ class Place(NamedTuple):
     path: str
 
     @classmethod
-    def of(cls, context: Context) -> "Place":
+    def of(cls, context: Context) -> "SiteId":
         """From the node's configuration: Flower's in a simulation, ``site=0 data="/srv/data"`` in a deployment."""
         node = context.node_config
         if "data" not in node and "partition-id" in node:
@@ -54,7 +55,7 @@ class Place(NamedTuple):
             raise ValueError(f"--node-config has no {error}: a deployed site needs 'site=0 data=\"/srv/data\"'") from None
 
 
-class Workplace(NamedTuple):
+class Network(NamedTuple):
     """A network on its device.
 
     Attributes:
@@ -129,27 +130,27 @@ def _radius(config: Config) -> float:
     return config.plan.gradient.rho if isinstance(config.plan, PeerPlan) else config.training.sam_radius
 
 
-def raw_data(config: Config, place: Place) -> SiteData:
+def raw_data(config: Config, site: SiteId) -> SiteData:
     """The examples of a site as they were read: classes and columns are its own."""
-    if place.num_sites is not None:
-        splits = _splits(config, place.num_sites)
-        chosen = splits if _pooled(config) else [splits[place.number]]
+    if site.num_sites is not None:
+        splits = _splits(config, site.num_sites)
+        chosen = splits if _pooled(config) else [splits[site.number]]
         return take(_pool(config, config.data.path), chosen)
     if _pooled(config):
         raise ValueError(f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation")
-    examples = _pool(config, place.path)
-    generator = np.random.default_rng(derive(config.seed, "split", place.number))
+    examples = _pool(config, site.path)
+    generator = np.random.default_rng(derive(config.seed, "split", site.number))
     return take(examples, [own(examples, generator, test_part=config.data.test_part, test_fraction=config.data.test_fraction)])
 
 
 @lru_cache(maxsize=64)
-def site_data(config: Config, place: Place, classes: tuple[str, ...], common: Moments | None) -> SiteData:
+def site_data(config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None) -> SiteData:
     """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
 
     Raises:
         ValueError: the data cannot be read, dealt out or named.
     """
-    data = relabel(raw_data(config, place), classes)
+    data = relabel(raw_data(config, site), classes)
     if common is not None:
         data = standardise(data, common)
     to = partial(torch.Tensor.to, device=device_of(config.computing.device))
@@ -184,45 +185,44 @@ def device_of(name: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def workplace(config: Config, shape: tuple[int, ...], num_classes: int) -> Workplace:
+def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Network:
     """The network of a run for examples of ``shape``, on this site's device."""
     device = device_of(config.computing.device)
     model = FlatModel(build(config.model.name, shape, num_classes, config.model.norm, derive(config.seed, "model")), device)
-    network = torch.compile(model.network) if config.computing.compile else model.network
+    compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 
     def predict(x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
-            logits: Tensor = network(x.contiguous(memory_format=layout))
+            logits: Tensor = compiled(x.contiguous(memory_format=layout))
         return logits
 
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
-    return Workplace(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
+    return Network(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
 
 
-def name_of(config: Config, place: Place, context: Context) -> str:
+def name_of(config: Config, site: SiteId, context: Context) -> str:
     """A site's name for people."""
-    name = f"site {place.number}"
-    if place.num_sites and config.partition.kind == "natural":
-        name = _pool(config, config.data.path).groups[place.number]
+    name = f"site {site.number}"
+    if site.num_sites and config.partition.kind == "natural":
+        name = _pool(config, config.data.path).groups[site.number]
     name = str(context.node_config.get("name", name))
     if wrong := fault([name]):
         raise ConfigError(f"name of --node-config: {wrong}")
     return name
 
 
-def open_site(message: Message, context: Context) -> tuple[Config, Place, SiteData, Workplace]:
+def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteData, Network]:
     """Everything that a message is answered with, besides what it holds itself."""
-    config, place = config_of_site(context), Place.of(context)
-    told = config_of(message)
-    classes = tuple(told["classes"])  # type: ignore[arg-type]
-    common = Moments(*(tuple(told[key]) for key in Moments._fields)) if "mean" in told else None  # type: ignore[arg-type]
-    data = site_data(config, place, classes, common)
-    return config, place, data, workplace(config, tuple(data.train.x.shape[1:]), len(classes))
+    config, site = config_of_site(context), SiteId.of(context)
+    classes, moments = Agreed.of(config_of(message))
+    common = Moments(*moments) if moments else None
+    data = site_data(config, site, classes, common)
+    return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes))
 
 
 @contextmanager
-def dice(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Inside, dropout draws from a seed of this site and round: it knows no generator but torch's global one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for devices that never come.

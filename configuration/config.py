@@ -201,5 +201,5 @@ def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str
 def _of_another(method: Method[Any], table: str, key: str, value: object) -> str:
     owners = [name for name, each in METHODS.items() if each.table == table]
     own = f"; did you mean {method.table}.{key}?" if key in {field.alias for field in method.keys.model_fields.values()} else ""
-    told = f"only {', '.join(owners)}" if len(owners) < 4 else "only a strategy of Flower"
-    return f"{table}.{key} = {shown(value)}: strategy = {method.name!r} does not take it, {told}{own}"
+    takers = f"only {', '.join(owners)}" if len(owners) < 4 else "only a strategy of Flower"
+    return f"{table}.{key} = {shown(value)}: strategy = {method.name!r} does not take it, {takers}{own}"

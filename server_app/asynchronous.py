@@ -69,7 +69,7 @@ class Asynchronous:
         federation: the sites.
         config: the run.
         layout: of a model.
-        sink: is told everything.
+        sink: gets every event.
     """
 
     def __init__(self, grid: Grid, plan: ArrivalPlan, federation: Federation, config: Config, layout: Layout, sink: Sink) -> None:

@@ -49,7 +49,7 @@ class Relay:
         federation: the sites.
         config: the run.
         layout: of a model.
-        sink: is told everything.
+        sink: gets every event.
 
     Attributes:
         report: counts the bytes.

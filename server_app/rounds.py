@@ -62,7 +62,7 @@ class Rounds:
         federation: the sites.
         config: the run.
         layout: of a model.
-        sink: is told everything.
+        sink: gets every event.
     """
 
     def __init__(

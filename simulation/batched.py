@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client_app import training
 from client_app.peer import learning_rate, peer_of
-from client_app.site import Place, device_of, site_data, workplace
+from client_app.site import SiteId, device_of, network_of, site_data
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
@@ -46,9 +46,9 @@ class Peers:
     def __init__(self, config: Config, federation: Federation, history: History) -> None:
         self._config, self._federation, self._history = config, federation, history
         self._topology, self._n = graph_of(config), len(federation.sites)
-        sites = [Place(site.number, self._n, "") for site in federation.sites]
+        sites = [SiteId(site.number, self._n, "") for site in federation.sites]
         self._data = [site_data(config, site, federation.classes, federation.moments) for site in sites]
-        self._network = workplace(config, federation.shape, len(federation.classes))
+        self._network = network_of(config, federation.shape, len(federation.classes))
         model = self._network.model
         if model.num_stats:
             raise ConfigError(

@@ -447,11 +447,11 @@ def _watching(folder: Path, bar: "tqdm[Any]") -> Iterator[None]:
             show()
 
     def show() -> None:
-        told = [(file.stat().st_mtime, file.read_text().partition(" ")) for file in folder.iterdir()]
-        if not told:
+        states = [(file.stat().st_mtime, file.read_text().partition(" ")) for file in folder.iterdir()]
+        if not states:
             return
-        bar.set_postfix_str(max(told)[1][2], refresh=False)
-        bar.update(sum(int(done or 0) for _, (done, _, _) in told) - bar.n)
+        bar.set_postfix_str(max(states)[1][2], refresh=False)
+        bar.update(sum(int(done or 0) for _, (done, _, _) in states) - bar.n)
 
     watcher = Thread(target=look, daemon=True)
     watcher.start()

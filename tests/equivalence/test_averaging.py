@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client_app import training
 from client_app.app import app
-from client_app.site import Place, site_data
+from client_app.site import SiteId, site_data
 from configuration.config import Config, configuration
 from models.flat import FlatModel
 from models.networks import build
@@ -88,7 +88,7 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
     }
     run = run_app(**changes)
     config = Config.read(changes)
-    data = site_data(config, Place(0, 1, ""), tuple("0123456789"), None)
+    data = site_data(config, SiteId(0, 1, ""), tuple("0123456789"), None)
     network = build("mlp", (1, 8, 8), 10, "batch", derive(config.seed, "model"))
     for round_number in (1, 2):
         sgd = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=1e-4)
@@ -371,7 +371,7 @@ def reproduced(run: Run, name: str, source: str, num_sites: int) -> float:
     network.eval()
     right = total = 0
     for site in range(num_sites):
-        test = site_data(config, Place(site, num_sites, ""), tuple("0123456789"), None).test
+        test = site_data(config, SiteId(site, num_sites, ""), tuple("0123456789"), None).test
         with torch.no_grad():
             right += int((network(training.prepare(test.x)).argmax(1) == test.y).sum())
         total += len(test.y)

@@ -200,7 +200,7 @@ def test_what_it_remembers_survives_the_process() -> None:
 
         def tamper(number: int, message: Any, reply: Any) -> Any:
             if forget:
-                site_module.workplace.cache_clear()
+                site_module.network_of.cache_clear()
             return reply
 
         run_server(VirtualGrid(client_app, World().sites(4, 1), config.flat(), tamper), config, history)

@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 from flwr.app import Context, RecordDict
 
-from client_app.site import Place, name_of
+from client_app.site import SiteId, name_of
 from datasets.names import fault, listed, shown, too_many
 
 
@@ -50,7 +50,7 @@ def test_long_lists_are_shortened() -> None:
 
 
 def test_name_of_a_site_is_checked_where_it_leaves() -> None:
-    config, place = cast(Any, None), Place(3, None, "")
+    config, place = cast(Any, None), SiteId(3, None, "")
 
     def named(**node: str) -> str:
         return name_of(config, place, Context(1, 2, dict(node), RecordDict(), {}))

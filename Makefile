@@ -54,7 +54,7 @@ run: .venv/installed
 	done; echo 'The run failed: see above.' >&2; exit 1
 
 test: .venv/installed
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadgroup
 
 test-fast: .venv/installed
 	python -m pytest --numprocesses 2 --dist worksteal -m 'not e2e and not slow'

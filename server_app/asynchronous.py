@@ -146,7 +146,7 @@ class Asynchronous:
         """What a site is to do: with ``by_speed`` so many batches that all take equally long (DyLU)."""
         plan, steps = self._plan, self._plan.steps
         if plan.by_speed and node in self._speeds:
-            steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values())))
+            steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values()) + 1e-6))  # clocks round
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
         return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
 

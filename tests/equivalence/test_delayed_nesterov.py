@@ -104,6 +104,12 @@ def test_sites_take_local_steps_in_proportion_to_their_speed() -> None:
     assert [set(steps[site][2:-1]) for site in range(3)] == [{8}, {4}, {1}]
 
 
+def test_sites_that_are_equally_fast_take_the_same_steps() -> None:
+    """Their speeds differ in the last digits, as times are rounded."""
+    _, steps = watched_steps(speeds(local_steps=8, by_speed=True), 1.0, 1.0, 1.0)
+    assert {each for of_site in steps.values() for each in of_site} == {8}
+
+
 def test_epochs_are_what_was_asked_for_however_many_steps_a_contribution_takes() -> None:
     found, steps = watched_steps(speeds(local_steps=8, by_speed=True), 1.0, 1.9, 20.0)
     applied = found.metrics.query("metric == 'updates' and split == 'train' and site != 'all'").groupby("site")["value"].sum()

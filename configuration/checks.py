@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from configuration.config import Config
 
 MOST_PEERS = 1000  # the mixing matrix, and the check that it connects them, grow with the square
+DIRECTED = "gradients go back where models came from, against its links; or gradients = 'model'"
+VARYING = "neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
 ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 # Keys of the sections of every run that have no effect with a kind of plan; a section's name stands for all of its keys.
 UNUSED: dict[type, set[str]] = {
@@ -157,7 +159,7 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     if wire.error_feedback != "none" and isinstance(plan.algorithm, LinkAlgorithm):
         yield f"wire.error-feedback = {wire.error_feedback!r}: {name} offers each neighbour something else; allowed: 'none'"
     if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
-        yield "wire.error-feedback = 'choco': neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
+        yield f"wire.error-feedback = 'choco': {VARYING}"
     for key in ("bits", "share"):
         readers = [each for each, kind in CODECS.items() if key in kind.keys]
         if key in changed(wire) and not set(readers) & set(codecs):
@@ -169,6 +171,6 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         allowed = ", ".join(repr(each) for each, kind in CODECS.items() if kind.rounds)
         yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: {allowed}"
     if topology in TOPOLOGIES and TOPOLOGIES[topology].directed and plan.gradient.messages > 1:
-        yield f"topology.name = {topology!r}: gradients go back where models came from, against its links; or gradients = 'model'"
+        yield f"topology.name = {topology!r}: {DIRECTED}"
     if plan.gradient.perturbed_by == "owner-of-model" and wire.codec != "identity":
         yield f"wire.codec = {wire.codec!r}: {name}.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'"

@@ -99,7 +99,7 @@ def _only(table: str, section: Section) -> Iterator[str]:
                 continue
             for other, values in rule.values.items():
                 there = getattr(section, other)
-                if there not in values and not (isinstance(there, str) and ":" in there):  # one's own may read anything
+                if there not in values and not (rule.own and ":" in str(there)):
                     allowed = ", ".join(map(str, values))
                     where = f"{table}.{fields[other].alias}"
                     yield f"{table}.{key} = {shown(value)}: has no effect with {where} = {there!r}; only with {allowed}"
@@ -115,6 +115,14 @@ def _run(config: "Config") -> Iterator[str]:
     for table, section in (("training", training), (config.method.table, keys)):
         if getattr(section, "nesterov", False) and not getattr(section, "momentum", 0):
             yield f"{table}.nesterov = True: needs {table}.momentum above 0"
+    if (
+        isinstance(config.plan, ArrivalPlan)
+        and config.plan.steps == 1
+        and not training.nesterov
+        and "momentum" in changed(training)
+    ):
+        table = config.method.table
+        yield f"training.momentum = {training.momentum:g}: has no effect with {table}.local-steps = 1, which begins anew each time"
     if training.lr_ratio == 1:
         for key in ("lr-shape", "lr-steps"):
             if key in changed(training):

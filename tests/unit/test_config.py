@@ -143,6 +143,15 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "gsgm", "gsgm.staleness-border": 2.0}, "has no effect with gsgm.staleness = 'constant'; only with hinge"),
     ({"strategy": "gsgm", "gsgm.compensation": 2.0}, "has no effect with gsgm.base = 'asgd'; only with dc-asgd-c, dc-asgd-a"),
     ({"strategy": "gsgm", "gsgm.base": "rmsprop", "gsgm.momentum": 0.5}, "has no effect with gsgm.base = 'rmsprop'"),
+    (
+        {"strategy": "gsgm", "gsgm.schedule": "refill", "gsgm.slack": 1.0},
+        "gsgm.slack = 1.0: has no effect with gsgm.schedule = 'refill'; only with list, local",
+    ),
+    ({"strategy": "asgd", "training.momentum": 0.5}, "training.momentum = 0.5: has no effect with asgd.local-steps = 1"),
+    ({"partition.kind": "a:b", "partition.alpha": 0.1}, "partition.alpha = 0.1: has no effect with partition.kind = 'a:b'"),
+    ({"data.source": "a:b", "data.label": "x"}, "data.label = 'x': has no effect with data.source = 'a:b'"),
+    ({"model.name": "torchvision:resnet18", "model.norm": "group"}, "has no effect with model.name = 'torchvision:resnet18'"),
+    ({"strategy": "dmsgd", "topology.name": "a:b", "topology.degree": 3}, "has no effect with topology.name = 'a:b'"),
     ({"strategy": "dmsgd", "topology.degree": 6}, "has no effect with topology.name = 'ring'; only with random-regular"),
     ({"strategy": "dmsgd", "topology.edges": "f"}, "has no effect with topology.name = 'ring'; only with edges"),
     (

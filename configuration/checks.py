@@ -37,6 +37,12 @@ def together(config: "Config", method: Method[Any]) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
+    except Exception as error:  # of one's own
+        yield f"strategy = {shown(config.strategy)}: its plan fails: {type(error).__name__}: {error}"
+        return
+    if not isinstance(plan, tuple(KINDS)):
+        yield f"strategy = {shown(config.strategy)}: its plan is {type(plan).__name__}; a RoundPlan, ArrivalPlan, ... is expected"
+        return
     yield from _without_effect(config, method)
     yield from _run(config)
     yield from _data(config)

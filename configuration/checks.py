@@ -8,7 +8,7 @@ from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.sources import SOURCES
 from models.networks import own
-from strategies.codecs import CODECS, codec
+from strategies.codecs import CODECS, codec, trial
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
 from strategies.methods import METHODS
@@ -163,7 +163,9 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         yield f"num-sites = {config.num_sites}: {name} takes at most {MOST_PEERS} peers"
     for key, each in (("wire.codec", wire.codec), ("wire.cross-codec", wire.cross_codec)):
         try:
-            codec(each, (1,), key, bits=wire.bits, share=wire.share)
+            found = codec(each, (3, 5), key, bits=wire.bits, share=wire.share)
+            if wrong := None if each in CODECS else trial(found, 8):
+                yield f"{key} = {each!r}: {wrong}"
         except ValueError as error:
             yield str(error)
     if wire.codec in CODECS and CODECS[wire.codec].biased and wire.error_feedback == "none":

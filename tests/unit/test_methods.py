@@ -92,3 +92,12 @@ def test_what_drives_peers_and_arrivals_stays_readable() -> None:
 def test_what_is_wrong_with_a_method_of_ones_own_is_said_before_the_run(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"strategy = '{__name__}:{name}': .*{message}"):
         configuration(strategy=f"{__name__}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("GSGM", "gsgm"), ("DiLoCo", "diloco"), ("RelaySGD", "relaysgd"), ("DFedSAM", "dfedsam"), ("krum", "Krum")],
+)
+def test_name_as_in_its_paper_leads_to_the_name(written: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
+        configuration(strategy=written)

@@ -171,7 +171,9 @@ def train(
     count = 0
     for count, batch in enumerate(batches, 1):
         step.param_groups[0]["lr"] = rate(count - 1)
-        value, _ = gradient(model.x, batch)
+        value, found = gradient(model.x, batch)
+        if found is not model.grad:  # which the optimizer reads
+            model.grad.copy_(found)
         if clip_norm:
             nn.utils.clip_grad_norm_([whole], clip_norm)
         step.step()

@@ -3,14 +3,16 @@
 Prints two assignments for a shell, ``RUN_CONFIG`` (what differs from the defaults) and ``SITES``.
 """
 
+import re
 import shlex
 import sys
+from typing import Any
 
 from click import ClickException
 from flwr.common.config import parse_config_args
 
 from configuration.config import Config, configuration
-from configuration.errors import ConfigError
+from configuration.errors import ConfigError, shown
 
 
 def pairs(config: Config) -> str:
@@ -29,9 +31,20 @@ def _toml(value: bool | int | float | str) -> str:
     return f"'{value}'" if '"' in value or "\\" in value else f'"{value}"'
 
 
+def parsed(text: str) -> dict[str, Any]:
+    """``key=value`` pairs in TOML, by Flower's own parser, which leaves out in silence what is none.
+
+    Raises:
+        ConfigError: it left something out.
+    """
+    if rest := re.sub(r"""\S+?=('[^']*'|"[^"]*"|\S+)""", "", text).strip():
+        raise ConfigError(f"{shown(rest)}: no key=value, without spaces around =; a text stands in quotes")
+    return parse_config_args([text])
+
+
 if __name__ == "__main__":
     try:
-        found = configuration(sys.argv[1] or None, **parse_config_args([" ".join(sys.argv[2:])]))
+        found = configuration("".join(sys.argv[1:2]) or None, **parsed(" ".join(sys.argv[2:])))
         print(f"RUN_CONFIG={shlex.quote(pairs(found))} SITES={found.num_sites}")
     except (ConfigError, ClickException) as wrong:
         sys.exit(str(wrong))

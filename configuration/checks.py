@@ -8,7 +8,7 @@ from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.sources import SOURCES
 from models.networks import own
-from strategies.codecs import CODECS, codec
+from strategies.codecs import CODECS, codec, trial
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
 from strategies.methods import METHODS
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from configuration.config import Config
 
 MOST_PEERS = 1000  # the mixing matrix, and the check that it connects them, grow with the square
+DIRECTED = "gradients go back where models came from, against its links; or gradients = 'model'"
+VARYING = "neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
 ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 # Keys of the sections of every run that have no effect with a kind of plan; a section's name stands for all of its keys.
 UNUSED: dict[type, set[str]] = {
@@ -34,6 +36,12 @@ def together(config: "Config", method: Method[Any]) -> Iterator[str]:
         plan = config.plan
     except ValueError as error:
         yield str(error)
+        return
+    except Exception as error:  # of one's own
+        yield f"strategy = {shown(config.strategy)}: its plan fails: {type(error).__name__}: {error}"
+        return
+    if not isinstance(plan, tuple(KINDS)):
+        yield f"strategy = {shown(config.strategy)}: its plan is {type(plan).__name__}; a RoundPlan, ArrivalPlan, ... is expected"
         return
     yield from _without_effect(config, method)
     yield from _run(config)
@@ -97,7 +105,7 @@ def _only(table: str, section: Section) -> Iterator[str]:
                 continue
             for other, values in rule.values.items():
                 there = getattr(section, other)
-                if there not in values and not (isinstance(there, str) and ":" in there):  # one's own may read anything
+                if there not in values and not (rule.own and ":" in str(there)):
                     allowed = ", ".join(map(str, values))
                     where = f"{table}.{fields[other].alias}"
                     yield f"{table}.{key} = {shown(value)}: has no effect with {where} = {there!r}; only with {allowed}"
@@ -113,6 +121,14 @@ def _run(config: "Config") -> Iterator[str]:
     for table, section in (("training", training), (config.method.table, keys)):
         if getattr(section, "nesterov", False) and not getattr(section, "momentum", 0):
             yield f"{table}.nesterov = True: needs {table}.momentum above 0"
+    if (
+        isinstance(config.plan, ArrivalPlan)
+        and config.plan.steps == 1
+        and not training.nesterov
+        and "momentum" in changed(training)
+    ):
+        table = config.method.table
+        yield f"training.momentum = {training.momentum:g}: has no effect with {table}.local-steps = 1, which begins anew each time"
     if training.lr_ratio == 1:
         for key in ("lr-shape", "lr-steps"):
             if key in changed(training):
@@ -147,7 +163,9 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         yield f"num-sites = {config.num_sites}: {name} takes at most {MOST_PEERS} peers"
     for key, each in (("wire.codec", wire.codec), ("wire.cross-codec", wire.cross_codec)):
         try:
-            codec(each, (1,), key, bits=wire.bits, share=wire.share)
+            found = codec(each, (3, 5), key, bits=wire.bits, share=wire.share)
+            if wrong := None if each in CODECS else trial(found, 8):
+                yield f"{key} = {each!r}: {wrong}"
         except ValueError as error:
             yield str(error)
     if wire.codec in CODECS and CODECS[wire.codec].biased and wire.error_feedback == "none":
@@ -157,7 +175,7 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     if wire.error_feedback != "none" and isinstance(plan.algorithm, LinkAlgorithm):
         yield f"wire.error-feedback = {wire.error_feedback!r}: {name} offers each neighbour something else; allowed: 'none'"
     if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
-        yield "wire.error-feedback = 'choco': neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
+        yield f"wire.error-feedback = 'choco': {VARYING}"
     for key in ("bits", "share"):
         readers = [each for each, kind in CODECS.items() if key in kind.keys]
         if key in changed(wire) and not set(readers) & set(codecs):
@@ -169,6 +187,6 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         allowed = ", ".join(repr(each) for each, kind in CODECS.items() if kind.rounds)
         yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: {allowed}"
     if topology in TOPOLOGIES and TOPOLOGIES[topology].directed and plan.gradient.messages > 1:
-        yield f"topology.name = {topology!r}: gradients go back where models came from, against its links; or gradients = 'model'"
+        yield f"topology.name = {topology!r}: {DIRECTED}"
     if plan.gradient.perturbed_by == "owner-of-model" and wire.codec != "identity":
         yield f"wire.codec = {wire.codec!r}: {name}.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'"

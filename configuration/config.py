@@ -3,6 +3,7 @@
 A key that has no effect in a run must be as shipped: what somebody set on purpose and what nobody would read is an error.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -93,6 +94,8 @@ class Config(BaseModel):
             method = find(name)
         except ValueError as error:
             raise ConfigError(f"strategy = {shown(name)}: {error}") from None
+        if wrong := _section_fault(method):
+            raise ConfigError(f"strategy = {shown(name)}: {wrong}")
         former = {key: new for key in flat if (new := new_key(key, method.table))}
         if former:
             raise ConfigError("\n".join(f"{key} = {shown(flat[key])}: this key is now {new}" for key, new in former.items()))
@@ -167,6 +170,17 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
         key = key.replace("_", "-")
         found |= {f"{key}.{k}": v for k, v in flatten(value).items()} if isinstance(value, Mapping) else {key: value}
     return found
+
+
+def _section_fault(method: Method[Any]) -> str | None:
+    """Why a method of one's own cannot have its section."""
+    if not re.fullmatch("[A-Za-z0-9-]+", method.table):
+        return f"its section is called {shown(method.table)}; letters, digits and hyphens are expected"
+    if method.table in SECTIONS or any(method.table == field.alias for field in Config.model_fields.values()):
+        return f"its section is called {shown(method.table)}, which every run has; another name is expected"
+    if not (isinstance(method.keys, type) and issubclass(method.keys, Section)):
+        return f"its keys are {shown(method.keys)}; a subclass of strategies.method.Section is expected"
+    return None
 
 
 def _is_known(key: str, known: Mapping[str, type[Section]]) -> bool:

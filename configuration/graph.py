@@ -2,10 +2,11 @@
 
 from functools import lru_cache
 
+from configuration.checks import DIRECTED, VARYING
 from configuration.config import Config
 from strategies.method import PeerPlan
 from strategies.randomness import derive
-from strategies.topology import Topology, topology
+from strategies.topology import Topology, TopologyError, topology
 
 
 @lru_cache(maxsize=4)
@@ -27,5 +28,10 @@ def graph_of(config: Config) -> Topology:
         edges=keys.edges,
         seed=derive(config.seed, "topology"),
     )
+    one_way = any(bool(((each > 0) != (each.T > 0)).any()) for each in found.matrices)
+    if one_way and config.plan.gradient.messages > 1:
+        raise TopologyError(f"topology.name = {keys.name!r}: {DIRECTED}")
+    if len(found.matrices) > 1 and config.wire.error_feedback == "choco":
+        raise TopologyError(f"wire.error-feedback = 'choco': {VARYING}")
     config.plan.check(found, keys.averaging_rate)
     return found

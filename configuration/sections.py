@@ -142,7 +142,7 @@ class TopologyKeys(Section):
 
     name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
     """ring, path, star, complete, torus, matching, exponential, edges, ..., or one's own: package.module:function"""
-    mixing: Annotated[Literal["metropolis", "uniform"], Only(name=UNDIRECTED)] = "metropolis"
+    mixing: Annotated[Literal["metropolis", "uniform"], Only(own=True, name=UNDIRECTED)] = "metropolis"
     """weights of neighbours: metropolis, uniform (regular graphs)"""
     lazy: bool = False
     """halve the weights of all neighbours"""

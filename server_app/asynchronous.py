@@ -146,7 +146,7 @@ class Asynchronous:
         """What a site is to do: with ``by_speed`` so many batches that all take equally long (DyLU)."""
         plan, steps = self._plan, self._plan.steps
         if plan.by_speed and node in self._speeds:
-            steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values())))
+            steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values()) + 1e-6))  # clocks round
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
         return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
 
@@ -190,6 +190,8 @@ class Asynchronous:
             self._refuse(node, reason)
             return
         self._roster.answer(node)
+        if (elapsed := self._clock.now() - flight.at) > 0:
+            self._speeds[node] = part.steps / site.batches(self._config.training.batch_size) * site.num_train / elapsed
         if self._done >= self._total:  # it came too late to matter
             return
         self._period.trained(node, found.metrics)
@@ -206,8 +208,6 @@ class Asynchronous:
         epoch = site.batches(keys.batch_size)
         rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=local.steps, epoch=epoch)
         total = sum(map(rate, range(local.steps)))
-        if (elapsed := self._clock.now() - flight.at) > 0:
-            self._speeds[node] = local.steps / epoch * site.num_train / elapsed
         return _Part(Update(found.vectors[X], flight.sent[X], total, 0), flight.version, local.steps, found.largest)
 
     def _too_far(self, node: int, flight: _Flight, found: Trained, total: float) -> str | None:

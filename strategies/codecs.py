@@ -10,6 +10,7 @@ sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor
 from strategies.imported import imported
 
 Payload = dict[str, Tensor]
+TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
 BITS = (2, 4, 8, 16)  # what packs evenly into bytes
 
 
@@ -220,6 +222,25 @@ def codec(name: str, sizes: Sequence[int], key: str = "wire.codec", **keys: Any)
     if not isinstance(found, Codec):
         raise ValueError(f"{key} = {name!r}: a Codec is expected; got {type(found).__name__}")
     return found
+
+
+def trial(found: Codec, d: int) -> str | None:
+    """Why a codec of one's own cannot be used on vectors [d], or None."""
+    vector = torch.linspace(-1, 1, d)
+    before = vector.clone()
+    try:
+        payload = found.encode(vector, torch.Generator())
+        for name, part in payload.items():
+            if not re.fullmatch(r"[a-z0-9.-]{1,24}", name) or not part.numel() or part.dtype not in TYPES:
+                return f"it sends {name!r}, {part.dtype} [{part.numel()}]; a name of a-z, 0-9, -, numbers of {TYPES}, at least one"
+        decoded = found.decode(payload)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not torch.equal(vector, before):
+        return "it writes in the vector that it encodes"
+    if decoded.shape != vector.shape or decoded.dtype != vector.dtype:
+        return f"it decodes {decoded.dtype} of shape {tuple(decoded.shape)} where {vector.dtype} of shape ({d},) was encoded"
+    return None
 
 
 def _kept(size: int, share: float) -> int:

@@ -16,7 +16,8 @@ def imported(path: object, kind: type[T], known: Iterable[str], example: str) ->
     """
     module, colon, name = str(path).partition(":")
     if not colon:
-        guess = get_close_matches(str(path), known, n=1)
+        small = {name.lower(): name for name in reversed(list(known))}
+        guess = [small[each] for each in get_close_matches(str(path).lower(), small, n=1)]
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
         raise ValueError(f"allowed: {', '.join(known)}, package.module:{example}{hint}")
     try:

@@ -21,11 +21,12 @@ class Only:
     """A key that has an effect only where a key beside it has one of some values.
 
     Args:
+        own: whether it also has an effect with a value of one's own, ``package.module:NAME``.
         **values: by the name of the other key, the values with which this one has an effect.
     """
 
-    def __init__(self, **values: tuple[object, ...]) -> None:
-        self.values = values
+    def __init__(self, *, own: bool = False, **values: tuple[object, ...]) -> None:
+        self.own, self.values = own, values
 
 
 # Rounds.

@@ -25,7 +25,7 @@ class Keys(DescentKeys):
 
     schedule: Literal["list", "refill", "local"] = "list"
     """list: a site waits for its turn; refill: and all start again together; local: it goes on, and what it made is averaged"""
-    slack: NotNegative = 0.0
+    slack: Annotated[NotNegative, Only(schedule=("list", "local"))] = 0.0
     """contributions by which a site may be ahead of the slowest"""
     window: Positive = 3
     """of so many contributions the mean is taken"""

@@ -13,7 +13,7 @@ from strategies.asynchronous.delayed_nesterov import delayed_nesterov
 from strategies.asynchronous.descent import descent
 from strategies.method import ArrivalPlan
 from strategies.protocol import read_order
-from strategies.records import config_of
+from strategies.records import config_of, pack, unpack
 from tests.app.stubs import NETWORK, TRAIN, Answer, Outcome, outcome
 from tests.equivalence.test_asynchronous import PLAIN as ASGD
 from tests.equivalence.test_asynchronous import TOGETHER, close, follow, update, vector, walk
@@ -68,6 +68,12 @@ def test_without_momentum_is_asgd_with_a_part_of_the_rate() -> None:
 # --- local steps by speed ---------------------------------------------------------------------------------------------
 
 
+def ordered_steps(message: Message) -> int:
+    local = read_order(config_of(message)).local
+    assert local is not None
+    return local.steps
+
+
 def paced(*of_sites: float) -> Callable[[int, Message], float]:
     """So many seconds a batch."""
 
@@ -102,6 +108,30 @@ def test_sites_take_local_steps_in_proportion_to_their_speed() -> None:
     assert found.error is None
     assert [set(steps[site][:1]) for site in range(3)] == [{8}, {8}, {8}]
     assert [set(steps[site][2:-1]) for site in range(3)] == [{8}, {4}, {1}]
+
+
+def test_sites_that_are_equally_fast_take_the_same_steps() -> None:
+    """Their speeds differ in the last digits, as times are rounded."""
+    _, steps = watched_steps(speeds(local_steps=8, by_speed=True), 1.0, 1.0, 1.0)
+    assert {each for of_site in steps.values() for each in of_site} == {8}
+
+
+def test_speed_of_a_site_that_is_refused_slows_nobody_down() -> None:
+    """The first site answers at once, a model far away."""
+    steps: list[int] = []
+
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        if message.metadata.message_type != "train":
+            return content
+        if site:
+            steps.append(ordered_steps(message))
+            return content
+        far = {name: unpack(array) * 1e4 for name, array in content.array_records["arrays"].items()}
+        return RecordDict({**content, "arrays": pack(far)})
+
+    found = outcome(speeds(local_steps=8, by_speed=True), spoil, seconds=paced(1e-3, 1.0, 1.0))
+    assert found.refused
+    assert set(steps[:-2]) == {8}
 
 
 def test_epochs_are_what_was_asked_for_however_many_steps_a_contribution_takes() -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from configuration.config import configuration
 from simulation.laboratory import Run, simulate
-from strategies.method import Mean, RoundPlan
+from strategies.averaging import scaffold
+from strategies.method import Mean, Method, RoundPlan
+from strategies.method import Run as Settings
 
 N, D, K, LR = 4, 3, 5, 0.1
 GENERATOR = np.random.default_rng(3)
@@ -104,3 +106,21 @@ def test_both_vectors_cross_the_wire() -> None:
     more = {way: (ours.history[f"bytes_{way}"] - theirs.history[f"bytes_{way}"]).iloc[-1] for way in ("up", "down")}
     assert more["up"] / (3 * 2 * model) == pytest.approx(1, abs=0.02)
     assert more["down"] / (3 * 2 * model) == pytest.approx(1, abs=0.02)
+
+
+def elsewhere(keys: scaffold.Keys, run: Settings) -> RoundPlan[scaffold.Server]:
+    """SCAFFOLD whose correction is a new vector, not written in place."""
+    found = scaffold.plan(keys, run)
+    assert found.site is not None
+    return found._replace(site=found.site._replace(correct=lambda memory, sent, g: g - memory.c + sent["c"]))
+
+
+ELSEWHERE = Method("elsewhere", scaffold.Keys, elsewhere, scaffold.METHOD.unused)
+
+
+def test_a_correction_may_be_a_new_vector() -> None:
+    ours = run("scaffold", 2)
+    settings: dict[str, Any] = {"num_sites": 3, "epochs": 2, "model": {"name": "mlp"}, "elsewhere": {"local_epochs": 1}}
+    skewed = {"kind": "classes", "classes_per_site": 4}
+    theirs = simulate(strategy=f"{__name__}:ELSEWHERE", partition=skewed, progress=False, **settings)
+    assert all(torch.equal(ours.model[name], value) for name, value in theirs.model.items())

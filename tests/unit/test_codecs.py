@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from configuration.config import configuration
+from configuration.errors import ConfigError
 from strategies.codecs import BITS, CODECS, Codec, codec, num_bytes
 
 SIZES = (300, 7, 1000)
@@ -180,3 +182,52 @@ def test_input_is_not_written_and_same_seed_same_payload(name: str, changes: dic
     found.decode(one)
     assert torch.equal(vector, before)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def plain(**changes: Any) -> Codec:
+    return Codec(lambda vector, _: {"v": vector}, lambda payload: payload["v"])._replace(**changes)
+
+
+def of_truths(sizes: Any) -> Codec:
+    return plain(encode=lambda vector, _: {"v": vector > 0})
+
+
+def of_nothing(sizes: Any) -> Codec:
+    return plain(encode=lambda vector, _: {"v": vector, "rest": vector[:0]})
+
+
+def in_capitals(sizes: Any) -> Codec:
+    return plain(encode=lambda vector, _: {"V": vector})
+
+
+def in_place(sizes: Any) -> Codec:
+    return plain(encode=lambda vector, _: {"v": vector.mul_(2)})
+
+
+def in_doubles(sizes: Any) -> Codec:
+    return plain(decode=lambda payload: payload["v"].double())
+
+
+def shorter(sizes: Any) -> Codec:
+    return plain(decode=lambda payload: payload["v"][:-1])
+
+
+def failing(sizes: Any) -> Codec:
+    return plain(decode=lambda payload: payload["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("of_truths", "it sends 'v', torch.bool"),
+        ("of_nothing", r"it sends 'rest', torch.float32 \[0\]"),
+        ("in_capitals", "it sends 'V'"),
+        ("in_place", "it writes in the vector"),
+        ("in_doubles", "it decodes torch.float64 of shape"),
+        ("shorter", r"it decodes torch.float32 of shape \(7,\)"),
+        ("failing", "KeyError: 'w'"),
+    ],
+)
+def test_codec_of_ones_own_is_tried_before_the_run(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"wire.codec = '{__name__}:{name}': {message}"):
+        configuration(strategy="d-psgd", wire={"codec": f"{__name__}:{name}"})

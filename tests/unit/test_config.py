@@ -11,7 +11,7 @@ import tomli_w
 from flwr.common.config import parse_config_args
 
 from configuration import generate
-from configuration.__main__ import pairs
+from configuration.__main__ import pairs, parsed
 from configuration.checks import kind_of
 from configuration.config import Config, configuration, flatten
 from configuration.errors import ConfigError, changed
@@ -53,6 +53,20 @@ def test_configuration_survives_flowers_command_line() -> None:
     quoted = 'a "quoted" > 0'
     config = configuration(data={"source": "csv", "label": quoted, "path": "C:\\x"}, strategy="gsgm", gsgm={"window": 5}, seed=7)
     assert Config.read(parse_config_args([pairs(config)])) == config
+
+
+@pytest.mark.parametrize("text", ["epochs = 3", "epochs=3 seed = 2", "epochs:3", "junk epochs=3", 'strategy ="gsgm"'])
+def test_pairs_that_are_none_are_not_left_out_in_silence(text: str) -> None:
+    with pytest.raises(ConfigError, match="no key=value, without spaces around ="):
+        parsed(text)
+
+
+def test_pairs_are_those_of_flower() -> None:
+    assert parsed(""" epochs=3  training.lr=1e-2 data.path='a "b" = c' """) == {
+        "epochs": 3,
+        "training.lr": 0.01,
+        "data.path": 'a "b" = c',
+    }
 
 
 @pytest.mark.parametrize(
@@ -143,6 +157,15 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "gsgm", "gsgm.staleness-border": 2.0}, "has no effect with gsgm.staleness = 'constant'; only with hinge"),
     ({"strategy": "gsgm", "gsgm.compensation": 2.0}, "has no effect with gsgm.base = 'asgd'; only with dc-asgd-c, dc-asgd-a"),
     ({"strategy": "gsgm", "gsgm.base": "rmsprop", "gsgm.momentum": 0.5}, "has no effect with gsgm.base = 'rmsprop'"),
+    (
+        {"strategy": "gsgm", "gsgm.schedule": "refill", "gsgm.slack": 1.0},
+        "gsgm.slack = 1.0: has no effect with gsgm.schedule = 'refill'; only with list, local",
+    ),
+    ({"strategy": "asgd", "training.momentum": 0.5}, "training.momentum = 0.5: has no effect with asgd.local-steps = 1"),
+    ({"partition.kind": "a:b", "partition.alpha": 0.1}, "partition.alpha = 0.1: has no effect with partition.kind = 'a:b'"),
+    ({"data.source": "a:b", "data.label": "x"}, "data.label = 'x': has no effect with data.source = 'a:b'"),
+    ({"model.name": "torchvision:resnet18", "model.norm": "group"}, "has no effect with model.name = 'torchvision:resnet18'"),
+    ({"strategy": "dmsgd", "topology.name": "a:b", "topology.degree": 3}, "has no effect with topology.name = 'a:b'"),
     ({"strategy": "dmsgd", "topology.degree": 6}, "has no effect with topology.name = 'ring'; only with random-regular"),
     ({"strategy": "dmsgd", "topology.edges": "f"}, "has no effect with topology.name = 'ring'; only with edges"),
     (

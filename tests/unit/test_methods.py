@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from configuration.config import configuration
+from configuration.errors import ConfigError
 from strategies.averaging import fedavg
 from strategies.keys import Above0
 from strategies.method import Method, RoundPlan, Run, Section
@@ -27,6 +29,10 @@ def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
 
 
 MINE = Method("mine", Keys, plan)
+UNDERLINED, TAKEN, TOP = (Method(name, Keys, plan) for name in ("my_own", "training", "seed"))
+UNTYPED = Method("mine", dict, plan)  # type: ignore[type-var,arg-type]
+EMPTY = Method("mine", Keys, lambda keys, run: None)  # type: ignore[arg-type,return-value]
+FAILING = Method("mine", Keys, lambda keys, run: dict[str, RoundPlan[fedavg.Average]]()["x"])
 OURS = [method for method in METHODS.values() if not method.section]
 
 
@@ -70,3 +76,28 @@ def test_what_drives_peers_and_arrivals_stays_readable() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 40, f"{file}: {node.name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("UNDERLINED", "its section is called 'my_own'; letters, digits and hyphens are expected"),
+        ("TAKEN", "its section is called 'training', which every run has"),
+        ("TOP", "its section is called 'seed', which every run has"),
+        ("UNTYPED", "a subclass of strategies.method.Section is expected"),
+        ("EMPTY", "its plan is NoneType; a RoundPlan, ArrivalPlan, ... is expected"),
+        ("FAILING", "its plan fails: KeyError: 'x'"),
+    ],
+)
+def test_what_is_wrong_with_a_method_of_ones_own_is_said_before_the_run(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"strategy = '{__name__}:{name}': .*{message}"):
+        configuration(strategy=f"{__name__}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("GSGM", "gsgm"), ("DiLoCo", "diloco"), ("RelaySGD", "relaysgd"), ("DFedSAM", "dfedsam"), ("krum", "Krum")],
+)
+def test_name_as_in_its_paper_leads_to_the_name(written: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
+        configuration(strategy=written)

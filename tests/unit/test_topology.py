@@ -8,6 +8,8 @@ import networkx as nx
 import pytest
 import torch
 
+from configuration.config import configuration
+from configuration.graph import graph_of
 from strategies.topology import TOPOLOGIES, Topology, TopologyError, spectral_gap, topology
 
 SIZES = {"torus": 16, "hypercube": 16, "dyck": 32, "dyck-purdue": 32, "bipartite": 8}
@@ -173,6 +175,30 @@ def test_graphs_of_ones_own_may_change_and_bear_weights() -> None:
 def test_topology_of_ones_own_is_checked(name: str, message: str) -> None:
     with pytest.raises(TopologyError, match=f"topology.name = '{name}': .*{message}"):
         build(name, 4)
+
+
+def circle_one_way(n: int) -> "nx.DiGraph[int]":
+    return nx.DiGraph((i, (i + 1) % n) for i in range(n))
+
+
+def by_turns(n: int) -> "list[nx.Graph[int]]":
+    return [nx.Graph((i, i + 1) for i in range(first, n - 1, 2)) for first in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"strategy": "ngm", "topology.name": f"{__name__}:circle_one_way"}, "against its links; or gradients = 'model'"),
+        (
+            {"strategy": "d-psgd", "topology.name": f"{__name__}:by_turns", "wire.codec": "top-k", "wire.error-feedback": "choco"},
+            "wire.error-feedback = 'choco': neighbours change",
+        ),
+    ],
+)
+def test_topology_of_ones_own_must_suit_the_method(keys: dict[str, Any], message: str) -> None:
+    """Its name does not tell: a run went on without the gradients, or without half of the exchanges."""
+    with pytest.raises(TopologyError, match=message):
+        graph_of(configuration(num_sites=4, **keys))
 
 
 def test_edges_of_ones_own(tmp_path: Path) -> None:

@@ -95,7 +95,13 @@ def remembered(context: Context, name: str, like: T) -> T:
 
 
 def keep(context: Context, name: str, memory: Any) -> None:
-    """Remember a NamedTuple of tensors."""
+    """Remember a NamedTuple of tensors.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not hasattr(memory, "_asdict"):
+        raise TypeError(f"what a site remembers is a NamedTuple of tensors; the method's is {type(memory).__name__}")
     context.state[name] = pack(memory._asdict())
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
 

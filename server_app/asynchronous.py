@@ -7,6 +7,7 @@ it does to the model the rule's. Tests go out after every so many updates, on th
 import math
 from collections import defaultdict
 from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ from strategies.method import ArrivalPlan, Local
 from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_order
 from strategies.records import ARRAYS, CONFIG, STATS, X, pack, unpack
 from strategies.schedules import rates
+
+FASTEST = 10.0  # times the median speed: a site that answers at once is no measure for the others
+UNSAFE = f"with it the model may hold more than {LARGEST:.3g}; a smaller lr or server-lr may help"
 
 
 class _Flight(NamedTuple):
@@ -146,7 +150,9 @@ class Asynchronous:
         """What a site is to do: with ``by_speed`` so many batches that all take equally long (DyLU)."""
         plan, steps = self._plan, self._plan.steps
         if plan.by_speed and node in self._speeds:
-            steps = max(1, math.floor(steps * self._speeds[node] / max(self._speeds.values()) + 1e-6))  # clocks round
+            speeds = [self._speeds.get(other, 0.0) for other in {node, *self._roster.here()}]
+            fastest = min(max(speeds), FASTEST * median(speeds)) or max(speeds)
+            steps = max(1, math.floor(steps * min(1.0, self._speeds[node] / fastest) + 1e-6))  # clocks round
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
         return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
 
@@ -186,6 +192,9 @@ class Asynchronous:
             self._lose(node, str(found), failed=not gone(reply))
             return
         part = self._part(node, flight, found)
+        if not self._safe(self._reached([part])):
+            self._refuse(node, UNSAFE)
+            return
         if reason := self._too_far(node, flight, found, part.update.lr):
             self._refuse(node, reason)
             return
@@ -235,9 +244,10 @@ class Asynchronous:
             ages = [self._state.version - part.version for part in parts]
             *earlier, last = (part.update._replace(staleness=age) for part, age in zip(parts, ages, strict=True))
             update = last._replace(earlier=tuple(earlier))
-            if not self._safe(parts):
-                self._refuse(node, f"with it the model may hold more than {LARGEST:.3g}; a smaller lr or server-lr may help")
+            if not self._safe(reached := self._reached(parts)):
+                self._refuse(node, UNSAFE)
                 continue
+            self._extremes = reached
             self._state = self._plan.rule.absorb(self._state, update)
             self._period.applied(node, ages)
             before, self._updates = self._done, self._updates + 1
@@ -249,17 +259,18 @@ class Asynchronous:
         if refill and self._list.even:
             self._dispatch(self._roster.here())
 
-    def _safe(self, parts: list[_Part]) -> bool:
-        """Whether the model surely stays within bounds, so that nothing need ever be taken back."""
-        x, old = magnitude(self._state.x), self._extremes
-        new = _Extremes(
-            max(x, old.x),
+    def _reached(self, parts: list[_Part]) -> _Extremes:
+        """The extremes, were these contributions taken."""
+        old = self._extremes
+        return _Extremes(
+            max(magnitude(self._state.x), old.x),
             max(old.delta, *(part.largest for part in parts)),
             min(old.lr, *(part.update.lr for part in parts)),
         )
-        safe = x + self._plan.rule.reach(*new) < LARGEST
-        self._extremes = new if safe else old
-        return safe
+
+    def _safe(self, reached: _Extremes) -> bool:
+        """Whether the model surely stays within bounds, so that nothing need ever be taken back."""
+        return magnitude(self._state.x) + self._plan.rule.reach(*reached) < LARGEST
 
     # Tests.
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from logging import WARNING
+from statistics import median
 from typing import NamedTuple
 
 from flwr.app import Message, RecordDict
@@ -17,6 +18,7 @@ from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.protocol import Agreed, Refusal, SiteCard, printable, read_card
 from strategies.records import code_version
 
+MOST = 1000  # times the median of the sites' examples: they say how long a run is, and weigh
 OTHER_CODE = (
     "it runs other code than the server. In a simulation the SuperLink was started in a folder with packages of the same "
     "names: stop it and start it elsewhere; in a deployment update the site"
@@ -182,6 +184,10 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     if config.wire.sealing == "trust-on-first-use":
         keyless = {node: "it tells no public key (wire.sealing)" for node, card in cards.items() if card.public_key is None}
         found = keyless | found
+    usual_size = median(card.train for node, card in cards.items() if node not in found) if len(found) < len(cards) else 0
+    for node, card in cards.items():
+        if node not in found and card.train > MOST * usual_size:
+            found[node] = f"it says it has {card.train:,} training examples, more than {MOST:,} times the median of {usual_size:,g}"
     numbers = {node: card.site for node, card in cards.items() if node not in found}
     for node, number in numbers.items():
         if list(numbers.values()).count(number) > 1:

@@ -258,7 +258,7 @@ class Rounds:
             sent = _sent(answer.message)
             for name, change in changes.items():
                 others = {other.node: each[name] for other, each in measured} if first else None
-                size = extent(sent[name])[1] if first and name in sent else 0.0
+                size = extent(sent.get(name, sent[X]))[1] if first else 0.0
                 if reason := self._bounds[name].refusal(change, size, others):
                     self._report.refuse(answer.node, number, "training", f"{name}: {reason}")
                     break
@@ -273,7 +273,8 @@ class Rounds:
         epoch = self._sites[answer.node].batches(keys.batch_size)
         steps = local.steps or local.epochs * epoch
         rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=epoch)
-        total = sum(map(rate, range(steps)))
+        some = range(0, steps, max(1, steps // 1000))  # a site may say that it has many examples
+        total = sum(map(rate, some)) * steps / len(some)
         return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}
 
 

@@ -95,7 +95,7 @@ class SiteRule(NamedTuple, Generic[M]):
     """What a site remembers from round to round, and what it does to its gradients.
 
     Attributes:
-        init: the memory at a model [d], before the first round.
+        init: the memory, a NamedTuple of tensors, at a model [d], before the first round.
         correct: memory, what the server sent and a gradient [d] to the gradient that is followed; it may be written in place.
         finish: memory, what the server sent, the model [d] at the end and the sum of the learning rates to the new memory and
             the vectors that go back beside the model.

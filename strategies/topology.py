@@ -272,7 +272,10 @@ def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
     known = links.copy()
     known.add_nodes_from(range(n))
     given = len(nx.get_edge_attributes(links, "weight")) > 0
-    array = nx.to_numpy_array(known, nodelist=range(n), weight="weight" if given else None, dtype=np.float64)
+    try:
+        array = nx.to_numpy_array(known, nodelist=range(n), weight="weight" if given else None, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise TopologyError(f"a weight is no number: {error}") from None
     matrix = torch.from_numpy(array)
     if given:
         return matrix + torch.diag(1 - matrix.sum(1))

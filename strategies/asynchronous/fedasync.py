@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from strategies.asynchronous.rule import ServerRule, Update, Weight, blocks
-from strategies.keys import NotNegative, Share, StalenessKeys
+from strategies.keys import NotNegative, Positive, Share, StalenessKeys
 from strategies.method import ArrivalPlan, Method, Run
 
 
@@ -47,6 +47,8 @@ def fedasync(*, alpha: float, weight: Weight) -> ServerRule[Mixing]:
 class Keys(StalenessKeys):
     """Of FedAsync."""
 
+    local_steps: Positive = 5
+    """batches of a contribution"""
     mixing_rate: Share = 0.6
     """alpha"""
     proximal_mu: NotNegative = 0.005
@@ -55,6 +57,8 @@ class Keys(StalenessKeys):
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
     """Apply everything at once."""
+    if keys.local_steps == 1 and keys.proximal_mu != Keys().proximal_mu:
+        raise ValueError("fedasync.proximal-mu: has no effect with fedasync.local-steps = 1, which stays where it begins")
     rule = fedasync(alpha=keys.mixing_rate, weight=keys.weight())
     return ArrivalPlan(rule, steps=keys.local_steps, proximal=keys.proximal_mu)
 

@@ -97,6 +97,9 @@ class Planned(FedAvg):
         mean = {name: means.pop(name).result() for name in list(means)}
         stats = mean.pop(STATS, torch.empty(0))
         self.state = self._plan.absorb(self.state, Mean(mean, answered))
+        x, sent = self.state.x, self._sent[X]
+        if (x.dtype, x.shape) != (sent.dtype, sent.shape):
+            raise TypeError(f"absorb made x {x.dtype} {list(x.shape)} of {sent.dtype} {list(sent.shape)}")
         summary = weighted_metrics(metrics, NUM_EXAMPLES)
         summary[CHANGE] = relative_change(self.state.x, self._sent[X])
         return pack({X: self.state.x, STATS: stats}), summary

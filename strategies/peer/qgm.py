@@ -5,8 +5,8 @@
     x_new  = sum_j w_ij x_half_j
     m_hat  = mu m_hat + (1 - mu) (x - x_new) / lr
 
-Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021, and its code. Differs: with several local steps, the
-move is divided by the sum of their learning rates.
+Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021 (there QG-DSGDm), and its code. Differs: with several
+local steps, the move is divided by the sum of their learning rates.
 Special cases: beta = mu = 0 is D-PSGD; W = I is SGD with quasi-hyperbolic momentum.
 """
 

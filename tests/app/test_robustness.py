@@ -235,6 +235,7 @@ def census(change: Callable[[int, dict[str, Any]], None]) -> Tamper:
 MISFITS: list[tuple[str, Any, str]] = [
     ("code", "other", r"site 1 \(node \d+\): it runs other code than the server"),
     ("shape", [3, 8, 8], r"site 1 \(node \d+\): it has examples of shape \[3, 8, 8\], others have examples of shape \[1, 8, 8\]"),
+    ("train", 10**12, r"site 1 \(node \d+\): it says it has 1,000,000,000,000 training examples, more than 1,000 times the median"),
     ("columns", ["age"], r"site 1 \(node \d+\): it has the columns age, others have examples of shape \[1, 8, 8\]"),
     ("site", 0, r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; give each its own site="),
 ]
@@ -244,6 +245,8 @@ def misfit(key: str, value: Any) -> Tamper:
     def change(number: int, record: dict[str, Any]) -> None:
         if number == 1:
             record[key] = value
+            if key == "train":
+                del record["counts"]
             if key == "columns":  # as a table tells it
                 record.update({"shape": [1], "known": [1.0], "mean": [0.0], "variance": [1.0]})
 
@@ -256,7 +259,7 @@ def test_sites_that_do_not_fit_together_are_named(key: str, value: Any, message:
         run_app(misfit(key, value), **{"min-sites": 3})
 
 
-@pytest.mark.parametrize(("key", "value", "message"), MISFITS[:3])
+@pytest.mark.parametrize(("key", "value", "message"), MISFITS[:4])
 def test_most_sites_go_on_without_the_one_that_does_not_fit(key: str, value: Any, message: str, run_app: RunApp) -> None:
     assert set(run_app(misfit(key, value), epochs=1).metrics["site"]) == {"all", "0", "2"}
 

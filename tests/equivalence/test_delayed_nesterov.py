@@ -116,6 +116,13 @@ def test_sites_that_are_equally_fast_take_the_same_steps() -> None:
     assert {each for of_site in steps.values() for each in of_site} == {8}
 
 
+def test_site_far_faster_than_most_is_no_measure_for_them() -> None:
+    """20 batches by a tenth, not by a twentieth."""
+    _, steps = watched_steps(speeds(local_steps=20, by_speed=True), 0.05, 1.0, 1.0)
+    assert steps[1] == steps[2] == [20, *[2] * (len(steps[1]) - 1)]
+    assert len(steps[1]) > 1
+
+
 def test_speed_of_a_site_that_is_refused_slows_nobody_down() -> None:
     """The first site answers at once, a model far away."""
     steps: list[int] = []

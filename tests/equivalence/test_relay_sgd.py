@@ -124,6 +124,7 @@ def test_a_silent_side_counts_as_the_own_model_and_a_wrong_count_does_little() -
     assert algorithm.mix(state, {}).x == 2
     assert algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one)}).x == torch.tensor([(12 + 2 * 2) / 5])
     assert algorithm.mix(state, {1: (torch.tensor([12.0]), 9 * one)}).x == torch.tensor([(12 + 2) / 10])
+    assert algorithm.mix(state, {1: (torch.tensor([12.0]), -4e6 * one)}).x == torch.tensor([(12 + 5 * 2) / 5])
     mixed = algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one), 2: (torch.tensor([7.0]), one)})
     assert [float(part) for part in algorithm.outgoing(mixed, 1)] == [pytest.approx(mixed.x + 7), 2]
     assert [float(part) for part in algorithm.outgoing(mixed, 2)] == [pytest.approx(mixed.x + 12), 4]

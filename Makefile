@@ -54,10 +54,10 @@ run: .venv/installed
 	done; echo 'The run failed: see above.' >&2; exit 1
 
 test: .venv/installed
-	python -m pytest --numprocesses 2 --dist loadgroup
+	python -m pytest --numprocesses 2
 
 test-fast: .venv/installed
-	python -m pytest --numprocesses 2 --dist worksteal -m 'not e2e and not slow'
+	python -m pytest --numprocesses 2 -m 'not e2e and not slow'
 
 docs: .venv/installed
 	python -m configuration.generate

@@ -12,6 +12,7 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 from torch import Tensor
+from xdist.scheduler import LoadScopeScheduling
 
 from client_app.app import app as client_app
 from configuration.config import flatten
@@ -20,6 +21,20 @@ from server_app.app import app as server_app
 from server_app.results import Pictures
 from simulation.grid import run_in_process
 from strategies.methods import find
+
+
+class EndToEndTogether(LoadScopeScheduling):  # type: ignore[misc]
+    """Tests with processes of Flower's own run one after the other, in the first of pytest's processes; all others beside them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "e2e" if "tests/e2e/" in nodeid else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EndToEndTogether:
+    """What ``--numprocesses`` distributes tests with."""
+    return EndToEndTogether(config, log)
+
 
 ROOT = Path(__file__).parent.parent
 mpl.use("agg")

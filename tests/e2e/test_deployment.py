@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from simulation.laboratory import Run
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]  # one after the other
+pytestmark = pytest.mark.e2e
 SITES = 3
 
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.e2e.test_deployment import free_port
 from tests.e2e.test_notebooks import execute_notebook
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]  # one after the other
+pytestmark = pytest.mark.e2e
 Make = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]  # one after the other
+pytestmark = pytest.mark.e2e
 
 
 def execute_notebook(name: str, **environment: str) -> nbformat.NotebookNode:

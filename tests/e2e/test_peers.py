@@ -8,7 +8,7 @@ import torch
 from simulation.laboratory import Run, simulate
 from tests.e2e.test_make_run import Make, make  # noqa: F401
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]  # one after the other
+pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize("name", ["dmsgd", "q-saddle-compressed"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configuration.checks import kind_of
 from configuration.config import Config, configuration
 from strategies.asynchronous.rule import Update
 from strategies.keys import Only
@@ -148,13 +149,13 @@ def cases() -> dict[str, Values]:
     for name, method in METHODS.items():
         needed = NEEDED.get(name, {})
         found[name] = {"strategy": name, **needed}
+        if kind_of(method) == "peers" and "training.sam-radius" not in method.unused:
+            found[f"{name}, sharpness-aware"] = {"strategy": name, "training.sam-radius": 0.1, **needed}
         if not method.section:
             for key, changes in other_values(method).items():
                 found[f"{name}, {key}"] = {"strategy": name, **needed, **changes}
     found["FedAdam, arguments"] = {"strategy": "FedAdam", "flower.arguments": "eta=0.3 beta_1=0.5"}
     found["FedAvg, local-epochs"] = {"strategy": "FedAvg", "flower.local-epochs": 3, "flower.weighting": "samples"}
-    found["d-psgd, sharpness-aware"] = {"strategy": "d-psgd", "training.sam-radius": 0.1}
-    found["dmsgd, sharpness-aware"] = {"strategy": "dmsgd", "training.sam-radius": 0.1}
     found["gsgm on dc-asgd-a"] = {"strategy": "gsgm", "gsgm.base": "dc-asgd-a", "gsgm.compensation": 2.0, "gsgm.window": 1}
     return found
 

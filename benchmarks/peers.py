@@ -46,7 +46,11 @@ def configured(peers: int, iterations: int, model: str) -> Config:
         "training.lr-ratio": 1.0,
     }
     config = configuration(
-        **common, training={"weight_decay": 0.0, "clip_norm": 0.0}, wire={"collect_models": False}, results={"evaluate_every": 10**9}, epochs=1
+        **common,
+        training={"weight_decay": 0.0, "clip_norm": 0.0},
+        wire={"collect_models": False},
+        results={"evaluate_every": 10**9},
+        epochs=1,
     )
     examples = 1437 / peers
     return config.model_copy(update={"epochs": round(iterations / -(-examples // config.training.batch_size))})

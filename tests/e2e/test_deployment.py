@@ -16,9 +16,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from flwr.common.serde import context_from_proto
-from flwr.proto.message_pb2 import Context as SavedContext
-from safetensors.torch import load_file
 
 from simulation.laboratory import Run
 from tests.conftest import ROOT
@@ -164,60 +161,3 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     assert updates["2"].iloc[-1] == 0
     assert updates["all"].sum() == 5 * 45 / 15
     assert run.history["accuracy"].iloc[-1] > 0.5
-
-
-def test_sealed_peer_that_is_killed_goes_on_with_its_state(deployment: Deployment, tmp_path: Path) -> None:
-    """Its SuperNode is started anew, and finds on its disk what it did before; the others went on without it."""
-    public = {}
-    for site in range(SITES):
-        made = subprocess.run(
-            [ROOT / ".venv/bin/python", "-m", "client_app.sealing", tmp_path / f"{site}.seal"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        public[site] = made.stdout.strip()
-
-    def join(site: int) -> None:
-        (tmp_path / f"{site}.toml").write_text("".join(f'{j} = "{key}"\n' for j, key in public.items() if j != site))
-        names = {
-            "private-key": f"{site}.seal",
-            "peer-keys": f"{site}.toml",
-            "save": f"{site}.safetensors",
-            "state": f"state-{site}",
-        }
-        deployment.join(site, " ".join(f'{key}="{tmp_path / name}"' for key, name in names.items()))
-
-    for site in range(SITES):
-        join(site)
-    results = tmp_path / "runs"
-    settings = f'results.folder="{results}" strategy="dmsgd" wire.sealing="keys" num-sites=3 epochs=5 dmsgd.local-steps=5'
-
-    def batches(site: int) -> int:
-        """That a site has trained on, by its own memory."""
-        files = list((tmp_path / f"state-{site}").glob("*.state"))
-        if not files:
-            return 0
-        (file,) = files
-        saved = context_from_proto(SavedContext.FromString(file.read_bytes()))
-        return int(saved.state.config_records["peer-numbers"]["batches"])  # type: ignore[arg-type]
-
-    with deployment.run(settings) as process:
-        wait_for(lambda: batches(2) >= 15, 600)
-        time.sleep(2)  # what it answers is sent: half a reply would keep Flower waiting for three minutes
-        deployment.kill("supernode-2")
-        time.sleep(65)  # Flower takes it to be online for so long, and refuses it
-        join(2)
-        log = process.communicate()[0]
-    (folder,) = results.iterdir()
-    run = Run.load(folder)
-    assert run.finished, log
-    assert "site 2 is back" in log
-    assert "starts anew" not in log
-    assert "refuses" not in log
-    assert run.models == {}
-    assert "goes on with what it remembers in" in (tmp_path / "supernode-2.log").read_text()
-    for site in range(SITES):
-        assert load_file(tmp_path / f"{site}.safetensors")
-        assert list((tmp_path / f"state-{site}").iterdir()) == []  # it ends with the run

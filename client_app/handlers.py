@@ -1,0 +1,172 @@
+"""What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
+
+import math
+import traceback
+from itertools import chain, count, islice
+from typing import Any
+
+import torch
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor
+
+from client_app import training
+from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.peer import take_step
+from client_app.sealing import SealError, keyring, public_key
+from client_app.site import SiteId, config_of_site, device_of, name_of, open_site, raw_data, seeded
+from configuration.errors import ConfigError
+from configuration.graph import graph_of
+from datasets.partitions import PartitionError
+from datasets.site import moments
+from datasets.sources import SourceError
+from strategies.gradients import Diverged
+from strategies.method import PeerPlan, RoundPlan
+from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
+from strategies.randomness import derive
+from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
+from strategies.schedules import rates
+
+RAISED = 2  # Flower's code for a ClientApp that raised an exception
+
+
+def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Whatever goes wrong, reply: a handler that ends the process would take other sites of a simulation with it.
+
+    The reply holds the error's own words, so that the server can name the cause; the traceback stays in the site's log.
+    """
+    try:
+        return call_next(message, context)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if not isinstance(error, SourceError | PartitionError | ConfigError | Diverged):  # these say all there is to say
+            traceback.print_exc()
+        return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+
+
+app = ClientApp(mods=[answer_always, keep_on_disk])
+
+
+@app.query("site")
+def describe(message: Message, context: Context) -> Message:
+    """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
+    config, site = config_of_site(context), SiteId.of(context)
+    data = raw_data(config, site)
+    device_of(config.computing.device)
+    found: dict[str, Any] = {}
+    if data.columns:
+        found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
+    if site.num_sites:  # how many examples of each class a real site has is its own business
+        found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
+    if config.wire.sealing == "trust-on-first-use":
+        found["public_key"] = public_key(context)
+    elif config.wire.sealing == "keys":
+        keys = keyring(context, config.wire.sealing, site.number, {})
+        linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []  # the file is the server's
+        if missing := [other for other in linked if not keys.knows(other)]:
+            raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
+    card = SiteCard.model_construct(
+        site=site.number,
+        sites=site.num_sites or 0,
+        name=name_of(config, site, context),
+        classes=list(data.classes),
+        columns=list(data.columns),
+        shape=list(data.train.x.shape[1:]),
+        train=len(data.train.y),
+        test=len(data.test.y),
+        notes=list(data.notes),
+        code=code_version(),
+        **found,
+    )
+    return Message(write_card(card), reply_to=message)
+
+
+def _vectors(message: Message) -> dict[str, Tensor]:
+    vectors = {name: unpack(array) for name, array in arrays_of(message).items()}
+    vectors.setdefault(STATS, torch.empty(*vectors[X].shape[:-1], 0))
+    return vectors
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the model in the message on this site's training part, and send it back."""
+    config, site, data, network = open_site(message, context)
+    if isinstance(config.plan, PeerPlan):
+        raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
+    vectors, order = _vectors(message), read_order(config_of(message))
+    if (local := order.local) is None:
+        raise ValueError("the message holds no order to train")
+    keys, model = config.training, network.model
+    model.load(vectors[X], vectors[STATS])
+    sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
+    an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
+    steps = local.steps or local.epochs * an_epoch
+
+    rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
+    rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
+    memory = remembered(context, RULE, rule.init(model.x)) if rule else None
+    gradient = training.proximal(network.sharp, sent[X], local.proximal)
+    if rule:
+        gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
+    step = training.optimizer(
+        "sgd" if local.plain else keys.optimizer,
+        model,
+        local.lr,
+        0.0 if local.plain else keys.momentum,
+        keys.nesterov and not local.plain,
+        keys.weight_decay,
+    )
+    if local.keep_moments:
+        recall_moments(context, step)
+    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
+    augment = training.flip_crop if config.data.augment == "flip-crop" else None
+    epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
+    with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
+        batches = islice(chain.from_iterable(epochs), steps)
+        mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
+    if not math.isfinite(mean_loss):
+        raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
+    metrics = TrainMetrics.model_construct(
+        loss=mean_loss,
+        lr_first=rate(0),
+        lr_last=rate(steps - 1),
+        num_examples=len(data.train.y),
+        # Gradients computed, one an example.
+        samples=round(steps / an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
+    )
+    made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
+    if rule:
+        memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
+        keep(context, RULE, memory)
+        made |= beside
+    if local.keep_moments:
+        remember_moments(context, step)
+    return Message(write_trained(made, metrics), reply_to=message)
+
+
+@app.train("peer")
+def peer(message: Message, context: Context) -> Message:
+    """A step of a peer: mix what neighbours sent, train, offer the result to them."""
+    return take_step(message, context)
+
+
+@app.train("cross")
+def cross(message: Message, context: Context) -> Message:
+    """A peer's gradients at its neighbours' models."""
+    return take_step(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Test the model in the message, or the mean prediction of several, on this site's test part."""
+    config, _, data, network = open_site(message, context)
+    if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
+        raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
+    vectors = _vectors(message)
+    xs = vectors[X].reshape(-1, network.model.x.numel())
+    result = training.evaluate(network.predict, network.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
+    found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
+    metrics = TestMetrics.model_construct(**found, num_examples=len(data.test.y))
+    return Message(write_tested(metrics), reply_to=message)

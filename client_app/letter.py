@@ -1,0 +1,159 @@
+"""A letter: a message on its way through the Unix socket between Flower's ClientApp and the site's service.
+
+    frame    kind (1 byte), length (8 bytes, big-endian), so many bytes
+    letter   HEAD: JSON, then a BLOB for each array
+    answer   any number of WORKING (JSON), then HEAD and its BLOBs, or REFUSED (text)
+
+Numbers, texts and names are JSON, arrays are bytes beside it: nothing is pickled, and nothing that is read is run.
+"""
+
+import json
+import socket
+import struct
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+
+HEAD, BLOB, WORKING, REFUSED = b"H", b"B", b"W", b"R"
+FRAME = struct.Struct(">cQ")
+LARGEST = 2**36  # bytes of a frame
+SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
+RAISED = 2  # Flower's code for a ClientApp that raised an exception
+KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
+
+
+class LetterError(RuntimeError):
+    """A letter that cannot be read, or an end of the line."""
+
+
+def write(line: socket.socket, head: Mapping[str, Any], content: RecordDict | None) -> None:
+    """Send a letter: ``head``, and the records of a message."""
+    records, blobs = _taken_apart(content or RecordDict())
+    _send(line, HEAD, json.dumps({**head, "records": records}).encode())
+    for blob in blobs:
+        _send(line, BLOB, blob)
+
+
+def read(line: socket.socket, first: bytes) -> tuple[dict[str, Any], RecordDict]:
+    """Read the rest of a letter whose HEAD holds ``first``.
+
+    Raises:
+        LetterError: it is none.
+    """
+    try:
+        head = json.loads(first)
+        return head, _put_together(line, head.pop("records"))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise LetterError(f"no letter: {type(error).__name__}: {error}") from None
+
+
+def receive(line: socket.socket) -> tuple[bytes, bytes]:
+    """The next frame: its kind and what it holds.
+
+    Raises:
+        LetterError: the other side is gone.
+    """
+    kind, length = FRAME.unpack(_exactly(line, FRAME.size))
+    if length > LARGEST:
+        raise LetterError(f"a frame of {length} bytes; at most {LARGEST}")
+    return kind, bytes(_exactly(line, length))
+
+
+def say(line: socket.socket, kind: bytes, text: str) -> None:
+    """Send a frame of text."""
+    _send(line, kind, text.encode())
+
+
+def ask(path: str, message: Message, context: Context) -> Message:
+    """What the service that listens at ``path`` answers; an error that says what is wrong with it, where it does not."""
+    head = {
+        "kind": message.metadata.message_type,
+        "run": context.run_id,
+        "node": context.node_id,
+        "run-config": dict(context.run_config),
+    }
+    working: Mapping[str, Any] = {}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+            line.settimeout(SILENCE_S)
+            line.connect(path)
+            write(line, head, message.content)
+            while (frame := receive(line))[0] == WORKING:
+                working = json.loads(frame[1])
+            if frame[0] == REFUSED:
+                return _failed(message, frame[1].decode(errors="replace"))
+            return Message(read(line, frame[1])[1], reply_to=message)
+    except TimeoutError:
+        doing = f", after {working['seconds']} s of {working['doing']}" if working else ""
+        return _failed(message, f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs")
+    except (FileNotFoundError, ConnectionRefusedError):
+        return _failed(message, f"ServiceError: the site's service is away: nobody listens at {path}")
+    except PermissionError:
+        return _failed(message, f"ServiceError: this user must not open {path}: see group in the service's site.toml")
+    except (LetterError, OSError, ValueError) as error:
+        return _failed(message, f"ServiceError: the site's service died at work or was restarted: {error}")
+
+
+def _failed(message: Message, reason: str) -> Message:
+    return Message(Error(RAISED, reason), reply_to=message)
+
+
+def _send(line: socket.socket, kind: bytes, data: bytes) -> None:
+    line.sendall(FRAME.pack(kind, len(data)))
+    line.sendall(data)
+
+
+def _exactly(line: socket.socket, length: int) -> bytearray:
+    data, filled = bytearray(length), 0
+    with memoryview(data) as view:
+        while filled < length:
+            if not (count := line.recv_into(view[filled:])):
+                raise LetterError("the line was closed")
+            filled += count
+    return data
+
+
+def _taken_apart(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
+    records: dict[str, Any] = {}
+    blobs: list[bytes] = []
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            records[name] = {"arrays": [[key, each.dtype, list(each.shape), each.stype] for key, each in record.items()]}
+            blobs += [each.data for each in record.values()]
+        else:
+            kind = "metrics" if isinstance(record, MetricRecord) else "config"
+            records[name] = {kind: {key: _plain(value) for key, value in record.items()}}
+    return records, blobs
+
+
+def _put_together(line: socket.socket, records: Mapping[str, Any]) -> RecordDict:
+    content = RecordDict()
+    for name, record in records.items():
+        [(kind, parts)] = record.items()
+        if kind == "arrays":
+            content[name] = ArrayRecord({key: Array(dtype, tuple(shape), stype, _blob(line)) for key, dtype, shape, stype in parts})
+        else:
+            content[name] = KINDS[kind]({key: _value(value) for key, value in parts.items()})
+    return content
+
+
+def _blob(line: socket.socket) -> bytes:
+    kind, data = receive(line)
+    if kind != BLOB:
+        raise LetterError("an array is missing")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """As JSON: bytes are objects of base64."""
+    if isinstance(value, bytes):
+        return {"base64": b64encode(value).decode()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return b64decode(value["base64"])
+    return [_value(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,308 @@
+"""The site service: the operator's own, installed copy of the handlers, with the data, the network and the keys.
+
+    python -m client_app.service /etc/archipelago/site.toml            answer letters until it is ended
+    python -m client_app.service --check /etc/archipelago/site.toml    say what it would do, or what is wrong
+
+It listens at a Unix socket that its own user and the members of one group may open; Flower's ClientApp, whose code the server
+ships and which may run as another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask is
+decided by the operator's file (:mod:`client_app.policy`). One letter is answered after the other, by this process's main thread;
+data, network and what runs made this site remember stay in its memory.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from queue import Queue
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+from flwr.app import DEFAULT_TTL, Context, Message, Metadata, RecordDict
+
+from client_app import letter, policy
+from client_app.handlers import app as handlers
+from client_app.letter import LetterError
+from client_app.policy import DAY_S, PolicyError, SiteFile
+from client_app.site import SiteId, config_of_site, network_of, raw_data
+from configuration.config import Config
+from strategies.method import PeerPlan
+from strategies.protocol import read_order, read_peer_order
+from strategies.records import config_of
+
+RUNS = 8  # whose memory is kept
+TELL_S = 1.0  # from one word that the service works to the next
+WAITING = 16  # letters
+
+
+class _Letter(NamedTuple):
+    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong."""
+
+    head: dict[str, Any]
+    content: RecordDict
+    answer: "Future[RecordDict | str]"
+
+
+class _Memory(NamedTuple):
+    """Of a run: its configuration, and what it made this site remember."""
+
+    asked: str
+    state: RecordDict
+
+
+class Service:
+    """Answers letters.
+
+    Args:
+        site: the operator's file.
+    """
+
+    def __init__(self, site: SiteFile) -> None:
+        self._site = site
+        self._letters: Queue[_Letter] = Queue(WAITING)
+        self._runs: OrderedDict[int, _Memory] = OrderedDict()
+        self._begun: list[float] = []
+        self._doing = ("starting", time.monotonic())
+
+    # Letters.
+
+    def serve(self, ready: Event | None = None) -> None:
+        """Answer letters until the process is ended."""
+        with _listening(self._site) as listener:
+            Thread(target=self._accept, args=[listener], daemon=True).start()
+            if ready:
+                ready.set()
+            while True:
+                self._work(self._letters.get())
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                return
+            Thread(target=self._read, args=[line], daemon=True).start()
+
+    def _read(self, line: socket.socket) -> None:
+        """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
+        with line:
+            line.settimeout(letter.SILENCE_S)
+            try:
+                kind, first = letter.receive(line)
+                if kind != letter.HEAD:
+                    raise LetterError("no letter")
+                found = _Letter(*letter.read(line, first), Future())
+                if self._letters.full():
+                    letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {WAITING} letters wait")
+                    return
+                self._letters.put(found)
+                while not wait([found.answer], TELL_S).done:
+                    doing, since = self._doing
+                    letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                answer = found.answer.result()
+                if isinstance(answer, str):
+                    letter.say(line, letter.REFUSED, answer)
+                else:
+                    letter.write(line, {}, answer)
+            except (LetterError, OSError) as error:
+                print(f"a letter that cannot be read, or an answer that is not taken: {error}", file=sys.stderr)
+
+    def _work(self, found: _Letter) -> None:
+        start = time.monotonic()
+        self._doing = (f"{found.head.get('kind')} of run {found.head.get('run')}", start)
+        self._audit(found, "in", _bytes(found.content))
+        rule = ""
+        answer: RecordDict | str
+        try:
+            with _deadline(self._site.policy.seconds) as passed:
+                reply = self._answer(found)
+            if passed.is_set():  # the handlers answer with an error, whatever goes wrong
+                raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
+            answer = str(reply.error.reason) if reply.has_error() else reply.content
+        except PolicyError as error:
+            answer = rule = f"refused by this site's policy: {error}"
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        self._doing = ("nothing", time.monotonic())
+        said = {"rule" if rule else "problem": answer} if isinstance(answer, str) else {}
+        size = 0 if isinstance(answer, str) else _bytes(answer)
+        self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **said)
+        found.answer.set_result(answer)
+
+    def _answer(self, found: _Letter) -> Message:
+        head, site = found.head, self._site
+        asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
+        memory = self._memory(run, asked)
+        message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
+        context = Context(run, node, site.node_config(), memory.state, site.run_config(asked))
+        policy.check_paths(site.policy, context.run_config)
+        config = config_of_site(context)
+        policy.check_run(site.policy, config)
+        self._check_message(config, message, context)
+        reply = handlers(message, context)
+        self._runs[run] = memory._replace(state=context.state)
+        return reply
+
+    def _memory(self, run: int, asked: dict[str, Any]) -> _Memory:
+        text = json.dumps(asked, sort_keys=True)
+        if run in self._runs:
+            if self._runs[run].asked != text:
+                raise PolicyError(f"run {run} has another configuration than in its first letter")
+            self._runs.move_to_end(run)
+            return self._runs[run]
+        now = time.time()
+        self._begun = [moment for moment in self._begun if now - moment < DAY_S]
+        if len(self._begun) >= self._site.policy.runs_a_day:
+            raise PolicyError(f"runs-a-day = {self._site.policy.runs_a_day}: so many began in the last 24 hours")
+        self._begun.append(now)
+        self._runs[run] = found = _Memory(text, RecordDict())
+        while len(self._runs) > RUNS:
+            self._runs.popitem(last=False)
+        return found
+
+    def _check_message(self, config: Config, message: Message, context: Context) -> None:
+        rules, kind = self._site.policy, message.metadata.message_type
+        num_train, num_test, shape = _holdings(config, SiteId.of(context))
+        if kind.startswith("evaluate") and num_test < rules.smallest_examples:
+            raise PolicyError(
+                f"a test on {num_test} examples: this site's policy has smallest-examples = {rules.smallest_examples}"
+            )
+        if kind == "query.site":
+            return
+        asked = config_of(message)
+        order = read_peer_order(asked) if isinstance(config.plan, PeerPlan) and kind.startswith("train") else read_order(asked)
+        policy.check_order(rules, config, order, num_train)
+        size = network_of(config, shape, len(order.agreed.classes)).x.numel()
+        if size > rules.largest_model:
+            policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
+
+    def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
+        """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"time": moment, "way": way, "run": found.head.get("run"), "kind": found.head.get("kind"), "bytes": size, **more}
+        print(json.dumps(line), file=sys.stderr, flush=True)
+        if self._site.audit:
+            with Path(self._site.audit).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+@lru_cache(maxsize=RUNS)
+def _holdings(config: Config, site: SiteId) -> tuple[int, int, tuple[int, ...]]:
+    """Training and test examples, and the shape of one as the network takes it."""
+    data = raw_data(config, site)
+    shape = tuple(data.train.x.shape[1:])
+    return len(data.train.y), len(data.test.y), (2 * shape[0],) if data.columns else shape
+
+
+def _metadata(run: int, node: int, kind: str) -> Metadata:
+    """Of the message as the ClientApp got it; what is not here, no handler reads."""
+    return Metadata(
+        run_id=run,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=node,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=DEFAULT_TTL,
+        message_type=kind,
+    )
+
+
+def _bytes(content: RecordDict) -> int:
+    """Of arrays."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[Event]:
+    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was."""
+    passed = Event()
+
+    def stop(*_: object) -> None:
+        passed.set()
+        raise TimeoutError("out of time")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield passed
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _listening(site: SiteFile) -> Iterator[socket.socket]:
+    """The socket, which this user and the site's group may open."""
+    path = Path(site.socket)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise PolicyError(f"socket = {site.socket!r}: a service listens there already")
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        if site.group:
+            shutil.chown(path, group=site.group)
+            path.chmod(0o660)
+        listener.listen(WAITING)
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def report(site: SiteFile) -> str:
+    """What the site holds and what runs may ask, in words.
+
+    Raises:
+        ValueError: something is wrong; the message says what.
+    """
+    config = Config.read(site.run_config({"strategy": site.policy.strategies[0]}))
+    identity = SiteId(site.site, None, site.data.path)
+    data = raw_data(config, identity)
+    shape = " x ".join(map(str, data.train.x.shape[1:]))
+    lines = [
+        f"site {site.site}{f' ({site.name})' if site.name else ''}",
+        f"data: {site.data.source} {site.data.path}",
+        f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
+        f"classes: {', '.join(data.classes)}",
+        f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
+        f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
+        "policy:",
+        *(f"  {key} = {value!r}" for key, value in site.policy.model_dump(by_alias=True).items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Serve, or with ``--check`` say what would be served."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("site", type=Path, help="the operator's file, site.toml")
+    parser.add_argument("--check", action="store_true", help="say what is wrong with it, or what the site would do")
+    arguments = parser.parse_args()
+    try:
+        site = policy.read_site(arguments.site)
+        print(report(site), flush=True)
+        if not arguments.check:
+            Service(site).serve()
+    except ValueError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from client_app import training
+from client_app.letter import RAISED
 from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
@@ -27,8 +28,6 @@ from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order,
 from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
 from strategies.schedules import rates
-
-RAISED = 2  # Flower's code for a ClientApp that raised an exception
 
 
 def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

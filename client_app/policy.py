@@ -21,13 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from configuration.config import Config
 from configuration.sections import Data
 from datasets.names import fault
 from models.networks import NETWORKS
-from strategies.method import AlonePlan, ArrivalPlan, PeerPlan
+from strategies.method import ArrivalPlan, PeerPlan, Section
 from strategies.methods import METHODS
 from strategies.protocol import Order, PeerOrder
 
@@ -41,28 +41,17 @@ class PolicyError(ValueError):
     """A rule of this site is broken; the message names it."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        populate_by_name=True,
-        use_attribute_docstrings=True,
-        alias_generator=lambda field: field.replace("_", "-"),
-    )
-
-
 Count = Annotated[int, Field(ge=1)]
 
 
-class Policy(_Table):
+class Policy(Section):
     """What runs may ask."""
 
-    strategies: Annotated[list[str], Field(min_length=1)] = list(METHODS)
+    strategies: list[str] = Field(default=list(METHODS), min_length=1)
     """methods by name; a method of somebody's own stands in import-paths too"""
-    models: Annotated[list[str], Field(min_length=1)] = list(NETWORKS)
+    models: list[str] = Field(default=list(NETWORKS), min_length=1)
     """networks by name, such as "cnn" or "torchvision:resnet18"; one of somebody's own stands in import-paths too"""
-    import_paths: list[str] = []
+    import_paths: list[str] = Field(default=[])
     """package.module:NAME that runs may name; their code is this site's own, installed copy"""
     sealing: Literal["any", "keys"] = "any"
     """keys: sealed runs only"""
@@ -80,7 +69,7 @@ class Policy(_Table):
     """runs that are begun"""
 
 
-class SiteFile(_Table):
+class SiteFile(Section):
     """A site, as its operator describes it."""
 
     site: Annotated[int, Field(ge=0, lt=10**6)]
@@ -182,7 +171,7 @@ def check_order(policy: Policy, config: Config, order: Order | PeerOrder, num_tr
     Raises:
         PolicyError: it breaks a rule.
     """
-    if isinstance(order, Order) and order.local and not isinstance(config.plan, AlonePlan):
+    if isinstance(order, Order) and order.local:
         an_epoch = -(-num_train // config.training.batch_size)
         _check_steps(policy, config, order.local.steps or order.local.epochs * an_epoch)
 

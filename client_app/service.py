@@ -75,12 +75,10 @@ class Service:
 
     # Letters.
 
-    def serve(self, ready: Event | None = None) -> None:
+    def serve(self) -> None:
         """Answer letters until the process is ended."""
         with _listening(self._site) as listener:
             Thread(target=self._accept, args=[listener], daemon=True).start()
-            if ready:
-                ready.set()
             while True:
                 self._work(self._letters.get())
 
@@ -119,10 +117,10 @@ class Service:
     def _work(self, found: _Letter) -> None:
         start = time.monotonic()
         self._doing = (f"{found.head.get('kind')} of run {found.head.get('run')}", start)
-        self._audit(found, "in", _bytes(found.content))
         rule = ""
         answer: RecordDict | str
         try:
+            self._audit(found, "in", _bytes(found.content))
             with _deadline(self._site.policy.seconds) as passed:
                 reply = self._answer(found)
             if passed.is_set():  # the handlers answer with an error, whatever goes wrong
@@ -135,18 +133,22 @@ class Service:
         self._doing = ("nothing", time.monotonic())
         said = {"rule" if rule else "problem": answer} if isinstance(answer, str) else {}
         size = 0 if isinstance(answer, str) else _bytes(answer)
-        self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **said)
+        try:
+            self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **said)
+        except OSError as error:  # a full disk; what is not written down does not leave
+            answer = f"ServiceError: the site's audit log cannot be written: {error}"
         found.answer.set_result(answer)
 
     def _answer(self, found: _Letter) -> Message:
         head, site = found.head, self._site
         asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
-        memory = self._memory(run, asked)
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
-        context = Context(run, node, site.node_config(), memory.state, site.run_config(asked))
+        context = Context(run, node, site.node_config(), RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
+        memory = self._memory(run, asked)  # a run that is refused pushes no other run's out
+        context.state = memory.state
         self._check_message(config, message, context)
         reply = handlers(message, context)
         self._runs[run] = memory._replace(state=context.state)
@@ -173,9 +175,7 @@ class Service:
         rules, kind = self._site.policy, message.metadata.message_type
         num_train, num_test, shape = _holdings(config, SiteId.of(context))
         if kind.startswith("evaluate") and num_test < rules.smallest_examples:
-            raise PolicyError(
-                f"a test on {num_test} examples: this site's policy has smallest-examples = {rules.smallest_examples}"
-            )
+            policy.refuse("smallest-examples", rules.smallest_examples, f"a test on {num_test} examples")
         if kind == "query.site":
             return
         asked = config_of(message)

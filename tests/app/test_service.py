@@ -109,7 +109,7 @@ def test_answers_are_those_of_the_handlers_bit_for_bit(config: Config, service: 
 # --- the operator's rules ---------------------------------------------------------------------------------------------
 
 STRICT = {
-    "strategies": ["fedavg", "asgd", "dmsgd"],
+    "strategies": ["fedavg", "local", "asgd", "dmsgd"],
     "models": ["mlp"],
     "smallest-batch": 16,
     "smallest-steps": 2,
@@ -178,8 +178,9 @@ def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
 
 
 def test_orders_are_held_to_the_rules(strict: Service) -> None:
-    reply = answer_to(strict, flat(), "train", order({}, 4810, **{"local-steps": 1}))
-    assert "an answer after 1 batches: this site's policy has smallest-steps = 2" in said(reply)
+    for strategy in ("fedavg", "local"):  # a site that learns alone sends its model, too
+        reply = answer_to(strict, flat(strategy), "train", order({}, 4810, **{"local-steps": 1}))
+        assert "an answer after 1 batches: this site's policy has smallest-steps = 2" in said(reply)
     assert not answer_to(strict, flat(), "train", order({}, 4810, **{"local-steps": 2})).has_error()
 
 
@@ -209,8 +210,19 @@ def test_memory_of_a_run_is_open_to_its_configuration_only(strict: Service) -> N
 
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 2}}], indirect=True)
 def test_runs_of_a_day_are_counted(service: Service) -> None:
+    """Those that are refused did not begin."""
+    assert [answer_to(service, flat() | {"training.batch-size": 1}).has_error() for _ in range(3)] == [True] * 3
     assert [answer_to(service, flat()).has_error() for _ in range(3)] == [False, False, True]
     assert "runs-a-day = 2" in service.lines()[-1]["rule"]
+
+
+def test_what_cannot_be_written_down_does_not_leave(tmp_path: Path) -> None:
+    """And the service goes on."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    service = Service(tmp_path, audit="/dev/full")
+    for _ in range(2):
+        assert "the site's audit log cannot be written: [Errno 28] No space left" in said(answer_to(service, flat()))
+    service.end()
 
 
 # --- a service that is not there --------------------------------------------------------------------------------------

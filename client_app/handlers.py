@@ -2,6 +2,7 @@
 
 import math
 import traceback
+from collections.abc import Mapping
 from itertools import chain, count, islice
 from typing import Any
 
@@ -16,11 +17,11 @@ from client_app.letter import RAISED
 from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
-from client_app.site import SiteId, config_of_site, device_of, name_of, open_site, raw_data, seeded
+from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, raw_data, seeded
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from datasets.partitions import PartitionError
-from datasets.site import moments
+from datasets.site import SiteData, moments
 from datasets.sources import SourceError
 from strategies.gradients import Diverged
 from strategies.method import PeerPlan, RoundPlan
@@ -90,7 +91,7 @@ def _vectors(message: Message) -> dict[str, Tensor]:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the model in the message on this site's training part, and send it back."""
+    """Train the model in the message on this site's training part, and send it back; test it before, if asked to."""
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
@@ -98,8 +99,9 @@ def train(message: Message, context: Context) -> Message:
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
     keys, model = config.training, network.model
-    model.load(vectors[X], vectors[STATS])
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
+    tested = _tested(vectors, data, network) if order.test else None
+    model.load(vectors[X], vectors[STATS])
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
     steps = local.steps or local.epochs * an_epoch
 
@@ -142,7 +144,7 @@ def train(message: Message, context: Context) -> Message:
         made |= beside
     if local.keep_moments:
         remember_moments(context, step)
-    return Message(write_trained(made, metrics), reply_to=message)
+    return Message(write_trained(made, metrics, tested), reply_to=message)
 
 
 @app.train("peer")
@@ -163,9 +165,11 @@ def evaluate(message: Message, context: Context) -> Message:
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
-    vectors = _vectors(message)
+    return Message(write_tested(_tested(_vectors(message), data, network)), reply_to=message)
+
+
+def _tested(vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:
     xs = vectors[X].reshape(-1, network.model.x.numel())
     result = training.evaluate(network.predict, network.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
     found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
-    metrics = TestMetrics.model_construct(**found, num_examples=len(data.test.y))
-    return Message(write_tested(metrics), reply_to=message)
+    return TestMetrics.model_construct(**found, num_examples=len(data.test.y))

@@ -76,6 +76,7 @@ class Progress(NamedTuple):
         seconds: since the first round.
         megabytes: sent and received so far.
         train, test: means over the sites.
+        tested: the round after which they tested; None after this one.
     """
 
     unit: str
@@ -87,17 +88,19 @@ class Progress(NamedTuple):
     megabytes: float
     train: Mapping[str, float]
     test: Mapping[str, float]
+    tested: int | None = None
 
     def __str__(self) -> str:
         rates = f"{self.train.get('lr-first', math.nan):.2g} to {self.train.get('lr-last', math.nan):.2g}"
         rounds = self.epochs is not None
+        before = "" if self.tested is None else f" (round {self.tested})"
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
         parts = (
             f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
             f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
             f"lr {rates:<15}",
-            f"train loss {self.train.get('loss', math.nan):.4f}",
-            f"test accuracy {self.test.get('accuracy', math.nan):.4f}",
+            f"train loss {self.train['loss']:.4f}" if "loss" in self.train else "",
+            f"test accuracy {self.test['accuracy']:.4f}{before}" if "accuracy" in self.test else "",
             f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
             f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
             f"worst {self.test['accuracy-worst']:.4f}" if "accuracy-worst" in self.test else "",

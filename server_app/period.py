@@ -24,7 +24,8 @@ class Period:
 
     def trained(self, node: int, metrics: TrainMetrics) -> None:
         """A site sent a contribution."""
-        self._losses[node].append(metrics.loss)
+        if metrics.loss is not None:
+            self._losses[node].append(metrics.loss)
         self._rates.append(metrics.lr_first)
 
     def applied(self, node: int, ages: Sequence[int]) -> None:

@@ -1,4 +1,8 @@
-"""Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up."""
+"""Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up.
+
+What a round made is tested with the message of the next one, before that trains it on: a round is one message to each site and one
+answer. Only the last model, and models of sites that learn alone for a common prediction, are tested by messages of their own.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,23 +21,27 @@ from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch
 from server_app.events import Kept, Progress, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
+from server_app.report import Moment as Reached
 from server_app.report import Report
 from server_app.roster import Roster
-from strategies.averaging.mean import extent, magnitude, too_large
-from strategies.method import Local, Moment
+from strategies.averaging.average import NUM_EXAMPLES
+from strategies.averaging.mean import extent, magnitude, too_large, weighted_mean
+from strategies.method import AlonePlan, ForeignPlan, Local, Moment
 from strategies.protocol import (
+    TEST,
     Layout,
     Order,
     Refusal,
     TestMetrics,
     Trained,
     TrainMetrics,
+    read_order,
     read_tested,
     read_trained,
     why,
     write_order,
 )
-from strategies.records import STATS, X, arrays_of, unpack
+from strategies.records import STATS, X, arrays_of, config_of, unpack
 from strategies.schedules import rates
 
 T = TypeVar("T")
@@ -85,6 +93,7 @@ class Rounds:
         self._roster = Roster(names, config.min_sites, config.timeout_s)
         self._latest: dict[int, Message] = {}  # to each site
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
+        self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)  # whether a test comes with training
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
         """From the initial model to the last one.
@@ -98,6 +107,7 @@ class Rounds:
                 emitted.
         """
         total, done, number = self._config.epochs, 0.0, 0
+        reached, test = self._report.moment(), dict[str, float]()
         sizes = dict(self._layout.sizes)
         self._layout = self._layout._replace(sizes=sizes | dict.fromkeys(beside, sizes[X]))
         while done < total - 1e-9:
@@ -105,35 +115,52 @@ class Rounds:
             local = self._instruct(Moment(number, done, total, self._an_epoch), unpack(arrays[X]))
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
-            newest, metrics = self._aggregate(number, arrays, local, trained)
+            tested: dict[int, TestMetrics] = {}
+            with_test = self._beside and number > 1
+            newest, metrics = self._aggregate(number, arrays, local, trained, tested if with_test else None)
+            if with_test:
+                test = self._report_test(number - 1, tested, reached)
             if len(trained) < self._roster.least or newest is None:
                 few = f"{len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}"
                 raise RunError(f"round {number}: {few}: stopped. {self._report.refusals(number)}")
             arrays, done = newest, done + epochs
+            reached = self._report.moment()
             self._report.emit(Kept(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}
             self._report.write(number, "train", _named(trained), train)
-            test = self._test(number, arrays)
-            now = self._report.moment()
-            self._report.emit(Progress("round", number, epochs, done, total, now.seconds, now.megabytes(), train, test))
+            at_once = not self._beside or done >= total - 1e-9
+            if at_once:
+                tested = self._test(number, arrays)
+                reached = self._report.moment()
+                test = self._report_test(number, tested, reached)
+            when, megabytes = reached.seconds, reached.megabytes()
+            before = None if at_once else number - 1
+            self._report.emit(Progress("round", number, epochs, done, total, when, megabytes, train, test, before))
         if not test:
             raise RunError(f"round {number}: no site could test the model: it is of no use")
         return arrays
 
     def _aggregate(
-        self, number: int, arrays: ArrayRecord, local: Local, trained: dict[int, TrainMetrics]
+        self,
+        number: int,
+        arrays: ArrayRecord,
+        local: Local,
+        trained: dict[int, TrainMetrics],
+        tested: dict[int, TestMetrics] | None,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the strategy makes of the replies; what sites reported is put into ``trained``.
+        """What the strategy makes of the replies; what sites reported is put into ``trained`` and, if not None, ``tested``.
 
         Raises:
             RunError: it fails, or makes a model that is not finite.
         """
-        messages = self._messages(self._strategy.configure_train, number, arrays, local)
+        messages = self._messages(self._strategy.configure_train, number, arrays, local, tested is not None)
 
         def replies() -> Iterator[Message]:
             answers = self._answers(number, "training", messages, self._read_trained)
             for answer in self._bounded(number, answers, local):
                 trained[answer.node] = answer.found.metrics
+                if tested is not None:
+                    self._take_test(number - 1, answer, tested)
                 yield answer.reply
 
         try:
@@ -145,19 +172,24 @@ class Rounds:
                 raise RunError(f"round {number}: {self._config.strategy}: {reason}; a smaller rate may help")
         return newest, metrics
 
-    def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
-        """Test everywhere; the means, {} where nobody could."""
+    def _take_test(self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]) -> None:
+        """What came with a training; a flaw in it costs the site no more than the test. The strategy sees nothing of it."""
+        try:
+            tested[answer.node] = read_tested(answer.reply, self._sites[answer.node].num_test, beside=True)
+        except Refusal as refusal:
+            self._report.refuse(answer.node, number, "test", str(refusal))
+        answer.reply.content.pop(TEST, None)
+
+    def _test(self, number: int, arrays: ArrayRecord) -> dict[int, TestMetrics]:
+        """Test everywhere."""
         messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
-        tested: dict[int, TestMetrics] = {}
+        return {answer.node: answer.found for answer in self._answers(number, "test", messages, self._read_tested)}
 
-        def replies() -> Iterator[Message]:
-            for answer in self._answers(number, "test", messages, self._read_tested):
-                tested[answer.node] = answer.found
-                yield answer.reply
-
-        outcome = self._strategy.aggregate_evaluate(number, replies())
-        means = _numbers(outcome) if tested else {}
-        self._report.write(number, "test", _named(tested), means or None)
+    def _report_test(self, number: int, tested: dict[int, TestMetrics], reached: Reached) -> dict[str, float]:
+        """Report a test as of a moment; the means, {} where nobody could."""
+        found = _named(tested)
+        means = weighted_mean([found[node] for node in self._sites if node in found], NUM_EXAMPLES)
+        self._report.write(number, "test", found, means or None, reached)
         return means
 
     def _messages(
@@ -166,10 +198,11 @@ class Rounds:
         number: int,
         arrays: ArrayRecord,
         local: Local | None,
+        test: bool = False,
     ) -> list[Message]:
         """The messages of a phase."""
         self._wait_for_enough(number)
-        messages = configure(number, arrays, write_order(Order(number, self._federation.agreed(), local)), self._grid)
+        messages = configure(number, arrays, write_order(Order(number, self._federation.agreed(), local, test)), self._grid)
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
@@ -242,7 +275,11 @@ class Rounds:
             self._report.count(node, reply)
 
     def _read_trained(self, node: int, message: Message, reply: Message) -> Trained:
-        return read_trained(reply, self._layout, self._sites[node].num_train, _sent(message))
+        tested = read_order(config_of(message)).test
+        found = read_trained(reply, self._layout, self._sites[node].num_train, _sent(message), tested)
+        if found.metrics.loss is None and isinstance(self._config.plan, ForeignPlan) and self._config.plan.by_loss:
+            raise Refusal(f"it keeps its loss to itself, by which {self._config.strategy} weighs")
+        return found
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
         x = arrays_of(message)[X]

@@ -32,8 +32,8 @@ class PeerTest:
 
     def test_means(self) -> dict[str, float]:
         """By test examples; and the worst and the best peer."""
-        accuracies = [each["accuracy"] for each in self.answers.values()]
-        extremes = {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)}
+        accuracies = [each["accuracy"] for each in self.answers.values() if "accuracy" in each]
+        extremes = {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)} if accuracies else {}
         return weighted_mean(list(self.answers.values()), NUM_EXAMPLES) | extremes
 
 

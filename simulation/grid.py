@@ -12,13 +12,14 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from simulation.world import SiteWorld, World
+from strategies.protocol import TEST
 from strategies.records import metrics_of, num_bytes
 
 FIRST_NODE = 1000  # node ids differ from site numbers, so that mixing them up fails
@@ -163,11 +164,12 @@ class VirtualGrid(Grid):
         """Work behind a reply, in examples trained on."""
         if reply.has_error():
             return 0.0
-        metrics = metrics_of(reply)
-        samples = metrics.get("samples")
+        metrics, beside = metrics_of(reply), reply.content.get(TEST)
+        tests: Any = beside.get("num-examples", 0) if isinstance(beside, MetricRecord) else 0
+        samples: Any = metrics.get("samples")
         if samples is None:
-            samples = TEST_COST * float(metrics.get("num-examples", 0))  # type: ignore[arg-type]
-        return float(samples)  # type: ignore[arg-type]
+            samples, tests = 0, metrics.get("num-examples", 0)
+        return float(samples) + TEST_COST * float(tests)
 
     @staticmethod
     def _unavailable(message: Message) -> Message:

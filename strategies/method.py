@@ -166,11 +166,13 @@ class ForeignPlan(NamedTuple):
         build: makes the other framework's object.
         instruct: what sites do in a round.
         weighting: as in :class:`RoundPlan`; of BatchNorm statistics, which that object never sees.
+        by_loss: whether that object needs the sites' losses.
     """
 
     build: Callable[[], Any]
     instruct: Callable[[Moment], Local]
     weighting: Literal["equal", "samples"] = "equal"
+    by_loss: bool = False
 
 
 # Arrivals.

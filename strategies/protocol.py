@@ -20,6 +20,7 @@ from strategies.method import Local
 from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
 
 MODEL = "model"  # the record with a peer's last model
+TEST = "test"  # the record with what a site found when it tested the model that came, before it trained it
 SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
@@ -78,9 +79,12 @@ class Part(BaseModel):
 
 
 class TrainMetrics(Part):
-    """What a site reports of its training: mean loss, first and last rate, examples, gradients (one an example) computed."""
+    """What a site reports of its training: mean loss, first and last rate, examples, gradients (one an example) computed.
 
-    loss: Magnitude
+    Losses and accuracies are left out, here and below, where the site keeps them to itself.
+    """
+
+    loss: Magnitude | None = None
     lr_first: Magnitude
     lr_last: Magnitude
     num_examples: Examples
@@ -92,8 +96,8 @@ class TestMetrics(Part):
 
     __test__ = False  # pytest looks at names
 
-    loss: Magnitude
-    accuracy: Share
+    loss: Magnitude | None = None
+    accuracy: Share | None = None
     accuracy_vote: Share | None = None
     accuracy_single: Share | None = None
     num_examples: Examples
@@ -114,9 +118,10 @@ class StepMetrics(Part):
 
     @model_validator(mode="after")
     def _together(self) -> "StepMetrics":
-        for group in ((self.loss, self.lr_first, self.lr_last), (self.test_loss, self.test_accuracy, self.test_examples)):
-            if len({value is None for value in group}) > 1:
-                raise ValueError("loss and rates go together, and what a test found")
+        if (self.lr_first is None) != (self.lr_last is None) or (self.loss is not None and self.lr_first is None):
+            raise ValueError("loss and rates go together")
+        if self.test_examples is None and (self.test_loss, self.test_accuracy) != (None, None):
+            raise ValueError("what a test found goes with test-examples")
         return self
 
 
@@ -214,17 +219,20 @@ class Order(NamedTuple):
         number: of the round, or of updates so far.
         agreed: what all sites know.
         local: what to do; None in a test.
+        test: whether the model is tested before it is trained: a round is one message.
     """
 
     number: int
     agreed: Agreed
     local: Local | None = None
+    test: bool = False
 
 
 def write_order(order: Order) -> ConfigRecord:
     """As a record."""
     local = {} if order.local is None else write_local(order.local)
-    return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local})
+    test = {"test": True} if order.test else {}
+    return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local, **test})
 
 
 def write_local(local: Local) -> dict[str, bool | int | float | str]:
@@ -252,7 +260,7 @@ def read_order(record: ConfigRecord) -> Order:
             proximal=float(config.get("proximal-mu", 0.0)),
             **{key.replace("-", "_"): bool(config.get(key, False)) for key in SWITCHES},
         )
-    return Order(int(config["server-round"]), Agreed.of(config), local)
+    return Order(int(config["server-round"]), Agreed.of(config), local, bool(config.get("test", False)))
 
 
 class PeerOrder(NamedTuple):
@@ -475,7 +483,9 @@ def _model(record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]) -> t
 
 
 @_border
-def read_trained(content: RecordDict, layout: Layout, num_examples: int, sent: Mapping[str, Tensor]) -> Trained:
+def read_trained(
+    content: RecordDict, layout: Layout, num_examples: int, sent: Mapping[str, Tensor], tested: bool = False
+) -> Trained:
     """What a site made of an order to train.
 
     Args:
@@ -483,35 +493,39 @@ def read_trained(content: RecordDict, layout: Layout, num_examples: int, sent: M
         layout: of the model.
         num_examples: what the site said at first.
         sent: the vectors that the change is taken from; not those of which the site sends the change itself.
+        tested: whether there is also what :func:`read_tested` reads.
 
     Raises:
         Refusal: it cannot be used.
     """
-    arrays, record = _records(content, **{ARRAYS: ArrayRecord, METRICS: MetricRecord})
+    rest = {name: record for name, record in content.items() if not (tested and name == TEST)}
+    arrays, record = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord})
     metrics = _part(TrainMetrics, record)
     _examples(metrics.num_examples, num_examples)
     vectors, largest, change = _model(arrays, layout, sent)
     return Trained(vectors, metrics, largest, change)
 
 
-def write_trained(vectors: Mapping[str, Tensor], metrics: TrainMetrics) -> RecordDict:
+def write_trained(vectors: Mapping[str, Tensor], metrics: TrainMetrics, tested: TestMetrics | None = None) -> RecordDict:
     """As a reply's content."""
-    return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named())})
+    test = {TEST: MetricRecord(tested.named())} if tested else {}
+    return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named()), **test})
 
 
 @_border
-def read_tested(content: RecordDict, num_examples: int, models: int = 1) -> TestMetrics:
-    """What a site found when it tested the mean prediction of so many models.
+def read_tested(content: RecordDict, num_examples: int, models: int = 1, beside: bool = False) -> TestMetrics:
+    """What a site found when it tested the mean prediction of so many models; ``beside`` what it trained or in a reply of its own.
 
     Raises:
         Refusal: it cannot be used.
     """
-    [record] = _records(content, **{METRICS: MetricRecord})
+    records = {name: record for name, record in content.items() if name == TEST} if beside else content
+    [record] = _records(records, **{TEST if beside else METRICS: MetricRecord})
     metrics = _part(TestMetrics, record)
     _examples(metrics.num_examples, num_examples)
-    for value in (metrics.accuracy_vote, metrics.accuracy_single):
-        if (value is None) != (models == 1):
-            raise Refusal(f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}")
+    several = (metrics.accuracy_vote, metrics.accuracy_single)
+    if models == 1 and several != (None, None):
+        raise Refusal(f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}")
     return metrics
 
 

@@ -82,7 +82,7 @@ def _plan(name: str, keys: Keys, run: Run) -> ForeignPlan:
         _ = keys.arguments and make()
     except (ValueError, TypeError) as error:
         raise ValueError(f"flower.arguments = {keys.arguments!r}: {name} refuses it: {error}") from error
-    return ForeignPlan(make, decaying(keys.local_epochs, run), keys.weighting)
+    return ForeignPlan(make, decaying(keys.local_epochs, run), keys.weighting, "train_loss_key" in given)
 
 
 METHODS = tuple(Method(name, Keys, partial(_plan, name), section="flower") for name in _classes())

@@ -108,9 +108,12 @@ class StreamingMean:
 
 
 def weighted_mean(rows: Sequence[Mapping[str, float]], weight: str) -> dict[str, float]:
-    """Means of the sites' metrics by ``weight``, which are summed, independent of the order of the sites; {} of none."""
-    if not rows:
-        return {}
-    total = math.fsum(row[weight] for row in rows)
-    means = {key: math.fsum(row[weight] * row[key] for row in rows) / total for key in rows[0] if key != weight}
-    return {**means, weight: total}
+    """Means of the sites' metrics by ``weight``, which are summed, independent of the order of the sites; {} of none.
+
+    A metric that some keep to themselves is the mean over the others.
+    """
+    means = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key != weight):
+        known = [row for row in rows if key in row]
+        means[key] = math.fsum(row[weight] * row[key] for row in known) / math.fsum(row[weight] for row in known)
+    return {**means, weight: math.fsum(row[weight] for row in rows)} if rows else {}

@@ -1,8 +1,9 @@
 """Any strategy that Flower ships, run on our records.
 
-Two things differ from ours. Flower's strategies treat every array alike, and an adaptive or robust rule makes no sense of
+Three things differ from ours. Flower's strategies treat every array alike, and an adaptive or robust rule makes no sense of
 BatchNorm statistics: these are taken out, plainly averaged, and put back. And they add floating-point numbers in the order of
-arrival: replies are handed over in the order of the sites, so that the same seed gives the same model.
+arrival: replies are handed over in the order of the sites, so that the same seed gives the same model. And they stop where sites
+report different metrics: what one keeps to itself, they are not told of the others.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from strategies.averaging.average import CHANGE
 from strategies.averaging.mean import StreamingMean, relative_change
-from strategies.records import ARRAYS, STATS, X, arrays_of, pack, unpack
+from strategies.records import ARRAYS, STATS, X, arrays_of, metrics_of, pack, unpack
 
 
 class Shipped(Strategy):
@@ -60,6 +61,10 @@ class Shipped(Strategy):
                 yield reply
 
         ordered = sorted(without_stats(), key=lambda reply: self._order[reply.metadata.src_node_id])
+        records = [metrics_of(reply) for reply in ordered]
+        for record in records:
+            for name in [name for name in record if not all(name in other for other in records)]:
+                del record[name]
         arrays, metrics = self._strategy.aggregate_train(server_round, ordered)
         if arrays is None:
             return None, metrics

@@ -205,8 +205,9 @@ def bad_arrays(kind: str, record: ArrayRecord, honest: ArrayRecord) -> bool:
 
 def bad_metrics(kind: str, record: MetricRecord, honest: MetricRecord) -> bool:
     missing, more = set(honest) - set(record), set(record) - set(honest)
-    may_be_left_out = {"loss", "lr-first", "lr-last"} if kind.startswith("train.") else set()
-    may_be_there = may_be_left_out | {"disagreement"} if may_be_left_out else set()
+    may_be_left_out = {"loss", "accuracy", "accuracy-vote", "accuracy-single", "test-loss", "test-accuracy", "disagreement"}
+    may_be_left_out |= {"lr-first", "lr-last"} if kind.startswith("train.") else set()
+    may_be_there = {"loss", "lr-first", "lr-last", "disagreement"} if kind.startswith("train.") else set()
     return (
         not missing <= may_be_left_out
         or not more <= may_be_there
@@ -245,11 +246,11 @@ def bad_card(record: ConfigRecord, honest: ConfigRecord) -> bool:
 
 
 def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
-    """Whether an answer must be refused whole; the last model of a peer is another matter."""
-    names = [name for name in honest if name != "model"]
-    if set(answer) - {"model"} != set(names) or any(type(answer[name]) is not type(honest[name]) for name in names):
+    """Whether an answer must be refused whole; a peer's last model, and what was tested before it trained, are another matter."""
+    names = [name for name in honest if name not in ("model", "test")]
+    if set(answer) - {"model", "test"} != set(names) or any(type(answer[name]) is not type(honest[name]) for name in names):
         return True
-    if "model" in answer and "model" not in honest:
+    if any(name in answer and name not in honest for name in ("model", "test")):
         return True
     found = False
     for name in names:
@@ -320,7 +321,10 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
     check_named(lines, refused=bool(found.refused))
     assert {event.site.number for event in found.refused} <= {BAD}
     assert len(found.refused) <= 1
-    if found.refused and not of_model:
+    of_test = [event for event in found.refused if event.phase == "test"]
+    if kind == "train" and of_test:  # costs no more than the test
+        assert found.model() == changed(name, kind, at, answers(name)[kind][at]).model()
+    elif found.refused and not of_model:
         assert found.model() == failing(name, kind, at).model()
     elif of_model:
         assert np.isnan(found.model_of(BAD)).all()

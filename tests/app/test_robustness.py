@@ -150,8 +150,8 @@ def test_too_few_sites_stop_the_run_and_leave_what_was_reached(strategy: str, ru
     count = iter(range(100))
 
     def second_round_lost(number: int, message: Message, reply: Message) -> Message | None:
-        # A round of three sites has three training and three test messages, after three for the census.
-        return None if next(count) >= 9 and number > 0 and message.metadata.message_type == "train" else reply
+        # A round of three sites has three messages, after three for the census.
+        return None if next(count) >= 6 and number > 0 and message.metadata.message_type == "train" else reply
 
     with pytest.raises(RunError, match="round 2: 1 sites sent a model that can be used, min-sites = 2: stopped"):
         run_app(second_round_lost, draw=True, strategy=strategy, epochs=3)

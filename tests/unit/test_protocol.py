@@ -166,7 +166,7 @@ def test_orders_to_peers_survive(order: PeerOrder) -> None:
         (with_metric("num-examples", 8), "num-examples is 8, at first the site said 7"),
         (with_metric("samples", list(range(99))), "samples is [0, 1, 2, 3, 4, 5, ...]: must be a valid integer"),
         (with_metric("\nloss\x1b[31m", 1.0), r"'\nloss\x1b[31m' is unknown"),
-        (RecordDict({"arrays": pack(MODEL), "metrics": MetricRecord()}), "loss is missing"),
+        (RecordDict({"arrays": pack(MODEL), "metrics": MetricRecord()}), "lr-first is missing"),
         (write_trained({"x": MODEL["x"]}, TRAINED), "the reply holds the arrays ['x'], ['stats', 'x'] are expected"),
         (write_trained(MODEL | {"y": MODEL["x"]}, TRAINED), "the reply holds the arrays ['stats', 'x', 'y'], "),
         (write_trained(MODEL | {"x": torch.zeros(2, 3)}, TRAINED), "x is 'float32' of shape (2, 3), float32 of shape (6,)"),
@@ -239,7 +239,6 @@ def trained_error(reason: str) -> Any:
         ({"accuracy": float("nan")}, 1, "accuracy is nan: must be a finite number"),
         ({"num-examples": 4}, 1, "num-examples is 4, at first the site said 3"),
         ({"accuracy-vote": 0.5, "accuracy-single": 0.5}, 1, "belong to a test of several models, this one is of 1"),
-        ({}, 2, "belong to a test of several models, this one is of 2"),
     ],
 )
 def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str) -> None:
@@ -351,11 +350,27 @@ def test_offer_that_is_refused(changes: dict[str, Any], reason: str) -> None:
     assert reason in refusal(lambda: offered(**changes))
 
 
-@pytest.mark.parametrize("left_out", ["loss", "lr-last", "test-loss"])
+@pytest.mark.parametrize("left_out", ["lr-first", "lr-last", "test-examples"])
 def test_what_belongs_together_comes_together(left_out: str) -> None:
     metrics = {key: value for key, value in STEP.named().items() if key != left_out}
     content = RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord(metrics), "config": ConfigRecord(NOTES.named())})
-    assert "go together" in refusal(lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False))
+    reason = refusal(lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False))
+    assert "go together" in reason or "goes with test-examples" in reason
+
+
+def test_test_beside_training_is_read_by_itself() -> None:
+    content = write_trained(MODEL, TRAINED, TESTED)
+    assert read_trained(reply_with(content), LAYOUT, 7, {}, True).metrics == TRAINED
+    assert read_tested(reply_with(content), 3, beside=True) == TESTED
+    assert "records" in refusal(lambda: read_trained(reply_with(content), LAYOUT, 7, {}))
+    assert "records" in refusal(lambda: read_tested(reply_with(write_trained(MODEL, TRAINED)), 3, beside=True))
+
+
+@pytest.mark.parametrize("kept", ["loss", "accuracy"])
+def test_site_may_keep_a_metric_to_itself(kept: str) -> None:
+    metrics = {key: value for key, value in TESTED.named().items() if key != kept}
+    found = read_tested(reply_with(RecordDict({"metrics": MetricRecord(metrics)})), 3)
+    assert found.named() == metrics
 
 
 def test_flaw_in_the_last_model_costs_the_model_only() -> None:

@@ -17,7 +17,7 @@ from client_app.letter import RAISED
 from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
 from client_app.sealing import SealError, keyring, public_key
-from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, raw_data, seeded
+from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, private, raw_data, seeded
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from datasets.partitions import PartitionError
@@ -98,7 +98,7 @@ def train(message: Message, context: Context) -> Message:
     vectors, order = _vectors(message), read_order(config_of(message))
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
-    keys, model = config.training, network.model
+    keys, model, noise = config.training, network.model, private(context, network)
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
     tested = _tested(vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
@@ -144,6 +144,11 @@ def train(message: Message, context: Context) -> Message:
         made |= beside
     if local.keep_moments:
         remember_moments(context, step)
+    if noise:
+        moved = {name: vector if local.delta or name != X else vector - sent[X] for name, vector in made.items()}
+        made = dict(zip(moved, noise(list(moved.values())), strict=True))
+        made[X] = made[X] if local.delta else sent[X] + made[X]
+        noise.settle()
     return Message(write_trained(made, metrics, tested), reply_to=message)
 
 

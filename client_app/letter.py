@@ -12,7 +12,7 @@ import socket
 import struct
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
@@ -24,11 +24,19 @@ RAISED = 2  # Flower's code for a ClientApp that raised an exception
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
+class Line(Protocol):
+    """What letters go through: a socket."""
+
+    def sendall(self, data: bytes, /) -> None: ...
+
+    def recv_into(self, view: memoryview, /) -> int: ...
+
+
 class LetterError(RuntimeError):
     """A letter that cannot be read, or an end of the line."""
 
 
-def write(line: socket.socket, head: Mapping[str, Any], content: RecordDict | None) -> None:
+def write(line: Line, head: Mapping[str, Any], content: RecordDict | None) -> None:
     """Send a letter: ``head``, and the records of a message."""
     records, blobs = _taken_apart(content or RecordDict())
     _send(line, HEAD, json.dumps({**head, "records": records}).encode())
@@ -36,7 +44,7 @@ def write(line: socket.socket, head: Mapping[str, Any], content: RecordDict | No
         _send(line, BLOB, blob)
 
 
-def read(line: socket.socket, first: bytes) -> tuple[dict[str, Any], RecordDict]:
+def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
     """Read the rest of a letter whose HEAD holds ``first``.
 
     Raises:
@@ -49,7 +57,42 @@ def read(line: socket.socket, first: bytes) -> tuple[dict[str, Any], RecordDict]
         raise LetterError(f"no letter: {type(error).__name__}: {error}") from None
 
 
-def receive(line: socket.socket) -> tuple[bytes, bytes]:
+class _Pipe:
+    """As much of a socket as a letter needs, in memory."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data, self._at = bytearray(data), 0
+
+    def sendall(self, data: bytes) -> None:
+        """At the end."""
+        self.data += data
+
+    def recv_into(self, view: memoryview) -> int:
+        """What comes next."""
+        part = memoryview(self.data)[self._at : self._at + len(view)]
+        view[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def to_bytes(head: Mapping[str, Any], content: RecordDict) -> bytes:
+    """A letter that goes another way than through a socket."""
+    pipe = _Pipe()
+    write(pipe, head, content)
+    return bytes(pipe.data)
+
+
+def from_bytes(data: bytes) -> tuple[dict[str, Any], RecordDict]:
+    """The letter of :func:`to_bytes`.
+
+    Raises:
+        LetterError: it is none.
+    """
+    pipe = _Pipe(data)
+    return read(pipe, receive(pipe)[1])
+
+
+def receive(line: Line) -> tuple[bytes, bytes]:
     """The next frame: its kind and what it holds.
 
     Raises:
@@ -61,7 +104,7 @@ def receive(line: socket.socket) -> tuple[bytes, bytes]:
     return kind, bytes(_exactly(line, length))
 
 
-def say(line: socket.socket, kind: bytes, text: str) -> None:
+def say(line: Line, kind: bytes, text: str) -> None:
     """Send a frame of text."""
     _send(line, kind, text.encode())
 
@@ -100,12 +143,12 @@ def _failed(message: Message, reason: str) -> Message:
     return Message(Error(RAISED, reason), reply_to=message)
 
 
-def _send(line: socket.socket, kind: bytes, data: bytes) -> None:
+def _send(line: Line, kind: bytes, data: bytes) -> None:
     line.sendall(FRAME.pack(kind, len(data)))
     line.sendall(data)
 
 
-def _exactly(line: socket.socket, length: int) -> bytearray:
+def _exactly(line: Line, length: int) -> bytearray:
     data, filled = bytearray(length), 0
     with memoryview(data) as view:
         while filled < length:
@@ -128,7 +171,7 @@ def _taken_apart(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
     return records, blobs
 
 
-def _put_together(line: socket.socket, records: Mapping[str, Any]) -> RecordDict:
+def _put_together(line: Line, records: Mapping[str, Any]) -> RecordDict:
     content = RecordDict()
     for name, record in records.items():
         [(kind, parts)] = record.items()
@@ -139,7 +182,7 @@ def _put_together(line: socket.socket, records: Mapping[str, Any]) -> RecordDict
     return content
 
 
-def _blob(line: socket.socket) -> bytes:
+def _blob(line: Line) -> bytes:
     kind, data = receive(line)
     if kind != BLOB:
         raise LetterError("an array is missing")

@@ -131,6 +131,22 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
     """
     if "state" not in context.node_config:
         return call_next(message, context)
+    file = restore_from_disk(context)
+    reply = call_next(message, context)
+    fields: Any = config_of(message)
+    if message.metadata.message_type == "train.peer" and fields.get("last") and fields["server-round"] > 0:
+        file.unlink(missing_ok=True)
+    elif context.state:
+        write_whole(file, context_to_proto(context).SerializeToString())
+    return reply
+
+
+def restore_from_disk(context: Context) -> Path:
+    """The file in which a run's memory is kept; what is there is put into an empty ``context.state``.
+
+    Raises:
+        ValueError: the folder cannot be written, or a file in it not be read.
+    """
     folder = Path(str(context.node_config["state"]))
     file = folder / f"{context.run_id}-{context.node_id}.state"
     try:
@@ -142,13 +158,14 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
             log(INFO, "this site goes on with what it remembers in %s", file)
     except Exception as error:
         raise ValueError(f"--node-config state = {str(folder)!r}: {error}") from None
-    reply = call_next(message, context)
-    fields: Any = config_of(message)
-    if message.metadata.message_type == "train.peer" and fields.get("last") and fields["server-round"] > 0:
-        file.unlink(missing_ok=True)
-    elif context.state:
-        partial = file.with_suffix(".partial")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
-            target.write(context_to_proto(context).SerializeToString())
-        partial.replace(file)
-    return reply
+    return file
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file for its owner only, whole or not at all."""
+    partial = file.with_suffix(".partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
+        target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
+    partial.replace(file)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from client_app import training
+from client_app.privacy import Noise
 from client_app.site import Network
 from configuration.config import Config
 from datasets.site import SiteData
@@ -39,17 +40,19 @@ class Oracle:
         samples: gradients computed, one an example.
     """
 
-    def __init__(self, config: Config, number: int, data: SiteData, network: Network) -> None:
-        self._data, self._network, self.samples = data, network, 0
+    def __init__(self, config: Config, number: int, data: SiteData, network: Network, noise: Noise | None = None) -> None:
+        self._data, self._network, self._noise, self.samples = data, network, noise, 0
         self._a_batch = min(config.training.batch_size, len(data.train.y))
         self._batch = lru_cache(maxsize=1)(partial(nth_batch, config, number, data.train))
 
     def gradient(self, x: Tensor, stats: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """By backpropagation."""
+        """By backpropagation; with noise where the site has it so."""
         model, examples = self._network.model, self._batch(batch)
         self.samples += self._a_batch
         model.load(x, stats)
         loss, gradient = self._network.plain(model.x, examples)
+        if self._noise:
+            [gradient] = self._noise([gradient])
         return loss, gradient, model.stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from client_app import sealing
 from client_app.memory import check_run, recall, remember, run_of, written
 from client_app.oracle import Oracle
-from client_app.site import Network, open_site, seeded
+from client_app.site import Network, open_site, private, seeded
 from client_app.training import num_batches
 from configuration.config import Config
 from configuration.graph import graph_of
@@ -93,7 +93,8 @@ def take_step(message: Message, context: Context) -> Message:
     known = recall(context, type(first.algorithm), network.x.device)
     order = _order(call)
     _check_turn(call, order, known)
-    oracle = Oracle(config, site.number, data, network)
+    noise = private(context, network)
+    oracle = Oracle(config, site.number, data, network, noise)
     with seeded(network.x.device, derive(config.seed, "layers", site.number, order.step)):
         step = cross_step if call.crossing else models_step
         result = step(peer, known or first, _received(call, order), order, oracle)
@@ -101,6 +102,8 @@ def take_step(message: Message, context: Context) -> Message:
     records, arrays = written(result.state)
     reply = _reply(call, order, result, metrics, arrays, forgotten=known is None and order.step > 0)
     remember(context, run, records)
+    if noise:
+        noise.settle()
     return reply
 
 

@@ -21,8 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+from flwr.app import MetricRecord
 from pydantic import Field, ValidationError
 
+from client_app.training import num_batches
 from configuration.config import Config
 from configuration.sections import Data
 from datasets.names import fault
@@ -60,13 +62,30 @@ class Policy(Section):
     smallest_steps: Count = 1
     """batches behind an answer"""
     smallest_examples: Count = 32
-    """examples behind an answer: batch by batch in training, all of the test part in a test"""
+    """different examples behind an answer; a test on fewer tells no metric"""
+    metrics: list[Literal["loss", "accuracy"]] = Field(default=["loss", "accuracy"])
+    """which leave"""
+    decimals: Annotated[int, Field(ge=0, le=17)] = 3
+    """to which metrics are rounded before they leave"""
     largest_model: Count = 10**9
     """parameters"""
     seconds: Annotated[float, Field(gt=0)] = 3600.0
     """of work on a message"""
     runs_a_day: Count = 20
     """runs that are begun"""
+
+
+class Privacy(Section):
+    """What is done to what leaves (:mod:`client_app.privacy`)."""
+
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)]
+    """of an update, or of a peer's gradient"""
+    noise_multiplier: Annotated[float, Field(gt=0, le=1e6)]
+    """standard deviation of the noise, in clip-norms"""
+    epsilon: Annotated[float, Field(gt=0)]
+    """with an answer that would cost more in all, this site takes part no longer"""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """at which epsilon is counted; less than one over the number of examples"""
 
 
 class SiteFile(Section):
@@ -93,12 +112,21 @@ class SiteFile(Section):
     peer_keys: str = ""
     """file of its neighbours' public keys"""
     policy: Policy = Policy()
+    privacy: Privacy | None = None
+    """clipping and noise of what leaves; none where the table is left out"""
 
     def node_config(self) -> dict[str, bool | int | float | str]:
         """As the handlers find it in Flower's context."""
         paths = {"save": self.save, "state": self.state, "private-key": self.private_key, "peer-keys": self.peer_keys}
         named = {"name": self.name} if self.name else {}
-        return {"site": self.site, "data": self.data.path, **named, **{key: path for key, path in paths.items() if path}}
+        privacy = self.privacy.model_dump(by_alias=True) if self.privacy else {}
+        return {
+            "site": self.site,
+            "data": self.data.path,
+            **named,
+            **{key: path for key, path in paths.items() if path},
+            **{f"privacy.{key}": value for key, value in privacy.items()},
+        }
 
     def run_config(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """A run's configuration with this site's data in the place of the run's."""
@@ -128,6 +156,10 @@ def read_site(path: Path) -> SiteFile:
         raise PolicyError(f"{path}: private-key and peer-keys belong together")
     if found.name and (wrong_name := fault([found.name])):
         raise PolicyError(f"{path}: name: {wrong_name}")
+    if found.privacy and not found.state:
+        raise PolicyError(f"{path}: privacy needs state, a folder in which it is written down what is spent")
+    if found.privacy and found.policy.metrics:
+        raise PolicyError(f"{path}: privacy: metrics leave without noise, epsilon would not be true: set policy.metrics = []")
     if found.policy.sealing == "keys" and not found.private_key:
         raise PolicyError(f"{path}: policy.sealing = 'keys' needs private-key and peer-keys")
     return found
@@ -160,27 +192,44 @@ def check_run(policy: Policy, config: Config) -> None:
         refuse("sealing", policy.sealing, f"wire.sealing = {config.wire.sealing!r}")
     if training.batch_size < policy.smallest_batch:
         refuse("smallest-batch", policy.smallest_batch, f"training.batch-size = {training.batch_size}")
-    plan = config.plan
-    if isinstance(plan, PeerPlan | ArrivalPlan):
-        _check_steps(policy, config, plan.steps)
 
 
-def check_order(policy: Policy, config: Config, order: Order | PeerOrder, num_train: int) -> None:
-    """What a message asks for.
+def check_order(policy: Policy, config: Config, order: Order | PeerOrder | None, num_train: int) -> None:
+    """What a message asks for, at a site of ``num_train`` examples; None: what those of this run will.
 
     Raises:
         PolicyError: it breaks a rule.
     """
+    batches, plan = num_batches(num_train, config.training.batch_size), config.plan
     if isinstance(order, Order) and order.local:
-        an_epoch = -(-num_train // config.training.batch_size)
-        _check_steps(policy, config, order.local.steps or order.local.epochs * an_epoch)
-
-
-def _check_steps(policy: Policy, config: Config, steps: int) -> None:
+        steps = order.local.steps or order.local.epochs * batches
+    elif not isinstance(order, Order) and isinstance(plan, PeerPlan | ArrivalPlan):
+        steps = plan.steps
+    else:
+        return
     if steps < policy.smallest_steps:
         refuse("smallest-steps", policy.smallest_steps, f"an answer after {steps} batches")
-    if (examples := steps * config.training.batch_size) < policy.smallest_examples:
+    if (batch := round(num_train / batches)) < policy.smallest_batch:
+        refuse("smallest-batch", policy.smallest_batch, f"batches of {batch} of this site's {num_train} examples")
+    if (examples := min(round(steps * num_train / batches), num_train)) < policy.smallest_examples:
         refuse("smallest-examples", policy.smallest_examples, f"an answer after {examples} examples")
+
+
+def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
+    """Take out what must not leave, and round the rest.
+
+    Args:
+        policy: the site's.
+        metrics: a record of an answer; changed.
+        num_test: examples that a test was made on.
+    """
+    of_test = "accuracy" in metrics
+    for name, value in list(metrics.items()):
+        kind = next((kind for kind in ("loss", "accuracy") if kind in name), None)
+        if kind and (kind not in policy.metrics or ((of_test or "test" in name) and num_test < policy.smallest_examples)):
+            del metrics[name]
+        elif kind and isinstance(value, float):
+            metrics[name] = round(value, policy.decimals)
 
 
 def refuse(rule: str, allowed: object, asked: str) -> NoReturn:

@@ -2,16 +2,19 @@
 
     python -m client_app.service /etc/archipelago/site.toml            answer letters until it is ended
     python -m client_app.service --check /etc/archipelago/site.toml    say what it would do, or what is wrong
+    torchrun --nproc-per-node=4 -m client_app.service site.toml        the same on four GPUs
 
 It listens at a Unix socket that its own user and the members of one group may open; Flower's ClientApp, whose code the server
 ships and which may run as another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask is
-decided by the operator's file (:mod:`client_app.policy`). One letter is answered after the other, by this process's main thread;
-data, network and what runs made this site remember stay in its memory.
+decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer before it leaves
+(:mod:`client_app.privacy`). One letter is answered after the other, by this process's main thread; data, network and what runs
+made this site remember stay in its memory.
 """
 
 import argparse
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -22,22 +25,27 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from queue import Queue
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from flwr.app import DEFAULT_TTL, Context, Message, Metadata, RecordDict
+import torch
+from flwr.app import DEFAULT_TTL, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
 
 from client_app import letter, policy
 from client_app.handlers import app as handlers
 from client_app.letter import LetterError
+from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
+from client_app.privacy import SEED, Account
+from client_app.ranks import Ranks
 from client_app.site import SiteId, config_of_site, network_of, raw_data
 from configuration.config import Config
 from strategies.method import PeerPlan
 from strategies.protocol import read_order, read_peer_order
-from strategies.records import config_of
+from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
 TELL_S = 1.0  # from one word that the service works to the next
@@ -64,13 +72,14 @@ class Service:
 
     Args:
         site: the operator's file.
+        ranks: the processes of this site.
     """
 
-    def __init__(self, site: SiteFile) -> None:
-        self._site = site
+    def __init__(self, site: SiteFile, ranks: Ranks) -> None:
+        self._site, self._ranks = site, ranks
         self._letters: Queue[_Letter] = Queue(WAITING)
         self._runs: OrderedDict[int, _Memory] = OrderedDict()
-        self._begun: list[float] = []
+        self._begun = _Begun(Path(site.state) / "runs.json" if site.state else None)
         self._doing = ("starting", time.monotonic())
 
     # Letters.
@@ -117,12 +126,12 @@ class Service:
     def _work(self, found: _Letter) -> None:
         start = time.monotonic()
         self._doing = (f"{found.head.get('kind')} of run {found.head.get('run')}", start)
-        rule = ""
+        rule, more = "", dict[str, object]()
         answer: RecordDict | str
         try:
             self._audit(found, "in", _bytes(found.content))
             with _deadline(self._site.policy.seconds) as passed:
-                reply = self._answer(found)
+                reply, more = self._answer(found)
             if passed.is_set():  # the handlers answer with an error, whatever goes wrong
                 raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
             answer = str(reply.error.reason) if reply.has_error() else reply.content
@@ -131,28 +140,42 @@ class Service:
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         self._doing = ("nothing", time.monotonic())
-        said = {"rule" if rule else "problem": answer} if isinstance(answer, str) else {}
+        more |= {"rule" if rule else "problem": answer} if isinstance(answer, str) else {}
         size = 0 if isinstance(answer, str) else _bytes(answer)
         try:
-            self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **said)
+            self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **more)
         except OSError as error:  # a full disk; what is not written down does not leave
             answer = f"ServiceError: the site's audit log cannot be written: {error}"
         found.answer.set_result(answer)
 
-    def _answer(self, found: _Letter) -> Message:
+    def _answer(self, found: _Letter) -> tuple[Message, dict[str, object]]:
+        """The answer, and what the audit log says of it."""
         head, site = found.head, self._site
         asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
-        context = Context(run, node, site.node_config(), RecordDict(), site.run_config(asked))
+        node_config = site.node_config() | ({SEED: secrets.randbits(63)} if site.privacy else {})
+        context = Context(run, node, node_config, RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
         memory = self._memory(run, asked)  # a run that is refused pushes no other run's out
         context.state = memory.state
-        self._check_message(config, message, context)
+        num_test = self._check_message(config, message, context)
+        if self._ranks.count > 1 and site.state:
+            restore_from_disk(context)
+        self._ranks.share(message, context)
         reply = handlers(message, context)
+        self._ranks.meet()
         self._runs[run] = memory._replace(state=context.state)
-        return reply
+        if reply.has_error():
+            return reply, {}
+        more: dict[str, object] = {"norms": _norms(message, reply)}
+        if site.privacy:
+            more["epsilon"] = round(Account(Path(site.state), site.privacy.delta).epsilon(), 4)
+        for record in reply.content.values():
+            if isinstance(record, MetricRecord):
+                policy.withhold(site.policy, record, num_test)
+        return reply, more
 
     def _memory(self, run: int, asked: dict[str, Any]) -> _Memory:
         text = json.dumps(asked, sort_keys=True)
@@ -161,38 +184,90 @@ class Service:
                 raise PolicyError(f"run {run} has another configuration than in its first letter")
             self._runs.move_to_end(run)
             return self._runs[run]
-        now = time.time()
-        self._begun = [moment for moment in self._begun if now - moment < DAY_S]
-        if len(self._begun) >= self._site.policy.runs_a_day:
-            raise PolicyError(f"runs-a-day = {self._site.policy.runs_a_day}: so many began in the last 24 hours")
-        self._begun.append(now)
+        self._begun.add(run, sha256(text.encode()).hexdigest(), self._site.policy.runs_a_day)
         self._runs[run] = found = _Memory(text, RecordDict())
         while len(self._runs) > RUNS:
             self._runs.popitem(last=False)
         return found
 
-    def _check_message(self, config: Config, message: Message, context: Context) -> None:
+    def _check_message(self, config: Config, message: Message, context: Context) -> int:
+        """Whether a message breaks a rule; how many examples a test of this site is made on."""
         rules, kind = self._site.policy, message.metadata.message_type
         num_train, num_test, shape = _holdings(config, SiteId.of(context))
-        if kind.startswith("evaluate") and num_test < rules.smallest_examples:
-            policy.refuse("smallest-examples", rules.smallest_examples, f"a test on {num_test} examples")
         if kind == "query.site":
-            return
+            policy.check_order(rules, config, None, num_train)
+            return num_test
         asked = config_of(message)
         order = read_peer_order(asked) if isinstance(config.plan, PeerPlan) and kind.startswith("train") else read_order(asked)
         policy.check_order(rules, config, order, num_train)
         size = network_of(config, shape, len(order.agreed.classes)).x.numel()
         if size > rules.largest_model:
             policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
+        return num_test
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
         """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = {"time": moment, "way": way, "run": found.head.get("run"), "kind": found.head.get("kind"), "bytes": size, **more}
+        config = found.content.get(CONFIG)
+        number = config.get("server-round") if isinstance(config, ConfigRecord) else None
+        line = {
+            "time": moment,
+            "way": way,
+            "run": found.head.get("run"),
+            "round": number,
+            "kind": found.head.get("kind"),
+            "bytes": size,
+            **more,
+        }
         print(json.dumps(line), file=sys.stderr, flush=True)
         if self._site.audit:
             with Path(self._site.audit).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+class _Begun:
+    """The runs of the last 24 hours.
+
+    Args:
+        file: in which they outlive this process; None where nothing does.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._runs: list[tuple[float, int, str]] = []
+        if file is not None and file.exists():
+            self._runs = [(moment, run, digest) for moment, run, digest in json.loads(file.read_text())]
+
+    def add(self, run: int, digest: str, most: int) -> None:
+        """A run with a configuration of this digest begins, or goes on after this process was started anew.
+
+        Raises:
+            PolicyError: it had another configuration, or so many have begun.
+        """
+        now = time.time()
+        self._runs = [each for each in self._runs if now - each[0] < DAY_S]
+        known = [before for _, number, before in self._runs if number == run]
+        if known and digest not in known:
+            raise PolicyError(f"run {run} has another configuration than in its first letter")
+        if known:
+            return
+        if len(self._runs) >= most:
+            raise PolicyError(f"runs-a-day = {most}: so many began in the last 24 hours")
+        self._runs.append((now, run, digest))
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._file, json.dumps(self._runs).encode())
+
+
+def follow(ranks: Ranks) -> None:
+    """The work of a process that reads no letters, until it is ended."""
+    while True:
+        head, content, state = ranks.shared()
+        run, node = int(head["run"]), int(head["node"])
+        message = Message(metadata=_metadata(run, node, str(head["kind"])), content=content)  # type: ignore[call-overload]
+        node_config = {key: value for key, value in head["node-config"].items() if key not in ("state", "save")}
+        handlers(message, Context(run, node, node_config, state, head["run-config"]))
+        ranks.meet()
 
 
 @lru_cache(maxsize=RUNS)
@@ -216,6 +291,17 @@ def _metadata(run: int, node: int, kind: str) -> Metadata:
         ttl=DEFAULT_TTL,
         message_type=kind,
     )
+
+
+def _norms(message: Message, reply: Message) -> dict[str, float]:
+    """Euclidean norms of the vectors of an answer, or of their difference from those that came; sealed ones say nothing."""
+    sent, found = arrays_of(message), dict[str, float]()
+    for name, array in arrays_of(reply).items():
+        if array.dtype == "float32":
+            vector = unpack(array)
+            like = name in sent and sent[name].dtype == "float32" and tuple(sent[name].shape) == tuple(array.shape)
+            found[name] = float(f"{(vector - unpack(sent[name]) if like else vector).norm():.4g}")
+    return found
 
 
 def _bytes(content: RecordDict) -> int:
@@ -283,10 +369,27 @@ def report(site: SiteFile) -> str:
         f"classes: {', '.join(data.classes)}",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
+        f"privacy: {_spent(site)}",
         "policy:",
         *(f"  {key} = {value!r}" for key, value in site.policy.model_dump(by_alias=True).items()),
     ]
     return "\n".join(lines)
+
+
+def _spent(site: SiteFile) -> str:
+    if site.privacy is None:
+        return "none: answers leave as they are"
+    spent = Account(Path(site.state), site.privacy.delta).epsilon()
+    rules = ", ".join(f"{key} = {value:g}" for key, value in site.privacy.model_dump(by_alias=True).items())
+    return f"{rules}; spent so far: epsilon {spent:.4g}"
+
+
+def _warm() -> None:
+    """Load what PyTorch loads with the first step of an optimizer, so that no letter waits for it."""
+    whole = torch.nn.Parameter(torch.zeros(1))
+    whole.grad = torch.zeros(1)
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        kind([whole], 0.1, fused=True).step()
 
 
 def main() -> None:
@@ -297,9 +400,13 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         site = policy.read_site(arguments.site)
+        ranks = Ranks()
+        if ranks.rank:
+            follow(ranks)
         print(report(site), flush=True)
         if not arguments.check:
-            Service(site).serve()
+            _warm()
+            Service(site, ranks).serve()
     except ValueError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from flwr.app import Context, Message
 from torch import Tensor
 from torch.nn import functional as F
 
 from client_app import training
+from client_app.privacy import Noise
 from configuration.config import Config
 from configuration.errors import ConfigError
 from datasets import sources
@@ -198,6 +200,10 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Netw
         return logits
 
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
+    if dist.is_available() and dist.is_initialized():
+        if model.num_stats:
+            raise ConfigError("model.norm = 'batch': statistics would differ from process to process; allowed here: 'group'")
+        plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size())
     return Network(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
 
 
@@ -219,6 +225,18 @@ def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteD
     common = Moments(*moments) if moments else None
     data = site_data(config, site, classes, common)
     return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes))
+
+
+def private(context: Context, network: Network) -> Noise | None:
+    """What this site does to what leaves.
+
+    Raises:
+        ValueError: it cannot be done to this network, or the site's epsilon is spent.
+    """
+    noise = Noise.of(context)
+    if noise and network.model.num_stats:
+        raise ConfigError("model.norm = 'batch': statistics would leave without noise; allowed at this site: 'group'")
+    return noise
 
 
 @contextmanager

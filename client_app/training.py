@@ -5,10 +5,13 @@ same loop, and every strategy can use any of them.
 """
 
 import math
+import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,6 +66,27 @@ def sharpness_aware(base: Gradient, rho: float) -> Gradient:
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)
         return value, base(perturbed(x, g, rho), batch, track=False)[1]
+
+    return gradient
+
+
+def data_parallel(base: Gradient, rank: int, count: int) -> Gradient:
+    """The gradient over a batch of which each of ``count`` processes computes its part: loss and gradient are summed over all.
+
+    A process that fails here ends: the others would wait for it.
+    """
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        part = tuple(each.tensor_split(count)[rank] for each in batch)
+        share = len(part[1]) / len(batch[1])
+        try:
+            value, g = base(x, (part[0], part[1]), track=track) if share else (x.new_zeros(()), torch.zeros_like(x))
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+        together = torch.cat([g, value.reshape(1)]).mul_(share)
+        dist.all_reduce(together)
+        return together[-1], together[:-1]
 
     return gradient
 

@@ -95,6 +95,7 @@ def config_of(strategy: str, **keys: Any) -> Config:
     ],
     ids=lambda config: config.strategy,
 )
+@pytest.mark.parametrize("service", [{"policy": {"decimals": 17}}], indirect=True, ids=[""])
 def test_answers_are_those_of_the_handlers_bit_for_bit(config: Config, service: Service) -> None:
     through, inside = deployed(config, site_1=service.socket), deployed(config)
     assert through.models.keys() == inside.models.keys()

@@ -1,0 +1,123 @@
+"""Differential privacy of what a site sends, decided by the site: clipping, Gaussian noise, and an account of what is spent.
+
+    u <- u min(1, C / |u|) + z C n,   n ~ N(0, I)
+
+``u`` is what the site's data did: how far a model came in an order to train, with all that is sent beside it as one vector; for a
+peer, whose model leaves with each exchange, every gradient. Whatever the data are, clipped ``u`` differ by at most 2 C, so that an
+answer is a Gaussian mechanism of noise multiplier z / 2 for any change of them, from one example to all. Answers compose to one of
+``1 / sqrt(sum 1 / (z_t / 2)^2)``; epsilon at delta is that of Balle and Wang, "Improving the Gaussian Mechanism for Differential
+Privacy", ICML 2018, as the library dp-accounting computes it.
+
+Not covered: the census (numbers of examples, names of classes, each column's count, mean and variance), attacks on floating-point
+noise (Mironov, CCS 2012), and how long the site works.
+"""
+
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from torch import Tensor
+
+from client_app.memory import write_whole
+
+CLIP, MULTIPLIER, DELTA, EPSILON = "privacy.clip-norm", "privacy.noise-multiplier", "privacy.delta", "privacy.epsilon"
+SEED = "privacy.seed"  # where several processes must draw the same noise
+
+
+class BudgetError(ValueError):
+    """The site's epsilon is spent."""
+
+
+class Account:
+    """What a site has spent, in a file that outlives every process.
+
+    Args:
+        folder: the site's state.
+        delta: of (epsilon, delta).
+    """
+
+    def __init__(self, folder: Path, delta: float) -> None:
+        self._file, self._delta = folder / "privacy.json", delta
+
+    def _spent(self) -> float:
+        """The sum of the inverse squared noise multipliers."""
+        return float(json.loads(self._file.read_text())["spent"]) if self._file.exists() else 0.0
+
+    def epsilon(self, more: float = 0.0) -> float:
+        """What is spent so far, and with so much more."""
+        from dp_accounting import get_epsilon_gaussian  # not above: a second, and few sites ask
+
+        spent = self._spent() + more
+        return get_epsilon_gaussian(1 / math.sqrt(spent), self._delta) if spent else 0.0
+
+    def charge(self, more: float) -> None:
+        """It is on disk when this returns: only then may an answer leave."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._file, json.dumps({"spent": self._spent() + more}).encode())
+
+
+class Noise:
+    """Clips and adds noise.
+
+    Args:
+        clip_norm: C, the Euclidean norm that is left.
+        multiplier: z, the noise's standard deviation in each coordinate as a multiple of C.
+        account: what is charged.
+        budget: the largest epsilon.
+        seed: of the noise; nobody else may know it.
+    """
+
+    def __init__(self, clip_norm: float, multiplier: float, account: Account, budget: float, seed: int) -> None:
+        self._clip, self._multiplier, self._account, self._budget = clip_norm, multiplier, account, budget
+        self._seed, self._uses = seed, 0
+        self._generator: torch.Generator | None = None
+
+    @classmethod
+    def of(cls, context: Context) -> "Noise | None":
+        """As the node's configuration says; None where it says nothing.
+
+        Raises:
+            BudgetError: not even one answer is left.
+        """
+        node: dict[str, Any] = dict(context.node_config)
+        if CLIP not in node:
+            return None
+        account = Account(Path(node["state"]), node[DELTA])
+        found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], node.get(SEED, secrets.randbits(63)))
+        found._check(1)
+        return found
+
+    def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
+        """The vectors, clipped together, with noise."""
+        device = vectors[0].device
+        self._generator = self._generator or torch.Generator(device).manual_seed(self._seed)
+        self._uses += 1
+        norm = torch.stack([vector.norm() for vector in vectors]).norm()
+        share = (self._clip / norm).clamp(max=1.0).nan_to_num()  # 0 / 0 and what is not finite: nothing leaves
+        deviation = self._clip * self._multiplier
+        return [
+            (vector * share).nan_to_num(0.0, 0.0, 0.0)
+            + deviation * torch.randn(vector.shape, generator=self._generator, device=device)
+            for vector in vectors
+        ]
+
+    def _check(self, uses: int) -> float:
+        cost = uses * (2 / self._multiplier) ** 2
+        if (epsilon := self._account.epsilon(cost)) > self._budget:
+            raise BudgetError(f"privacy.epsilon = {self._budget:g}: with this answer it would be {epsilon:.4g}")
+        return cost
+
+    def settle(self) -> None:
+        """Charge what was used since the last time; before the answer leaves.
+
+        Raises:
+            BudgetError: it is more than is left.
+        """
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a site used the same noise
+            self._account.charge(self._check(self._uses))
+        self._uses = 0

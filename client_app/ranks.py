@@ -1,0 +1,75 @@
+"""A site of several processes, one a GPU, that ``torchrun`` starts: all work on each letter, each on its part of every batch.
+
+Rank 0 reads the letters and answers; what it got, and what the run made the site remember, it shares with the others, which run the
+same handlers and throw their answers away. They meet in each gradient (:func:`client_app.training.data_parallel`). A process
+that fails alone ends, with it torchrun ends the others and starts all anew.
+"""
+
+import os
+import traceback
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from flwr.app import Context, Message, RecordDict
+
+from client_app import letter
+
+MEET_S = 60.0  # one that is through with a letter waits so long for the others
+IDLE = timedelta(days=3650)  # from letter to letter
+STATE = "state/"  # before the names of what the site remembers
+
+
+class Ranks:
+    """The processes of a site.
+
+    Attributes:
+        rank, count: which of how many this is.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            self._control: Any = dist.new_group(backend="gloo", timeout=IDLE)
+
+    def share(self, message: Message, context: Context) -> None:
+        """What rank 0 is about to work on."""
+        if self.count == 1:
+            return
+        content = RecordDict({**message.content, **{STATE + name: record for name, record in context.state.items()}})
+        head = {
+            "kind": message.metadata.message_type,
+            "run": context.run_id,
+            "node": context.node_id,
+            "node-config": dict(context.node_config),
+            "run-config": dict(context.run_config),
+        }
+        self._broadcast(letter.to_bytes(head, content))
+
+    def shared(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
+        """The other ranks' side of it: its head, the message's content, and what the site remembers."""
+        head, records = letter.from_bytes(self._broadcast(None))
+        content = RecordDict({name: record for name, record in records.items() if not name.startswith(STATE)})
+        state = RecordDict({name.removeprefix(STATE): record for name, record in records.items() if name.startswith(STATE)})
+        return head, content, state
+
+    def _broadcast(self, data: bytes | None) -> bytes:
+        size = torch.tensor([0 if data is None else len(data)])
+        dist.broadcast(size, 0, self._control)
+        whole = torch.empty(int(size), dtype=torch.uint8) if data is None else torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(whole, 0, self._control)
+        return whole.numpy().tobytes()
+
+    def meet(self) -> None:
+        """All are through with the letter; else this process ends."""
+        if self.count > 1:
+            try:
+                dist.monitored_barrier(self._control, timedelta(seconds=MEET_S))
+            except RuntimeError:
+                traceback.print_exc()
+                os._exit(1)

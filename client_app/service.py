@@ -41,7 +41,7 @@ from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account
 from client_app.ranks import Ranks
-from client_app.site import SiteId, config_of_site, network_of, raw_data
+from client_app.site import Origin, SiteId, config_of_site, network_of, origin_of, raw_data
 from configuration.config import Config
 from strategies.method import PeerPlan
 from strategies.protocol import read_order, read_peer_order
@@ -193,7 +193,8 @@ class Service:
     def _check_message(self, config: Config, message: Message, context: Context) -> int:
         """Whether a message breaks a rule; how many examples a test of this site is made on."""
         rules, kind = self._site.policy, message.metadata.message_type
-        num_train, num_test, shape = _holdings(config, SiteId.of(context))
+        site = SiteId.of(context)
+        num_train, num_test, shape = _holdings(config, site, origin_of(config, site))
         if kind == "query.site":
             policy.check_order(rules, config, None, num_train)
             return num_test
@@ -271,8 +272,8 @@ def follow(ranks: Ranks) -> None:
 
 
 @lru_cache(maxsize=RUNS)
-def _holdings(config: Config, site: SiteId) -> tuple[int, int, tuple[int, ...]]:
-    """Training and test examples, and the shape of one as the network takes it."""
+def _holdings(config: Config, site: SiteId, _: Origin) -> tuple[int, int, tuple[int, ...]]:
+    """Training and test examples, and the shape of one as the network takes it; anew when the files changed."""
     data = raw_data(config, site)
     shape = tuple(data.train.x.shape[1:])
     return len(data.train.y), len(data.test.y), (2 * shape[0],) if data.columns else shape

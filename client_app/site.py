@@ -5,6 +5,7 @@ the message, the run configuration, the data and the context's state alone.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -95,23 +96,57 @@ def _checked(run_config: frozenset[tuple[str, Any]]) -> Config:
     return Config.read(dict(run_config))
 
 
-@lru_cache(maxsize=1)
-def _pool(config: Config, path: str) -> sources.Examples:
-    return sources.load(
-        config.data.source,
-        path,
-        label=config.data.label,
-        group=config.data.group,
-        image_size=config.data.image_size,
-        audio_seconds=config.data.audio_seconds,
-        text_buckets=config.data.text_buckets,
-    )
+class Origin(NamedTuple):
+    """Where a site's examples come from, and all that decoding them depends on.
+
+    Attributes:
+        source, path: as in :func:`datasets.sources.load`.
+        options: its other arguments.
+        fingerprint: of the files.
+    """
+
+    source: str
+    path: str
+    options: tuple[tuple[str, Any], ...]
+    fingerprint: str
+
+
+def origin_of(config: Config, site: SiteId) -> Origin:
+    """The origin of a site's examples; it changes with the files.
+
+    Raises:
+        SourceError: there are none.
+    """
+    data, path = config.data, config.data.path if site.num_sites is not None else site.path
+    options = tuple((key, getattr(data, key)) for key in ("label", "group", "image_size", "audio_seconds", "text_buckets"))
+    return Origin(data.source, path, options, _fingerprint(data.source, path))
+
+
+_looks: dict[tuple[str, str], tuple[float, str]] = {}  # of a source and path: when to look again, and what was found
+
+
+def _fingerprint(source: str, path: str) -> str:
+    """Of the files, as of a moment ago: a look at a million of them takes seconds, and looking a twentieth of the time at most."""
+    due, before = _looks.get((source, path), (0.0, ""))
+    if (start := time.monotonic()) < due:
+        return before
+    found = sources.fingerprint(source, path)
+    end = time.monotonic()
+    _looks[source, path] = end + 19 * (end - start), found
+    if found != before:
+        _site_data.cache_clear()  # the copies of what was there before
+    return found
 
 
 @lru_cache(maxsize=1)
-def _splits(config: Config, num_sites: int) -> list[Split]:
+def _pool(origin: Origin) -> sources.Examples:
+    return sources.load(origin.source, origin.path, **dict(origin.options))
+
+
+@lru_cache(maxsize=4)
+def _splits(config: Config, num_sites: int, origin: Origin) -> list[Split]:
     return deal(
-        _pool(config, config.data.path),
+        _pool(origin),
         num_sites,
         np.random.default_rng(derive(config.seed, "partition")),
         kind=config.partition.kind,
@@ -134,25 +169,32 @@ def _radius(config: Config) -> float:
 
 def raw_data(config: Config, site: SiteId) -> SiteData:
     """The examples of a site as they were read: classes and columns are its own."""
+    return _raw_data(config, site, origin_of(config, site))
+
+
+def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
     if site.num_sites is not None:
-        splits = _splits(config, site.num_sites)
-        chosen = splits if _pooled(config) else [splits[site.number]]
-        return take(_pool(config, config.data.path), chosen)
+        splits = _splits(config, site.num_sites, origin)
+        return take(_pool(origin), splits if _pooled(config) else [splits[site.number]])
     if _pooled(config):
         raise ValueError(f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation")
-    examples = _pool(config, site.path)
+    examples = _pool(origin)
     generator = np.random.default_rng(derive(config.seed, "split", site.number))
     return take(examples, [own(examples, generator, test_part=config.data.test_part, test_fraction=config.data.test_fraction)])
 
 
-@lru_cache(maxsize=64)
 def site_data(config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None) -> SiteData:
     """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
 
     Raises:
         ValueError: the data cannot be read, dealt out or named.
     """
-    data = relabel(raw_data(config, site), classes)
+    return _site_data(config, site, origin_of(config, site), classes, common)
+
+
+@lru_cache(maxsize=64)
+def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str, ...], common: Moments | None) -> SiteData:
+    data = relabel(_raw_data(config, site, origin), classes)
     if common is not None:
         data = standardise(data, common)
     to = partial(torch.Tensor.to, device=device_of(config.computing.device))
@@ -211,7 +253,7 @@ def name_of(config: Config, site: SiteId, context: Context) -> str:
     """A site's name for people."""
     name = f"site {site.number}"
     if site.num_sites and config.partition.kind == "natural":
-        name = _pool(config, config.data.path).groups[site.number]
+        name = _pool(origin_of(config, site)).groups[site.number]
     name = str(context.node_config.get("name", name))
     if wrong := fault([name]):
         raise ConfigError(f"name of --node-config: {wrong}")

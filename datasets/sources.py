@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from datasets import cache
 from datasets.examples import Examples, SourceError, check
-from datasets.files import naming
+from datasets.files import existing, naming
 from datasets.folders import audio_folder, image_folder, log_mel
 from datasets.names import called, shown
 from datasets.tables import csv, text_csv
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "csv",
     "digits",
+    "fingerprint",
     "image_folder",
 ]
 __all__ += ["load", "log_mel", "text_csv", "torchvision_set"]
@@ -53,7 +55,7 @@ def torchvision_set(name: str, path: str) -> Examples:
     from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
     build = getattr(known, name)
-    folder = Path(path or "~/.cache/archipelago").expanduser()
+    folder = _root(path)
     for file in sorted((folder / name / "raw").glob("*-ubyte")):  # where MNIST and Fashion-MNIST are
         with naming(file, f"a part of {name}"):
             read_sn3_pascalvincent_tensor(str(file))
@@ -75,6 +77,10 @@ def torchvision_set(name: str, path: str) -> Examples:
     return Examples(x.contiguous(), y, tuple(parts[0].classes), test=test)
 
 
+def _root(path: str) -> Path:
+    return Path(path or "~/.cache/archipelago").expanduser()
+
+
 class Source(NamedTuple):
     """A named source.
 
@@ -82,24 +88,36 @@ class Source(NamedTuple):
         read: takes some of the run configuration's keys and returns the examples.
         pictures: whether these are pictures.
         official_test: whether they have an official test part.
+        folder: of a data set of torchvision, below the root.
     """
 
     read: Callable[..., Examples]
     pictures: bool = False
     official_test: bool = False
+    folder: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys that it takes."""
         return tuple(inspect.signature(self.read).parameters)
 
+    def files(self, path: str) -> Path | None:
+        """The file or folder that it reads; None for data of a package.
+
+        Raises:
+            SourceError: there is none.
+        """
+        if "path" not in self.keys:
+            return None
+        return _root(path) / self.folder if self.folder else existing(path)
+
 
 SOURCES = {
     "digits": Source(digits, pictures=True),
-    "mnist": Source(partial(torchvision_set, "MNIST"), pictures=True, official_test=True),
-    "fashion-mnist": Source(partial(torchvision_set, "FashionMNIST"), pictures=True, official_test=True),
-    "cifar10": Source(partial(torchvision_set, "CIFAR10"), pictures=True, official_test=True),
-    "cifar100": Source(partial(torchvision_set, "CIFAR100"), pictures=True, official_test=True),
+    "mnist": Source(partial(torchvision_set, "MNIST"), pictures=True, official_test=True, folder="MNIST/raw"),
+    "fashion-mnist": Source(partial(torchvision_set, "FashionMNIST"), pictures=True, official_test=True, folder="FashionMNIST/raw"),
+    "cifar10": Source(partial(torchvision_set, "CIFAR10"), pictures=True, official_test=True, folder="cifar-10-batches-py"),
+    "cifar100": Source(partial(torchvision_set, "CIFAR100"), pictures=True, official_test=True, folder="cifar-100-python"),
     "image-folder": Source(image_folder, pictures=True),
     "audio-folder": Source(audio_folder),
     "csv": Source(csv),
@@ -119,7 +137,8 @@ def load(
 ) -> Examples:
     """Read a data set by the name of its source, or by the import path of a function of ``path``.
 
-    The arguments are the run configuration's of the same names.
+    The arguments are the run configuration's of the same names. What a named source decoded is kept on disk
+    (:mod:`datasets.cache`); a function may read anything, so that nobody knows when it would return something else.
 
     Raises:
         SourceError: what is missing, and where it was looked for.
@@ -137,8 +156,30 @@ def load(
         "text_buckets": text_buckets,
     }
     found = SOURCES[source]
-    examples = found.read(**{key: keys[key] for key in found.keys})
+    keys = {key: keys[key] for key in found.keys}
+
+    def decode() -> Examples:
+        examples = found.read(**keys)
+        try:
+            return check(examples, source)
+        except SourceError as error:
+            raise SourceError(f"{path}: {error}" if path else str(error)) from None
+
+    options = {key: value for key, value in keys.items() if key != "path"}
+    return cache.cached(source, found.files(path), options, decode)
+
+
+def fingerprint(source: str, path: str) -> str:
+    """Of the files that :func:`load` would read (:func:`datasets.cache.fingerprint`).
+
+    A function of one's own is taken to read ``path``, where there is such a file or folder.
+
+    Raises:
+        SourceError: a named source's path is missing.
+    """
+    if source in SOURCES:
+        return cache.fingerprint(SOURCES[source].files(path))
     try:
-        return check(examples, source)
-    except SourceError as error:
-        raise SourceError(f"{path}: {error}" if path else str(error)) from None
+        return cache.fingerprint(existing(path))
+    except SourceError:
+        return ""

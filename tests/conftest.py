@@ -1,7 +1,7 @@
 """What tests share: the default configuration, and a run of the real ServerApp and ClientApp in this process."""
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EndToEndToge
 ROOT = Path(__file__).parent.parent
 mpl.use("agg")
 torch.set_num_threads(1)  # small networks; and tests run side by side
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this process and those that tests start keep decoded data: not where their user does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home := tmp_path_factory.mktemp("cache")))
+        yield home
 
 
 def default_config() -> dict[str, Any]:

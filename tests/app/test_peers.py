@@ -165,7 +165,7 @@ def test_state_survives_the_process() -> None:
     """Everything a site keeps in memory is dropped before each message: only ``context.state`` remains."""
 
     def forget(number: int, message: Message, reply: Message) -> Message:
-        for cached in (site_module.network_of, site_module.site_data, oracle_module.order_of):
+        for cached in (site_module.network_of, site_module._site_data, oracle_module.order_of):
             cached.cache_clear()
         return reply
 

@@ -29,6 +29,8 @@ from strategies.protocol import Agreed
 from strategies.randomness import derive
 from strategies.records import config_of
 
+FEWEST = 16  # examples: the loss of a known network on few of them tells what they are
+
 
 class SiteId(NamedTuple):
     """Which site this is.
@@ -131,7 +133,21 @@ def _radius(config: Config) -> float:
 
 
 def raw_data(config: Config, site: SiteId) -> SiteData:
-    """The examples of a site as they were read: classes and columns are its own."""
+    """The examples of a site as they were read: classes and columns are its own.
+
+    Raises:
+        ConfigError: the run is sealed, and the site would tell losses on a few examples.
+    """
+    data = _raw(config, site)
+    parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
+    if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
+        raise ConfigError(
+            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; allowed, sealed: {FEWEST} or more"
+        )
+    return data
+
+
+def _raw(config: Config, site: SiteId) -> SiteData:
     if site.num_sites is not None:
         splits = _splits(config, site.num_sites)
         chosen = splits if _pooled(config) else [splits[site.number]]

@@ -128,7 +128,8 @@ def sealing() -> None:
 
     private = [X25519PrivateKey.generate() for _ in range(3)]
     public = {number: key.public_key().public_bytes_raw() for number, key in enumerate(private)}
-    rings = [Keyring(number, key, public) for number, key in enumerate(private)]
+    nonces = {number: os.urandom(16) for number in public}
+    rings = [Keyring(number, key, public, nonces) for number, key in enumerate(private)]
     data, header = os.urandom(100_000_000), Header(1, 0, 1, "model")
     sealed, keys, _ = rings[0].seal(data, [1, 2], header)
     seal, opened = [], []

@@ -5,13 +5,14 @@ A deployed site names its service's socket: ``--node-config 'service="/run/archi
 ships, needs to read neither data nor keys.
 """
 
-from logging import WARNING
+from logging import ERROR, WARNING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
-from client_app.letter import ask
+from client_app.letter import RAISED, ask
+from client_app.node import NodeError, check_node
 
 
 class Site(ClientApp):
@@ -19,6 +20,11 @@ class Site(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """The service's answer, or that of the handlers in this process."""
+        try:
+            check_node(context.node_config)
+        except NodeError as error:
+            log(ERROR, "%s", error)
+            return Message(Error(RAISED, f"NodeError: {error}"), reply_to=message)
         if "service" in context.node_config:
             return ask(str(context.node_config["service"]), message, context)
         if message.metadata.message_type == "query.site" and "site" in context.node_config:

@@ -16,7 +16,7 @@ from client_app import training
 from client_app.letter import RAISED
 from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
-from client_app.sealing import SealError, keyring, public_key
+from client_app.sealing import SealError, keyring, nonce_of, public_key
 from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, private, raw_data, seeded
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
@@ -63,10 +63,12 @@ def describe(message: Message, context: Context) -> Message:
     if config.wire.sealing == "trust-on-first-use":
         found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":
-        keys = keyring(context, config.wire.sealing, site.number, {})
+        keys = keyring(context, config.wire.sealing, site.number, {}, {})
         linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
+    if config.wire.sealing != "off":
+        found["nonce"] = nonce_of(context)
     card = SiteCard.model_construct(
         site=site.number,
         sites=site.num_sites or 0,

@@ -27,7 +27,7 @@ from strategies.protocol import Agreed
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
-TENSORS, NUMBERS, RUN = "peer", "peer-numbers", "peer-run"  # the records in the context's state
+TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"  # the records in the context's state
 RULE, MOMENTS = "rule", "moments"
 T = TypeVar("T", bound=tuple[Any, ...])
 
@@ -66,7 +66,7 @@ def check_run(context: Context, run: Mapping[str, str]) -> None:
             raise ValueError(f"{' and '.join(changed)}: another one than in this run's first step; refused")
     elif TENSORS in context.state:
         log(INFO, "this site forgets what it remembers of another run")
-        for name in (TENSORS, NUMBERS, RUN):
+        for name in (TENSORS, NUMBERS, RUN, SAVED):
             context.state.pop(name, None)
 
 

@@ -7,6 +7,7 @@ The step itself is a function that knows no Flower (:mod:`strategies.peer.step`)
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from safetensors.torch import save_file
 
 from client_app import sealing
-from client_app.memory import check_run, recall, remember, run_of, written
+from client_app.memory import SAVED, check_run, recall, remember, run_of, written
 from client_app.oracle import Oracle
 from client_app.site import Network, open_site, private, seeded
 from client_app.training import num_batches
@@ -85,7 +86,7 @@ def take_step(message: Message, context: Context) -> Message:
     run = run_of(context, asked.agreed)
     check_run(context, run)
     if config.wire.sealing != "off":
-        ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys)
+        ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys, asked.nonces)
         loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)  # half an epoch
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, asked, context, config, peer, data, network, ring)
@@ -111,9 +112,14 @@ def take_step(message: Message, context: Context) -> Message:
 
 
 def _order(call: _Call) -> Order:
-    asked = call.asked
+    asked, plan = call.asked, call.peer.plan
     if not 0 <= asked.done <= 1:
         raise ValueError(f"cycle-from = {asked.done:g}: 0 to 1 is expected")
+    # How many exchanges a run has follows from the batches of all sites, which no site knows. But what is told to be the last one
+    # must be the end of what is told to be over; that never falls, so that whoever ends a run early has ended it.
+    ends = asked.step and not call.crossing and asked.done == plan.done(asked.step, plan.exchange(asked.step) + 1)
+    if asked.last and not ends:
+        raise ValueError(f"step {asked.step} cannot be the last one: {asked.done:g} of the run is over")
     return Order(
         asked.step,
         _neighbours(call),
@@ -121,7 +127,7 @@ def _order(call: _Call) -> Order:
         asked.done,
         _readers(call, asked.listeners),
         test=asked.test,
-        last=asked.last and asked.step > 0,
+        last=asked.last,
         again=asked.rejoin,
         restart=asked.fresh,
     )
@@ -131,8 +137,7 @@ def _neighbours(call: _Call) -> Mapping[int, float]:
     """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
     step, found = call.asked.step, call.asked.neighbours
     if call.config.topology.name != "edges":
-        exchange = (step - 1) // call.peer.plan.gradient.messages
-        return graph_of(call.config).neighbours(exchange, call.peer.number) if step else {}
+        return graph_of(call.config).neighbours(call.peer.plan.exchange(step), call.peer.number) if step else {}
     if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
         raise ValueError(f"the server names the weights {dict(found)}: above 0 and at most 1 in all is expected")
     return found
@@ -200,6 +205,8 @@ def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: 
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
     reasons = [f"site {site}: {reason}" for site, reason in refused]
     answer: dict[str, Any] = {"refused": reasons, "broken": broken, "fresh": result.restarted, "anew": forgotten}
+    if call.ring:
+        answer["nonce"] = sealing.nonce_of(call.context)
     content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics}), CONFIG: ConfigRecord(answer)})
     if order.last:
         _hand_over(call, result.state, content)
@@ -213,4 +220,8 @@ def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
     if "save" in call.context.node_config and state.batches:  # a model that was not trained replaces none
         path = Path(str(call.context.node_config["save"]))
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and SAVED not in call.context.state:  # another run's stays: whoever starts runs overwrites no model
+            names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+            path.rename(next(name for name in names if not name.exists()))
+        call.context.state[SAVED] = ConfigRecord()
         save_file(call.network.model.state_dict(state.x, state.stats), path)

@@ -1,15 +1,23 @@
 """Sealed payloads: what peers exchange is encrypted end to end, so that the relay can neither read, change, swap nor replay it.
 
 A payload is encrypted once, with a content key of its own (AES-256-GCM); that key is wrapped for each reader with a key that only
-the two of them can compute (X25519; HKDF-SHA256 with the run, both numbers and both public keys; AES-256-GCM). Both are
-authenticated together with the run, the sender, its step and the kind of payload, the wrapped key also with the reader and the
+the two of them can compute (X25519; HKDF-SHA256 with the run, both numbers, both public keys and both nonces; AES-256-GCM). Both
+are authenticated together with the run, the sender, its step and the kind of payload, the wrapped key also with the reader and the
 SHA-256 of what it opens: a reader who knows a content key cannot seal anything else with it in the sender's name. A reader takes
 each step of a sender once, in order.
 
+A nonce is what a site draws for a run when it first hears of it, and again if it lost its memory. It is told in the census and with
+each answer, and the relay passes it on: a payload opens at a site only if it was sealed for the nonce that this site has now. So
+nothing of an earlier run does, whatever the relay calls it; a wrong nonce costs a payload, as if it had been dropped.
+
 Whose public key is whose, a site reads from a file of its own (``--node-config 'private-key="..." peer-keys="..."'``), which lists
-for each site number its public key. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the
-public ones on, and a site keeps to the first that came: that protects from a relay that turns bad later, not from one that was
-bad at first.
+for each site number its public key. It should list neighbours only: the graph comes from the run, and whoever is listed may be
+made one. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the public ones on, and a site
+keeps to those of the first message: that protects from a relay that turns bad later, not from one that was bad at first. A site
+that lost its memory trusts anew; where ``state`` names a folder it does not lose it (:mod:`client_app.memory`).
+
+Keys of files stay the same from run to run, so there is no forward secrecy: who records what is sent and gets a site's private key
+later opens all that was sent to or from this site.
 """
 
 import os
@@ -30,12 +38,14 @@ from flwr.app import Array, ConfigRecord, Context
 from safetensors.torch import load, save
 
 from strategies.codecs import Payload
+from strategies.protocol import NONCE
 from strategies.records import TO, pack_bytes, unpack_bytes
 
-NONCE = 12
-FIRST = bytes(NONCE)  # a content key is used once, so its nonce need not be another one each time
+GCM_NONCE = 12  # bytes
+FIRST = bytes(GCM_NONCE)  # a content key is used once, so its nonce need not be another one each time
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
+DRAWN = "run-nonce"  # the record in the context's state
 
 
 class SealError(ValueError):
@@ -57,25 +67,27 @@ class Header(NamedTuple):
 
 
 class Keyring:
-    """A site's private key and its neighbours' public ones."""
+    """A site's private key, its neighbours' public ones, and everybody's nonces in a run."""
 
-    def __init__(self, number: int, private: X25519PrivateKey, public: Mapping[int, bytes]) -> None:
-        self._number, self._private, self._public = number, private, public
+    def __init__(self, number: int, private: X25519PrivateKey, public: Mapping[int, bytes], nonces: Mapping[int, bytes]) -> None:
+        self._number, self._private, self._public, self._nonces = number, private, public, nonces
 
     def _shared(self, other: int, run: int) -> AESGCM:
         """What only this site and ``other`` can compute.
 
         Raises:
-            SealError: the public key of ``other`` is not known, or is none.
+            SealError: the public key or the nonce of ``other`` is not known, or the key is none.
         """
         if other not in self._public:
             raise SealError(f"no public key of site {other} is known")
+        if other not in self._nonces:
+            raise SealError(f"no nonce of site {other} is known")
         try:
             secret = self._private.exchange(X25519PublicKey.from_public_bytes(self._public[other]))
         except ValueError:  # too short, or one of the few with which every secret is the same
             raise SealError(f"the public key of site {other} cannot be used") from None
         both = sorted({self._number: _public_of(self._private), other: self._public[other]}.items())
-        text = ":".join(f"{site}:{key.hex()}" for site, key in both)
+        text = ":".join(f"{site}:{key.hex()}:{self._nonces[site].hex()}" for site, key in both)
         return AESGCM(HKDF(hashes.SHA256(), 32, None, f"archipelago content key:{run}:{text}".encode()).derive(secret))
 
     def knows(self, other: int) -> bool:
@@ -88,7 +100,7 @@ class Keyring:
         sealed = AESGCM(content).encrypt(FIRST, data, header.bytes())
         wrapped, problems = dict[int, bytes](), dict[int, str]()
         for reader in readers:
-            nonce = os.urandom(NONCE)
+            nonce = os.urandom(GCM_NONCE)
             try:
                 key = self._shared(reader, header.run).encrypt(nonce, content, header.bytes(reader, sealed))
                 wrapped[reader] = nonce + key
@@ -104,11 +116,12 @@ class Keyring:
         """
         shared = self._shared(header.sender, header.run)
         try:
-            content = shared.decrypt(wrapped[:NONCE], wrapped[NONCE:], header.bytes(self._number, sealed))
+            content = shared.decrypt(wrapped[:GCM_NONCE], wrapped[GCM_NONCE:], header.bytes(self._number, sealed))
             return AESGCM(content).decrypt(FIRST, sealed, header.bytes())
         except (InvalidTag, ValueError):  # of another length, too
             raise SealError(
-                f"step {header.step} was changed on the way, or is not for this site, step or run, or its key is another one"
+                f"step {header.step} was changed on the way, or is not for this site, step or run, "
+                "or its key or nonce is another one"
             ) from None
 
 
@@ -153,7 +166,15 @@ def _own(context: Context) -> ConfigRecord:
     return record
 
 
-def keyring(context: Context, sealing: str, number: int, keys: Mapping[int, bytes]) -> Keyring:
+def nonce_of(context: Context) -> bytes:
+    """This site's nonce in the run, drawn now if there is none."""
+    record, run = context.state.get(DRAWN), str(context.run_id)
+    if not isinstance(record, ConfigRecord) or record["run"] != run:  # Flower keeps a context from run to run of a series
+        record = context.state[DRAWN] = ConfigRecord({"run": run, "nonce": os.urandom(NONCE)})
+    return bytes(record["nonce"])  # type: ignore[arg-type]
+
+
+def keyring(context: Context, sealing: str, number: int, keys: Mapping[int, bytes], nonces: Mapping[int, bytes]) -> Keyring:
     """The keys of a site.
 
     Args:
@@ -161,25 +182,28 @@ def keyring(context: Context, sealing: str, number: int, keys: Mapping[int, byte
         sealing: ``keys`` or ``trust-on-first-use``.
         number: of this site.
         keys: public keys of other sites that the message brings; of use with trust on first use only.
+        nonces: of other sites, that the message brings.
 
     Raises:
         SealError: the files cannot be read, or a site has another key than before.
     """
+    nonces = {**nonces, number: nonce_of(context)}
     if sealing == "keys":
-        return _from_files(context, number)
+        return _from_files(context, number, nonces)
     record = _own(context)
-    pinned = any(name.startswith("key-") for name in record)
+    pinned = "pinned" in record
     for site, key in keys.items():
         if record.get(f"key-{site}", key) != key:
             raise SealError(f"site {site} has another public key than at first: refused")
         if f"key-{site}" not in record and pinned:
             raise SealError(f"site {site} has a public key, and had none at first: refused")
         record[f"key-{site}"] = key
+    record["pinned"] = True  # whom the first message does not name, no later one can
     known = {int(name.removeprefix("key-")): bytes(value) for name, value in record.items() if name.startswith("key-")}  # type: ignore[arg-type]
-    return Keyring(number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known)  # type: ignore[arg-type]
+    return Keyring(number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known, nonces)  # type: ignore[arg-type]
 
 
-def _from_files(context: Context, number: int) -> Keyring:
+def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> Keyring:
     node = context.node_config
     missing = [key for key in ("private-key", KEYS) if key not in node]
     if missing:
@@ -201,7 +225,7 @@ def _from_files(context: Context, number: int) -> Keyring:
             raise ValueError(f"this is site {number}, its private key is {whose}")
     except (OSError, ValueError) as error:
         raise SealError(f"private-key = {node['private-key']!r}, peer-keys = {node[KEYS]!r}: {error}") from None
-    return Keyring(number, private, public)
+    return Keyring(number, private, public, nonces)
 
 
 def main() -> None:

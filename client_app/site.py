@@ -32,6 +32,8 @@ from strategies.protocol import Agreed
 from strategies.randomness import derive
 from strategies.records import config_of
 
+FEWEST = 16  # examples: the loss of a known network on few of them tells what they are
+
 
 class SiteId(NamedTuple):
     """Which site this is.
@@ -168,8 +170,18 @@ def _radius(config: Config) -> float:
 
 
 def raw_data(config: Config, site: SiteId) -> SiteData:
-    """The examples of a site as they were read: classes and columns are its own."""
-    return _raw_data(config, site, origin_of(config, site))
+    """The examples of a site as they were read: classes and columns are its own.
+
+    Raises:
+        ConfigError: the run is sealed, and the site would tell losses on a few examples.
+    """
+    data = _raw_data(config, site, origin_of(config, site))
+    parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
+    if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
+        raise ConfigError(
+            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; allowed, sealed: {FEWEST} or more"
+        )
+    return data
 
 
 def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:

@@ -54,6 +54,7 @@ class Site(NamedTuple):
         num_train, num_test: its examples.
         counts: its examples of each class; empty for a deployed site, which keeps that to itself.
         key: its public key where keys are trusted on first use; else empty.
+        nonce: its own in this run, where payloads are sealed; else empty.
     """
 
     number: int
@@ -63,6 +64,7 @@ class Site(NamedTuple):
     num_test: int
     counts: tuple[int, ...]
     key: bytes
+    nonce: bytes
 
     def batches(self, batch_size: int) -> int:
         """Batches of an epoch."""
@@ -184,6 +186,8 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     if config.wire.sealing == "trust-on-first-use":
         keyless = {node: "it tells no public key (wire.sealing)" for node, card in cards.items() if card.public_key is None}
         found = keyless | found
+    if config.wire.sealing != "off":
+        found = {node: "it tells no nonce (wire.sealing)" for node, card in cards.items() if card.nonce is None} | found
     usual_size = median(card.train for node, card in cards.items() if node not in found) if len(found) < len(cards) else 0
     for node, card in cards.items():
         if node not in found and card.train > MOST * usual_size:
@@ -209,7 +213,7 @@ def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
     if set(reference.classes) == set(classes):
         classes = reference.classes  # numbers before letters and the like: a source's own order is the better one
     sites = tuple(
-        Site(card.site, node, card.name, card.train, card.test, _counts(card, classes), card.public_key or b"")
+        Site(card.site, node, card.name, card.train, card.test, _counts(card, classes), card.public_key or b"", card.nonce or b"")
         for node, card in ordered
     )
     if isinstance(config.plan, RoundPlan) and config.plan.pooled:

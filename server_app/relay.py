@@ -83,10 +83,11 @@ class Relay:
         self._given: dict[int, list[tuple[int, int]]] = {}
         self._stale: set[tuple[int, int]] = set()
         self._choco = config.wire.error_feedback == "choco"
-        self._messages, self._neighbourhood = plan.gradient.messages, plan.gradient.at != "own"
+        self._plan, self._messages = plan, plan.gradient.messages
+        self._nonces = {site.number: site.nonce for site in federation.sites if site.nonce}
         self.exchanges, self._every = budget(config, plan, an_epoch(federation, config.training.batch_size))
         self._last = self.exchanges * self._messages  # the last step
-        self._tally, self._written = Tally(before=self._neighbourhood), 0  # the exchange of the last test that was reported
+        self._tally, self._written = Tally(before=plan.gradient.at != "own"), 0  # the exchange of the last test that was reported
         self._models: dict[int, Vectors] = {}
         self._links_bytes: dict[tuple[int, int], int] = defaultdict(int)
 
@@ -116,16 +117,12 @@ class Relay:
     def _front(self) -> int:
         return max((course.step for course in self._present().values()), default=0)
 
-    def _exchange_of(self, step: int) -> int:
-        """The exchange, counted from 0, whose offers are delivered in a step."""
-        return (step - 1) // self._messages
-
     def _is_cross(self, step: int) -> bool:
         return self._messages == 2 and step % 2 == 1
 
     def _neighbours(self, step: int, peer: int) -> dict[int, float]:
         """Whose offers a peer gets in a step, with their weights."""
-        return self._topology.neighbours(self._exchange_of(step), peer) if step else {}
+        return self._topology.neighbours(self._plan.exchange(step), peer) if step else {}
 
     def _ready(self, peer: int, step: int) -> bool:
         """Whether all that a peer must have for a step is there."""
@@ -164,20 +161,22 @@ class Relay:
 
     def _call(self, peer: int, *, rejoin: bool) -> Message:
         step = self._courses[peer].step
-        number, last, config = self._exchange_of(step), step == self._last, self._config
+        number, last, config = self._plan.exchange(step), step == self._last, self._config
         trusting = config.wire.sealing == "trust-on-first-use"
+        listeners = None if config.wire.sealing == "off" else self._listeners(peer, step, rejoin)
+        neighbours = self._neighbours(step, peer)
         order = self._flying[peer] = PeerOrder(
             step=step,
             agreed=self._federation.agreed(),
-            neighbours=self._neighbours(step, peer),
+            neighbours=neighbours,
             test=not self._is_cross(step) and (last or (step > 0 and (number + 1) % self._every == 0)),
             last=last,
             rejoin=rejoin,
             fresh=any(sender == peer and not self._roster.away(reader) for sender, reader in self._stale),
-            # A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
-            done=min(1.0, (number + (0 if step and self._neighbourhood else 1)) / self.exchanges),
-            listeners=None if config.wire.sealing == "off" else self._listeners(peer, step, rejoin),
+            done=self._plan.done(step, self.exchanges),
+            listeners=listeners,
             keys={site.number: site.key for site in self._federation.sites if trusting and site.number != peer},
+            nonces={each: self._nonces[each] for each in sorted({*neighbours, *(listeners or ())} & self._nonces.keys())},
         )
         records: dict[str, Any] = {CONFIG: write_peer_order(order)}
         for j in order.neighbours:
@@ -189,7 +188,7 @@ class Relay:
 
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
         """Who may read what a peer offers; who comes back may be heard later than in the next exchange."""
-        exchanges = range(len(self._topology.matrices)) if rejoin else [self._exchange_of(step + 1)]
+        exchanges = range(len(self._topology.matrices)) if rejoin else [self._plan.exchange(step + 1)]
         of = self._topology.neighbours
         return tuple(reader for reader in self._sites if any(peer in of(each, reader) for each in exchanges))
 
@@ -241,6 +240,8 @@ class Relay:
         for reason in offer.notes.refused:
             log(WARNING, "step %d: site %d refuses what came from %s", step, peer, printable(reason, 240))
         self._stale |= {(j, peer) for j in offer.notes.broken}
+        if offer.notes.nonce is not None:  # another one than before if it lost its memory
+            self._nonces[peer] = offer.notes.nonce
         if offer.notes.fresh:
             self._stale -= {(peer, reader) for reader in self._present()}
             for reader in self._sites:
@@ -305,7 +306,7 @@ class Relay:
 
     def _measured(self, peer: int, step: int, metrics: StepMetrics) -> None:
         """What a peer reports of its training and, where it tested, of the test."""
-        number = self._exchange_of(step) + 1
+        number = self._plan.exchange(step) + 1
         tested = metrics.test_examples is not None and number > self._written  # else it was away when the others took it
         self._tally.add(peer, metrics, number if tested else None, self.report.moment())
         self._report_tests()

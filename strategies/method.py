@@ -252,6 +252,17 @@ class PeerPlan(NamedTuple):
     check: Callable[[Topology, float], None] = lambda topology, rate: None
     exact: bool = False
 
+    def exchange(self, step: int) -> int:
+        """The exchange, counted from 0, whose offers are delivered in a step."""
+        return (step - 1) // self.gradient.messages
+
+    def done(self, step: int, exchanges: int) -> float:
+        """The fraction of a run of so many exchanges that is over in a step.
+
+        A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
+        """
+        return min(1.0, (self.exchange(step) + (0 if step and self.gradient.at != "own" else 1)) / exchanges)
+
 
 Plan = RoundPlan[Any] | AlonePlan | ForeignPlan | ArrivalPlan | PeerPlan
 K = TypeVar("K", bound=Section)

@@ -21,6 +21,7 @@ from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, hea
 
 MODEL = "model"  # the record with a peer's last model
 TEST = "test"  # the record with what a site found when it tested the model that came, before it trained it
+NONCE, PUBLIC_KEY = 16, 32  # bytes
 SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
@@ -59,6 +60,7 @@ Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]  # datasets.names makes no others
+Nonce = Annotated[bytes, Field(min_length=NONCE, max_length=NONCE)]
 Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]
 
 
@@ -126,12 +128,21 @@ class StepMetrics(Part):
 
 
 class StepNotes(Part):
-    """What a peer says of a step: payloads it refuses and why, neighbours to start anew with, whether it started anew itself."""
+    """What a peer says of a step.
+
+    Attributes:
+        refused: payloads it refuses, and why.
+        broken: neighbours to start anew with.
+        fresh: whether it started anew itself.
+        anew: whether it remembers nothing of the run.
+        nonce: its own in this run, where payloads are sealed; another one than before if it lost its memory.
+    """
 
     refused: Annotated[list[str], Field(max_length=1000)]
     broken: list[Whole]
     fresh: bool
     anew: bool
+    nonce: Nonce | None = None
 
 
 class SiteCard(Part):
@@ -149,6 +160,7 @@ class SiteCard(Part):
         known, mean, variance: of a table's columns.
         counts: examples of each class; a deployed site keeps them to itself.
         public_key: where keys are trusted on first use.
+        nonce: its own in this run, where payloads are sealed.
     """
 
     site: Annotated[int, Field(ge=0, lt=10**6)]
@@ -165,7 +177,8 @@ class SiteCard(Part):
     mean: list[Finite] | None = None
     variance: list[Annotated[float, Field(ge=0, le=GREATEST**2, allow_inf_nan=False)]] | None = None
     counts: list[Whole] | None = None
-    public_key: Annotated[bytes, Field(min_length=32, max_length=32)] | None = None
+    public_key: Annotated[bytes, Field(min_length=PUBLIC_KEY, max_length=PUBLIC_KEY)] | None = None
+    nonce: Nonce | None = None
 
     @model_validator(mode="after")
     def _together(self) -> "SiteCard":
@@ -277,6 +290,7 @@ class PeerOrder(NamedTuple):
         done: fraction of the run.
         listeners: who may read what it offers, where that is sealed.
         keys: public keys of the others, where they are trusted on first use.
+        nonces: of those whom it hears and who may read what it offers, where that is sealed.
     """
 
     step: int
@@ -289,6 +303,7 @@ class PeerOrder(NamedTuple):
     done: float
     listeners: tuple[int, ...] | None = None
     keys: Mapping[int, bytes] = {}
+    nonces: Mapping[int, bytes] = {}
 
 
 def write_peer_order(order: PeerOrder) -> ConfigRecord:
@@ -305,7 +320,8 @@ def write_peer_order(order: PeerOrder) -> ConfigRecord:
         "cycle-from": order.done,
     }
     found |= {} if order.listeners is None else {"listeners": list(order.listeners)}
-    return ConfigRecord(found | {f"key-{number}": key for number, key in order.keys.items()})
+    found |= {f"key-{number}": key for number, key in order.keys.items()}
+    return ConfigRecord(found | {f"nonce-{number}": nonce for number, nonce in order.nonces.items()})
 
 
 def read_peer_order(record: ConfigRecord) -> PeerOrder:
@@ -313,6 +329,7 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
 
     Raises:
         KeyError: a part is missing.
+        ValueError: a key or a nonce is none.
     """
     config: dict[str, Any] = dict(record)
     return PeerOrder(
@@ -325,8 +342,18 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
         bool(config["fresh"]),
         float(config["cycle-from"]),
         tuple(config["listeners"]) if "listeners" in config else None,
-        {int(key.removeprefix("key-")): value for key, value in config.items() if key.startswith("key-")},
+        _of_others(config, "key-", PUBLIC_KEY),
+        _of_others(config, "nonce-", NONCE),
     )
+
+
+def _of_others(config: Mapping[str, Any], prefix: str, length: int) -> dict[int, bytes]:
+    """So many bytes of each site."""
+    found = {name: value for name, value in config.items() if name.startswith(prefix)}
+    for name, value in found.items():
+        if not isinstance(value, bytes) or len(value) != length:
+            raise ValueError(f"{name} is {_shown(value)}: {length} bytes are expected")
+    return {int(name.removeprefix(prefix)): value for name, value in found.items()}
 
 
 # Replies: what sites answer.
@@ -561,6 +588,8 @@ def read_offer(
         _examples(metrics.test_examples, num_tests, "test-examples")
     if strangers := set(notes.broken) - set(order.neighbours):
         raise Refusal(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
+    if (notes.nonce is None) != (order.listeners is None):
+        raise Refusal("it tells no nonce" if notes.nonce is None else "it tells a nonce, and nothing is sealed")
     _payloads(arrays, [] if order.last else [OFFER, *(f"{TO}{reader}" for reader in readers)])
     made, flaw = None, ""
     if model:

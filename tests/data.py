@@ -2,9 +2,12 @@
 
 import struct
 import wave
+from base64 import b64encode
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 
 def write_audio(folder: Path) -> None:
@@ -26,3 +29,18 @@ def write_texts(file: Path) -> None:
     words = ["ball", "goal", "match"], ["bank", "market", "money"]
     texts = [f'{kind},"{" ".join(generator.choice(words[kind], 5))}"' for kind in (0, 1) * 40]
     file.write_text("label,text\n" + "\n".join(texts))
+
+
+def write_keys(folder: Path, sites: int = 4) -> list[dict[str, Any]]:
+    """Files of keys for so many deployed sites; the ``--node-config`` of each."""
+    folder.mkdir()
+    private = [X25519PrivateKey.generate() for _ in range(sites)]
+    public = [b64encode(key.public_key().public_bytes_raw()).decode() for key in private]
+    (folder / "peers.toml").write_text("\n".join(f'{site} = "{key}"' for site, key in enumerate(public)))
+    nodes = []
+    for site, key in enumerate(private):
+        (folder / f"{site}.key").write_bytes(b64encode(key.private_bytes_raw()))
+        (folder / f"{site}.key").chmod(0o600)
+        files = {"private-key": str(folder / f"{site}.key"), "peer-keys": str(folder / "peers.toml")}
+        nodes.append({"site": site, "data": "", **files})
+    return nodes

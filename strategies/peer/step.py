@@ -7,6 +7,7 @@ gradients in the data variant is two: :func:`cross_step` takes gradients at the 
 Nothing here knows Flower, files or clocks. What is drawn follows from the seed, the peer's number and the step's.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -73,7 +74,7 @@ def models_step(peer: Peer, state: PeerState, received: Iterable[Received], orde
         state = state._replace(shift=state.x.new_empty(0) if shift is None else shift[0])
     restarted = peer.channel.chained and state.restart
     state, offers = _offer(peer, _finite(state), order)
-    return Result(state, offers, metrics, refused, restarted)
+    return Result(state if peer.channel.exact else _finite(state), offers, metrics, refused, restarted)
 
 
 def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
@@ -368,8 +369,8 @@ def _finite(state: PeerState) -> PeerState:
     Raises:
         Diverged: part of the state is not finite.
     """
-    tensors, _ = flatten(state.algorithm)
-    for name, part in {**tensors, STATS: state.stats}.items():
-        if part.numel() and not bool(torch.stack(torch.aminmax(part)).isfinite().all()):
-            raise Diverged(f"in step {state.step} this site's {name} is not finite")
+    tensors, numbers = flatten(state)
+    wrong = [name for name, part in tensors.items() if not bool(torch.stack(torch.aminmax(part)).isfinite().all())]
+    if wrong := wrong + [name for name, number in numbers.items() if not math.isfinite(number)]:
+        raise Diverged(f"in step {state.step} this site's {wrong[0].removeprefix('algorithm.')} is not finite")
     return state

@@ -95,6 +95,7 @@ def card(config: Config, site: int) -> SiteCard:
         code=code_version(),
         counts=[6, 6],
         public_key=bytes([9] * 32) if trusting else None,
+        nonce=bytes(16) if config.wire.sealing != "off" else None,
     )
 
 
@@ -133,7 +134,8 @@ def stepped(config: Config, site: int, message: Message, cross: bool) -> RecordD
     classes = len(order.agreed.classes)
     x = noise(site, order.step, 7 * classes)
     arrays = {name: Array(x.numpy()) for name in names if not order.last}
-    notes = StepNotes(refused=[], broken=[], fresh=False, anew=False)
+    nonce = None if order.listeners is None else bytes(16)
+    notes = StepNotes(refused=[], broken=[], fresh=False, anew=False, nonce=nonce)
     content = RecordDict(
         {
             "arrays": ArrayRecord(arrays),

@@ -13,38 +13,48 @@ from safetensors.torch import load_file
 
 from client_app.app import app as client_app
 from client_app.memory import recall
+from client_app.oracle import Oracle
 from client_app.peer import peer_of
 from configuration.config import Config, configuration
 from strategies.peer.state import PeerState
 from strategies.records import arrays_of, config_of, metrics_of, pack, unpack
+from tests.data import write_keys
 
 SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
 SITES = range(4)
+COMMON: dict[str, Any] = {"strategy": "d-psgd", "num_sites": 4, "epochs": 4, "model.name": "mlp"}
 
 
 class Sites:
     """Four peers on a ring, and somebody who sends them what he likes.
 
+    Args:
+        node: what ``--node-config`` holds besides Flower's own; or all of it, for each site.
+        changes: of the run's configuration.
+
     Attributes:
         contexts: what each site remembers.
         offered: of each step, what each site offered.
+        nonces: that the sites told last.
     """
 
-    def __init__(self, node: dict[str, Any] | None = None, **changes: Any) -> None:
-        settings: dict[str, Any] = {"strategy": "d-psgd", "num_sites": 4, "epochs": 4, "model.name": "mlp"} | changes
-        self.config = configuration(**settings)
+    def __init__(self, node: dict[str, Any] | list[dict[str, Any]] | None = None, **changes: Any) -> None:
+        self.config = configuration(**(COMMON | changes))
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
         self.offered: dict[int, dict[int, ArrayRecord]] = {}
-        self.contexts = [self.context(site, self.config, node) for site in SITES]
+        self.nodes = (
+            node if isinstance(node, list) else [{"partition-id": site, "num-partitions": 4} | (node or {}) for site in SITES]
+        )
+        self.contexts = [self.context(site, self.config) for site in SITES]
         self.public: dict[str, Any] = {}
+        self.nonces: dict[str, Any] = {}
         if self.config.wire.sealing != "off":
-            keys = [config_of(self.ask(site, "query.site", {}))["public-key"] for site in SITES]
-            self.public = {f"key-{site}": key for site, key in enumerate(keys)}
+            cards = [config_of(self.ask(site, "query.site", {})) for site in SITES]
+            self.public = {f"key-{site}": card["public-key"] for site, card in enumerate(cards) if "public-key" in card}
 
-    def context(self, site: int, config: Config, node: dict[str, Any] | None = None, run: int = 1) -> Context:
+    def context(self, site: int, config: Config, run: int = 1) -> Context:
         """Of a site that remembers nothing."""
-        settings = {"partition-id": site, "num-partitions": 4} | (node or {})
-        return Context(run_id=run, node_id=1000 + site, node_config=settings, state=RecordDict(), run_config=dict(config.flat()))
+        return Context(run, 1000 + site, dict(self.nodes[site]), RecordDict(), dict(config.flat()))
 
     def fields(self, site: int, step: int, **changes: Any) -> dict[str, Any]:
         """What an honest relay tells."""
@@ -60,8 +70,8 @@ class Sites:
             "fresh": False,
             "cycle-from": min(1.0, step / 48),
         }
-        keys = {name: key for name, key in self.public.items() if name != f"key-{site}"}
-        return fields | keys | {name.replace("_", "-"): value for name, value in changes.items()}
+        told = {name: value for name, value in (self.public | self.nonces).items() if name.rpartition("-")[2] != str(site)}
+        return fields | told | {name.replace("_", "-"): value for name, value in changes.items()}
 
     def ask(
         self,
@@ -76,7 +86,10 @@ class Sites:
         records |= {f"from-{sender}": ArrayRecord(arrays) for sender, arrays in (received or {}).items()}
         message = Message(RecordDict(records), 1000 + site, kind)
         message.metadata.__dict__["_message_id"] = "1"
-        return client_app(message=message, context=self.contexts[site])
+        reply = client_app(message=message, context=self.contexts[site])
+        if not reply.has_error() and "nonce" in config_of(reply):
+            self.nonces[f"nonce-{site}"] = config_of(reply)["nonce"]
+        return reply
 
     def delivery(self, site: int, step: int, sender: int, labelled: int | None = None) -> dict[str, Array]:
         """What ``sender`` offered ``site`` in a step, which the relay calls ``labelled``."""
@@ -141,7 +154,7 @@ def test_a_sealed_state_is_not_shown_where_the_configuration_is_another_one() ->
     changed = sites.context(0, bare)
     changed.state = sites.contexts[0].state
     sites.contexts[0] = changed
-    assert "run configuration: another one than in this run's first step" in reason(sites.step(0, 3, {}, last=True))
+    assert "run configuration: another one than in this run's first step" in reason(sites.step(0, 3, {}, last=True, cycle_from=1.0))
     assert torch.equal(model(sites, 0), kept)
 
 
@@ -153,7 +166,7 @@ def test_a_sealed_state_is_forgotten_in_another_run() -> None:
     other = sites.context(0, bare, run=2)
     other.state = RecordDict(dict(sites.contexts[0].state))
     sites.contexts[0] = other
-    reply = sites.step(0, 3, {}, last=True)
+    reply = sites.step(0, 3, {}, last=True, cycle_from=1.0)
     shown = reply.content["model"]
     assert isinstance(shown, ArrayRecord)
     assert not torch.equal(unpack(shown["x"]), kept)
@@ -180,6 +193,7 @@ def test_a_second_run_of_a_series_begins_as_the_first_did() -> None:
         ({"cycle_from": -20.0}, "cycle-from = -20: 0 to 1 is expected"),
         ({"cycle_from": 0.0}, "step 3: 0 of the run is over, and 0.0416667 was before"),
         ({"server_round": 1}, "step 1 comes again"),
+        ({"last": True}, "step 3 cannot be the last one: 0.0625 of the run is over"),
     ],
 )
 def test_what_may_not_change_in_a_run_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -200,6 +214,20 @@ def test_a_state_that_is_not_finite_is_never_kept() -> None:
     assert torch.isfinite(model(sites, 0)).all()
 
 
+@pytest.mark.parametrize("sealing", ["off", "trust-on-first-use"])
+def test_half_an_exchange_that_is_not_finite_is_never_kept(sealing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = after(1, **{"strategy": "n-saddle", "wire.sealing": sealing})
+    gradient = Oracle.gradient
+    fields, received = sites.fields(0, 1, cycle_from=0.0), {j: sites.delivery(0, 0, j) for j in (1, 3)}
+    monkeypatch.setattr(Oracle, "gradient", lambda *args: (gradient(*args)[0], gradient(*args)[1] * math.nan, args[2]))
+    assert "in step 1 this site's pending.gradient is not finite" in reason(sites.ask(0, "train.cross", fields, received))
+    monkeypatch.undo()
+    state = sites.state(0)
+    assert state is not None
+    assert (state.step, state.pending) == (0, None)
+    assert refused(sites.ask(0, "train.cross", fields, received)) == []
+
+
 # The last step.
 
 
@@ -210,23 +238,46 @@ def test_only_a_step_of_training_ends_what_is_kept_on_disk(tmp_path: Path) -> No
     assert len(files) == 4
     sites.ask(0, "query.site", {"last": True, "server-round": 9})
     assert {file.name for file in tmp_path.iterdir()} == files
-    sites.step(0, 0, last=True)
-    assert {file.name for file in tmp_path.iterdir()} == files
-    sites.step(0, 1, last=True)
+    for step, changes in ((0, {}), (0, {"cycle_from": 1.0}), (1, {}), (1, {"classes": ["0"], "cycle_from": 1.0})):
+        assert sites.step(0, step, last=True, **changes).has_error()
+        assert {file.name for file in tmp_path.iterdir()} == files
+    assert not sites.step(0, 1, last=True, cycle_from=1.0).has_error()
     assert len(list(tmp_path.iterdir())) == 3
+    assert "1 was before" in reason(sites.step(0, 2, {}))  # who ends a run early has ended it
 
 
-def test_the_first_step_is_no_last_one_and_saves_nothing(tmp_path: Path) -> None:
-    finished = tmp_path / "model.safetensors"
+def test_a_step_at_neighbours_models_is_no_last_one() -> None:
+    sites = after(1, strategy="n-saddle")
+    received = {j: sites.delivery(0, 0, j) for j in (1, 3)}
+    for kind, step, expected in (("train.cross", 1, True), ("train.peer", 2, False)):
+        fields = sites.fields(0, step, cycle_from=0.0)
+        assert sites.ask(0, kind, fields | {"last": True}, received).has_error() is expected
+        sites.ask(0, kind, fields, received)
+
+
+def test_a_finished_model_is_overwritten_by_no_other_run(tmp_path: Path) -> None:
+    finished, earlier = tmp_path / "model.safetensors", b"the model of an earlier run"
+    finished.write_bytes(earlier)
     sites = Sites({"save": str(finished)})
-    finished.write_bytes(b"the model of an earlier run")
-    reply = sites.step(0, 0, last=True)
-    assert "model" not in reply.content
-    assert finished.read_bytes() == b"the model of an earlier run"
-    sites.step(1, 1, {}, last=True)  # remembers nothing, has trained on nothing
-    assert finished.read_bytes() == b"the model of an earlier run"
-    sites.step(0, 1, {}, last=True)
-    assert load_file(finished)
+    assert "step 0 cannot be the last one" in reason(sites.step(0, 0, last=True, cycle_from=1.0))
+    assert not sites.step(1, 1, {}, last=True, cycle_from=1.0).has_error()  # remembers nothing, has trained on nothing
+    assert finished.read_bytes() == earlier
+    sites.step(0, 0)
+    for _ in range(2):  # once more, as where an answer was lost: it is the same run's
+        assert not sites.step(0, 1, {}, last=True, cycle_from=1.0).has_error()
+    first = load_file(finished)
+    assert (tmp_path / "model-1.safetensors").read_bytes() == earlier
+    again = Sites({"save": str(finished)}, seed=2)  # the relay gives it the same id
+    series = sites.context(0, sites.config, run=2)
+    series.state = sites.contexts[0].state
+    sites.contexts[0] = series
+    for number, other in ((2, again), (3, sites)):
+        other.step(0, 0)
+        other.step(0, 1, {}, last=True, cycle_from=1.0)
+        assert (tmp_path / f"model-{number}.safetensors").exists()
+    kept = load_file(tmp_path / "model-2.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in first.items())
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 # What neighbours sent, and what the relay made of it.
@@ -311,7 +362,72 @@ def test_sealed_peers_answer_no_plain_training_and_no_new_keys() -> None:
     assert "site 9 has a public key, and had none at first" in reason(stranger)
 
 
+@pytest.mark.parametrize("keys", [{}, {"key-2": bytes(32)}])
+def test_keys_that_come_after_the_first_message_are_not_believed(keys: dict[str, bytes]) -> None:
+    sites = Sites(**SEALED)
+    honest, sites.public = sites.public, keys
+    assert not sites.step(0, 0).has_error()
+    sites.public = honest
+    assert "has a public key, and had none at first" in reason(sites.step(0, 1, {}))
+
+
+@pytest.mark.parametrize(
+    "told", [{"key-1": b"short"}, {"key-1": 5}, {"nonce-1": b"short"}, {"nonce-1": "0" * 16}, {"nonce-1": 1.5}]
+)
+def test_keys_and_nonces_that_are_none_are_refused(told: dict[str, Any]) -> None:
+    sites = Sites(**SEALED)
+    [name] = told
+    assert f"{name} is {told[name]!r}: {16 if 'nonce' in name else 32} bytes are expected" in reason(sites.step(0, 0, **told))
+    assert not sites.step(0, 0).has_error()
+
+
+@pytest.mark.parametrize("told", ["the first run's nonces", "the second run's nonces"])
+def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(told: str, tmp_path: Path) -> None:
+    nodes, keys = write_keys(tmp_path / "keys"), {"wire.sealing": "keys"}
+    first = after(5, node=nodes, **keys)
+    second = Sites(nodes, **keys, **{"training.lr": 0.01})
+    assert not {*first.nonces.values()} & {*second.nonces.values()}
+    for step in range(6):
+        for site in SITES:
+            sides = ((site - 1) % 4, (site + 1) % 4)
+            received = {j: first.delivery(site, step - 1, j) for j in sides} if step else {}
+            nonces = first.nonces if told.startswith("the first") else second.nonces
+            theirs = {f"nonce-{j}": nonces[f"nonce-{j}"] for j in sides}
+            reply = second.ask(site, "train.peer", second.fields(site, step) | theirs, received)
+            assert len(refused(reply)) == len(received)
+            assert all("its key or nonce is another one" in each for each in refused(reply))
+    assert refused(first.step(0, 5)) == []  # where they belong, they are good
+
+
+def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(tmp_path: Path) -> None:
+    sites = after(3, node=write_keys(tmp_path / "keys"), **{"wire.sealing": "keys"})
+    sites.contexts[1] = sites.context(1, sites.config)
+    problems = []
+    for step in range(3, 7):
+        told = dict(sites.nonces)  # all are called before anybody has answered
+        replies = []
+        for site in SITES:
+            fields = sites.fields(site, step) | {name: told[name] for name in told if name != f"nonce-{site}"}
+            replies.append(
+                sites.ask(
+                    site, "train.peer", fields, {j: sites.delivery(site, step - 1, j) for j in ((site - 1) % 4, (site + 1) % 4)}
+                )
+            )
+        sites.offered[step] = {site: arrays_of(reply) for site, reply in enumerate(replies)}
+        problems.append([len(refused(reply)) for reply in replies])
+    assert problems == [[0, 2, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
 # What losses tell.
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_sealed_peers_tell_no_losses_on_a_few_examples(fraction: float) -> None:
+    """The run says how many of a site's examples are tested; losses of known networks on one tell what it is."""
+    sites, changes = Sites(), {**COMMON, **SEALED, "data.test-fraction": fraction}
+    sites.contexts[0] = sites.context(0, configuration(**changes))
+    for reply in (sites.ask(0, "query.site", {}), sites.step(0, 0, test=True)):
+        assert "test examples at this site; allowed, sealed: 16 or more" in reason(reply)
 
 
 def test_sealed_peers_report_losses_as_means_over_many_batches() -> None:

@@ -31,6 +31,7 @@ from strategies.method import PeerPlan
 from strategies.records import arrays_of, config_of, unpack
 from strategies.topology import TopologyError
 from tests.conftest import RunApp, own
+from tests.data import write_keys
 
 SMALL: dict[str, Any] = {"num_sites": 4, "epochs": 4, "model.name": "mlp", "training.lr": 0.05, "progress": False}
 SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
@@ -667,13 +668,9 @@ def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> No
         assert all(torch.equal(model[name], value) for name, value in expected[f"model-{number}"].items())
 
 
-def test_site_with_keys_takes_part_in_sealed_runs_only() -> None:
-    config = small(strategy="dmsgd")
-    grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
-    for context in grid.contexts.values():
-        context.node_config["peer-keys"] = "/etc/archipelago/peers.toml"
+def test_site_with_keys_takes_part_in_sealed_runs_only(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="sealing = 'off': this site has peer-keys and takes part in sealed runs only"):
-        run_server(grid, config, History(config))
+        deployed(small(strategy="dmsgd"), write_keys(tmp_path / "keys"))
 
 
 def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
@@ -702,32 +699,28 @@ def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
     assert wrapped == {(peer, f"to-{(peer + side) % 4}/key") for peer in range(4) for side in (1, -1)}
 
 
-def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
-    from base64 import b64encode
-
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
-    private = [X25519PrivateKey.generate() for _ in range(4)]
-    listed = [f'{number} = "{b64encode(key.public_key().public_bytes_raw()).decode()}"' for number, key in enumerate(private)]
-    (tmp_path / "peers.toml").write_text("\n".join(listed))
-    config = small(strategy="dmsgd", wire={"sealing": "keys"})
-    history = History(config)
-    grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
-    for number, context in enumerate(grid.contexts.values()):
-        (tmp_path / f"{number}.key").write_bytes(b64encode(private[number].private_bytes_raw()))
-        (tmp_path / f"{number}.key").chmod(0o600)
-        context.node_config |= {"private-key": str(tmp_path / f"{number}.key"), "peer-keys": str(tmp_path / "peers.toml")}
+def deployed(config: Config, nodes: Iterable[dict[str, Any]]) -> History:
+    """A run of sites with such a ``--node-config``."""
+    grid, history = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat()), History(config)
+    for context, node in zip(grid.contexts.values(), nodes, strict=True):
+        context.node_config = dict(node)
     run_server(grid, config, history)
-    assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(
-        run(strategy="dmsgd").history["accuracy"]
-    )
+    return history
 
+
+def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
+    nodes = write_keys(tmp_path / "keys")
+    config = small(strategy="dmsgd", wire={"sealing": "keys"})
+    sealed = deployed(config, nodes)
+    plain = deployed(small(strategy="dmsgd"), [{"site": node["site"], "data": ""} for node in nodes])
+    found = (history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() for history in (sealed, plain))
+    assert next(found) == next(found)
+
+    listed = (tmp_path / "keys" / "peers.toml").read_text().splitlines()
     (tmp_path / "few.toml").write_text("\n".join(listed[:3]))
-    grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
-    for number, context in enumerate(grid.contexts.values()):
-        context.node_config |= {"private-key": str(tmp_path / f"{number}.key"), "peer-keys": str(tmp_path / "few.toml")}
+    few = [node | {"peer-keys": str(tmp_path / "few.toml")} for node in nodes]
     with pytest.raises(RunError, match=r"few.toml': no keys of the neighbours \[3\]"):
-        run_server(grid, config.model_copy(update={"min_sites": 4}), History(config))
+        deployed(config.model_copy(update={"min_sites": 4}), few)
 
 
 CHOCO: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}

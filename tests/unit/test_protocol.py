@@ -143,7 +143,7 @@ def test_orders_survive(order: Order) -> None:
         *[st.booleans()] * 4,
         numbers,
         st.none() | st.lists(st.integers(0, 9)).map(tuple),
-        st.dictionaries(st.integers(0, 9), st.binary(min_size=32, max_size=32)),
+        *[st.dictionaries(st.integers(0, 9), st.binary(min_size=size, max_size=size)) for size in (32, 16)],
     )
 )
 def test_orders_to_peers_survive(order: PeerOrder) -> None:
@@ -271,6 +271,8 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
         ({"known": [1.0], "mean": [1.0], "variance": [1.0]}, "known, mean and variance must be those of the columns"),
         ({"columns": ["age"], "shape": [1]}, "known, mean and variance belong to a table's columns"),
         ({"public-key": b"short"}, "public-key is b'short'"),
+        ({"nonce": b"short"}, "nonce is b'short'"),
+        ({"nonce": 16}, "nonce is 16: must be a valid bytes"),
         ({"columns": ["a\nb"]}, r"columns.0 is 'a\nb': must be printable"),
         ({"more": 1}, "'more' is unknown"),
     ],
@@ -296,6 +298,7 @@ STEP = StepMetrics(
     num_examples=7, samples=14, loss=1.0, lr_first=0.1, lr_last=0.1, test_loss=1.0, test_accuracy=0.5, test_examples=3
 )
 NOTES = StepNotes(refused=[], broken=[2], fresh=False, anew=False)
+SEALED = PEER._replace(listeners=(2,))
 
 
 def offered(
@@ -316,6 +319,10 @@ def offered(
     if model is not None:
         content["model"] = model
     return read_offer(reply_with(content), order, LAYOUT, 7, 3, {0, 1, 2}, model is not None)
+
+
+def test_offer_tells_a_nonce_where_it_is_sealed() -> None:
+    assert offered(order=SEALED, notes={"nonce": b"0123456789abcdef"}).notes.nonce == b"0123456789abcdef"
 
 
 def test_offer_survives() -> None:
@@ -344,6 +351,10 @@ def test_offer_survives() -> None:
         ({"notes": {"broken": [3]}}, "broken names [3], no neighbours of it"),
         ({"notes": {"fresh": 1}}, "fresh is 1: must be a valid boolean"),
         ({"notes": {"more": 1}}, "'more' is unknown"),
+        ({"notes": {"nonce": bytes(16)}}, "it tells a nonce, and nothing is sealed"),
+        ({"order": SEALED}, "it tells no nonce"),
+        ({"order": SEALED, "notes": {"nonce": bytes(17)}}, "nonce is b'\\x00"),
+        ({"order": SEALED, "notes": {"nonce": "0" * 16}}, "nonce is '0000000000000000': must be a valid bytes"),
     ],
 )
 def test_offer_that_is_refused(changes: dict[str, Any], reason: str) -> None:

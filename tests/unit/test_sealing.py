@@ -14,11 +14,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.app import Context, RecordDict
 
-from client_app.sealing import Header, Keyring, SealError, keyring, public_key
+from client_app.sealing import Header, Keyring, SealError, keyring, nonce_of, public_key
 
 PRIVATE = [X25519PrivateKey.from_private_bytes(bytes([number + 1]) * 32) for number in range(4)]
 PUBLIC = {number: key.public_key().public_bytes_raw() for number, key in enumerate(PRIVATE)}
-RINGS = [Keyring(number, key, PUBLIC) for number, key in enumerate(PRIVATE)]
+NONCES = {number: bytes([number + 9]) * 16 for number in range(4)}
+RINGS = [Keyring(number, key, PUBLIC, NONCES) for number, key in enumerate(PRIVATE)]
 HEADER = Header(run=7, sender=0, step=3, kind="model")
 DATA = b"the model of a hospital" * 100
 
@@ -79,7 +80,7 @@ def test_what_is_for_another_one_is_refused() -> None:
 
 
 def test_who_has_not_the_senders_key_cannot_pretend_to_be_the_sender() -> None:
-    data, keys, _ = Keyring(0, PRIVATE[3], PUBLIC).seal(DATA, [1], HEADER)
+    data, keys, _ = Keyring(0, PRIVATE[3], PUBLIC, NONCES).seal(DATA, [1], HEADER)
     with pytest.raises(SealError):
         RINGS[1].open(data, keys[1], HEADER)
 
@@ -88,7 +89,7 @@ def test_a_reader_and_the_relay_cannot_forge_the_senders_payload() -> None:
     """Reader 1 knows the content key: it seals other data with it, which reach reader 2 with the genuine key of 2."""
     data, keys = sealed()
     secret = PRIVATE[1].exchange(PRIVATE[0].public_key())
-    both = f"0:{PUBLIC[0].hex()}:1:{PUBLIC[1].hex()}"
+    both = f"0:{PUBLIC[0].hex()}:{NONCES[0].hex()}:1:{PUBLIC[1].hex()}:{NONCES[1].hex()}"
     shared = HKDF(hashes.SHA256(), 32, None, f"archipelago content key:7:{both}".encode()).derive(secret)
     bound = f"archipelago:7:0:3:model:1:{sha256(data).hexdigest()}".encode()
     content = AESGCM(shared).decrypt(keys[1][:12], keys[1][12:], bound)
@@ -98,9 +99,32 @@ def test_a_reader_and_the_relay_cannot_forge_the_senders_payload() -> None:
         RINGS[2].open(forged, keys[2], HEADER)
 
 
+@pytest.mark.parametrize("site", [0, 1])
+def test_what_was_sealed_for_another_nonce_is_refused(site: int) -> None:
+    """A payload of an earlier run with the same id, whoever of the two has drawn a new nonce since."""
+    data, keys = sealed()
+    with pytest.raises(SealError, match="its key or nonce is another one"):
+        Keyring(1, PRIVATE[1], PUBLIC, NONCES | {site: bytes(16)}).open(data, keys[1], HEADER)
+    without = Keyring(1, PRIVATE[1], PUBLIC, {1: NONCES[1]})
+    with pytest.raises(SealError, match="no nonce of site 0 is known"):
+        without.open(data, keys[1], HEADER)
+    assert without.seal(DATA, [2], HEADER._replace(sender=1))[2] == {2: "no nonce of site 2 is known"}
+
+
+def test_a_nonce_is_drawn_for_a_run_and_again_after_a_loss_of_memory() -> None:
+    here = context()
+    first = nonce_of(here)
+    assert len(first) == 16
+    assert nonce_of(here) == first
+    here.run_id = 8
+    second = nonce_of(here)
+    here.state = RecordDict()
+    assert len({first, second, nonce_of(here)}) == 3
+
+
 @pytest.mark.parametrize("bad", [bytes(32), b"\x01" + bytes(31), b"short"], ids=["zero", "low order", "short"])
 def test_a_bad_public_key_costs_its_owner_only(bad: bytes) -> None:
-    ring = Keyring(0, PRIVATE[0], PUBLIC | {1: bad})
+    ring = Keyring(0, PRIVATE[0], PUBLIC | {1: bad}, NONCES)
     data, keys, problems = ring.seal(DATA, [1, 2, 9], HEADER)
     assert problems == {1: "the public key of site 1 cannot be used", 9: "no public key of site 9 is known"}
     assert RINGS[2].open(data, keys[2], HEADER) == DATA
@@ -132,9 +156,9 @@ def test_keys_from_files(tmp_path: Path) -> None:
     assert (tmp_path / "own.key").stat().st_mode & 0o777 == 0o600
     (tmp_path / "peers.toml").write_text(f'0 = "{made.stdout.strip()}"\n1 = "{b64encode(PUBLIC[1]).decode()}"\n')
     node = {"private-key": str(tmp_path / "own.key"), "peer-keys": str(tmp_path / "peers.toml")}
-    own = keyring(context(**node), "keys", 0, {})
     write_private(tmp_path / "other.key", 1)
-    other = keyring(context(**node | {"private-key": str(tmp_path / "other.key")}), "keys", 1, {})
+    here, there = context(**node), context(**node | {"private-key": str(tmp_path / "other.key")})
+    own, other = keyring(here, "keys", 0, {}, {1: nonce_of(there)}), keyring(there, "keys", 1, {}, {0: nonce_of(here)})
     data, keys, _ = own.seal(DATA, [1], HEADER)
     assert other.open(data, keys[1], HEADER) == DATA
     again = subprocess.run(
@@ -145,11 +169,11 @@ def test_keys_from_files(tmp_path: Path) -> None:
 
 def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(SealError, match="--node-config has no private-key and no peer-keys"):
-        keyring(context(), "keys", 0, {})
+        keyring(context(), "keys", 0, {}, {})
     (tmp_path / "own.key").write_text("no key")
     (tmp_path / "own.key").chmod(0o600)
     with pytest.raises(SealError, match=r"private-key = .*own\.key"):
-        keyring(context(**{"private-key": str(tmp_path / "own.key"), "peer-keys": "nowhere"}), "keys", 0, {})
+        keyring(context(**{"private-key": str(tmp_path / "own.key"), "peer-keys": "nowhere"}), "keys", 0, {}, {})
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -158,9 +182,9 @@ def test_a_private_key_that_others_may_read_is_refused(mode: int, tmp_path: Path
     (tmp_path / "peers.toml").write_text(f'1 = "{b64encode(PUBLIC[1]).decode()}"\n')
     node = {"private-key": str(tmp_path / "own.key"), "peer-keys": str(tmp_path / "peers.toml")}
     with pytest.raises(SealError, match=rf"its mode is {mode:o}: chmod 600 {tmp_path}/own.key"):
-        keyring(context(**node), "keys", 0, {})
+        keyring(context(**node), "keys", 0, {}, {})
     (tmp_path / "own.key").chmod(0o600)
-    assert keyring(context(**node), "keys", 0, {}).knows(1)
+    assert keyring(context(**node), "keys", 0, {}, {}).knows(1)
 
 
 def test_a_private_key_of_another_site_is_refused(tmp_path: Path) -> None:
@@ -168,17 +192,26 @@ def test_a_private_key_of_another_site_is_refused(tmp_path: Path) -> None:
     node = {"private-key": str(tmp_path / "1.key"), "peer-keys": str(tmp_path / "peers.toml")}
     (tmp_path / "peers.toml").write_text(f'1 = "{b64encode(PUBLIC[1]).decode()}"\n')
     with pytest.raises(SealError, match="this is site 0, its private key is that of site 1"):
-        keyring(context(**node), "keys", 0, {})
+        keyring(context(**node), "keys", 0, {}, {})
     (tmp_path / "peers.toml").write_text(f'0 = "{b64encode(PUBLIC[0]).decode()}"\n')
     with pytest.raises(SealError, match="this is site 0, its private key is not the one that peer-keys lists for it"):
-        keyring(context(**node), "keys", 0, {})
+        keyring(context(**node), "keys", 0, {}, {})
 
 
 def test_first_use_is_trusted_and_kept_to() -> None:
     here = context()
     first = public_key(here)
     assert public_key(here) == first
-    keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]})
-    keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]})
+    keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]}, {})
+    keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]}, {})
     with pytest.raises(SealError, match="site 1 has another public key than at first"):
-        keyring(here, "trust-on-first-use", 0, {1: PUBLIC[2]})
+        keyring(here, "trust-on-first-use", 0, {1: PUBLIC[2]}, {})
+
+
+@pytest.mark.parametrize("first", [{}, {2: PUBLIC[2]}])
+def test_a_key_that_the_first_message_does_not_bring_is_not_believed_later(first: dict[int, bytes]) -> None:
+    here = context()
+    keyring(here, "trust-on-first-use", 0, first, {})
+    with pytest.raises(SealError, match="site 1 has a public key, and had none at first"):
+        keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]}, {})
+    assert not keyring(here, "trust-on-first-use", 0, {}, {}).knows(1)

@@ -16,6 +16,7 @@ from client_app import training
 from client_app.letter import RAISED
 from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
+from client_app.privacy import BudgetError
 from client_app.sealing import SealError, keyring, nonce_of, public_key
 from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, private, raw_data, seeded
 from configuration.errors import ConfigError
@@ -30,6 +31,8 @@ from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
 from strategies.schedules import rates
 
+KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError  # these say all there is to say
+
 
 def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Whatever goes wrong, reply: a handler that ends the process would take other sites of a simulation with it.
@@ -41,7 +44,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if not isinstance(error, SourceError | PartitionError | ConfigError | Diverged):  # these say all there is to say
+        if not isinstance(error, KNOWN):
             traceback.print_exc()
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 

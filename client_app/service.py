@@ -140,7 +140,7 @@ class Service:
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         self._doing = ("nothing", time.monotonic())
-        more |= {"rule" if rule else "problem": answer} if isinstance(answer, str) else {}
+        more |= {"rule" if rule or answer.startswith("BudgetError") else "problem": answer} if isinstance(answer, str) else {}
         size = 0 if isinstance(answer, str) else _bytes(answer)
         try:
             self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **more)
@@ -158,9 +158,9 @@ class Service:
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
-        memory = self._memory(run, asked)  # a run that is refused pushes no other run's out
-        context.state = memory.state
         num_test = self._check_message(config, message, context)
+        memory = self._memory(run, asked)  # a run that is refused neither counts nor pushes out what another left
+        context.state = memory.state
         if self._ranks.count > 1 and site.state:
             restore_from_disk(context)
         self._ranks.share(message, context)

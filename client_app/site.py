@@ -175,7 +175,11 @@ def raw_data(config: Config, site: SiteId) -> SiteData:
     Raises:
         ConfigError: the run is sealed, and the site would tell losses on a few examples.
     """
-    data = _raw_data(config, site, origin_of(config, site))
+    return _raw_data(config, site, origin_of(config, site))
+
+
+def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
+    data = take(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
         raise ConfigError(
@@ -184,15 +188,14 @@ def raw_data(config: Config, site: SiteId) -> SiteData:
     return data
 
 
-def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
+def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
     if site.num_sites is not None:
         splits = _splits(config, site.num_sites, origin)
-        return take(_pool(origin), splits if _pooled(config) else [splits[site.number]])
+        return splits if _pooled(config) else [splits[site.number]]
     if _pooled(config):
         raise ValueError(f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation")
-    examples = _pool(origin)
     generator = np.random.default_rng(derive(config.seed, "split", site.number))
-    return take(examples, [own(examples, generator, test_part=config.data.test_part, test_fraction=config.data.test_fraction)])
+    return [own(_pool(origin), generator, test_part=config.data.test_part, test_fraction=config.data.test_fraction)]
 
 
 def site_data(config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None) -> SiteData:

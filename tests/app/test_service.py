@@ -2,12 +2,9 @@
 
 import contextlib
 import grp
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,49 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
-from configuration.config import Config, configuration
-from server_app.app import run as run_server
-from server_app.results import History
-from simulation.grid import VirtualGrid
-from simulation.world import World
-from strategies.records import pack
-from tests.conftest import ROOT
+from configuration.config import Config
+from strategies.records import metrics_of
+from tests.app.services import RUN_IDS, Service, answer_to, config_of, deployed, flat, order, said
 
 pytestmark = pytest.mark.slow
-SITES = 3
-
-
-class Service:
-    """A service in a process of its own."""
-
-    def __init__(self, folder: Path, **keys: Any) -> None:
-        self.socket, self.audit = str(folder / "site.sock"), folder / "audit.jsonl"
-        self.file, self.log = folder / "site.toml", folder / "log"
-        common = {"site": 1, "socket": self.socket, "audit": str(self.audit), "data": {"source": "digits"}}
-        self.file.write_text(tomli_w.dumps(common | keys))
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "client_app.service", str(self.file)]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while not Path(self.socket).exists():
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The audit log: a line for each letter, and one for its answer."""
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -66,21 +30,6 @@ def service(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Service]
     found = Service(tmp_path, **getattr(request, "param", {}))
     yield found
     found.end()
-
-
-def deployed(config: Config, **of_sites: str) -> History:
-    """A run of deployed sites; those named by ``site_N`` have a service at a socket."""
-    history = History(config)
-    grid = VirtualGrid(client_app, World().sites(SITES, 1), config.flat())
-    for number, context in enumerate(grid.contexts.values()):
-        path = of_sites.get(f"site_{number}")
-        context.node_config = {"service": path} if path else {"site": number, "data": ""}
-    run_server(grid, config, history)
-    return history
-
-
-def config_of(strategy: str, **keys: Any) -> Config:
-    return configuration(strategy=strategy, num_sites=SITES, epochs=2, model={"name": "mlp"}, **keys)
 
 
 @pytest.mark.parametrize(
@@ -129,23 +78,6 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     found.end()
 
 
-RUN_IDS = iter(range(100, 10**6))
-
-
-def answer_to(service: Service, run_config: dict[str, Any], kind: str = "query.site", content: RecordDict | None = None) -> Message:
-    context = Context(next(RUN_IDS), 5, {"service": service.socket}, RecordDict(), run_config)
-    return client_app(Message(content or RecordDict(), dst_node_id=5, message_type=kind), context)
-
-
-def said(reply: Message) -> str:
-    """What is wrong, or nothing."""
-    return str(reply.error.reason) if reply.has_error() else ""
-
-
-def flat(strategy: str = "fedavg", **keys: Any) -> dict[str, Any]:
-    return config_of(strategy, **keys).flat()
-
-
 @pytest.mark.parametrize(
     ("run_config", "rule"),
     [
@@ -171,11 +103,6 @@ def test_refusal_names_the_rule(run_config: dict[str, Any], rule: str, strict: S
     assert "refused by this site's policy: " in said(reply)
     assert rule in said(reply)
     assert rule in strict.lines()[-1]["rule"]
-
-
-def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
-    told = {"server-round": 1, "classes": list("0123456789"), "lr": 0.05, "cycle-from": 0.0, "cycle-to": 1.0, **keys}
-    return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(told)})
 
 
 def test_orders_are_held_to_the_rules(strict: Service) -> None:
@@ -321,3 +248,121 @@ def as_user(user: int, group: int, act: Callable[[], str]) -> str:
         found = text.read()
     os.waitpid(child, 0)
     return found
+
+
+# --- what leaves ------------------------------------------------------------------------------------------------------
+
+NOISY = {"clip-norm": 0.5, "noise-multiplier": 4.0, "epsilon": 3.0}
+
+
+@pytest.mark.parametrize("strategy", ["co-learning", "scaffold", "diloco", "gsgm", "dmsgd"])
+def test_noise_of_a_site_is_in_what_leaves_it(strategy: str, private: Service) -> None:
+    """The others' run goes on with it: the site's model differs from the honest one by noise of the size it was told."""
+    config = config_of(strategy, **({} if strategy == "dmsgd" else {"max_change": 1e6}))
+    before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
+    found = deployed(config, site_1=private.socket)
+    answers = [line for line in private.lines() if line["way"] == "out" and "epsilon" in line and line["kind"] != "query.site"]
+    assert before < answers[-1]["epsilon"] < 1000
+    own = found.metrics[(found.metrics["site"] == "1") & found.metrics["metric"].isin(["loss", "accuracy"])]
+    assert own.empty
+    if strategy == "co-learning":
+        size = sum(value.numel() for value in found.models["model"].values())
+        moved = answers[0]["norms"]["x"]
+        wanted = NOISY["clip-norm"] * NOISY["noise-multiplier"] * size**0.5
+        assert abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01  # clipping leaves at most 0.5 of some 140
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("private")
+    rules = {"metrics": [], "smallest-steps": 1, "smallest-examples": 1}
+    found = Service(folder, policy=rules, privacy=NOISY | {"epsilon": 1000.0}, state=str(folder / "state"))
+    yield found
+    found.end()
+
+
+def test_spent_epsilon_outlives_the_service_and_ends_its_part(tmp_path: Path) -> None:
+    rules = {"metrics": [], "runs-a-day": 4}
+    service = Service(tmp_path, policy=rules, privacy=NOISY, state=str(tmp_path / "state"))
+    told = order({}, 4810, **{"local-epochs": 1})
+    assert "BatchNorm" not in said(answer_to(service, flat(), "train", told))
+    spent = service.lines()[-1]["epsilon"]
+    service.end()
+    service.start()
+    assert f"spent so far: epsilon {spent:.4g}" in service.log.read_text()
+    answers = [answer_to(service, flat(), "train", told) for _ in range(4)]
+    assert [answer.has_error() for answer in answers][-1]
+    assert service.lines()[-1]["rule"]
+    assert "runs-a-day = 4" in said(answers[3])  # counted across the restart
+    service.end()
+
+
+def test_a_spent_budget_is_a_rule(tmp_path: Path) -> None:
+    service = Service(tmp_path, policy={"metrics": []}, privacy=NOISY | {"epsilon": 0.1}, state=str(tmp_path / "state"))
+    reply = answer_to(service, flat(), "train", order({}, 4810, **{"local-epochs": 1}))
+    assert "BudgetError: privacy.epsilon = 0.1: with this answer it would be" in said(reply)
+    assert "BudgetError" in service.lines()[-1]["rule"]
+    service.end()
+
+
+@pytest.mark.parametrize("service", [{"policy": {"metrics": ["accuracy"], "decimals": 1}}], indirect=True)
+def test_metrics_leave_as_the_operator_says(service: Service) -> None:
+    found = deployed(config_of("co-learning"), site_1=service.socket)
+    own = found.metrics[found.metrics["site"] == "1"]
+    assert "loss" not in set(own["metric"])
+    accuracies = own[own["metric"] == "accuracy"]["value"]
+    assert len(accuracies) == found.metrics["round"].max()
+    assert all(round(value, 1) == value for value in accuracies)
+    assert "loss" in set(found.metrics[found.metrics["site"] == "0"]["metric"])
+
+
+@pytest.mark.parametrize("service", [{"policy": {"smallest-examples": 400}}], indirect=True)
+def test_a_test_on_few_examples_tells_no_metric(service: Service) -> None:
+    """359 test examples are fewer than the site wants, its 1,438 for training are not."""
+    found = deployed(config_of("co-learning"), site_1=service.socket)
+    own = found.metrics[(found.metrics["site"] == "1") & found.metrics["metric"].isin(["loss", "accuracy"])]
+    assert set(own["split"]) == {"train"}
+    assert own["metric"].unique().tolist() == ["loss"]
+
+
+@pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 20}}], indirect=True)
+def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service) -> None:
+    """A relay that starts 160 runs with chosen seeds and batches of one, rate 0, solved a picture from its losses."""
+    tiny = flat("d-psgd") | {"training.batch-size": 1, "training.lr": 1e-30, "training.lr-ratio": 1.0}
+    told: dict[str, Any] = {"server-round": 0, "classes": list("0123456789"), "neighbours": [], "weights": [], "cycle-from": 0.0}
+    told |= {"test": False, "last": False, "rejoin": False, "fresh": False}
+
+    def losses(config: dict[str, Any]) -> list[Any]:
+        found: list[Any] = []
+        for seed in range(1, 161):
+            content = RecordDict({"config": ConfigRecord(told)})
+            reply = answer_to(service, config | {"seed": seed}, "train.peer", content)
+            found += [] if reply.has_error() else [metrics_of(reply)["loss"]]
+        return found
+
+    assert losses(tiny) == []
+    assert losses(tiny | {"training.batch-size": 8}) == []  # one batch of eight is too few examples
+    allowed = losses(tiny | {"training.batch-size": 32})
+    assert len(allowed) == 20
+    assert all(loss == round(loss, 3) for loss in allowed)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["co-learning", "gsgm", "dmsgd"])
+def test_two_processes_are_as_one(strategy: str, pair: Service) -> None:
+    config = config_of(strategy, training={"sam_radius": 0.05} if strategy == "co-learning" else {})
+    through, inside = deployed(config, site_1=pair.socket), deployed(config)
+    for name, model in inside.models.items():
+        for key, value in model.items():
+            torch.testing.assert_close(through.models[name][key], value, rtol=0, atol=1e-5)
+    assert not [line for line in pair.lines() if "problem" in line or "rule" in line]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("pair")
+    found = Service(folder, processes=2, policy={"smallest-steps": 1, "smallest-examples": 1}, state=str(folder / "state"))
+    yield found
+    found.end()

@@ -1,0 +1,95 @@
+"""Site services in processes of their own, and who sends them letters."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.app import app as client_app
+from configuration.config import Config, configuration
+from server_app.app import run as run_server
+from server_app.results import History
+from simulation.grid import VirtualGrid
+from simulation.world import World
+from strategies.records import pack
+from tests.conftest import ROOT
+
+SITES = 3
+RUN_IDS = iter(range(100, 10**6))
+
+
+class Service:
+    """A service in a process of its own."""
+
+    def __init__(self, folder: Path, *, processes: int = 1, **keys: Any) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
+        self._processes = processes
+        self.socket, self.audit = str(folder / "site.sock"), folder / "audit.jsonl"
+        self.file, self.log = folder / "site.toml", folder / "log"
+        common = {"site": 1, "socket": self.socket, "audit": str(self.audit), "data": {"source": "digits"}}
+        self.file.write_text(tomli_w.dumps(common | keys))
+        self.start()
+
+    def start(self) -> None:
+        several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self._processes}", "-m"]
+        command = [sys.executable, "-m", *(several if self._processes > 1 else []), "client_app.service", str(self.file)]
+        Path(self.socket).unlink(missing_ok=True)  # of one that was killed
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while not Path(self.socket).exists():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The audit log: a line for each letter, and one for its answer."""
+        return [json.loads(line) for line in self.audit.read_text().splitlines()]
+
+    def end(self) -> None:
+        if self._processes == 1:
+            self.process.kill()
+        else:  # torchrun ends its processes
+            self.process.terminate()
+        self.process.wait()
+
+
+def deployed(config: Config, **of_sites: str) -> History:
+    """A run of deployed sites; those named by ``site_N`` have a service at a socket."""
+    history = History(config)
+    grid = VirtualGrid(client_app, World().sites(SITES, 1), config.flat())
+    run = next(RUN_IDS)
+    for number, context in enumerate(grid.contexts.values()):
+        context.run_id = run
+        path = of_sites.get(f"site_{number}")
+        context.node_config = {"service": path} if path else {"site": number, "data": ""}
+    run_server(grid, config, history)
+    return history
+
+
+def config_of(strategy: str, **keys: Any) -> Config:
+    return configuration(strategy=strategy, num_sites=SITES, epochs=2, model={"name": "mlp"}, **keys)
+
+
+def answer_to(service: Service, run_config: dict[str, Any], kind: str = "query.site", content: RecordDict | None = None) -> Message:
+    context = Context(next(RUN_IDS), 5, {"service": service.socket}, RecordDict(), run_config)
+    return client_app(Message(content or RecordDict(), dst_node_id=5, message_type=kind), context)
+
+
+def said(reply: Message) -> str:
+    """What is wrong, or nothing."""
+    return str(reply.error.reason) if reply.has_error() else ""
+
+
+def flat(strategy: str = "fedavg", **keys: Any) -> dict[str, Any]:
+    return config_of(strategy, **keys).flat()
+
+
+def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
+    told = {"server-round": 1, "classes": list("0123456789"), "lr": 0.05, "cycle-from": 0.0, "cycle-to": 1.0, **keys}
+    return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(told)})

@@ -12,7 +12,7 @@ import torch
 
 from simulation.laboratory import Run, simulate
 from tests.conftest import ROOT
-from tests.e2e.test_deployment import free_port
+from tests.e2e.processes import free_port
 from tests.e2e.test_notebooks import execute_notebook
 
 pytestmark = pytest.mark.e2e

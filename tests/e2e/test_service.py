@@ -1,106 +1,102 @@
-"""Sites behind services of their own: sealed peers over TLS, and a service that is killed and started again."""
+"""Sites behind services of their own, whose SuperNodes are another user, and whose ClientApp looks for what it can read."""
 
-import json
-import subprocess
+import grp
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-import tomli_w
+import torch
 from safetensors.torch import load_file
 
 from simulation.laboratory import Run
 from tests.conftest import ROOT
-from tests.e2e.test_deployment import SITES, Deployment, deployment, wait_for  # noqa: F401
+from tests.e2e.processes import CARRIER, SITES, Deployment, Services, as_user, wait_for
 
 pytestmark = pytest.mark.e2e
-PYTHON = str(ROOT / ".venv/bin/python")
+# A site's key, memory, file and audit log, and its data.
+WANTED = ("private/{}.seal", "private/state-{}", "private/{}.site", "private/{}.audit", "{}.csv")
+SPY = f"""
+from pathlib import Path
+from flwr.clientapp import ClientApp
+from client_app.app import app as honest
 
+WANTED = {WANTED!r}
 
-class Services:
-    """A service for each site, in a process of its own."""
+class Spy(ClientApp):
+    def __call__(self, message, context):
+        socket = Path(context.node_config["service"])
+        site, found = socket.stem, []
+        for name in WANTED:
+            path = name.format(site)
+            try:
+                there = socket.parent / path
+                found.append(path + ": " + str(list(there.iterdir()) if there.is_dir() else there.read_text()))
+            except PermissionError:
+                found.append(path + ": may not be read")
+        with Path("loot").open("a") as loot:
+            loot.write("\\n".join(found) + "\\n")
+        return honest(message, context)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        public = {}
-        for site in range(SITES):
-            command = [PYTHON, "-m", "client_app.sealing", str(folder / f"{site}.seal")]
-            public[site] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        for site in range(SITES):
-            others = {str(other): key for other, key in public.items() if other != site}
-            (folder / f"{site}.peers").write_text(tomli_w.dumps(others))
-            self._write(site)
-            self.start(site)
-
-    def _write(self, site: int) -> None:
-        keys = {
-            "site": site,
-            "name": f"clinic {site}",
-            "socket": str(self.socket(site)),
-            "audit": str(self.folder / f"{site}.audit"),
-            "state": str(self.folder / f"state-{site}"),
-            "save": str(self.folder / f"{site}.safetensors"),
-            "private-key": str(self.folder / f"{site}.seal"),
-            "peer-keys": str(self.folder / f"{site}.peers"),
-            "data": {"source": "digits"},
-            "policy": {"sealing": "keys", "strategies": ["dmsgd"], "smallest-steps": 5},
-        }
-        (self.folder / f"{site}.site").write_text(tomli_w.dumps(keys))
-
-    def socket(self, site: int) -> Path:
-        return self.folder / f"{site}.sock"
-
-    def start(self, site: int) -> None:
-        """Start a service, and wait until it listens."""
-        self.socket(site).unlink(missing_ok=True)
-        with (self.folder / f"service-{site}.log").open("ab") as log:
-            command = [PYTHON, "-m", "client_app.service", str(self.folder / f"{site}.site")]
-            self._processes[site] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        wait_for(self.socket(site).exists, 300)
-
-    def kill(self, site: int) -> None:
-        """End a service at once."""
-        self._processes[site].kill()
-        self._processes[site].wait()
-
-    def letters(self, site: int) -> list[dict[str, object]]:
-        """What its audit log says."""
-        file = self.folder / f"{site}.audit"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def end(self) -> None:
-        """End all."""
-        for site in self._processes:
-            self.kill(site)
+app = Spy()
+"""
 
 
 @pytest.fixture
-def services(tmp_path: Path) -> Iterator[Services]:
-    found = Services(tmp_path)
-    yield found
-    found.end()
+def folder() -> Iterator[Path]:
+    """Not pytest's, which is its user's alone."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
-def test_sealed_peers_go_on_when_a_service_is_killed(deployment: Deployment, services: Services, tmp_path: Path) -> None:  # noqa: F811
-    """It is started again, and finds on its disk what it did before."""
+def app_with_a_spy(folder: Path) -> Path:
+    """This app, as a server ships it that wants to know more."""
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "notebooks", "docs", "__pycache__")
+    app = Path(shutil.copytree(ROOT, folder / "app", ignore=ignored))
+    (app / "spy.py").write_text(SPY)
+    project = app / "pyproject.toml"
+    project.write_text(project.read_text().replace('clientapp = "client_app.app:app"', 'clientapp = "spy:app"'))
+    return app
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not as_user(CARRIER), reason="only root can act as two users")
+def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_killed(folder: Path, tmp_path: Path) -> None:
+    """The service is started again, and finds on its disk what it did before."""
+    rows = torch.randn(SITES, 200, 4, generator=torch.Generator().manual_seed(1))
     for site in range(SITES):
-        deployment.join(site, f'service="{services.socket(site)}"')
-    results = tmp_path / "runs"
-    settings = f'results.folder="{results}" strategy="dmsgd" wire.sealing="keys" num-sites=3 epochs=5 dmsgd.local-steps=5'
-    with deployment.run(settings) as process:
-        wait_for(lambda: len(services.letters(2)) >= 8, 600)
-        time.sleep(0.5)  # that answer is on its way
-        services.kill(2)
-        services.start(2)
-        log = process.communicate()[0]
-    (folder,) = results.iterdir()
-    run = Run.load(folder)
-    assert run.finished, log
-    assert run.models == {}
-    assert "goes on with what it remembers in" in (tmp_path / "service-2.log").read_text()
-    for site in range(SITES):
-        assert load_file(tmp_path / f"{site}.safetensors")
-        assert not [letter for letter in services.letters(site) if "rule" in letter or "problem" in letter]
-    assert list(run.sites["name"]) == ["clinic 0", "clinic 1", "clinic 2"]
+        lines = [",".join(f"{value:.4f}" for value in row) + f",{int(row.sum() > 0)}" for row in rows[site]]
+        (folder / f"{site}.csv").write_text("age,bp,chol,rate,target\n" + "\n".join(lines))
+        (folder / f"{site}.csv").chmod(0o600)
+    tables = {site: {"data": {"source": "csv", "path": str(folder / f"{site}.csv"), "label": "target"}} for site in range(SITES)}
+    rules = {"sealing": "keys", "strategies": ["dmsgd"], "smallest-steps": 5}
+    group = grp.getgrgid(CARRIER).gr_name
+    services = Services(folder, sealing=True, of_sites=tables, policy=rules, group=group)
+    deployment = Deployment(folder, app_with_a_spy(folder))
+    try:
+        for site in range(SITES):
+            deployment.join(site, f'service="{services.socket(site)}"', user=CARRIER)
+        settings = f'results.folder="{tmp_path}" strategy="dmsgd" wire.sealing="keys" num-sites=3 epochs=4 dmsgd.local-steps=5'
+        with deployment.run(f'{settings} model.name="mlp"') as process:
+            wait_for(lambda: len(services.letters(2)) >= 6, 600)
+            time.sleep(0.5)  # that answer is on its way
+            services.kill(2)
+            services.start(2)
+            log = process.communicate()[0]
+        (results,) = tmp_path.iterdir()
+        run = Run.load(results)
+        assert run.finished, log
+        assert run.models == {}
+        assert "goes on with what it remembers in" in (services.private / "2.log").read_text()
+        for site in range(SITES):
+            assert load_file(services.private / f"{site}.safetensors")
+            assert not [letter for letter in services.letters(site) if "rule" in letter or "problem" in letter]
+            loot = "".join(file.read_text() for file in (folder / f"supernode-{site}").rglob("loot"))
+            assert set(loot.splitlines()) == {f"{name.format(site)}: may not be read" for name in WANTED}
+        assert list(run.sites["name"]) == ["clinic 0", "clinic 1", "clinic 2"]
+    finally:
+        deployment.end()
+        services.end()

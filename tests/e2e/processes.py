@@ -40,7 +40,11 @@ class Deployment:
         self._address = f"127.0.0.1:{free_port()}"
         clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
         quiet = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        self._env = clean | quiet | {"PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}
+        self._env = (
+            clean
+            | quiet
+            | {"PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25", "OMP_NUM_THREADS": "1"}
+        )
         certify(home)
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self._address}"\n'
@@ -148,7 +152,8 @@ class Services:
         self.socket(site).unlink(missing_ok=True)
         with (self.private / f"{site}.log").open("ab") as log:
             command = [sys.executable, "-m", "client_app.service", str(self.private / f"{site}.site")]
-            self._processes[site] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}  # they share this machine
+            self._processes[site] = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
         wait_for(self.socket(site).exists, 300)
 
     def kill(self, site: int) -> None:

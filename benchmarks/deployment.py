@@ -1,0 +1,133 @@
+"""A real deployment on this machine: seconds a round, and where they go.
+
+    python -m benchmarks.deployment [--heart FOLDER] [NAME ...]
+
+A SuperLink with TLS, three SuperNodes with keys (of another user than their services, where this is run by root), three site
+services. Flower asks for messages every three seconds, and a reply is asked for likewise by its own strategies: two of these polls
+are the floor to which a round is compared. ``without service`` is a site whose ClientApp does all itself.
+"""
+
+import argparse
+import grp
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from simulation.laboratory import Run
+from tests.e2e.processes import CARRIER, SITES, Deployment, Services, as_user
+
+FLOOR_S = 6.0
+FREE = {"smallest-steps": 1, "smallest-examples": 8}
+DIGITS: dict[str, Any] = {"data": {"source": "digits"}}
+CO_LEARNING = "co-learning.local-epochs=1 co-learning.epsilon=0.0 epochs=8"
+
+
+def pictures(folder: Path) -> dict[str, Any]:
+    """600 PNGs of 64 x 64 in two classes."""
+    generator = np.random.default_rng(1)
+    for number in range(600):
+        file = folder / "pictures" / ("ill", "well")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        light = generator.integers(0, 120, (64, 64, 3)) + 100 * (number % 2)
+        Image.fromarray(light.astype(np.uint8)).save(file)
+    return {"data": {"source": "image-folder", "path": str(folder / "pictures")}}
+
+
+CASES = {
+    "co-learning": f"strategy='co-learning' {CO_LEARNING}",
+    "co-learning, without service": f"strategy='co-learning' {CO_LEARNING}",
+    "gsgm": "strategy='gsgm' epochs=4 gsgm.local-steps=15",
+    "dmsgd, sealed": "strategy='dmsgd' epochs=4 dmsgd.local-steps=15 wire.sealing='keys'",
+    "q-saddle, sealed, compressed": "strategy='q-saddle' epochs=4 q-saddle.local-steps=15 q-saddle.rho=0.05 wire.sealing='keys' "
+    "wire.codec='qsgd' wire.error-feedback='choco' topology.averaging-rate=0.9",
+    "heart": f"strategy='co-learning' {CO_LEARNING} data.label='target > 0' model.name='mlp'",
+    "pictures": f"strategy='co-learning' {CO_LEARNING}",
+}
+
+
+@contextmanager
+def deployed(folder: Path, name: str, heart: str) -> Iterator[Deployment]:
+    """The sites of a case."""
+    keys: dict[str, Any] = DIGITS
+    of_sites: dict[int, dict[str, Any]] = {}
+    if name == "pictures":
+        keys = pictures(folder)
+    if name == "heart":
+        files = sorted(Path(heart).glob("*.csv"))[:SITES]
+        tables = [{"source": "csv", "path": str(file.absolute()), "label": "target > 0"} for file in files]
+        of_sites = {site: {"data": table} for site, table in enumerate(tables)}
+    two = os.geteuid() == 0 and bool(as_user(CARRIER))
+    more = {"group": grp.getgrgid(CARRIER).gr_name} if two else {}
+    deployment = Deployment(folder)
+    services = None
+    if "without" not in name:
+        services = Services(folder, sealing="sealed" in name, of_sites=of_sites, policy=FREE, **keys, **more)
+    try:
+        for site in range(SITES):
+            socket = f'service="{services.socket(site)}"' if services else f'site={site} data=""'
+            deployment.join(site, socket, user=CARRIER if two and services else None)
+        deployment.services = services  # type: ignore[attr-defined]
+        yield deployment
+    finally:
+        deployment.end()
+        if services:
+            services.end()
+
+
+def measure(name: str, heart: str) -> dict[str, Any]:
+    """Run a case; its row of the table."""
+    with TemporaryDirectory() as text:
+        folder = Path(text)
+        folder.chmod(0o755)
+        with deployed(folder, name, heart) as deployment:
+            settings = f"{CASES[name]} num-sites={SITES} results.folder='{folder / 'runs'}'".replace("'", '"')
+            with deployment.run(settings) as process:
+                log = process.communicate()[0]
+            services = getattr(deployment, "services", None)
+            letters = [letter for site in range(SITES) for letter in services.letters(site)] if services else []
+        results = list((folder / "runs").iterdir()) if (folder / "runs").exists() else []
+        if not results or not Run.load(results[0]).finished:
+            raise SystemExit(f"{name}: the run ended too soon\n{log}")
+        run = Run.load(results[0])
+        shutil.copytree(folder, keep, dirs_exist_ok=True) if (keep := os.environ.get("KEEP")) else None
+    table = run.metrics[(run.metrics["split"] == "train") & (run.metrics["site"] == "all")].drop_duplicates("round")
+    spent = np.diff(table["seconds"].to_numpy()) / np.diff(table["round"].to_numpy())
+    if name.startswith("gsgm"):
+        spent = spent * SITES  # updates, each of one site
+    work = [letter["seconds"] for letter in letters if letter["way"] == "out" and letter["kind"].startswith("train")]
+    refused = [letter for letter in letters if "rule" in letter or "problem" in letter]
+    return {
+        "case": name,
+        "rounds": int(table["round"].max()),
+        "seconds a round": median(spent),
+        "of the floor": median(spent) / FLOOR_S,
+        "the service's work": median(work) if work else float("nan"),
+        "accuracy": run.history["accuracy"].iloc[-1],
+        "refusals": len(refused),
+        "MB": run.history["megabytes"].iloc[-1],
+    }
+
+
+def main() -> None:
+    """Print a row a case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; all but heart without --heart")
+    parser.add_argument("--heart", default="", help="a folder of three CSV files of hospitals, with a column target")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.names or [name for name in CASES if name != "heart" or arguments.heart]:
+        rows.append(measure(name, arguments.heart))
+        print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,9 +41,11 @@ from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account
 from client_app.ranks import Ranks
-from client_app.site import Origin, SiteId, config_of_site, network_of, origin_of, raw_data
+from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
+from models.networks import NETWORKS
 from strategies.method import PeerPlan
+from strategies.methods import METHODS
 from strategies.protocol import read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
@@ -353,8 +355,8 @@ def _listening(site: SiteFile) -> Iterator[socket.socket]:
             path.unlink(missing_ok=True)
 
 
-def report(site: SiteFile) -> str:
-    """What the site holds and what runs may ask, in words.
+def report(site: SiteFile, ranks: int = 1) -> str:
+    """What the site holds, in so many processes, and what runs may ask, in words.
 
     Raises:
         ValueError: something is wrong; the message says what.
@@ -367,14 +369,20 @@ def report(site: SiteFile) -> str:
         f"site {site.site}{f' ({site.name})' if site.name else ''}",
         f"data: {site.data.source} {site.data.path}",
         f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
-        f"classes: {', '.join(data.classes)}",
+        f"classes: {', '.join(data.classes)} (their names leave the site)",
+        f"devices: {device_of(config.computing.device)}, {ranks} process{'es' * (ranks > 1)} of {torch.get_num_threads()} threads",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
         f"privacy: {_spent(site)}",
         "policy:",
-        *(f"  {key} = {value!r}" for key, value in site.policy.model_dump(by_alias=True).items()),
+        *(f"  {key} = {_shown(key, value)}" for key, value in site.policy.model_dump(by_alias=True).items()),
     ]
     return "\n".join(lines)
+
+
+def _shown(key: str, value: object) -> str:
+    shipped = {"strategies": list(METHODS), "models": list(NETWORKS)}
+    return "all that come with this checkout" if value == shipped.get(key) else repr(value)
 
 
 def _spent(site: SiteFile) -> str:
@@ -404,7 +412,7 @@ def main() -> None:
         ranks = Ranks()
         if ranks.rank:
             follow(ranks)
-        print(report(site), flush=True)
+        print(report(site, ranks.count), flush=True)
         if not arguments.check:
             _warm()
             Service(site, ranks).serve()

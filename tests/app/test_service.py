@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -158,11 +158,11 @@ def test_what_cannot_be_written_down_does_not_leave(tmp_path: Path) -> None:
 
 def test_server_hears_what_is_wrong_with_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    service = Service(tmp_path, policy={"seconds": 5.0})
+    service = Service(tmp_path, policy={"seconds": 8.0})
     long = order({}, 4810, **{"local-epochs": 100_000})
 
     reply = answer_to(service, flat(), "train", long)
-    assert "refused by this site's policy: seconds = 5: the work takes longer" in said(reply)
+    assert "refused by this site's policy: seconds = 8: the work takes longer" in said(reply)
     assert not answer_to(service, flat()).has_error()  # it goes on
 
     monkeypatch.setattr("client_app.letter.SILENCE_S", 2.0)
@@ -172,12 +172,16 @@ def test_server_hears_what_is_wrong_with_a_service(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
 
     before = len(service.lines())
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(answer_to, service, flat(), "train", long)
+    with ThreadPoolExecutor(19) as pool:
+        waiting = [pool.submit(answer_to, service, flat(), "train", long)]
         while len(service.lines()) == before:
             time.sleep(0.05)
+        waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]  # two more than may wait
+        busy = [said(found.result()) for found, _ in zip(as_completed(waiting), range(2), strict=False)]
+        assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [True, True]
         service.end()
-        assert "died at work or was restarted" in said(waiting.result())
+        heard = [said(found.result()) for found in waiting]
+        assert len([each for each in heard if "died at work or was restarted" in each]) >= 16  # the first may be out of time
     assert "is away: nobody listens at" in said(answer_to(service, flat()))
 
     Path(service.socket).unlink()

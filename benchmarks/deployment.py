@@ -49,7 +49,7 @@ CASES = {
     "dmsgd, sealed": "strategy='dmsgd' epochs=4 dmsgd.local-steps=15 wire.sealing='keys'",
     "q-saddle, sealed, compressed": "strategy='q-saddle' epochs=4 q-saddle.local-steps=15 q-saddle.rho=0.05 wire.sealing='keys' "
     "wire.codec='qsgd' wire.error-feedback='choco' topology.averaging-rate=0.9",
-    "heart": f"strategy='co-learning' {CO_LEARNING} data.label='target > 0' model.name='mlp'",
+    "heart": f"strategy='co-learning' {CO_LEARNING} model.name='mlp'",
     "pictures": f"strategy='co-learning' {CO_LEARNING}",
 }
 

@@ -20,6 +20,7 @@ from client_app.oracle import Oracle
 from client_app.site import Network, open_site, private, seeded
 from client_app.training import num_batches
 from configuration.config import Config
+from configuration.description import Description
 from configuration.graph import graph_of
 from datasets.site import SiteData
 from strategies.codecs import codec
@@ -224,4 +225,6 @@ def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
             names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
             path.rename(next(name for name in names if not name.exists()))
         call.context.state[SAVED] = ConfigRecord()
-        save_file(call.network.model.state_dict(state.x, state.stats), path)
+        agreed, data = call.asked.agreed, call.data
+        described = Description.of(call.config, data.train.x.shape[1:], agreed.classes, data.columns, agreed.moments)
+        save_file(call.network.model.state_dict(state.x, state.stats), path, described.metadata())

@@ -60,14 +60,24 @@ def image_folder(path: str | Path, group: str, image_size: int) -> Examples:
     Raises:
         SourceError: a file is no picture, damaged, or too large; it is named.
     """
-    from torchvision.transforms.functional import resize
-
     found = by_class(existing(path), group, tuple(PICTURES))
-    pictures = torch.empty(len(found.files), 3, image_size, image_size, dtype=torch.uint8)
-    for picture, file in zip(pictures, found.files, strict=True):
+    return Examples(pictures(found.files, (3, image_size, image_size)), *found[1:])
+
+
+def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
+    """Pictures as uint8 [n, channels, height, width], resized; of one channel: grey.
+
+    Raises:
+        SourceError: a file is no picture, damaged, or too large; it is named.
+    """
+    from torchvision.transforms.functional import resize, rgb_to_grayscale
+
+    found = torch.empty(len(files), *shape, dtype=torch.uint8)
+    for picture, file in zip(found, files, strict=True):
         with naming(file, "a picture"):
-            picture.copy_(resize(decode(file), [image_size, image_size], antialias=True))
-    return Examples(pictures, *found[1:])
+            decoded = decode(file) if shape[0] == 3 else rgb_to_grayscale(decode(file))
+            picture.copy_(resize(decoded, list(shape[1:]), antialias=True))
+    return found
 
 
 def decode(file: Path) -> Tensor:
@@ -135,16 +145,25 @@ def audio_folder(path: str | Path, group: str, audio_seconds: float) -> Examples
     if not shortest <= audio_seconds <= LONGEST_CLIP:
         raise SourceError(f"data.audio-seconds = {audio_seconds}: allowed: {shortest} to {LONGEST_CLIP}")
     found = by_class(existing(path), group, (".wav",))
-    clips = torch.zeros(len(found.files), int(audio_seconds * SAMPLE_RATE))
-    for clip, file in zip(clips, found.files, strict=True):
+    return Examples(spectrograms(found.files, audio_seconds), *found[1:])
+
+
+def spectrograms(files: Sequence[Path], audio_seconds: float) -> Tensor:
+    """WAV files as log-mel spectrograms [n, 1, 40, frames].
+
+    Raises:
+        SourceError: as of :func:`audio_folder`.
+    """
+    clips = torch.zeros(len(files), int(audio_seconds * SAMPLE_RATE))
+    for clip, file in zip(clips, files, strict=True):
         with naming(file, "a WAV file"):
             wave = _wave(file)
             length = min(len(wave), len(clip))
             clip[:length] = wave[:length]
     features = log_mel(clips).unsqueeze(1)
     if len(bad := (~features.isfinite()).flatten(1).any(1).nonzero()):
-        raise SourceError(f"{shown(str(found.files[int(bad[0])]))}: samples are not finite, or too large")
-    return Examples(features, *found[1:])
+        raise SourceError(f"{shown(str(files[int(bad[0])]))}: samples are not finite, or too large")
+    return features
 
 
 def _wave(file: Path) -> Tensor:

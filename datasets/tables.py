@@ -1,5 +1,6 @@
 """Tables in CSV files: numbers with a label, and texts with one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,23 @@ def csv(path: str | Path, label: str, group: str) -> Examples:
     features = table.rows.drop(columns=[*used, *([group] if group and group not in used else [])])
     if features.columns.empty:
         raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
+    x = _numbers(table, features)
+    return Examples(x, y, classes, of_group, groups, columns=tuple(features.columns))
+
+
+def unlabelled(path: str | Path, columns: Sequence[str]) -> Tensor:
+    """The ``columns`` of a table, or a folder of tables, [n, columns]; others are not looked at.
+
+    Raises:
+        SourceError: as of :func:`csv`; or a column is not there.
+    """
+    table = _read(existing(path), fewest=1)
+    if missing := [name for name in columns if name not in table.rows]:
+        raise SourceError(f"{table.path}: there are no columns {listed(missing)}; columns: {table.columns}")
+    return _numbers(table, table.rows[list(columns)])
+
+
+def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
     text = [str(name) for name, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     if text:
         said = f"{table.path}: columns {listed(text)} are not numeric"
@@ -64,7 +82,7 @@ def csv(path: str | Path, label: str, group: str) -> Examples:
         row, column = large[0]
         file, name = str(table.files[int(table.file[row])]), str(features.columns[column])
         raise SourceError(f"{shown(file)}: column {shown(name)} holds a value that is not within ±2^63")
-    return Examples(torch.from_numpy(x), y, classes, of_group, groups, columns=tuple(features.columns))
+    return torch.from_numpy(x)
 
 
 def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Examples:
@@ -74,19 +92,28 @@ def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Exa
     Euclidean norm 1 they would be so small that a network stays where it starts. ``label`` and
     ``group`` as in :func:`csv`.
     """
+    table = _read(existing(path))
+    bags = _bags(table, text_buckets)
+    y, classes, _ = _labels(table, label)
+    return Examples(bags, y, classes, *_groups(table, group))
+
+
+def unlabelled_text(path: str | Path, text_buckets: int) -> Tensor:
+    """The texts of a table as :func:`text_csv` has them."""
+    return _bags(_read(existing(path), fewest=1), text_buckets)
+
+
+def _bags(table: Table, text_buckets: int) -> Tensor:
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    table = _read(existing(path))
     if "text" not in table.rows:
         raise SourceError(f"{table.path}: there is no column 'text'; columns: {table.columns}")
-    y, classes, _ = _labels(table, label)
-    of_group, groups = _groups(table, group)
     hashing = HashingVectorizer(n_features=text_buckets, ngram_range=(1, 2), dtype=np.float32)
     bags = hashing.transform(table.rows["text"].fillna("").astype(str))
-    return Examples(torch.from_numpy(bags.toarray() * text_buckets**0.5).half(), y, classes, of_group, groups)
+    return torch.from_numpy(bags.toarray() * text_buckets**0.5).half()
 
 
-def _read(path: Path) -> Table:
+def _read(path: Path, fewest: int = FEWEST) -> Table:
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     if not files:
         raise SourceError(f"{shown(str(path))}: no file ends in .csv")
@@ -102,7 +129,7 @@ def _read(path: Path) -> Table:
         if tables[-1].empty:
             raise SourceError(f"{shown(str(file))} has no rows")
     rows = pd.concat(tables, ignore_index=True)
-    if len(rows) < FEWEST:
+    if len(rows) < fewest:
         raise SourceError(f"{shown(str(path))}: 1 row is too few: at least {FEWEST}, to train on and to test on")
     return Table(
         shown(str(path)),

@@ -80,6 +80,7 @@ class Federation(NamedTuple):
         shape: of one example, as the network takes it.
         moments: of the columns of a table, over all sites; None for other data.
         notes: what sites say about their data, each with the site's name before it.
+        columns: of a table; empty for other data.
     """
 
     sites: tuple[Site, ...]
@@ -87,6 +88,7 @@ class Federation(NamedTuple):
     shape: tuple[int, ...]
     moments: Moments | None
     notes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
     def agreed(self) -> Agreed:
         """What every message tells the sites about each other."""
@@ -223,4 +225,4 @@ def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
     if reference.columns:
         common = merge([Moments(*card.moments) for _, card in ordered])
         shape = (2 * shape[0],)  # the values, and which of them are missing
-    return Federation(sites, tuple(classes), shape, common, notes)
+    return Federation(sites, tuple(classes), shape, common, notes, tuple(reference.columns))

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configuration.config import Config
+from configuration.description import Description
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from models.flat import FlatModel
@@ -118,19 +119,25 @@ class History:
         # A peer that was lost left no model: its row is not a number.
         return {name: self._model.state_dict(x, s) for name, x, s in zip(names, xs, stats, strict=True) if not x.isnan().any()}
 
+    @property
+    def description(self) -> Description:
+        """Of these models."""
+        agreed = self.federation.agreed()
+        return Description.of(self.config, self.federation.shape, agreed.classes, self.federation.columns, agreed.moments)
+
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
     """Of :attr:`History.sites`, a row a site by its name and a column a class; no columns where sites do not tell."""
     return sites.iloc[:, 4:].set_axis(sites.iloc[:, 1].astype(str), axis=0)
 
 
-def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """A state dict each, ``NAME.safetensors``; a file is on disk whole or not at all."""
+def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description) -> None:
+    """A state dict each, ``NAME.safetensors``, which says of itself what it is; a file is on disk whole or not at all."""
     for name, state in models.items():
         final = folder / f"{name}.safetensors"
         partial = final.with_suffix(".partial")
         partial.touch()  # safetensors makes a file that only its owner can read: keep the mode of this one
-        save_file({key: value.contiguous() for key, value in state.items()}, partial)
+        save_file({key: value.contiguous() for key, value in state.items()}, partial, description.metadata())
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, final)
@@ -199,7 +206,7 @@ class Models:
         """Write the newest model."""
         self._behind = self._behind or isinstance(event, Kept)
         if self._behind and isinstance(event, Kept | Ended):
-            write_models(self._folder, self._history.models)
+            write_models(self._folder, self._history.models, self._history.description)
             self._behind = False
 
 

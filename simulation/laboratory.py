@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
 from configuration.config import Config, configuration, flatten
+from configuration.description import Description
 from configuration.errors import ConfigError
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
@@ -55,6 +56,7 @@ class Run:
         models: the last model as a state dict, under the name ``model``; where sites learn alone, ``model-0``, ``model-1``, ...
         sites: a row a site: site, name, train and test examples, and the examples of each class where sites tell.
         finished: whether all epochs were run; an interrupted run holds what it had reached.
+        description: of the models; None where there are none.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class Run:
     models: dict[str, dict[str, Tensor]]
     sites: pd.DataFrame
     finished: bool
+    description: Description | None = None
 
     def __repr__(self) -> str:
         found = ", ".join(f"{key} {value:.4g}" for key, value in self.summary.items())
@@ -143,7 +146,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_description(folder, self.config, self.sites)
         self.metrics.to_csv(folder / "metrics.csv", index=False)
-        write_models(folder, self.models)
+        if self.description:
+            write_models(folder, self.models, self.description)
         return folder
 
     @classmethod
@@ -153,8 +157,10 @@ class Run:
         config = Config.read(tomllib.loads((folder / "config.toml").read_text()))
         metrics = read_metrics(folder / "metrics.csv")
         epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)]["value"].sum()
-        models = {file.stem: load_file(file) for file in sorted(folder.glob("model*.safetensors"))}
-        return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), bool(epochs >= config.epochs - 1e-6))
+        files = sorted(folder.glob("model*.safetensors"))
+        models, description = {file.stem: load_file(file) for file in files}, Description.read(files[0]) if files else None
+        finished = bool(epochs >= config.epochs - 1e-6)
+        return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), finished, description)
 
 
 class _Watched(History):
@@ -241,7 +247,8 @@ def _simulate(config: Config, world: World, engine: str, threads: int, watch: Ca
                 run_server(grid, config, history)
     except KeyboardInterrupt:
         finished = False
-    return Run(config, history.metrics, history.models, history.sites, finished)
+    description = history.description if history.models else None
+    return Run(config, history.metrics, history.models, history.sites, finished, description)
 
 
 @dataclass(frozen=True, repr=False)

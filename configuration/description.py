@@ -1,0 +1,74 @@
+"""What a file with a model says of itself, so that it can be used without the run that made it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from configuration.config import Config
+from configuration.sections import Data, Model
+
+KEY = "archipelago"  # in a safetensors file's metadata, which knows texts only
+
+
+class Description(BaseModel):
+    """A trained network, all but its parameters.
+
+    Attributes:
+        model, data: the run's sections: which network, and how its examples are read.
+        shape: of an example, as the network takes it.
+        classes: the names that its outputs count.
+        columns: of a table.
+        mean, variance: of these columns over all sites.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Model
+    data: Data
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    variance: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        shape: Sequence[int],
+        classes: Sequence[str],
+        columns: Sequence[str],
+        moments: Sequence[Sequence[float]],
+    ) -> "Description":
+        """Of a run; ``moments`` as the sites agreed on them, (known, mean, variance) or nothing."""
+        _, mean, variance = moments or ((), (), ())
+        return cls(
+            model=config.model,
+            data=config.data.model_copy(update={"path": ""}),
+            shape=tuple(shape),
+            classes=tuple(classes),
+            columns=tuple(columns),
+            mean=tuple(mean),
+            variance=tuple(variance),
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """As a safetensors file holds it."""
+        return {KEY: json.dumps(self.model_dump(by_alias=True))}
+
+    @classmethod
+    def read(cls, file: Path) -> "Description":
+        """What a file says of itself.
+
+        Raises:
+            ValueError: it is no file with a model of this program.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata: Mapping[str, str] = opened.metadata() or {}
+            return cls.model_validate_json(metadata[KEY])
+        except (OSError, SafetensorError, KeyError, ValidationError) as error:
+            raise ValueError(f"{file} is no model of Archipelago: {type(error).__name__}: {error}") from None

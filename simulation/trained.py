@@ -1,0 +1,150 @@
+"""A run's model, ready to be used: ``load(folder)``, predictions of files, and an export that needs none of this program.
+
+python -m simulation.trained RUN INPUT            a row of CSV for each example: its name, its class, each class's probability
+python -m simulation.trained RUN --export FILE    a program of torch.export, for examples as they are read
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from client_app.training import EVALUATION_BATCH, prepare
+from configuration.description import Description
+from datasets.examples import SourceError
+from datasets.files import existing
+from datasets.folders import PICTURES, pictures, spectrograms
+from datasets.tables import unlabelled, unlabelled_text
+from models.networks import build
+
+
+class Trained(nn.Module):
+    """A trained network that takes examples as a source reads them.
+
+    Pictures are bytes, [n, channels, height, width]; tables [n, columns], NaN where a value is missing, are standardised here.
+
+    Attributes:
+        network: what was trained.
+        description: what it was trained for.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module, description: Description) -> None:
+        super().__init__()
+        self.network, self.description = network, description
+        variance = torch.tensor(description.variance, dtype=torch.float64)
+        self.register_buffer("mean", torch.tensor(description.mean, dtype=torch.float64))
+        self.register_buffer("deviation", torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance)))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the outputs count."""
+        return self.description.classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [n, classes] of examples [n, ...]."""
+        if self.description.columns:
+            x = torch.cat([((x - self.mean) / self.deviation).nan_to_num(), x.isnan()], 1)
+        logits: Tensor = self.network(prepare(x))
+        return logits
+
+    @torch.no_grad()
+    def predict(self, source: str | Path) -> pd.DataFrame:
+        """The class of each example of a file, or of the files of a folder, and each class's probability.
+
+        Raises:
+            SourceError: a file cannot be read as what this network was trained on.
+        """
+        names, x = self._read(existing(source))
+        chunks = [self(chunk).softmax(1) for chunk in x.split(EVALUATION_BATCH)]
+        table = pd.DataFrame(torch.cat(chunks).cpu().numpy(), columns=list(self.classes))
+        table.insert(0, "class", table.idxmax(axis=1), allow_duplicates=True)
+        table.insert(0, "example", names, allow_duplicates=True)
+        return table
+
+    def _read(self, path: Path) -> tuple[Sequence[str], Tensor]:
+        known = self.description
+        match known.data.source:
+            case "csv":
+                x = unlabelled(path, known.columns)
+            case "text-csv":
+                x = unlabelled_text(path, known.data.text_buckets)
+            case "audio-folder":
+                files = _files(path, (".wav",))
+                return list(map(str, files)), spectrograms(files, known.data.audio_seconds)
+            case source if ":" in source:
+                raise SourceError(
+                    f"data.source = {source!r}: give examples [n, {known.shape}] of this function to the network itself"
+                )
+            case _:
+                files = _files(path, tuple(PICTURES))
+                return list(map(str, files)), pictures(files, known.shape)
+        return [str(row) for row in range(len(x))], x
+
+    def export(self, file: str | Path) -> None:
+        """Write a program of ``torch.export`` for any number of examples, which ``torch.export.load`` reads without this code."""
+        raw = [len(self.description.columns)] if self.description.columns else list(self.description.shape)
+        kind = torch.uint8 if len(raw) == 3 and self.description.data.source != "audio-folder" else torch.float32
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(self.eval(), (torch.zeros(2, *raw, dtype=kind),), dynamic_shapes=({0: batch},))
+        torch.export.save(program, file)
+
+
+def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings) if path.is_dir() else [path]
+    if not files:
+        raise SourceError(f"{path}: no file ends in {', '.join(endings)}")
+    return files
+
+
+def load(path: str | Path, name: str = "model") -> Trained:
+    """The network of a run's folder, or of a file with a model.
+
+    Args:
+        path: what ``flwr run``, :meth:`Run.save` or a peer's ``save`` wrote.
+        name: of the model; ``model-0``, ... where sites learn alone.
+
+    Raises:
+        ValueError: there is no such model, or its network cannot be built.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        there = sorted(each.stem for each in file.glob("model*.safetensors"))
+        if name not in there:
+            raise ValueError(f"{file} has no model {name!r}: allowed: {', '.join(there) or 'it has none'}")
+        file /= f"{name}.safetensors"
+    described = Description.read(file)
+    network = build(described.model.name, described.shape, len(described.classes), described.model.norm, 0)
+    network.load_state_dict(load_file(file))
+    return Trained(network, described).eval()
+
+
+def main() -> None:
+    """Print predictions as CSV, or export."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder, or a file with a model")
+    parser.add_argument("input", nargs="?", help="a file or folder like those that it was trained on; labels are not needed")
+    parser.add_argument("--model", default="model", help="model-0, ... where sites learn alone")
+    parser.add_argument("--export", metavar="FILE", help="write a program of torch.export")
+    arguments = parser.parse_args()
+    if not (arguments.input or arguments.export):
+        parser.error("INPUT or --export FILE is needed")
+    try:
+        trained = load(arguments.run, arguments.model)
+        if arguments.export:
+            trained.export(arguments.export)
+        if arguments.input:
+            trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format="%.4f")
+    except ValueError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

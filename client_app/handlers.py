@@ -24,6 +24,7 @@ from configuration.graph import graph_of
 from datasets.partitions import PartitionError
 from datasets.site import SiteData, moments
 from datasets.sources import SourceError
+from models.pretrained import digest
 from strategies.gradients import Diverged
 from strategies.method import PeerPlan, RoundPlan
 from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
@@ -63,6 +64,8 @@ def describe(message: Message, context: Context) -> Message:
         found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
     if site.num_sites:  # how many examples of each class a real site has is its own business
         found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
+    if config.model.initial:
+        found["initial"] = digest(config.model.initial)
     if config.wire.sealing == "trust-on-first-use":
         found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":

@@ -107,6 +107,8 @@ class SiteFile(Section):
     """folder in which a run's memory outlives this service; empty: it does not"""
     save: str = ""
     """file for the finished model of a peer"""
+    initial: str = ""
+    """file from which networks start where runs have model.initial; runs name no file of this site"""
     private_key: str = ""
     """file of the site's own key, for sealed runs"""
     peer_keys: str = ""
@@ -131,6 +133,8 @@ class SiteFile(Section):
     def run_config(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """A run's configuration with this site's data in the place of the run's."""
         own = {f"data.{key}": value for key, value in self.data.model_dump(by_alias=True).items()}
+        if asked.get("model.initial"):
+            own["model.initial"] = self.initial
         return {key: value for key, value in asked.items() if not key.startswith("data.")} | own
 
 

@@ -22,11 +22,11 @@ from client_app import training
 from client_app.privacy import Noise
 from configuration.config import Config
 from configuration.errors import ConfigError
+from configuration.network import network_of as build
 from datasets import sources
 from datasets.names import fault
 from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
 from models.flat import FlatModel
-from models.networks import build
 from strategies.method import PeerPlan, RoundPlan
 from strategies.protocol import Agreed
 from strategies.randomness import derive
@@ -247,7 +247,7 @@ def device_of(name: str) -> torch.device:
 def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Network:
     """The network of a run for examples of ``shape``, on this site's device."""
     device = device_of(config.computing.device)
-    model = FlatModel(build(config.model.name, shape, num_classes, config.model.norm, derive(config.seed, "model")), device)
+    model = FlatModel(build(config.model, shape, num_classes, derive(config.seed, "model"))[0], device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 

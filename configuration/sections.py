@@ -95,6 +95,10 @@ class Model(Section):
     """cnn, mlp, lenet5, resnet20, vgg11, torchvision:NAME, or one's own: package.module:NAME"""
     norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=NORMALISED)] = "batch"
     """batch, group, evonorm"""
+    initial: str = ""
+    """safetensors file to start from, by names; empty: random"""
+    trainable: str = ""
+    """shell patterns of parameters' names, such as "fc.* layer4.*": only these train and cross the wire; empty: all"""
 
 
 class Data(Section):

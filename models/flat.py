@@ -9,18 +9,22 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from models.pretrained import is_frozen
+
 
 class FlatModel:
     """A network bound to a vector ``x`` [d] of its trainable parameters and a vector ``grad`` [d] of their gradients.
 
-    Floating-point buffers (BatchNorm's running statistics) are read and written as a vector ``stats`` [b]; integer buffers are
-    no part of a model. The order of the parts is that of ``network.parameters()`` and ``network.buffers()``.
+    Floating-point buffers (BatchNorm's running statistics) are read and written as a vector ``stats`` [b], but for those of
+    layers that are not trained; integer buffers are no part of a model. The order of the parts is that of
+    ``network.parameters()`` and ``network.buffers()``.
 
     Attributes:
         network: the module; its parameters are views into ``x``.
         x: [d], float32.
         grad: [d], float32; the parameters' ``.grad`` are views into it.
         sizes: how many elements of ``x`` each parameter has, in their order; what a codec calls layers.
+        buffer_names: of the parts of ``stats``.
     """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -37,7 +41,7 @@ class FlatModel:
         self._parameters = parameters
         self._pieces: tuple[Tensor, ...] = ()
         # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
-        self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self.buffer_names, self._buffers = _statistics(network)
         self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
         self.num_stats = sum(buffer.numel() for buffer in self._buffers)
 
@@ -84,6 +88,22 @@ class FlatModel:
         self.load(mine, my_stats)
         return copies
 
+    @property
+    def variances(self) -> Tensor:
+        """Which elements of ``stats`` are variances, [b]."""
+        marks = [
+            torch.full((buffer.numel(),), name.endswith("running_var"))
+            for name, buffer in zip(self.buffer_names, self._buffers, strict=True)
+        ]
+        return torch.cat([torch.empty(0, dtype=torch.bool), *marks])
+
     def all_buffers(self) -> list[Tensor]:
         """Every buffer of the network, integers too."""
         return list(chain.from_iterable(module.buffers(recurse=False) for module in self.network.modules()))
+
+
+def _statistics(network: nn.Module) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The floating-point buffers that training changes, by name."""
+    still = {id(buffer) for module in network.modules() if is_frozen(module) for buffer in module.buffers(recurse=False)}
+    found = [(name, buffer) for name, buffer in network.named_buffers() if buffer.is_floating_point() and id(buffer) not in still]
+    return tuple(name for name, _ in found), [buffer for _, buffer in found]

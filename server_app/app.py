@@ -3,15 +3,14 @@
 import logging
 from functools import partial
 
-import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from configuration.config import Config
 from configuration.graph import graph_of
+from configuration.network import network_of
 from models.flat import FlatModel
-from models.networks import build
 from server_app.asynchronous import Asynchronous
 from server_app.census import Federation, RunError, take_census
 from server_app.consensus import report_consensus
@@ -57,9 +56,10 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    model = FlatModel(
-        build(config.model.name, federation.shape, len(federation.classes), config.model.norm, derive(config.seed, "model"))
-    )
+    network, said = network_of(config.model, federation.shape, len(federation.classes), derive(config.seed, "model"))
+    if said:
+        log(logging.WARNING, "%s", said)
+    model = FlatModel(network)
     emit(Began(federation, model))
     try:
         _drive(grid, config, federation, model, emit)
@@ -101,7 +101,5 @@ def _shares(federation: Federation, weighting: str) -> dict[int, float]:
 
 def layout_of(model: FlatModel) -> Layout:
     """How a model looks on the wire."""
-    named = [(name, buffer) for name, buffer in model.network.named_buffers() if buffer.is_floating_point()]
-    marks = [torch.full((buffer.numel(),), name.endswith("running_var")) for name, buffer in named]
     sizes = {X: model.x.numel()} | ({STATS: model.num_stats} if model.num_stats else {})
-    return Layout(sizes, torch.cat([torch.empty(0, dtype=torch.bool), *marks]))
+    return Layout(sizes, model.variances)

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from configuration.config import Config
 from datasets.site import Moments, merge
+from models.pretrained import digest
 from server_app.exchange import clock_of, exchange
 from server_app.roster import together
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
@@ -179,6 +180,9 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     Of two that cannot both be right, none is believed, unless most sites say as it does.
     """
     found = {node: OTHER_CODE for node, card in cards.items() if card.code != code_version()}
+    if config.model.initial:
+        own = digest(config.model.initial)
+        found |= {node: "its model.initial is another file" for node, card in cards.items() if card.initial != own}
     kinds = {node: _kind(card) for node, card in cards.items() if node not in found}
     usual, votes = Counter(kinds.values()).most_common(1)[0] if kinds else ("", 0)
     for node, kind in kinds.items():

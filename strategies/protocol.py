@@ -160,6 +160,7 @@ class SiteCard(Part):
         known, mean, variance: of a table's columns.
         counts: examples of each class; a deployed site keeps them to itself.
         public_key: where keys are trusted on first use.
+        initial: SHA-256 of the file from which the network starts.
         nonce: its own in this run, where payloads are sealed.
     """
 
@@ -177,6 +178,7 @@ class SiteCard(Part):
     mean: list[Finite] | None = None
     variance: list[Annotated[float, Field(ge=0, le=GREATEST**2, allow_inf_nan=False)]] | None = None
     counts: list[Whole] | None = None
+    initial: Annotated[str, Field(max_length=64)] | None = None
     public_key: Annotated[bytes, Field(min_length=PUBLIC_KEY, max_length=PUBLIC_KEY)] | None = None
     nonce: Nonce | None = None
 

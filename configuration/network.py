@@ -1,0 +1,21 @@
+"""The network of a run, as its configuration describes it."""
+
+from torch import nn
+
+from configuration.sections import Model
+from models.networks import build
+from models.pretrained import freeze, start_from
+
+
+def network_of(model: Model, shape: tuple[int, ...], num_classes: int, seed: int) -> tuple[nn.Module, str]:
+    """The network at its initial parameters, and what there is to say of them.
+
+    Raises:
+        ValueError: it cannot be built; the message names the key.
+    """
+    network, said = build(model.name, shape, num_classes, model.norm, seed), ""
+    if model.initial:
+        said = start_from(network, model.initial)
+    if model.trainable:
+        freeze(network, model.trainable)
+    return network, said

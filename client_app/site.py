@@ -120,7 +120,8 @@ def origin_of(config: Config, site: SiteId) -> Origin:
         SourceError: there are none.
     """
     data, path = config.data, config.data.path if site.num_sites is not None else site.path
-    options = tuple((key, getattr(data, key)) for key in ("label", "group", "image_size", "audio_seconds", "text_buckets"))
+    keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets")
+    options = tuple((key, getattr(data, key)) for key in keys)
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
 

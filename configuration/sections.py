@@ -114,6 +114,8 @@ class Data(Section):
     """natural sites: a column, or a regular expression on the path; empty: CSV file or top folder"""
     image_size: Annotated[int, Field(ge=1, le=4096), Only(source=_taking(SOURCES, "image_size"))] = 32
     """pictures are resized to this many pixels a side"""
+    channels: Annotated[Literal[0, 1, 3], Only(source=_taking(SOURCES, "channels"))] = 0
+    """1: grey; 3: coloured; 0: as they are"""
     audio_seconds: Annotated[float, Field(gt=0, le=3600), Only(source=_taking(SOURCES, "audio_seconds"))] = 1.0
     """clips are cut or padded to this length"""
     text_buckets: Annotated[int, Field(ge=1, le=2**22), Only(source=_taking(SOURCES, "text_buckets"))] = 16384

@@ -1,11 +1,13 @@
 """Folders of pictures and of sounds: a folder a class."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from math import gcd
 from pathlib import Path
@@ -16,6 +18,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from datasets.examples import Examples, SourceError
 from datasets.files import existing, naming
@@ -41,47 +44,66 @@ RATES = 1000, 384_000  # Hz, of WAV files
 LONGEST_CLIP = 3600.0  # seconds
 
 
+GREY = ("1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names
+PARTS = {"train": False, "training": False, "test": True, "val": True, "valid": True, "validation": True}  # whether to test on
+SAID_S = 10.0  # from one word of a long reading to the next
+
+
 class Files(NamedTuple):
-    """Files by class and, where they have one, by natural site: as in :class:`Examples`."""
+    """Files by class and, where they have one, by natural site and official part: as in :class:`Examples`."""
 
     files: list[Path]
     y: Tensor
     classes: tuple[str, ...]
     group: Tensor | None
     groups: tuple[str, ...]
+    test: Tensor | None
 
 
-def image_folder(path: str | Path, group: str, image_size: int) -> Examples:
-    """Pictures under ``path``, one folder a class, as uint8 [n, 3, image_size, image_size].
+def image_folder(path: str | Path, group: str, image_size: int, channels: int) -> Examples:
+    """Pictures under ``path``, one folder a class, as uint8 [n, channels, image_size, image_size].
 
-    Grey pictures become coloured ones; 16 bits become 8; transparency is left out. ``group`` as in
-    :func:`by_class`.
+    16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are: grey if
+    all of them are. ``group`` as in :func:`by_class`.
 
     Raises:
         SourceError: a file is no picture, damaged, or too large; it is named.
     """
     found = by_class(existing(path), group, tuple(PICTURES))
-    return Examples(pictures(found.files, (3, image_size, image_size)), *found[1:])
+    return Examples(pictures(found.files, (channels, image_size, image_size)), *found[1:])
 
 
 def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
-    """Pictures as uint8 [n, channels, height, width], resized; of one channel: grey.
+    """Pictures as uint8 [n, channels, height, width], resized; channels as in :func:`image_folder`.
+
+    Several are decoded at once; where it takes long, how far it is stands on standard error.
 
     Raises:
         SourceError: a file is no picture, damaged, or too large; it is named.
     """
     from torchvision.transforms.functional import resize, rgb_to_grayscale
 
-    found = torch.empty(len(files), *shape, dtype=torch.uint8)
-    for picture, file in zip(found, files, strict=True):
-        with naming(file, "a picture"):
-            decoded = decode(file) if shape[0] == 3 else rgb_to_grayscale(decode(file))
-            picture.copy_(resize(decoded, list(shape[1:]), antialias=True))
-    return found
+    found = torch.empty(len(files), 1 if shape[0] == 1 else 3, *shape[1:], dtype=torch.uint8)
+
+    def read(number: int) -> bool:
+        with naming(files[number], "a picture"):
+            pixels, grey = decode(files[number])
+            decoded = rgb_to_grayscale(pixels) if shape[0] == 1 else pixels
+            found[number] = resize(decoded, list(shape[1:]), antialias=True)
+        return grey
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = tqdm(pool.map(read, range(len(files))), "pictures", len(files), delay=SAID_S, mininterval=SAID_S, unit="")
+        try:
+            greys = list(said)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found[:, :1].clone() if shape[0] == 0 and all(greys) else found
 
 
-def decode(file: Path) -> Tensor:
-    """A picture as uint8 [3, height, width]; for a damaged one, whatever Pillow raises."""
+def decode(file: Path) -> tuple[Tensor, bool]:
+    """A picture as uint8 [3, height, width], and whether it is grey; for a damaged one, whatever Pillow raises."""
     data = file.read_bytes()
     formats = sorted(set(PICTURES.values()))
     with Image.open(BytesIO(data), formats=formats) as picture:
@@ -91,6 +113,7 @@ def decode(file: Path) -> Tensor:
     if data.startswith(b"\x89PNG"):
         _check_png(data)
     with Image.open(BytesIO(data), formats=formats) as picture:
+        grey_mode = picture.mode in GREY
         if picture.mode.startswith("I;16"):  # grey, 16 bits: Pillow would cut off what is above 255
             grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
             pixels = np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
@@ -98,7 +121,7 @@ def decode(file: Path) -> Tensor:
             raise ValueError("32 bits a pixel, whose largest value nobody tells; allowed: 8 and 16")
         else:
             pixels = np.array(picture.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1), grey_mode
 
 
 def _check_png(data: bytes) -> None:
@@ -216,37 +239,50 @@ json.dump(found, sys.stdout)
 
 
 def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
-    """Files under ``root`` by class, the name of the folder they lie in, and by natural site.
+    """Files under ``root`` by class, natural site and official part.
 
-    The natural site is what the first bracket of the regular expression ``group`` finds in the path
-    below ``root``; without one, the top folder of ``root/SITE/CLASS/file``.
+    ``CLASS/file``, ``SITE/CLASS/file``, or ``CLASS/images/file`` where all lowest folders have one name;
+    each of these may lie below ``train/`` and ``test/`` (or ``val/``), the official parts. The natural
+    site is also what the first bracket of the regular expression ``group`` finds in the path below
+    ``root``.
 
     Raises:
-        SourceError: no files, files outside of a folder, names that must not leave a site, or a
-            ``group`` that is no regular expression, finds nothing in a path, or takes too long.
+        SourceError: no files, files outside of a folder or at different depths, names that must not
+            leave a site, or a ``group`` that is no regular expression, finds nothing in a path, or
+            takes too long.
     """
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in endings)
     if not files:
         raise SourceError(f"{shown(str(root))}: no file ends in {', '.join(endings)}")
-    if loose := [file for file in files if file.parent == root]:
+    paths = [file.relative_to(root).as_posix() for file in files]
+    places = [path.split("/")[:-1] for path in paths]  # the folders of each file
+    test, tops = None, {place[0] for place in places if place}
+    if tops <= PARTS.keys() and {PARTS[top] for top in tops} == {False, True}:
+        test = torch.tensor([PARTS[place[0]] for place in places if place])
+        places = [place[1:] for place in places]
+    if loose := [file for file, place in zip(files, places, strict=True) if not place]:
         raise SourceError(f"{shown(str(loose[0]))} lies in no folder, which would name its class")
-    classes, y = _index(file.parent.name for file in files)
+    deep = min(map(len, places)) > 1
+    if deep and len({place[-1] for place in places}) == 1:
+        places = [place[:-1] for place in places]
+        deep = min(map(len, places)) > 1
+    if not group and len({len(place) > 1 for place in places}) == 2:
+        by_depth = {len(place): path for place, path in zip(places, paths, strict=True)}
+        ends = f"{shown(by_depth[min(by_depth)])} and {shown(by_depth[max(by_depth)])}"
+        raise SourceError(f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? {ends} lie at different depths")
+    classes, y = _index(place[-1] for place in places)
     if wrong := too_many(len(classes)) or fault(classes):
         raise SourceError(f"{shown(str(root))}, folders as classes: {wrong}")
-    paths = [file.relative_to(root).as_posix() for file in files]
     if group:
         said, names = f"data.group = {shown(group)}", _search(group, paths)
-    elif all(path.count("/") >= 2 for path in paths):
-        said, names = (
-            f"{shown(str(root))}, folders as sites",
-            [path.split("/")[0] for path in paths],
-        )
+    elif deep:
+        said, names = f"{shown(str(root))}, folders as sites", [place[0] for place in places]
     else:
-        return Files(files, y, classes, None, ())
+        return Files(files, y, classes, None, (), test)
     groups, of_group = _index(names)
     if wrong := fault(groups):
         raise SourceError(f"{said}: {wrong}")
-    return Files(files, y, classes, of_group, groups)
+    return Files(files, y, classes, of_group, groups, test)
 
 
 def _search(group: str, paths: Sequence[str]) -> list[str]:

@@ -132,6 +132,7 @@ def load(
     label: str,
     group: str,
     image_size: int,
+    channels: int = 0,
     audio_seconds: float,
     text_buckets: int,
 ) -> Examples:
@@ -152,6 +153,7 @@ def load(
         "label": label,
         "group": group,
         "image_size": image_size,
+        "channels": channels,
         "audio_seconds": audio_seconds,
         "text_buckets": text_buckets,
     }

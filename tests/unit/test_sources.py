@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from scipy.io import wavfile
 from torchvision.io import write_png
 
@@ -58,6 +59,49 @@ def test_top_folders_are_natural_sites(pictures: Path) -> None:
     assert examples.group is not None
     assert (examples.groups, examples.classes) == (("north", "south"), ("cat", "dog"))
     assert torch.bincount(examples.group).tolist() == [6, 6]
+
+
+def write_pictures(root: Path, *paths: str, mode: str = "RGB") -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (9, 7), 77 if mode == "L" else (9, 99, 199)).save(root / path)
+    return root
+
+
+CLASSES = ("cat/a.png", "cat/b.png", "dog/a.png")
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("training", "val")])
+@pytest.mark.parametrize("below", ["", "north/"])
+def test_folders_train_and_test_are_the_official_parts(parts: tuple[str, str], below: str, tmp_path: Path) -> None:
+    paths = [f"{part}/{below}{path}" for part in parts for path in CLASSES]
+    examples = read("image-folder", write_pictures(tmp_path, *paths))
+    assert examples.classes == ("cat", "dog")
+    assert examples.groups == (("north",) if below else ())
+    assert examples.test is not None
+    assert examples.test.tolist() == [path.startswith(parts[1]) for path in sorted(paths)]
+
+
+def test_one_name_of_all_lowest_folders_is_no_class(tmp_path: Path) -> None:
+    """As Tiny-ImageNet has them."""
+    examples = read("image-folder", write_pictures(tmp_path, *(path.replace("/", "/images/") for path in CLASSES)))
+    assert (examples.classes, examples.group) == (("cat", "dog"), None)
+
+
+def test_folders_at_different_depths_are_asked_about(tmp_path: Path) -> None:
+    write_pictures(tmp_path, *CLASSES, "north/cat/c.png", "north/dog/c.png")
+    with pytest.raises(SourceError, match=r"is it CLASS/file or SITE/CLASS/file\? '(cat|dog)/.*' and 'north/dog/c.png' lie at"):
+        read("image-folder", tmp_path)
+
+
+def test_pictures_stay_grey_where_all_are(tmp_path: Path) -> None:
+    grey = write_pictures(tmp_path, *CLASSES, mode="L")
+    assert read("image-folder", grey).x.unique().tolist() == [77]
+    assert read("image-folder", grey).x.shape == (3, 1, 8, 8)
+    assert read("image-folder", grey, channels=3).x.shape == (3, 3, 8, 8)
+    write_pictures(tmp_path, "dog/b.png")
+    assert read("image-folder", grey).x.shape == (4, 3, 8, 8)
+    assert read("image-folder", grey, channels=1).x.shape == (4, 1, 8, 8)
 
 
 def test_natural_sites_by_regular_expression(pictures: Path) -> None:
@@ -370,8 +414,9 @@ def test_folders_that_would_be_names_of_classes_and_sites_are_bounded(tmp_path: 
     (tmp_path / "many" / "99").rename(tmp_path / "many" / "99\n")
     with pytest.raises(SourceError, match="folders as classes: name 100 of 100 holds characters"):
         read("audio-folder", tmp_path / "many")
-    (tmp_path / "odd" / "\x1b[2J" / "c").mkdir(parents=True)
-    wavfile.write(tmp_path / "odd" / "\x1b[2J" / "c" / "a.wav", 8000, np.zeros(9, dtype=np.int16))
+    for name in "cd":
+        (tmp_path / "odd" / "\x1b[2J" / name).mkdir(parents=True)
+        wavfile.write(tmp_path / "odd" / "\x1b[2J" / name / "a.wav", 8000, np.zeros(9, dtype=np.int16))
     with pytest.raises(SourceError, match="folders as sites: name 1 of 1 holds characters"):
         read("audio-folder", tmp_path / "odd")
 
@@ -385,7 +430,7 @@ def test_label_does_not_cost_a_feature_whose_name_is_a_part_of_its_own(tmp_path:
 def test_sources_say_which_keys_they_take_and_what_they_hold() -> None:
     assert SOURCES["digits"].keys == ()
     assert SOURCES["cifar100"].keys == ("path",)
-    assert SOURCES["image-folder"].keys == ("path", "group", "image_size")
+    assert SOURCES["image-folder"].keys == ("path", "group", "image_size", "channels")
     assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds")
     assert SOURCES["csv"].keys == ("path", "label", "group")
     assert SOURCES["text-csv"].keys == ("path", "label", "group", "text_buckets")

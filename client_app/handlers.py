@@ -4,7 +4,7 @@ import math
 import traceback
 from collections.abc import Mapping
 from itertools import chain, count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import Context, Error, Message
@@ -14,20 +14,24 @@ from torch import Tensor
 
 from client_app import training
 from client_app.letter import RAISED
-from client_app.memory import RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.memory import LOST, RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
 from client_app.privacy import BudgetError
 from client_app.sealing import SealError, keyring, nonce_of, public_key
 from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, private, raw_data, seeded
+from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
+from configuration.network import codec_of
 from datasets.partitions import PartitionError
 from datasets.site import SiteData, moments
 from datasets.sources import SourceError
+from models.flat import FlatModel
 from models.pretrained import digest
 from strategies.gradients import Diverged
 from strategies.method import PeerPlan, RoundPlan
-from strategies.protocol import SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
+from strategies.peer.channel import channel
+from strategies.protocol import CODED, SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
 from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
 from strategies.schedules import rates
@@ -157,7 +161,28 @@ def train(message: Message, context: Context) -> Message:
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
         made[X] = made[X] if local.delta else sent[X] + made[X]
         noise.settle()
+    if config.wire.codec != "identity":
+        made |= _coded(config, context, order.number, model, made[X] if local.delta else made[X] - sent[X])
+        del made[X]
     return Message(write_trained(made, metrics, tested), reply_to=message)
+
+
+class _Lost(NamedTuple):
+    """What the codec has lost of this site's updates so far, [d]."""
+
+    update: Tensor
+
+
+def _coded(config: Config, context: Context, number: int, model: FlatModel, update: Tensor) -> dict[str, Tensor]:
+    """An update in the codec of the run; with error feedback, what was lost of those before is made up for."""
+    way = channel(codec_of(config.wire, model.sizes), config.wire.error_feedback)
+    nothing = _Lost(way.init(update))  # empty without error feedback
+    lost = remembered(context, LOST, nothing) if len(nothing.update) else nothing
+    generator = torch.Generator().manual_seed(derive(config.seed, "codec", SiteId.of(context).number, number))
+    payload, memory, _ = way.encode(lost.update, update, generator)
+    if len(memory):
+        keep(context, LOST, _Lost(memory))
+    return {f"{CODED}{part}": value for part, value in payload.items()}
 
 
 @app.train("peer")

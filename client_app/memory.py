@@ -28,7 +28,7 @@ from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
 TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"  # the records in the context's state
-RULE, MOMENTS = "rule", "moments"
+RULE, MOMENTS, LOST = "rule", "moments", "lost"
 T = TypeVar("T", bound=tuple[Any, ...])
 
 

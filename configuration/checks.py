@@ -23,9 +23,11 @@ DIRECTED = "gradients go back where models came from, against its links; or grad
 VARYING = "neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
 ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 # Keys of the sections of every run that have no effect with a kind of plan; a section's name stands for all of its keys.
+BETWEEN_PEERS = {"topology", "wire.cross-codec", "wire.sealing", "wire.collect-models"}
 UNUSED: dict[type, set[str]] = {
-    **{kind: {"topology", "wire", "results.evaluate-every"} for kind in ROUNDS},
-    ArrivalPlan: {"topology", "wire", "training.lr-steps"},
+    **{kind: {*BETWEEN_PEERS, "results.evaluate-every"} for kind in ROUNDS},
+    AlonePlan: {"topology", "wire", "results.evaluate-every"},
+    ArrivalPlan: {*BETWEEN_PEERS, "training.lr-steps"},
     PeerPlan: {f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov")},
 }
 
@@ -46,6 +48,7 @@ def together(config: "Config", method: Method[Any]) -> Iterator[str]:
     yield from _without_effect(config, method)
     yield from _run(config)
     yield from _data(config)
+    yield from _codecs(config)
     if isinstance(plan, PeerPlan):
         yield from _peers(config, plan)
 
@@ -152,15 +155,8 @@ def _data(config: "Config") -> Iterator[str]:
         yield f"partition.iid-fraction = {partition.iid_fraction:g}: has no effect with partition.kind = 'iid'"
 
 
-def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
-    wire, topology, name = config.wire, config.topology.name, config.strategy
-    codecs = (wire.codec, wire.cross_codec)
-    if config.max_change != type(config).model_fields["max_change"].default:
-        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: the server sees no model"
-    if config.num_sites < 2:
-        yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
-    if config.num_sites > MOST_PEERS:
-        yield f"num-sites = {config.num_sites}: {name} takes at most {MOST_PEERS} peers"
+def _codecs(config: "Config") -> Iterator[str]:
+    wire = config.wire
     for key, each in (("wire.codec", wire.codec), ("wire.cross-codec", wire.cross_codec)):
         try:
             found = codec(each, (3, 5), key, bits=wire.bits, share=wire.share)
@@ -172,15 +168,27 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
         yield f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'"
     if wire.error_feedback != "none" and wire.codec == "identity":
         yield f"wire.error-feedback = {wire.error_feedback!r}: has no effect with wire.codec = 'identity'"
+    if wire.error_feedback == "choco" and not isinstance(config.plan, PeerPlan):
+        yield f"wire.error-feedback = 'choco': {config.strategy} has no neighbours; allowed: 'none', 'deep-squeeze'"
+    for key in ("bits", "share"):
+        readers = [each for each, kind in CODECS.items() if key in kind.keys]
+        if key in changed(wire) and not set(readers) & {wire.codec, wire.cross_codec}:
+            only = ", ".join(readers)
+            yield f"wire.{key} = {changed(wire)[key]}: has no effect with wire.codec = {wire.codec!r}; only with {only}"
+
+
+def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
+    wire, topology, name = config.wire, config.topology.name, config.strategy
+    if config.max_change != type(config).model_fields["max_change"].default:
+        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: the server sees no model"
+    if config.num_sites < 2:
+        yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
+    if config.num_sites > MOST_PEERS:
+        yield f"num-sites = {config.num_sites}: {name} takes at most {MOST_PEERS} peers"
     if wire.error_feedback != "none" and isinstance(plan.algorithm, LinkAlgorithm):
         yield f"wire.error-feedback = {wire.error_feedback!r}: {name} offers each neighbour something else; allowed: 'none'"
     if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
         yield f"wire.error-feedback = 'choco': {VARYING}"
-    for key in ("bits", "share"):
-        readers = [each for each, kind in CODECS.items() if key in kind.keys]
-        if key in changed(wire) and not set(readers) & set(codecs):
-            only = ", ".join(readers)
-            yield f"wire.{key} = {changed(wire)[key]}: has no effect with wire.codec = {wire.codec!r}; only with {only}"
     if wire.cross_codec != "identity" and plan.gradient.messages < 2:
         yield f"wire.cross-codec = {wire.cross_codec!r}: has no effect where no gradients are sent; with ngm and n-saddle they are"
     if plan.exact and not (wire.codec in CODECS and CODECS[wire.codec].rounds):

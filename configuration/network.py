@@ -1,10 +1,13 @@
-"""The network of a run, as its configuration describes it."""
+"""The network of a run, and the codec for vectors of its size, as its configuration describes them."""
+
+from collections.abc import Sequence
 
 from torch import nn
 
-from configuration.sections import Model
+from configuration.sections import Model, Wire
 from models.networks import build
 from models.pretrained import freeze, start_from
+from strategies.codecs import Codec, codec
 
 
 def network_of(model: Model, shape: tuple[int, ...], num_classes: int, seed: int) -> tuple[nn.Module, str]:
@@ -19,3 +22,8 @@ def network_of(model: Model, shape: tuple[int, ...], num_classes: int, seed: int
     if model.trainable:
         freeze(network, model.trainable)
     return network, said
+
+
+def codec_of(wire: Wire, sizes: Sequence[int]) -> Codec:
+    """The codec of models whose layers have so many parameters."""
+    return codec(wire.codec, sizes, bits=wire.bits, share=wire.share)

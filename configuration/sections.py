@@ -163,16 +163,16 @@ class TopologyKeys(Section):
 
 
 class Wire(Section):
-    """What peers send."""
+    """What crosses the wire."""
 
     codec: Annotated[str, _one_of(*CODECS)] = "identity"
-    """of models and momentum: identity, fp16, bf16, qsgd, top-k, random-k, sign, or one's own: package.module:function"""
+    """of offers to peers and updates to a server: identity, fp16, bf16, qsgd, top-k, random-k, sign, or package.module:function"""
     bits: Literal[2, 4, 8, 16] = 8
     """of qsgd, the sign included: 2, 4, 8, 16"""
     share: Share = 0.1
     """of top-k and random-k: of so many numbers of each layer"""
     error_feedback: Literal["none", "deep-squeeze", "choco"] = "none"
-    """none, deep-squeeze, choco"""
+    """none, deep-squeeze; between peers also choco"""
     cross_codec: Annotated[str, _one_of(*CODECS)] = "identity"
     """of cross-gradients (ngm, n-saddle), with error feedback for each neighbour"""
     sealing: Literal["off", "keys", "trust-on-first-use"] = "off"

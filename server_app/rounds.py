@@ -41,7 +41,7 @@ from strategies.protocol import (
     why,
     write_order,
 )
-from strategies.records import STATS, X, arrays_of, config_of, unpack
+from strategies.records import ARRAYS, STATS, X, arrays_of, config_of, pack, unpack
 from strategies.schedules import rates
 
 T = TypeVar("T")
@@ -161,6 +161,9 @@ class Rounds:
                 trained[answer.node] = answer.found.metrics
                 if tested is not None:
                     self._take_test(number - 1, answer, tested)
+                if self._layout.codec:  # the strategy sees models
+                    answer.reply.content.pop(ARRAYS)
+                    answer.reply.content[ARRAYS] = pack(answer.found.vectors)
                 yield answer.reply
 
         try:

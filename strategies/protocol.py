@@ -11,17 +11,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from strategies.averaging.mean import extent, too_large
+from strategies.codecs import Codec
 from strategies.method import Local
 from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
 
 MODEL = "model"  # the record with a peer's last model
 TEST = "test"  # the record with what a site found when it tested the model that came, before it trained it
 NONCE, PUBLIC_KEY = 16, 32  # bytes
+CODED = "x/"  # before the parts of an update in a codec
 SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
@@ -367,10 +370,19 @@ class Layout(NamedTuple):
     Attributes:
         sizes: elements of each vector.
         variances: which statistics are variances, [b] of bool.
+        codec: in which sites send how far they moved ``x``; None where they send it whole.
+        coded: what it makes of a vector: of each part, type and shape.
     """
 
     sizes: Mapping[str, int]
     variances: Tensor
+    codec: Codec | None = None
+    coded: Mapping[str, tuple[str, tuple[int, ...]]] = {}
+
+    def with_codec(self, codec: Codec) -> "Layout":
+        """With updates in a codec, whose payloads are always of the same size."""
+        payload = pack(codec.encode(torch.ones(self.sizes[X]), torch.Generator()))
+        return self._replace(codec=codec, coded={name: (array.dtype, tuple(array.shape)) for name, array in payload.items()})
 
 
 class Trained(NamedTuple):
@@ -501,9 +513,30 @@ def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
+def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
+    """How far a site moved ``x``, and what it sent besides."""
+    assert layout.codec is not None
+    parts = {name.removeprefix(CODED): array for name, array in record.items() if name.startswith(CODED)}
+    if set(parts) != set(layout.coded):
+        raise Refusal(f"the update holds {_shown(sorted(parts))}, {sorted(layout.coded)} are expected")
+    for name, (dtype, shape) in layout.coded.items():
+        if parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
+            raise Refusal(f"{CODED}{name} is {_shown(parts[name].dtype)} of shape {_shown(tuple(parts[name].shape))}")
+        _whole(f"{CODED}{name}", parts[name], dtype, shape)
+    x = layout.codec.decode({name: unpack(array) for name, array in parts.items()})
+    if x.shape != (layout.sizes[X],) or x.dtype != torch.float32:
+        raise Refusal(f"the update decodes to {x.dtype} of shape {tuple(x.shape)}")
+    return x, ArrayRecord({name: array for name, array in record.items() if not name.startswith(CODED)})
+
+
 def _model(record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float, dict[str, float]]:
     """The vectors of a model, the largest magnitude in ``x``, and how far each is from what was sent."""
-    vectors = _vectors(record, layout)
+    if layout.codec:
+        moved, rest = _decoded(record, layout)
+        vectors = _vectors(rest, layout._replace(sizes={name: size for name, size in layout.sizes.items() if name != X}))
+        vectors[X] = sent[X] + moved if X in sent else moved
+    else:
+        vectors = _vectors(record, layout)
     measured = {name: extent(vector, sent.get(name)) for name, vector in vectors.items()}
     for largest, _ in measured.values():
         if reason := too_large(largest):

@@ -10,12 +10,14 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from configuration.config import Config
+from configuration.network import codec_of
 from server_app.app import run
 from server_app.events import Event, Kept, Refused
 from server_app.results import History
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
 from strategies.protocol import (
+    CODED,
     Order,
     SiteCard,
     StepMetrics,
@@ -72,7 +74,7 @@ def honest(config: Config, site: int, message: Message) -> RecordDict:
         case "query.site":
             return write_card(card(config, site))
         case "train":
-            return trained(read_order(config_of(message)), site, message)
+            return trained(config, read_order(config_of(message)), site, message)
         case "evaluate":
             return write_tested(reached(site, 1 if len(arrays_of(message)[X].shape) == 1 else config.num_sites))
         case kind:
@@ -110,7 +112,7 @@ def reached(site: int, models: int = 1) -> TestMetrics:
     return TestMetrics(loss=1.0 + site, accuracy=site % 10 / 10, num_examples=TEST, **more)
 
 
-def trained(order: Order, site: int, message: Message) -> RecordDict:
+def trained(config: Config, order: Order, site: int, message: Message) -> RecordDict:
     """A model a little way off, or that way."""
     assert order.local is not None
     sent = {name: unpack(array) for name, array in arrays_of(message).items()}
@@ -119,6 +121,11 @@ def trained(order: Order, site: int, message: Message) -> RecordDict:
     made = {X: moved if order.local.delta else sent[X] - moved, STATS: sent[STATS] * 0.9 + 0.1}
     made |= {name: noise(site, -order.number, size) for name in sent if name not in made}
     metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=TRAIN, samples=TRAIN)
+    if config.wire.codec != "identity":
+        classes = len(order.agreed.classes)
+        codec = codec_of(config.wire, (4 * classes, classes, classes, classes))
+        del made[X]
+        made |= {f"{CODED}{part}": value for part, value in codec.encode(moved, torch.Generator()).items()}
     return write_trained(made, metrics, reached(site) if order.test else None)
 
 

@@ -41,6 +41,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedbuff": {"fedbuff": {"buffer_size": 2}},
     "d-psgd": {},
     "n-saddle": {},
+    "co-learning, qsgd": {"wire": {"codec": "qsgd"}},
+    "FedMedian, sign": {"wire": {"codec": "sign", "error_feedback": "deep-squeeze"}},
+    "fedbuff, top-k": {"wire": {"codec": "top-k", "error_feedback": "deep-squeeze"}},
     "dmsgd, sealed": {"strategy": "dmsgd", "wire": {"sealing": "trust-on-first-use"}},
 }
 

@@ -134,7 +134,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "asgd", "fedbuff.buffer-size": 7}, "only fedbuff"),
     ({"topology.name": "star"}, "has no effect with strategy = 'co-learning'; taken by d-psgd, cdsgd"),
     ({"wire.sealing": "keys"}, "wire.sealing = 'keys': has no effect with strategy = 'co-learning'; taken by d-psgd"),
-    ({"wire.codec": "fp16", "strategy": "asgd"}, "has no effect with strategy = 'asgd'; taken by d-psgd"),
+    ({"wire.cross-codec": "fp16", "strategy": "asgd"}, "has no effect with strategy = 'asgd'; taken by d-psgd"),
     ({"results.evaluate-every": 3}, "taken by gsgm, asgd"),
     ({"strategy": "gsgm", "training.lr-steps": "epoch"}, "has no effect with strategy = 'gsgm'; taken by co-learning"),
     ({"strategy": "dmsgd", "training.momentum": 0.5}, "has no effect with strategy = 'dmsgd'; taken by co-learning"),

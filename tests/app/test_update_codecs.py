@@ -1,0 +1,84 @@
+"""Updates that sites send a server in fewer bytes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Message, RecordDict
+
+from configuration.config import configuration
+from configuration.errors import ConfigError
+from simulation.laboratory import simulate
+from strategies.protocol import read_order
+from strategies.records import config_of
+from tests.app.stubs import NETWORK, Answer, Outcome, outcome
+
+SHORT: dict[str, Any] = {"num_sites": 4, "epochs": 6, "model": {"name": "mlp"}, "progress": False}
+STRATEGIES = ["co-learning", "scaffold", "diloco", "FedAdam", "Krum", "gsgm", "fedbuff"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("wire", "share"),
+    [({"codec": "bf16"}, 0.5), ({"codec": "qsgd"}, 0.25), ({"codec": "qsgd", "bits": 4, "error_feedback": "deep-squeeze"}, 0.125)],
+    ids=["bf16", "qsgd", "qsgd 4"],
+)
+def test_fewer_bytes_go_up_and_as_much_is_learned(strategy: str, wire: dict[str, Any], share: float) -> None:
+    exact, coded = simulate(**SHORT, strategy=strategy), simulate(**SHORT, strategy=strategy, wire=wire)
+    up = [run.metrics["bytes_up"].max() / run.summary["rounds"] for run in (exact, coded)]
+    beside = 0.5 if strategy == "scaffold" else 0.0  # its control variates go beside, whole
+    assert abs(up[1] / up[0] - (beside + (1 - beside) * share)) < 0.03
+    assert coded.summary["accuracy"] > exact.summary["accuracy"] - 0.03
+
+
+def test_what_the_codec_loses_is_made_up_for() -> None:
+    """A sign for each number, and the mean magnitude of its layer."""
+    one = SHORT | {"num_sites": 1, "min_sites": 1, "epochs": 12, "strategy": "fedavg", "fedavg.local-epochs": 1}
+    keys = {"codec": "sign", "error_feedback": "deep-squeeze"}
+    assert simulate(**one, wire=keys).summary["accuracy"] > 0.85
+    with pytest.raises(ConfigError, match="loses what it leaves out"):
+        configuration(strategy="fedavg", wire={"codec": "sign"})
+
+
+def test_choco_is_for_peers() -> None:
+    with pytest.raises(ConfigError, match=r"wire\.error-feedback = 'choco': fedavg has no neighbours; allowed: 'none', "):
+        configuration(strategy="fedavg", wire={"codec": "qsgd", "error_feedback": "choco"})
+
+
+def test_runs_repeat_themselves_bit_for_bit() -> None:
+    first, second = (simulate(**SHORT, wire={"codec": "qsgd"}) for _ in range(2))
+    assert all(torch.equal(value, second.model[name]) for name, value in first.model.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("x/places", Array(np.array([9999], dtype=np.int32))),
+        ("x/places", Array(np.array([3], dtype=np.int64))),
+        ("x/values", Array(np.array([np.nan], dtype=np.float32))),
+        ("x/values", Array(np.array([1.0, 2.0], dtype=np.float32))),
+        ("x/more", Array(np.array([1.0], dtype=np.float32))),
+        ("x", Array(np.zeros(14, dtype=np.float32))),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["fedavg", "Krum", "fedbuff"])
+def test_update_that_is_none_costs_its_site_only(strategy: str, name: str, array: Array) -> None:
+    keys = {"codec": "top-k", "share": 0.01, "error_feedback": "deep-squeeze"}
+    small: dict[str, Any] = {"model": {"name": NETWORK}, "training": {"batch_size": 4}}
+    config = configuration(strategy=strategy, num_sites=4, epochs=2, wire=keys, **small)
+
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        if site == 1 and message.metadata.message_type == "train":
+            assert read_order(config_of(message)).local
+            content.array_records["arrays"][name] = array
+        return content
+
+    found: Outcome = outcome(config, spoil)
+    assert found.error is None
+    assert {event.site.number for event in found.refused} == {1}
+
+
+def test_own_codec() -> None:
+    run = simulate(**SHORT, strategy="fedavg", wire={"codec": "examples.my_codec:few_digits"})
+    assert run.summary["accuracy"] > 0.5

@@ -155,7 +155,7 @@ class Service:
         head, site = found.head, self._site
         asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
-        node_config = site.node_config() | ({SEED: secrets.randbits(63)} if site.privacy else {})
+        node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
         context = Context(run, node, node_config, RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)

@@ -19,6 +19,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 HEAD, BLOB, WORKING, REFUSED = b"H", b"B", b"W", b"R"
 FRAME = struct.Struct(">cQ")
 LARGEST = 2**36  # bytes of a frame
+LARGEST_HEAD = 2**26  # bytes of one that is JSON
+LARGEST_NUMBER = 2**64  # of a run or a node
+LONGEST_KIND = 64  # characters
 SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
 RAISED = 2  # Flower's code for a ClientApp that raised an exception
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
@@ -53,8 +56,22 @@ def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
     try:
         head = json.loads(first)
         return head, _put_together(line, head.pop("records"))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, MemoryError) as error:
         raise LetterError(f"no letter: {type(error).__name__}: {error}") from None
+
+
+def check_head(head: Mapping[str, Any]) -> None:
+    """Whether a head is that of a message: it is written into the audit log, and its numbers name what is remembered.
+
+    Raises:
+        LetterError: it is not.
+    """
+    kind, config = head.get("kind"), head.get("run-config")
+    if not (isinstance(kind, str) and kind.isprintable() and len(kind) <= LONGEST_KIND and isinstance(config, dict)):
+        raise LetterError("no letter: kind or run-config is none")
+    for key in ("run", "node"):
+        if not (type(head.get(key)) is int and 0 <= head[key] < LARGEST_NUMBER):
+            raise LetterError(f"no letter: {key} is no number from 0 to {LARGEST_NUMBER - 1}")
 
 
 class _Pipe:
@@ -99,8 +116,8 @@ def receive(line: Line) -> tuple[bytes, bytes]:
         LetterError: the other side is gone.
     """
     kind, length = FRAME.unpack(_exactly(line, FRAME.size))
-    if length > LARGEST:
-        raise LetterError(f"a frame of {length} bytes; at most {LARGEST}")
+    if length > (most := LARGEST if kind == BLOB else LARGEST_HEAD):
+        raise LetterError(f"a frame of {length} bytes; at most {most}")
     return kind, bytes(_exactly(line, length))
 
 

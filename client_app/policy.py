@@ -16,16 +16,20 @@
 A run that breaks a rule is answered with an error that names the rule.
 """
 
+import grp
+import math
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, NoReturn
 
 from flwr.app import MetricRecord
 from pydantic import Field, ValidationError
 
 from client_app.training import num_batches
-from configuration.config import Config
+from configuration.config import Config, flatten
 from configuration.sections import Data
 from datasets.names import fault
 from models.networks import NETWORKS
@@ -37,6 +41,7 @@ from strategies.protocol import Order, PeerOrder
 IMPORTABLE = ("strategy", "model.name", "wire.codec", "wire.cross-codec", "topology.name", "partition.kind", "data.source")
 OF_TORCHVISION = "torchvision:"
 DAY_S = 86_400
+LONGEST_SOCKET = 107  # bytes of a path, on Linux
 
 
 class PolicyError(ValueError):
@@ -66,10 +71,10 @@ class Policy(Section):
     metrics: list[Literal["loss", "accuracy"]] = Field(default=["loss", "accuracy"])
     """which leave"""
     decimals: Annotated[int, Field(ge=0, le=17)] = 3
-    """to which metrics are rounded before they leave"""
+    """to which metrics are rounded before they leave; a loss of 10 or more to as many digits as one below"""
     largest_model: Count = 10**9
     """parameters"""
-    seconds: Annotated[float, Field(gt=0)] = 3600.0
+    seconds: Annotated[float, Field(ge=0.001, le=1e7)] = 3600.0
     """of work on a message"""
     runs_a_day: Count = 20
     """runs that are begun"""
@@ -133,9 +138,10 @@ class SiteFile(Section):
     def run_config(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """A run's configuration with this site's data in the place of the run's."""
         own = {f"data.{key}": value for key, value in self.data.model_dump(by_alias=True).items()}
-        if asked.get("model.initial"):
+        found = flatten(asked)
+        if found.get("model.initial"):
             own["model.initial"] = self.initial
-        return {key: value for key, value in asked.items() if not key.startswith("data.")} | own
+        return {key: value for key, value in found.items() if not key.startswith("data.")} | own
 
 
 def read_site(path: Path) -> SiteFile:
@@ -167,6 +173,67 @@ def read_site(path: Path) -> SiteFile:
     if found.policy.sealing == "keys" and not found.private_key:
         raise PolicyError(f"{path}: policy.sealing = 'keys' needs private-key and peer-keys")
     return found
+
+
+def check_machine(site: SiteFile) -> None:
+    """Whether what the file names is there.
+
+    Raises:
+        PolicyError: it is not; the message names the key, its value and what is wrong.
+    """
+    path = Path(site.socket)
+    if not 0 < len(os.fsencode(site.socket)) <= LONGEST_SOCKET:
+        _wrong("socket", site.socket, f"a path of 1 to {LONGEST_SOCKET} bytes is expected")
+    if path.exists() and not path.is_socket():
+        _wrong("socket", site.socket, "something else is there")
+    if site.audit and not Path(site.audit).parent.is_dir():
+        _wrong("audit", site.audit, "its folder is not there")
+    files = {"socket": path.parent, "audit": Path(site.audit), "state": Path(site.state), "save": Path(site.save)}
+    for key, file in files.items():
+        if getattr(site, key) and not _writable(file, folder=key in ("socket", "state")):
+            _wrong(key, getattr(site, key), "this user must not write there, or it is of another kind")
+    if site.group:
+        try:
+            number = grp.getgrnam(site.group).gr_gid
+        except KeyError:
+            _wrong("group", site.group, "there is no such group")
+        if os.geteuid() and number not in (os.getegid(), *os.getgroups()):
+            _wrong("group", site.group, "this user is no member of it and cannot hand the socket over")
+    for each in site.policy.import_paths:
+        try:
+            resolve_name(each)
+        except Exception as error:
+            _wrong("policy.import-paths", each, f"it cannot be imported: {type(error).__name__}: {error}")
+    for each in site.policy.models:
+        try:
+            Config.read({"model.name": each})
+        except ValueError as error:
+            _wrong("policy.models", each, str(error).partition(": ")[2])
+
+
+def _writable(path: Path, *, folder: bool) -> bool:
+    """Whether this user may write a file, or into a folder, that is there or can be made."""
+    if path.exists():
+        return path.is_dir() == folder and os.access(path, os.W_OK)
+    above = next(each for each in path.absolute().parents if each.exists())
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+
+
+def check_holdings(site: SiteFile, num_train: int) -> None:
+    """Whether so many training examples are enough for the site's own rules.
+
+    Raises:
+        PolicyError: no answer would ever leave, or its epsilon would promise nothing.
+    """
+    for key, least in (("smallest-batch", site.policy.smallest_batch), ("smallest-examples", site.policy.smallest_examples)):
+        if num_train < least:
+            _wrong(f"policy.{key}", least, f"this site has {num_train} training examples; allowed: at most so many")
+    if site.privacy and site.privacy.delta >= 1 / num_train:
+        _wrong("privacy.delta", site.privacy.delta, f"less than 1 / {num_train}, the training examples, is expected")
+
+
+def _wrong(key: str, value: object, why: str) -> NoReturn:
+    raise PolicyError(f"{key} = {value!r}: {why}")
 
 
 def check_paths(policy: Policy, run_config: Mapping[str, Any]) -> None:
@@ -233,7 +300,9 @@ def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
         if kind and (kind not in policy.metrics or ((of_test or "test" in name) and num_test < policy.smallest_examples)):
             del metrics[name]
         elif kind and isinstance(value, float):
-            metrics[name] = round(value, policy.decimals)
+            # A model can be made to multiply what it tells: a large loss has no more digits than a small one.
+            large = math.floor(math.log10(abs(value))) if 1 <= abs(value) < math.inf else 0
+            metrics[name] = round(value, policy.decimals - large)
 
 
 def refuse(rule: str, allowed: object, asked: str) -> NoReturn:

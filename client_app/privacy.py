@@ -16,21 +16,32 @@ import json
 import math
 import os
 import secrets
+from bisect import bisect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from flwr.app import Context
 from torch import Tensor
 
 from client_app.memory import write_whole
 
 CLIP, MULTIPLIER, DELTA, EPSILON = "privacy.clip-norm", "privacy.noise-multiplier", "privacy.delta", "privacy.epsilon"
-SEED = "privacy.seed"  # where several processes must draw the same noise
+SEED = "privacy.seed"  # 64 hexadecimal digits, where several processes must draw the same noise
+PIECE = 2**20  # numbers that are drawn at once
 
 
 class BudgetError(ValueError):
     """The site's epsilon is spent."""
+
+
+def cost_of(multiplier: float) -> float:
+    """Of an answer: its inverse squared noise multiplier."""
+    return (2 / multiplier) ** 2
 
 
 class Account:
@@ -45,8 +56,20 @@ class Account:
         self._file, self._delta = folder / "privacy.json", delta
 
     def _spent(self) -> float:
-        """The sum of the inverse squared noise multipliers."""
-        return float(json.loads(self._file.read_text())["spent"]) if self._file.exists() else 0.0
+        """The sum of the inverse squared noise multipliers.
+
+        Raises:
+            ValueError: the file does not say it.
+        """
+        if not self._file.exists():
+            return 0.0
+        try:
+            spent = float(json.loads(self._file.read_text())["spent"])
+        except (ValueError, KeyError, TypeError):
+            spent = math.nan
+        if not 0 <= spent < math.inf:
+            raise ValueError(f"{self._file} is damaged; bring it back from a copy, nothing else says what is spent")
+        return spent
 
     def epsilon(self, more: float = 0.0) -> float:
         """What is spent so far, and with so much more."""
@@ -55,10 +78,35 @@ class Account:
         spent = self._spent() + more
         return get_epsilon_gaussian(1 / math.sqrt(spent), self._delta) if spent else 0.0
 
+    def left(self, cost: float, budget: float) -> int:
+        """How many answers of such a cost are left; none is told beyond a million."""
+        return bisect(range(10**6), budget, key=lambda uses: self.epsilon((uses + 1) * cost))
+
     def charge(self, more: float) -> None:
         """It is on disk when this returns: only then may an answer leave."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps({"spent": self._spent() + more}).encode())
+
+
+class _Normal:
+    """Standard normal numbers that nobody can guess: Box and Muller (1958) on AES-256 in counter mode.
+
+    Not torch's generator: on a CPU it takes 32 bits of a seed, so that an hour's work finds the noise and takes it away.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._bits = Cipher(AES256(key), CTR(bytes(16))).encryptor()
+
+    def like(self, vector: Tensor) -> Tensor:
+        """As many as ``vector`` has, in its shape, on its device."""
+        found = torch.empty(vector.numel())
+        for piece in found.split(PIECE):
+            pairs = -(-len(piece) // 2)
+            u, v = (np.frombuffer(self._bits.update(bytes(16 * pairs)), np.uint64).reshape(2, pairs) >> 11) / 2**53  # [0, 1)
+            radius, angle = np.sqrt(-2 * np.log1p(-u)), 2 * math.pi * v
+            both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+            piece.copy_(torch.from_numpy(both[: len(piece)]))
+        return found.view(vector.shape).to(vector.device)
 
 
 class Noise:
@@ -69,13 +117,12 @@ class Noise:
         multiplier: z, the noise's standard deviation in each coordinate as a multiple of C.
         account: what is charged.
         budget: the largest epsilon.
-        seed: of the noise; nobody else may know it.
+        seed: of the noise, 32 bytes; nobody else may know it.
     """
 
-    def __init__(self, clip_norm: float, multiplier: float, account: Account, budget: float, seed: int) -> None:
+    def __init__(self, clip_norm: float, multiplier: float, account: Account, budget: float, seed: bytes) -> None:
         self._clip, self._multiplier, self._account, self._budget = clip_norm, multiplier, account, budget
-        self._seed, self._uses = seed, 0
-        self._generator: torch.Generator | None = None
+        self._normal, self._uses = _Normal(seed), 0
 
     @classmethod
     def of(cls, context: Context) -> "Noise | None":
@@ -87,27 +134,21 @@ class Noise:
         node: dict[str, Any] = dict(context.node_config)
         if CLIP not in node:
             return None
-        account = Account(Path(node["state"]), node[DELTA])
-        found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], node.get(SEED, secrets.randbits(63)))
+        account, seed = Account(Path(node["state"]), node[DELTA]), bytes.fromhex(node.get(SEED) or secrets.token_hex(32))
+        found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], seed)
         found._check(1)
         return found
 
     def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
         """The vectors, clipped together, with noise."""
-        device = vectors[0].device
-        self._generator = self._generator or torch.Generator(device).manual_seed(self._seed)
         self._uses += 1
         norm = torch.stack([vector.norm() for vector in vectors]).norm()
         share = (self._clip / norm).clamp(max=1.0).nan_to_num()  # 0 / 0 and what is not finite: nothing leaves
         deviation = self._clip * self._multiplier
-        return [
-            (vector * share).nan_to_num(0.0, 0.0, 0.0)
-            + deviation * torch.randn(vector.shape, generator=self._generator, device=device)
-            for vector in vectors
-        ]
+        return [(vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector) for vector in vectors]
 
     def _check(self, uses: int) -> float:
-        cost = uses * (2 / self._multiplier) ** 2
+        cost = uses * cost_of(self._multiplier)
         if (epsilon := self._account.epsilon(cost)) > self._budget:
             raise BudgetError(f"privacy.epsilon = {self._budget:g}: with this answer it would be {epsilon:.4g}")
         return cost

@@ -19,19 +19,21 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from queue import Queue
-from threading import Event, Thread
+from queue import Full, Queue
+from threading import BoundedSemaphore, Event, Thread
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from flwr.app import DEFAULT_TTL, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
 
 from client_app import letter, policy
@@ -39,8 +41,9 @@ from client_app.handlers import app as handlers
 from client_app.letter import LetterError
 from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
-from client_app.privacy import SEED, Account
+from client_app.privacy import SEED, Account, cost_of
 from client_app.ranks import Ranks
+from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
 from models.networks import NETWORKS
@@ -50,6 +53,7 @@ from strategies.protocol import read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
+READERS = 64  # letters that are read, wait or are worked on
 TELL_S = 1.0  # from one word that the service works to the next
 WAITING = 16  # letters
 
@@ -80,8 +84,9 @@ class Service:
     def __init__(self, site: SiteFile, ranks: Ranks) -> None:
         self._site, self._ranks = site, ranks
         self._letters: Queue[_Letter] = Queue(WAITING)
+        self._readers = BoundedSemaphore(READERS)
         self._runs: OrderedDict[int, _Memory] = OrderedDict()
-        self._begun = _Begun(Path(site.state) / "runs.json" if site.state else None)
+        self._begun = _Begun(_runs_file(site))
         self._doing = ("starting", time.monotonic())
 
     # Letters.
@@ -97,23 +102,38 @@ class Service:
         while True:
             try:
                 line, _ = listener.accept()
-            except OSError:
-                return
-            Thread(target=self._read, args=[line], daemon=True).start()
+            except OSError as error:
+                if listener.fileno() < 0:
+                    return
+                print(f"no letter can be taken now: {error}", file=sys.stderr)  # such as too many open files
+                time.sleep(TELL_S)
+                continue
+            if self._readers.acquire(blocking=False):
+                Thread(target=self._read, args=[line], daemon=True).start()
+            else:
+                self._turn_away(line)
+
+    def _turn_away(self, line: socket.socket) -> None:
+        """Whoever opens many lines and sends nothing gets no more threads and files."""
+        with line, suppress(OSError):
+            line.setblocking(False)
+            letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {READERS} letters are on their way")
 
     def _read(self, line: socket.socket) -> None:
         """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
-        with line:
+        with line, self._reading():
             line.settimeout(letter.SILENCE_S)
             try:
                 kind, first = letter.receive(line)
                 if kind != letter.HEAD:
                     raise LetterError("no letter")
                 found = _Letter(*letter.read(line, first), Future())
-                if self._letters.full():
+                letter.check_head(found.head)
+                try:
+                    self._letters.put_nowait(found)
+                except Full:
                     letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {WAITING} letters wait")
                     return
-                self._letters.put(found)
                 while not wait([found.answer], TELL_S).done:
                     doing, since = self._doing
                     letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
@@ -122,8 +142,15 @@ class Service:
                     letter.say(line, letter.REFUSED, answer)
                 else:
                     letter.write(line, {}, answer)
-            except (LetterError, OSError) as error:
+            except (LetterError, OSError, ValueError, MemoryError) as error:
                 print(f"a letter that cannot be read, or an answer that is not taken: {error}", file=sys.stderr)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._readers.release()
 
     def _work(self, found: _Letter) -> None:
         start = time.monotonic()
@@ -155,8 +182,9 @@ class Service:
         head, site = found.head, self._site
         asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
-        node_config = site.node_config() | ({SEED: secrets.randbits(63)} if site.privacy else {})
-        context = Context(run, node, node_config, RecordDict(), site.run_config(asked))
+        node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
+        # Its state's file has the site's number, not the node's: a letter may name any node, and would leave a file for each.
+        context = Context(run, site.site, node_config, RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
@@ -217,7 +245,7 @@ class Service:
             "time": moment,
             "way": way,
             "run": found.head.get("run"),
-            "round": number,
+            "round": number if isinstance(number, int) else None,
             "kind": found.head.get("kind"),
             "bytes": size,
             **more,
@@ -226,6 +254,10 @@ class Service:
         if self._site.audit:
             with Path(self._site.audit).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _runs_file(site: SiteFile) -> Path | None:
+    return Path(site.state) / "runs.json" if site.state else None
 
 
 class _Begun:
@@ -239,7 +271,10 @@ class _Begun:
         self._file = file
         self._runs: list[tuple[float, int, str]] = []
         if file is not None and file.exists():
-            self._runs = [(moment, run, digest) for moment, run, digest in json.loads(file.read_text())]
+            try:
+                self._runs = [(float(moment), int(run), str(digest)) for moment, run, digest in json.loads(file.read_text())]
+            except (ValueError, TypeError):
+                raise PolicyError(f"{file} is damaged; without it the runs of the last 24 hours are not counted") from None
 
     def add(self, run: int, digest: str, most: int) -> None:
         """A run with a configuration of this digest begins, or goes on after this process was started anew.
@@ -248,7 +283,8 @@ class _Begun:
             PolicyError: it had another configuration, or so many have begun.
         """
         now = time.time()
-        self._runs = [each for each in self._runs if now - each[0] < DAY_S]
+        # Of the future is what began before the clock was set back: it counts a day from now.
+        self._runs = [(min(moment, now), number, before) for moment, number, before in self._runs if now - moment < DAY_S]
         known = [before for _, number, before in self._runs if number == run]
         if known and digest not in known:
             raise PolicyError(f"run {run} has another configuration than in its first letter")
@@ -338,7 +374,7 @@ def _listening(site: SiteFile) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise PolicyError(f"socket = {site.socket!r}: a service listens there already")
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # it is a socket: policy.check_machine
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         before = os.umask(0o177)
         try:
@@ -361,9 +397,14 @@ def report(site: SiteFile, ranks: int = 1) -> str:
     Raises:
         ValueError: something is wrong; the message says what.
     """
+    policy.check_machine(site)
     config = Config.read(site.run_config({"strategy": site.policy.strategies[0]}))
     identity = SiteId(site.site, None, site.data.path)
     data = raw_data(config, identity)
+    policy.check_holdings(site, len(data.train.y))
+    if site.private_key:
+        keyring(Context(0, 0, site.node_config(), RecordDict(), {}), "keys", site.site, {}, {})
+    _Begun(_runs_file(site))
     shape = " x ".join(map(str, data.train.x.shape[1:]))
     lines = [
         f"site {site.site}{f' ({site.name})' if site.name else ''}",
@@ -388,9 +429,38 @@ def _shown(key: str, value: object) -> str:
 def _spent(site: SiteFile) -> str:
     if site.privacy is None:
         return "none: answers leave as they are"
-    spent = Account(Path(site.state), site.privacy.delta).epsilon()
+    account = Account(Path(site.state), site.privacy.delta)
+    left = account.left(cost_of(site.privacy.noise_multiplier), site.privacy.epsilon)
     rules = ", ".join(f"{key} = {value:g}" for key, value in site.privacy.model_dump(by_alias=True).items())
-    return f"{rules}; spent so far: epsilon {spent:.4g}"
+    unit = "updates, or gradients of a peer"
+    return f"{rules}; spent so far: epsilon {account.epsilon():.4g}; left: {left:,} {unit}"
+
+
+@contextmanager
+def _alone(site: SiteFile) -> Iterator[None]:
+    """Inside, no other service uses the state: two would forget each other's runs, and what the other spends."""
+    if site.state:
+        Path(site.state).mkdir(0o700, parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(site.state) / "lock", timeout=0, mode=0o600) if site.state else nullcontext():
+            yield
+    except Timeout:
+        raise PolicyError(f"state = {site.state!r}: another service uses it") from None
+
+
+def _own_temporary_files() -> None:
+    """Put temporary files where nobody else writes: ``torch.compile``, for which a run may ask, runs what it finds there.
+
+    Before PyTorch loads its compiler, which takes the place that it finds then.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "archipelago", "temporary")
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except (OSError, RuntimeError):  # no home
+        folder = Path(tempfile.mkdtemp(prefix="archipelago-"))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
 def _warm() -> None:
@@ -408,16 +478,21 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="say what is wrong with it, or what the site would do")
     arguments = parser.parse_args()
     try:
+        _own_temporary_files()
         site = policy.read_site(arguments.site)
         ranks = Ranks()
         if ranks.rank:
             follow(ranks)
         print(report(site, ranks.count), flush=True)
         if not arguments.check:
-            _warm()
-            Service(site, ranks).serve()
-    except ValueError as error:
+            with _alone(site):
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the socket goes, too
+                _warm()
+                Service(site, ranks).serve()
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        print("ended", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def test_state_that_cannot_be_used_is_named_before_any_work(wrong: str, tmp_path
     if wrong == "no state":
         (folder / f"1-{node}.state").write_bytes(b"no state")
     history = History(config)
-    with pytest.raises(RunError, match=rf"--node-config state = '{folder}': "):
+    with pytest.raises(RunError, match=rf"state = '{folder}': "):
         run_server(grid, config, history)
     assert history.metrics.empty
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import grp
+import math
 import os
+import resource
 import signal
 import socket
 import time
@@ -17,9 +19,14 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from client_app import letter
 from client_app.app import app as client_app
+from client_app.oracle import Oracle
+from client_app.privacy import Account, Noise
+from client_app.service import READERS
+from client_app.site import SiteId, network_of, raw_data
 from configuration.config import Config
-from strategies.records import metrics_of
+from strategies.records import metrics_of, pack
 from tests.app.services import RUN_IDS, Service, answer_to, config_of, deployed, flat, order, said
 
 pytestmark = pytest.mark.slow
@@ -208,6 +215,67 @@ def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
 # --- two users --------------------------------------------------------------------------------------------------------
 
 
+def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
+    """What goes into the audit log, and what a file is named after, comes from letters."""
+    service = Service(tmp_path, state=str(tmp_path / "state"))
+    assert not answer_to(service, flat(), content=RecordDict({"config": ConfigRecord({"server-round": b"1"})})).has_error()
+    for node in range(3):
+        head = {"kind": "query.site", "run": 7, "node": node, "run-config": flat("dmsgd", wire={"sealing": "trust-on-first-use"})}
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(30)
+            line.connect(service.socket)
+            letter.write(line, head, RecordDict())
+            assert letter.receive(line)[0] in (letter.HEAD, letter.WORKING)
+    assert not answer_to(service, flat()).has_error()
+    assert [file.name for file in (tmp_path / "state").glob("*.state")] == ["7-1.state"]
+    service.end()
+
+
+def test_lines_on_which_nothing_comes_do_not_stop_the_service(tmp_path: Path) -> None:
+    """Each took a thread and a file; without files nobody was listened to any more, for good."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (READERS // 2 + 40, hard))
+    try:
+        service = Service(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for few in (True, False):  # out of files, or of READERS
+        if not few:
+            service.end()
+            service.start()
+        with contextlib.ExitStack() as lines:
+            for _ in range(READERS + 20):
+                line = lines.enter_context(socket.socket(socket.AF_UNIX))
+                line.setblocking(False)
+                for _ in range(40):  # nobody may be through with those before
+                    if line.connect_ex(service.socket) == 0:
+                        break
+                    time.sleep(0.01)
+        deadline = time.monotonic() + 30
+        while answer_to(service, flat()).has_error():
+            assert time.monotonic() < deadline
+    service.end()
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_service_that_is_ended_takes_its_socket_with_it(ended_by: signal.Signals, tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    service.process.send_signal(ended_by)
+    assert service.process.wait(30) == 0
+    assert not Path(service.socket).exists()
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_state_is_one_services(tmp_path: Path) -> None:
+    first, folder = Service(tmp_path, state=str(tmp_path / "state")), tmp_path / "other"
+    folder.mkdir()
+    with pytest.raises(AssertionError, match=r"PolicyError: state = '.*': another service uses it"):
+        Service(folder, state=str(tmp_path / "state"))
+    first.end()
+    first.start()
+    first.end()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
 def test_user_who_carries_letters_can_read_nothing_else() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
@@ -283,6 +351,28 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     found = Service(folder, policy=rules, privacy=NOISY | {"epsilon": 1000.0}, state=str(folder / "state"))
     yield found
     found.end()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_that_a_loss_is_not_finite_does_not_leave(bad: float, private: Service) -> None:
+    """An error would say of a model of the server's own making whether any example has a value above one of its choice."""
+    told = order({}, 4810, **{"local-epochs": 1})
+    told["arrays"] = pack({"x": torch.full((4810,), bad)})
+    before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
+    reply = answer_to(private, flat() | {"training.clip-norm": 0.0}, "train", told)
+    assert not said(reply)
+    assert "loss" not in metrics_of(reply)
+    assert private.lines()[-1]["epsilon"] > before
+
+
+def test_that_a_peers_loss_is_not_finite_stops_no_step_with_noise(tmp_path: Path) -> None:
+    config = config_of("dmsgd")
+    data = raw_data(config, SiteId(0, None, ""))
+    network = network_of(config, tuple(data.train.x.shape[1:]), 10)
+    noise = Noise(1.0, 1.0, Account(tmp_path, 1e-5), 1.0, bytes(32))
+    loss, gradient, _ = Oracle(config, 0, data, network, noise).gradient(torch.full_like(network.x, math.nan), network.stats, 0)
+    assert float(loss) == 0
+    assert bool(gradient.isfinite().all())
 
 
 def test_spent_epsilon_outlives_the_service_and_ends_its_part(tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ import pytest
 import torch
 from dp_accounting import dp_event, pld
 from flwr.app import Context, RecordDict
+from scipy import stats
 
-from client_app.privacy import Account, BudgetError, Noise
+from client_app.privacy import Account, BudgetError, Noise, cost_of
 
 SIZE = 200_000
 
 
-def noise(folder: Path, clip_norm: float = 3.0, multiplier: float = 0.5, budget: float = math.inf, seed: int = 7) -> Noise:
+def noise(
+    folder: Path, clip_norm: float = 3.0, multiplier: float = 0.5, budget: float = math.inf, seed: bytes = bytes(32)
+) -> Noise:
     return Noise(clip_norm, multiplier, Account(folder, 1e-5), budget, seed)
 
 
@@ -84,3 +87,39 @@ def test_a_site_whose_budget_is_spent_does_no_work(tmp_path: Path) -> None:
     with pytest.raises(BudgetError):
         Noise.of(Context(1, 1, node, RecordDict(), {}))
     assert Noise.of(Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})) is None
+
+
+def test_noise_is_normal_and_depends_on_every_byte_of_its_seed(tmp_path: Path) -> None:
+    """A generator of torch's on a CPU is one of 2^32, all of which can be tried."""
+    made = {bytes(32): noise(tmp_path, 1.0, 1.0)([torch.zeros(SIZE)])[0]}
+    assert stats.kstest(made[bytes(32)].double().numpy(), "norm").pvalue > 1e-3
+    for at in (0, 12, 31):
+        seed = bytes(1 if number == at else 0 for number in range(32))
+        made[seed] = noise(tmp_path, 1.0, 1.0, seed=seed)([torch.zeros(SIZE)])[0]
+    off = torch.corrcoef(torch.stack(list(made.values()))) - torch.eye(4)
+    assert float(off.abs().max()) < 5 / math.sqrt(SIZE)
+    found = [Noise.of(Context(1, 1, NODE | {"state": str(tmp_path)}, RecordDict(), {})) for _ in range(2)]
+    first, second = (each([torch.zeros(9)])[0] for each in found if each)
+    assert not torch.equal(first, second)
+
+
+NODE: dict[str, Any] = {f"privacy.{key}": 9.0 for key in ("clip-norm", "noise-multiplier", "epsilon")} | {"privacy.delta": 1e-5}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"spent": NaN}', '{"spent": -1}', "{}", '{"spent": 1'])
+def test_a_damaged_account_is_no_budget(text: str, tmp_path: Path) -> None:
+    (tmp_path / "privacy.json").write_text(text)
+    with pytest.raises(ValueError, match=r"privacy\.json is damaged"):
+        Account(tmp_path, 1e-5).epsilon()
+
+
+def test_as_many_answers_are_left_as_are_given(tmp_path: Path) -> None:
+    account, made = Account(tmp_path, 1e-5), noise(tmp_path, multiplier=8.0, budget=3.0)
+    left = account.left(cost_of(8.0), 3.0)
+    for _ in range(left):
+        made([torch.zeros(2)])
+        made.settle()
+    assert account.left(cost_of(8.0), 3.0) == 0
+    made([torch.zeros(2)])
+    with pytest.raises(BudgetError):
+        made.settle()

@@ -1,0 +1,143 @@
+"""The operator's file: what of it is not there is said before any letter comes, and no way around a rule."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import MetricRecord
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from client_app import letter, service
+from client_app.letter import LetterError
+from client_app.policy import PolicyError, SiteFile, check_holdings, check_machine, check_paths, read_site, withhold
+from client_app.site import SiteId, raw_data
+from configuration.config import configuration
+
+
+def site(folder: Path, **keys: Any) -> SiteFile:
+    return SiteFile.model_validate({"site": 0, "socket": str(folder / "s"), "data": {"source": "digits"}} | keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"socket": ""}, "socket = '': a path of 1 to 107 bytes"),
+        ({"socket": "/tmp/" + "a" * 103}, "a path of 1 to 107 bytes is expected"),
+        ({"socket": "HERE/file"}, "something else is there"),  # it was deleted
+        ({"socket": "HERE/file/s"}, "file/s': this user must not write there"),
+        ({"audit": "HERE/none/audit"}, "audit': its folder is not there"),
+        ({"audit": "HERE"}, "audit = '"),
+        ({"state": "HERE/file"}, "state = '"),
+        ({"save": "HERE/file/model"}, "save = '"),
+        ({"group": "no such group"}, "group = 'no such group': there is no such group"),
+        ({"policy": {"models": ["mlq"]}}, "policy.models = 'mlq': allowed: cnn, mlp"),
+        ({"policy": {"import-paths": ["no.such:THING"]}}, "policy.import-paths = 'no.such:THING': it cannot be imported"),
+        ({"policy": {"import-paths": ["json:no"]}}, "policy.import-paths = 'json:no': it cannot be imported"),
+    ],
+    ids=str,
+)
+def test_what_is_not_there_is_named_with_its_key(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    check_machine(site(tmp_path, state=str(tmp_path / "new" / "state"), audit=str(tmp_path / "audit")))
+    (tmp_path / "file").write_text("keep me")
+    here = {key: value.replace("HERE", str(tmp_path)) if isinstance(value, str) else value for key, value in keys.items()}
+    with pytest.raises(PolicyError) as error:
+        check_machine(site(tmp_path, **here))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"policy": {"smallest-batch": 243}}, "policy.smallest-batch = 243: this site has 242 training examples"),
+        ({"policy": {"smallest-examples": 243}}, "policy.smallest-examples = 243"),
+        (
+            {"privacy": {"clip-norm": 1, "noise-multiplier": 8, "epsilon": 8, "delta": 0.01}},
+            "privacy.delta = 0.01: less than 1 / 242",
+        ),
+    ],
+    ids=str,
+)
+def test_rules_fit_what_the_site_holds(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError) as error:
+        check_holdings(
+            SiteFile.model_validate(site(tmp_path).model_dump(by_alias=True, exclude_none=True) | keys, strict=False), 242
+        )
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e12", "1e-9"])
+def test_seconds_are_such_as_a_clock_takes(seconds: str, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(f'site = 0\nsocket = "s"\n[data]\nsource = "digits"\n[policy]\nseconds = {seconds}\n')
+    with pytest.raises(PolicyError, match=r"policy\.seconds"):
+        read_site(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"wire.cross_codec": "this:x"}, {"wire": {"cross-codec": "this:x"}}, {"wire.cross-codec": "this:x"}], ids=str
+)
+def test_no_spelling_of_a_key_is_a_way_around_import_paths(asked: dict[str, Any], tmp_path: Path) -> None:
+    found = site(tmp_path)
+    with pytest.raises(PolicyError, match="import-paths"):
+        check_paths(found.policy, found.run_config(asked))
+
+
+@pytest.mark.parametrize("asked", [{"data": {"path": "/etc"}}, {"data.image_size": 8}, {"data.path": "/etc"}], ids=str)
+def test_no_spelling_of_a_key_is_a_way_to_other_data(asked: dict[str, Any], tmp_path: Path) -> None:
+    assert site(tmp_path).run_config(asked) == site(tmp_path).run_config({})
+
+
+def test_a_large_loss_tells_no_more_digits_than_a_small_one(tmp_path: Path) -> None:
+    for value, told in ((0.83619, 0.836), (8.3619, 8.362), (836.19123, 836.2), (8361912.3, 8362000.0), (1e30 / 3, 3.333e29)):
+        metrics = MetricRecord({"loss": value})
+        withhold(site(tmp_path).policy, metrics, 100)
+        assert metrics["loss"] == pytest.approx(told, rel=1e-12)
+
+
+def test_the_test_part_of_a_deployed_site_is_the_same_in_all_runs() -> None:
+    """Moments of many halves that a run's seed picks are as many equations for each example; and a test example was trained on."""
+    one, other = (raw_data(configuration(seed=seed), SiteId(0, None, "")) for seed in (1, 2))
+    assert one.train.y.tolist() == other.train.y.tolist()
+    assert raw_data(configuration(seed=1), SiteId(1, None, "")).train.y.tolist() != one.train.y.tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"run": "../x"}, {"run": 2**64}, {"run": -1}, {"node": True}, {"kind": "q" * 65}, {"kind": "a\n"}, {"run-config": []}],
+    ids=str,
+)
+def test_a_head_is_that_of_a_message(wrong: dict[str, Any]) -> None:
+    right = {"kind": "query.site", "run": 2**63, "node": 5, "run-config": {}}
+    letter.check_head(right)
+    with pytest.raises(LetterError):
+        letter.check_head(right | wrong)
+
+
+@pytest.mark.parametrize("text", ["", "[[1", "[[1]]", "{}x", "3", '[["a", 1, "b"]]'])
+def test_damaged_list_of_runs_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.json").write_text(text)
+    with pytest.raises(PolicyError, match=r"runs\.json is damaged"):
+        service._Begun(tmp_path / "runs.json")
+
+
+def test_a_clock_that_is_set_back_ends_no_runs_for_years(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, now = tmp_path / "runs.json", time.time()
+    file.write_text(json.dumps([[now + 1e9, 1, "x"]]))
+    begun = service._Begun(file)
+    with pytest.raises(PolicyError, match="runs-a-day = 1"):
+        begun.add(2, "x", 1)
+    monkeypatch.setattr(time, "time", lambda: now + 90_000)
+    begun.add(2, "x", 1)
+
+
+def test_temporary_files_lie_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile unpickles what it finds in a folder of a known name below the place for temporary files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", "")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    service._own_temporary_files()
+    assert Path(default_cache_dir()).is_relative_to(tmp_path)
+    assert (tmp_path / "archipelago" / "temporary").stat().st_mode & 0o777 == 0o700

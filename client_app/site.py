@@ -260,6 +260,7 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Netw
         return logits
 
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
+    plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         if model.num_stats:
             raise ConfigError("model.norm = 'batch': statistics would differ from process to process; allowed here: 'group'")

@@ -70,6 +70,22 @@ def sharpness_aware(base: Gradient, rho: float) -> Gradient:
     return gradient
 
 
+def accumulated(base: Gradient, size: int) -> Gradient:
+    """The gradient over a batch, summed over parts of at most ``size`` examples: memory is that of a part. 0: at once."""
+    if size == 0:
+        return base
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        loss, total = x.new_zeros(()), torch.zeros_like(x)
+        for part in zip(batch[0].split(size), batch[1].split(size), strict=True):
+            value, g = base(x, part, track=track)
+            share = len(part[1]) / len(batch[1])
+            loss, total = loss + share * value, total.add_(g, alpha=share)
+        return loss, total
+
+    return gradient
+
+
 def data_parallel(base: Gradient, rank: int, count: int) -> Gradient:
     """The gradient over a batch of which each of ``count`` processes computes its part: loss and gradient are summed over all.
 

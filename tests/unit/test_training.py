@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app import training
-from client_app.training import Batch, Gradient, plain, proximal, sharpness_aware
+from client_app.training import Batch, Gradient, accumulated, plain, proximal, sharpness_aware
 from datasets.site import Part
 from models.flat import FlatModel
 
@@ -108,6 +108,18 @@ def test_second_pass_of_sam_leaves_batch_norm_statistics_alone() -> None:
     assert torch.equal(model.stats, other.stats)
     assert model.network[1].num_batches_tracked == 1  # type: ignore[index]
     assert not torch.equal(model.stats, normed().stats)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 100])
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_gradient_of_parts_is_that_of_the_batch(size: int, rho: float) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = FlatModel(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)))
+    loss, whole = sharpness_aware(gradient_of(model), rho)(model.x, batch())
+    wanted = loss, whole.clone()  # the next call overwrites it
+    found = sharpness_aware(accumulated(gradient_of(model), size), rho)(model.x, batch())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 def test_proximal_term_pulls_towards_the_anchor() -> None:

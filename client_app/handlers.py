@@ -22,7 +22,7 @@ from client_app.site import Network, SiteId, config_of_site, device_of, name_of,
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
-from configuration.network import codec_of
+from configuration.network import codec_of, down_codec_of, sends_updates
 from datasets.partitions import PartitionError
 from datasets.site import SiteData, moments
 from datasets.sources import SourceError
@@ -31,9 +31,19 @@ from models.pretrained import digest
 from strategies.gradients import Diverged
 from strategies.method import PeerPlan, RoundPlan
 from strategies.peer.channel import channel
-from strategies.protocol import CODED, SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
+from strategies.protocol import (
+    CODED,
+    SiteCard,
+    TestMetrics,
+    TrainMetrics,
+    read_model,
+    read_order,
+    write_card,
+    write_tested,
+    write_trained,
+)
 from strategies.randomness import derive
-from strategies.records import STATS, X, arrays_of, code_version, config_of, unpack
+from strategies.records import STATS, X, arrays_of, code_version, config_of
 from strategies.schedules import rates
 
 KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError  # these say all there is to say
@@ -95,8 +105,8 @@ def describe(message: Message, context: Context) -> Message:
     return Message(write_card(card), reply_to=message)
 
 
-def _vectors(message: Message) -> dict[str, Tensor]:
-    vectors = {name: unpack(array) for name, array in arrays_of(message).items()}
+def _vectors(message: Message, config: Config) -> dict[str, Tensor]:
+    vectors = read_model(arrays_of(message), down_codec_of(config.wire))
     vectors.setdefault(STATS, torch.empty(*vectors[X].shape[:-1], 0))
     return vectors
 
@@ -107,7 +117,7 @@ def train(message: Message, context: Context) -> Message:
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
-    vectors, order = _vectors(message), read_order(config_of(message))
+    vectors, order = _vectors(message, config), read_order(config_of(message))
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
     keys, model, noise = config.training, network.model, private(context, network)
@@ -161,7 +171,7 @@ def train(message: Message, context: Context) -> Message:
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
         made[X] = made[X] if local.delta else sent[X] + made[X]
         noise.settle()
-    if config.wire.codec != "identity":
+    if sends_updates(config.wire):
         made |= _coded(config, context, order.number, model, made[X] if local.delta else made[X] - sent[X])
         del made[X]
     return Message(write_trained(made, metrics, tested), reply_to=message)
@@ -203,7 +213,7 @@ def evaluate(message: Message, context: Context) -> Message:
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
-    return Message(write_tested(_tested(_vectors(message), data, network)), reply_to=message)
+    return Message(write_tested(_tested(_vectors(message, config), data, network)), reply_to=message)
 
 
 def _tested(vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:

@@ -28,7 +28,7 @@ UNUSED: dict[type, set[str]] = {
     **{kind: {*BETWEEN_PEERS, "results.evaluate-every"} for kind in ROUNDS},
     AlonePlan: {"topology", "wire", "results.evaluate-every"},
     ArrivalPlan: {*BETWEEN_PEERS, "training.lr-steps"},
-    PeerPlan: {f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov")},
+    PeerPlan: {"wire.down-codec", *(f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov"))},
 }
 
 

@@ -27,3 +27,13 @@ def network_of(model: Model, shape: tuple[int, ...], num_classes: int, seed: int
 def codec_of(wire: Wire, sizes: Sequence[int]) -> Codec:
     """The codec of models whose layers have so many parameters."""
     return codec(wire.codec, sizes, bits=wire.bits, share=wire.share)
+
+
+def down_codec_of(wire: Wire) -> Codec | None:
+    """The codec of models that a server sends; None where it sends them as they are."""
+    return None if wire.down_codec == "identity" else codec(wire.down_codec, ())
+
+
+def sends_updates(wire: Wire) -> bool:
+    """Whether sites send a server how far they moved a model, in a codec, instead of the model."""
+    return wire.codec != "identity" or wire.down_codec != "identity"

@@ -167,6 +167,8 @@ class Wire(Section):
 
     codec: Annotated[str, _one_of(*CODECS)] = "identity"
     """of offers to peers and updates to a server: identity, fp16, bf16, qsgd, top-k, random-k, sign, or package.module:function"""
+    down_codec: Literal["identity", "fp16", "bf16"] = "identity"
+    """of the model that a server sends to train on; sites then answer with how far they moved it"""
     bits: Literal[2, 4, 8, 16] = 8
     """of qsgd, the sign included: 2, 4, 8, 16"""
     share: Share = 0.1

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from configuration.config import Config
 from configuration.graph import graph_of
-from configuration.network import codec_of, network_of
+from configuration.network import codec_of, network_of, sends_updates
 from models.flat import FlatModel
 from server_app.asynchronous import Asynchronous
 from server_app.census import Federation, RunError, take_census
@@ -75,7 +75,7 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
 def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink) -> None:
     """Execute the plan of the run."""
     initial, layout, shares = pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
-    if config.wire.codec != "identity" and not isinstance(config.plan, PeerPlan):
+    if sends_updates(config.wire) and not isinstance(config.plan, PeerPlan):
         layout = layout.with_codec(codec_of(config.wire, model.sizes))
     rounds = partial(Rounds, grid, federation=federation, config=config, layout=layout, sink=emit)
     match config.plan:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from configuration.config import Config
+from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Kept, Progress, Sink
@@ -28,7 +29,7 @@ from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import LARGEST, extent, magnitude, weighted_mean
 from strategies.method import ArrivalPlan, Local
-from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_order
+from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_model, write_order
 from strategies.records import ARRAYS, CONFIG, STATS, X, pack, unpack
 from strategies.schedules import rates
 
@@ -133,6 +134,8 @@ class Asynchronous:
             return
         model, now, messages = self._model(), self._clock.now(), []
         sent = {name: unpack(array) for name, array in model.items()}
+        down = down_codec_of(self._config.wire)
+        model = write_model(model, down) if down else model
         connected = set(self._grid.get_node_ids())
         for node in nodes:
             if node not in connected:

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from configuration.config import Config
+from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch
 from server_app.events import Kept, Progress, Sink
@@ -39,6 +40,7 @@ from strategies.protocol import (
     read_tested,
     read_trained,
     why,
+    write_model,
     write_order,
 )
 from strategies.records import ARRAYS, STATS, X, arrays_of, config_of, pack, unpack
@@ -92,6 +94,8 @@ class Rounds:
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
         self._latest: dict[int, Message] = {}  # to each site
+        self._sent: dict[int, dict[str, Tensor]] = {}  # the model that each trains, before the codec
+        self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
         self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)  # whether a test comes with training
 
@@ -208,6 +212,13 @@ class Rounds:
         messages = configure(number, arrays, write_order(Order(number, self._federation.agreed(), local, test)), self._grid)
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
+        if local:
+            self._sent = {message.metadata.dst_node_id: _model(message) for message in known}
+        if local and self._down:
+            for message in {id(message.content): message for message in known}.values():  # most share one content
+                coded = write_model(arrays_of(message), self._down)
+                message.content.pop(ARRAYS)
+                message.content[ARRAYS] = coded
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
 
     def _wait_for_enough(self, number: int) -> None:
@@ -279,7 +290,7 @@ class Rounds:
 
     def _read_trained(self, node: int, message: Message, reply: Message) -> Trained:
         tested = read_order(config_of(message)).test
-        found = read_trained(reply, self._layout, self._sites[node].num_train, _sent(message), tested)
+        found = read_trained(reply, self._layout, self._sites[node].num_train, self._sent[node], tested)
         if found.metrics.loss is None and isinstance(self._config.plan, ForeignPlan) and self._config.plan.by_loss:
             raise Refusal(f"it keeps its loss to itself, by which {self._config.strategy} weighs")
         return found
@@ -295,7 +306,7 @@ class Rounds:
         if first := self._bounds[X].few:
             measured = list(measured)
         for answer, changes in measured:
-            sent = _sent(answer.message)
+            sent = self._sent[answer.node]
             for name, change in changes.items():
                 others = {other.node: each[name] for other, each in measured} if first else None
                 size = extent(sent.get(name, sent[X]))[1] if first else 0.0
@@ -318,7 +329,7 @@ class Rounds:
         return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}
 
 
-def _sent(message: Message) -> dict[str, Tensor]:
+def _model(message: Message) -> dict[str, Tensor]:
     """The model in a message; of what goes beside it sites send back something else."""
     return {name: unpack(array) for name, array in arrays_of(message).items() if name in (X, STATS)}
 

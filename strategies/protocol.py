@@ -513,6 +513,20 @@ def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
+def write_model(arrays: ArrayRecord, codec: Codec) -> ArrayRecord:
+    """A model and what goes beside it, ``x`` in a codec."""
+    coded = pack(codec.encode(unpack(arrays[X]), torch.Generator()))
+    rest = {name: array for name, array in arrays.items() if name != X}
+    return ArrayRecord({f"{CODED}{name}": array for name, array in coded.items()} | rest)
+
+
+def read_model(arrays: ArrayRecord, codec: Codec | None) -> dict[str, Tensor]:
+    """The vectors of a message to a site."""
+    vectors = {name: unpack(array) for name, array in arrays.items()}
+    coded = {name.removeprefix(CODED): vectors.pop(name) for name in list(vectors) if name.startswith(CODED)}
+    return vectors | ({X: codec.decode(coded)} if coded and codec else {})
+
+
 def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
     """How far a site moved ``x``, and what it sent besides."""
     assert layout.codec is not None

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from configuration.config import Config
-from configuration.network import codec_of
+from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
 from server_app.events import Event, Kept, Refused
 from server_app.results import History
@@ -24,6 +24,7 @@ from strategies.protocol import (
     StepNotes,
     TestMetrics,
     TrainMetrics,
+    read_model,
     read_order,
     read_peer_order,
     write_card,
@@ -115,13 +116,13 @@ def reached(site: int, models: int = 1) -> TestMetrics:
 def trained(config: Config, order: Order, site: int, message: Message) -> RecordDict:
     """A model a little way off, or that way."""
     assert order.local is not None
-    sent = {name: unpack(array) for name, array in arrays_of(message).items()}
+    sent = read_model(arrays_of(message), down_codec_of(config.wire))
     size = len(sent[X])
     moved = noise(site, order.number, size)
     made = {X: moved if order.local.delta else sent[X] - moved, STATS: sent[STATS] * 0.9 + 0.1}
     made |= {name: noise(site, -order.number, size) for name in sent if name not in made}
     metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=TRAIN, samples=TRAIN)
-    if config.wire.codec != "identity":
+    if sends_updates(config.wire):
         classes = len(order.agreed.classes)
         codec = codec_of(config.wire, (4 * classes, classes, classes, classes))
         del made[X]

@@ -42,6 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "d-psgd": {},
     "n-saddle": {},
     "co-learning, qsgd": {"wire": {"codec": "qsgd"}},
+    "scaffold, bf16": {"wire": {"down_codec": "bf16"}},
     "FedMedian, sign": {"wire": {"codec": "sign", "error_feedback": "deep-squeeze"}},
     "fedbuff, top-k": {"wire": {"codec": "top-k", "error_feedback": "deep-squeeze"}},
     "dmsgd, sealed": {"strategy": "dmsgd", "wire": {"sealing": "trust-on-first-use"}},

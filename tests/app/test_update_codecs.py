@@ -32,6 +32,26 @@ def test_fewer_bytes_go_up_and_as_much_is_learned(strategy: str, wire: dict[str,
     assert coded.summary["accuracy"] > exact.summary["accuracy"] - 0.03
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("codec", ["identity", "qsgd"])
+def test_half_the_bytes_go_down(strategy: str, codec: str) -> None:
+    """But for the last test, and what goes beside the model."""
+    plain = simulate(**SHORT, strategy=strategy)
+    coded = simulate(**SHORT, strategy=strategy, wire={"down_codec": "bf16", "codec": codec})
+    down = [run.metrics["bytes_down"].max() / run.summary["rounds"] for run in (plain, coded)]
+    assert 0.45 < down[1] / down[0] < 0.8
+    assert coded.summary["accuracy"] > plain.summary["accuracy"] - 0.03
+
+
+def test_rounding_on_the_way_down_is_no_part_of_the_update() -> None:
+    """A site that learns next to nothing leaves the server's model as it is, not as it was sent."""
+    keys: dict[str, Any] = {"training": {"lr": 1e-20, "weight_decay": 0.0}, "strategy": "fedavg"}
+    still = simulate(**SHORT, **keys, wire={"down_codec": "bf16"})
+    start = simulate(**SHORT, **keys)
+    assert all(torch.equal(value, start.model[name]) for name, value in still.model.items())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in still.model.values())
+
+
 def test_what_the_codec_loses_is_made_up_for() -> None:
     """A sign for each number, and the mean magnitude of its layer."""
     one = SHORT | {"num_sites": 1, "min_sites": 1, "epochs": 12, "strategy": "fedavg", "fedavg.local-epochs": 1}

@@ -10,23 +10,28 @@ are the floor to which a round is compared. ``without service`` is a site whose 
 import argparse
 import grp
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 from PIL import Image
 
 from simulation.laboratory import Run
 from tests.e2e.processes import CARRIER, SITES, Deployment, Services, as_user
 
 FLOOR_S = 6.0
-FREE = {"smallest-steps": 1, "smallest-examples": 8}
+LARGE = {"1 M": "million", "100 M": "hundred_million"}
+FREE = {"smallest-steps": 1, "smallest-examples": 8, "import-paths": [f"benchmarks.wide:{name}" for name in LARGE.values()]}
+PROGRAMS = ("superlink", "serverapp", "supernode", "clientapp", "client_app.service")
+ONE_EPOCH = "strategy='fedavg' epochs=3 fedavg.local-epochs=1 training.batch-size=256 training.lr=0.01"
+CODED = "wire.down-codec='bf16' wire.codec='qsgd'"
 DIGITS: dict[str, Any] = {"data": {"source": "digits"}}
 CO_LEARNING = "co-learning.local-epochs=1 co-learning.epsilon=0.0 epochs=8"
 
@@ -51,7 +56,30 @@ CASES = {
     "wire.codec='qsgd' wire.error-feedback='choco' topology.averaging-rate=0.9",
     "heart": f"strategy='co-learning' {CO_LEARNING} model.name='mlp'",
     "pictures": f"strategy='co-learning' {CO_LEARNING}",
+    **{
+        f"{size}{', coded' if coded else ''}": f"{ONE_EPOCH} model.name='benchmarks.wide:{name}' {coded}"
+        for size, name in LARGE.items()
+        for coded in ("", CODED)
+    },
 }
+
+
+class Memory(Thread):
+    """Looks what the programs of a deployment use at most, MB of each, of the largest process of a kind."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peaks: dict[str, float] = dict.fromkeys(PROGRAMS, 0.0)
+        self.over = Event()
+
+    def run(self) -> None:
+        """Look twice a second."""
+        while not self.over.wait(0.5):
+            for process in psutil.process_iter(["cmdline", "memory_info"]):
+                words = " ".join(process.info["cmdline"] or ())
+                for name in PROGRAMS:
+                    if name in words and process.info["memory_info"]:
+                        self.peaks[name] = max(self.peaks[name], process.info["memory_info"].rss / 1e6)
 
 
 @contextmanager
@@ -90,15 +118,17 @@ def measure(name: str, heart: str) -> dict[str, Any]:
         folder.chmod(0o755)
         with deployed(folder, name, heart) as deployment:
             settings = f"{CASES[name]} num-sites={SITES} results.folder='{folder / 'runs'}'".replace("'", '"')
+            memory = Memory()
+            memory.start()
             with deployment.run(settings) as process:
                 log = process.communicate()[0]
+            memory.over.set()
             services = getattr(deployment, "services", None)
             letters = [letter for site in range(SITES) for letter in services.letters(site)] if services else []
         results = list((folder / "runs").iterdir()) if (folder / "runs").exists() else []
         if not results or not Run.load(results[0]).finished:
             raise SystemExit(f"{name}: the run ended too soon\n{log}")
         run = Run.load(results[0])
-        shutil.copytree(folder, keep, dirs_exist_ok=True) if (keep := os.environ.get("KEEP")) else None
     table = run.metrics[(run.metrics["split"] == "train") & (run.metrics["site"] == "all")].drop_duplicates("round")
     spent = np.diff(table["seconds"].to_numpy()) / np.diff(table["round"].to_numpy())
     if name.startswith("gsgm"):
@@ -114,17 +144,18 @@ def measure(name: str, heart: str) -> dict[str, Any]:
         "accuracy": run.history["accuracy"].iloc[-1],
         "refusals": len(refused),
         "MB": run.history["megabytes"].iloc[-1],
+        **{f"{name}, MB": peak for name, peak in memory.peaks.items()},
     }
 
 
 def main() -> None:
     """Print a row a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; all but heart without --heart")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; without any, all but the large ones")
     parser.add_argument("--heart", default="", help="a folder of three CSV files of hospitals, with a column target")
     arguments = parser.parse_args()
     rows = []
-    for name in arguments.names or [name for name in CASES if name != "heart" or arguments.heart]:
+    for name in arguments.names or [name for name in CASES if " M" not in name and (name != "heart" or arguments.heart)]:
         rows.append(measure(name, arguments.heart))
         print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format), flush=True)
 

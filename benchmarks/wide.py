@@ -1,0 +1,24 @@
+"""Networks of a size, for measurements of what size costs."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def _wide(parameters: int, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    inputs = torch.Size(shape).numel()
+    width = round((math.sqrt((inputs + num_classes) ** 2 + 4 * parameters) - inputs - num_classes) / 2)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes)
+    )
+
+
+def million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """One million parameters."""
+    return _wide(10**6, shape, num_classes)
+
+
+def hundred_million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A hundred million parameters."""
+    return _wide(10**8, shape, num_classes)

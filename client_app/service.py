@@ -54,6 +54,7 @@ from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
 READERS = 64  # letters that are read, wait or are worked on
+KEPT_S = 30 * DAY_S  # on disk, of a run that says no more
 TELL_S = 1.0  # from one word that the service works to the next
 WAITING = 16  # letters
 
@@ -215,10 +216,19 @@ class Service:
             self._runs.move_to_end(run)
             return self._runs[run]
         self._begun.add(run, sha256(text.encode()).hexdigest(), self._site.policy.runs_a_day)
+        self._forget_old()
         self._runs[run] = found = _Memory(text, RecordDict())
         while len(self._runs) > RUNS:
             self._runs.popitem(last=False)
         return found
+
+    def _forget_old(self) -> None:
+        """Only a peer's memory ends with its run: that of other runs is deleted when nothing was added for long."""
+        if self._site.state:
+            for file in Path(self._site.state).glob("*.state"):
+                with suppress(OSError):
+                    if time.time() - file.stat().st_mtime > KEPT_S:
+                        file.unlink()
 
     def _check_message(self, config: Config, message: Message, context: Context) -> int:
         """Whether a message breaks a rule; how many examples a test of this site is made on."""

@@ -262,9 +262,7 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Netw
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
-        if model.num_stats:
-            raise ConfigError("model.norm = 'batch': statistics would differ from process to process; allowed here: 'group'")
-        plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size())
+        plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
     return Network(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
 
 

@@ -7,7 +7,7 @@ same loop, and every strategy can use any of them.
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -86,9 +86,10 @@ def accumulated(base: Gradient, size: int) -> Gradient:
     return gradient
 
 
-def data_parallel(base: Gradient, rank: int, count: int) -> Gradient:
+def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Tensor]) -> Gradient:
     """The gradient over a batch of which each of ``count`` processes computes its part: loss and gradient are summed over all.
 
+    BatchNorm normalises each part by itself, as DistributedDataParallel does; its running ``statistics`` become the parts' mean.
     A process that fails here ends: the others would wait for it.
     """
 
@@ -100,9 +101,13 @@ def data_parallel(base: Gradient, rank: int, count: int) -> Gradient:
         except Exception:
             traceback.print_exc()
             os._exit(1)
-        together = torch.cat([g, value.reshape(1)]).mul_(share)
+        kept = [buffer.reshape(-1) for buffer in statistics] if track else []
+        together = torch.cat([g, value.reshape(1), *kept]).mul_(share)
         dist.all_reduce(together)
-        return together[-1], together[:-1]
+        d = len(g)
+        for buffer, mean in zip(statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False):
+            buffer.copy_(mean.view(buffer.shape))
+        return together[d], together[:d]
 
     return gradient
 

@@ -24,7 +24,8 @@ class FlatModel:
         x: [d], float32.
         grad: [d], float32; the parameters' ``.grad`` are views into it.
         sizes: how many elements of ``x`` each parameter has, in their order; what a codec calls layers.
-        buffer_names: of the parts of ``stats``.
+        statistics: the parts of ``stats``, as the network holds them.
+        buffer_names: theirs.
     """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -41,9 +42,9 @@ class FlatModel:
         self._parameters = parameters
         self._pieces: tuple[Tensor, ...] = ()
         # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
-        self.buffer_names, self._buffers = _statistics(network)
+        self.buffer_names, self.statistics = _statistics(network)
         self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
-        self.num_stats = sum(buffer.numel() for buffer in self._buffers)
+        self.num_stats = sum(buffer.numel() for buffer in self.statistics)
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of ``loss`` [] into ``grad``.
@@ -59,9 +60,9 @@ class FlatModel:
     @property
     def stats(self) -> Tensor:
         """A copy of the floating-point buffers, [b]."""
-        if not self._buffers:
+        if not self.statistics:
             return torch.empty(0, device=self.x.device)
-        return torch.cat([buffer.reshape(-1) for buffer in self._buffers]).float()
+        return torch.cat([buffer.reshape(-1) for buffer in self.statistics]).float()
 
     def load(self, x: Tensor, stats: Tensor | None = None) -> None:
         """Copy a model into the network; integer buffers go back to where they started.
@@ -76,8 +77,8 @@ class FlatModel:
         for counter, start in self._counters:
             counter.copy_(start)
         if stats is not None:
-            sizes = [buffer.numel() for buffer in self._buffers]
-            for buffer, part in zip(self._buffers, stats.split(sizes), strict=True):
+            sizes = [buffer.numel() for buffer in self.statistics]
+            for buffer, part in zip(self.statistics, stats.split(sizes), strict=True):
                 buffer.copy_(part.view(buffer.shape))
 
     def state_dict(self, x: Tensor, stats: Tensor) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ class FlatModel:
         """Which elements of ``stats`` are variances, [b]."""
         marks = [
             torch.full((buffer.numel(),), name.endswith("running_var"))
-            for name, buffer in zip(self.buffer_names, self._buffers, strict=True)
+            for name, buffer in zip(self.buffer_names, self.statistics, strict=True)
         ]
         return torch.cat([torch.empty(0, dtype=torch.bool), *marks])
 

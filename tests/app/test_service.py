@@ -160,6 +160,19 @@ def test_what_cannot_be_written_down_does_not_leave(tmp_path: Path) -> None:
     service.end()
 
 
+def test_what_old_runs_left_on_disk_is_deleted(tmp_path: Path) -> None:
+    service = Service(tmp_path, state=str(tmp_path / "state"))
+    for name, days in (("old", 31), ("young", 29)):
+        file = tmp_path / "state" / f"{name}.state"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (time.time() - days * 86_400,) * 2)
+    assert not answer_to(service, flat("scaffold")).has_error()
+    assert [file.stem for file in (tmp_path / "state").glob("*d*.state")] == []
+    assert (tmp_path / "state" / "young.state").exists()
+    service.end()
+
+
 # --- a service that is not there --------------------------------------------------------------------------------------
 
 

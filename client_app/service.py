@@ -2,7 +2,7 @@
 
     python -m client_app.service /etc/archipelago/site.toml            answer letters until it is ended
     python -m client_app.service --check /etc/archipelago/site.toml    say what it would do, or what is wrong
-    torchrun --nproc-per-node=4 -m client_app.service site.toml        the same on four GPUs
+    torchrun --max-restarts=100 --nproc-per-node=4 -m client_app.service site.toml        the same on four GPUs
 
 It listens at a Unix socket that its own user and the members of one group may open; Flower's ClientApp, whose code the server
 ships and which may run as another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask is

@@ -98,12 +98,12 @@ def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Te
         share = len(part[1]) / len(batch[1])
         try:
             value, g = base(x, (part[0], part[1]), track=track) if share else (x.new_zeros(()), torch.zeros_like(x))
+            kept = [buffer.reshape(-1) for buffer in statistics] if track else []
+            together = torch.cat([g, value.reshape(1), *kept]).mul_(share)
+            dist.all_reduce(together)
         except Exception:
             traceback.print_exc()
             os._exit(1)
-        kept = [buffer.reshape(-1) for buffer in statistics] if track else []
-        together = torch.cat([g, value.reshape(1), *kept]).mul_(share)
-        dist.all_reduce(together)
         d = len(g)
         for buffer, mean in zip(statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False):
             buffer.copy_(mean.view(buffer.shape))

@@ -38,7 +38,7 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self._processes}", "-m"]
+        several = ["torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={self._processes}", "-m"]
         command = [sys.executable, "-m", *(several if self._processes > 1 else []), "client_app.service", str(self.file)]
         Path(self.socket).unlink(missing_ok=True)  # of one that was killed
         with self.log.open("a") as log:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -473,3 +474,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     found = Service(folder, processes=2, policy={"smallest-steps": 1, "smallest-examples": 1}, state=str(folder / "state"))
     yield found
     found.end()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_is_killed_is_heard_of_and_all_begin_anew(rank: int, tmp_path: Path) -> None:
+    service = Service(tmp_path, processes=2)
+    long = order({}, 4810, **{"local-epochs": 100_000})
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(answer_to, service, flat(), "train", long)
+        while not service.audit.exists() or len(service.lines()) < 1:
+            time.sleep(0.05)
+        time.sleep(1.0)  # in the middle of it
+        workers = [each for each in psutil.Process(service.process.pid).children() if "client_app.service" in each.cmdline()]
+        [victim] = [each for each in workers if each.environ()["RANK"] == str(rank)]
+        victim.kill()
+        assert "died at work or was restarted" in said(waiting.result())
+    while answer_to(service, flat()).has_error():
+        time.sleep(0.2)
+    service.end()

@@ -22,8 +22,8 @@ from client_app.training import num_batches
 from configuration.config import Config
 from configuration.description import Description
 from configuration.graph import graph_of
+from configuration.network import codec_of
 from datasets.site import SiteData
-from strategies.codecs import codec
 from strategies.gradients import regularised
 from strategies.method import PeerPlan
 from strategies.peer.channel import channel
@@ -37,9 +37,7 @@ from strategies.schedules import decay
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
     """Peer ``number`` of a run, whose network has layers of ``sizes``, and which reports means over at least so many losses."""
-    offered, gradients = (
-        codec(name, sizes, bits=config.wire.bits, share=config.wire.share) for name in (config.wire.codec, config.wire.cross_codec)
-    )
+    offered, gradients = (codec_of(config.wire, sizes, name) for name in (config.wire.codec, config.wire.cross_codec))
     assert isinstance(config.plan, PeerPlan)
     return Peer(
         config.plan,

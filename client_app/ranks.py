@@ -7,7 +7,8 @@ that fails alone ends, with it torchrun ends the others and starts all anew.
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,16 @@ from client_app import letter
 MEET_S = 60.0  # one that is through with a letter waits so long for the others
 IDLE = timedelta(days=3650)  # from letter to letter
 STATE = "state/"  # before the names of what the site remembers
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Inside, a process that fails ends: the others would wait for it, and torchrun starts all anew."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
 
 
 class Ranks:
@@ -64,16 +75,14 @@ class Ranks:
 
     def _broadcast(self, data: bytes | None) -> bytes:
         size = torch.tensor([0 if data is None else len(data)])
-        dist.broadcast(size, 0, self._control)
-        whole = torch.empty(int(size), dtype=torch.uint8) if data is None else torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(whole, 0, self._control)
+        with all_or_none():
+            dist.broadcast(size, 0, self._control)
+            whole = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
+            dist.broadcast(whole, 0, self._control)
         return whole.numpy().tobytes()
 
     def meet(self) -> None:
         """All are through with the letter; else this process ends."""
         if self.count > 1:
-            try:
+            with all_or_none():
                 dist.monitored_barrier(self._control, timedelta(seconds=MEET_S))
-            except RuntimeError:
-                traceback.print_exc()
-                os._exit(1)

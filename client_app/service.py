@@ -46,6 +46,7 @@ from client_app.ranks import Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
+from datasets.cache import cache_folder
 from models.networks import NETWORKS
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
@@ -463,7 +464,7 @@ def _own_temporary_files() -> None:
 
     Before PyTorch loads its compiler, which takes the place that it finds then.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "archipelago", "temporary")
+    folder = cache_folder("temporary")
     try:
         folder = folder.expanduser()
         folder.mkdir(0o700, parents=True, exist_ok=True)

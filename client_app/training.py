@@ -5,8 +5,6 @@ same loop, and every strategy can use any of them.
 """
 
 import math
-import os
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.ranks import all_or_none
 from datasets.site import Part
 from models.flat import FlatModel
 from strategies.gradients import perturbed
@@ -90,20 +89,16 @@ def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Te
     """The gradient over a batch of which each of ``count`` processes computes its part: loss and gradient are summed over all.
 
     BatchNorm normalises each part by itself, as DistributedDataParallel does; its running ``statistics`` become the parts' mean.
-    A process that fails here ends: the others would wait for it.
     """
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         part = tuple(each.tensor_split(count)[rank] for each in batch)
         share = len(part[1]) / len(batch[1])
-        try:
+        with all_or_none():
             value, g = base(x, (part[0], part[1]), track=track) if share else (x.new_zeros(()), torch.zeros_like(x))
             kept = [buffer.reshape(-1) for buffer in statistics] if track else []
             together = torch.cat([g, value.reshape(1), *kept]).mul_(share)
             dist.all_reduce(together)
-        except Exception:
-            traceback.print_exc()
-            os._exit(1)
         d = len(g)
         for buffer, mean in zip(statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False):
             buffer.copy_(mean.view(buffer.shape))

@@ -67,8 +67,17 @@ class Description(BaseModel):
             ValueError: it is no file with a model of this program.
         """
         try:
-            with safe_open(file, "pt") as opened:
-                metadata: Mapping[str, str] = opened.metadata() or {}
-            return cls.model_validate_json(metadata[KEY])
+            return cls.model_validate_json(_metadata(file)[KEY])
         except (OSError, SafetensorError, KeyError, ValidationError) as error:
             raise ValueError(f"{file} is no model of Archipelago: {type(error).__name__}: {error}") from None
+
+
+def is_described(file: Path) -> bool:
+    """Whether a file with a model says what it is: those of older runs do not."""
+    return KEY in _metadata(file)
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    with safe_open(file, "pt") as opened:
+        found: Mapping[str, str] = opened.metadata() or {}
+    return found

@@ -24,9 +24,9 @@ def network_of(model: Model, shape: tuple[int, ...], num_classes: int, seed: int
     return network, said
 
 
-def codec_of(wire: Wire, sizes: Sequence[int]) -> Codec:
-    """The codec of models whose layers have so many parameters."""
-    return codec(wire.codec, sizes, bits=wire.bits, share=wire.share)
+def codec_of(wire: Wire, sizes: Sequence[int], name: str = "") -> Codec:
+    """The codec of models whose layers have so many parameters; another than ``wire.codec`` by its ``name``."""
+    return codec(name or wire.codec, sizes, bits=wire.bits, share=wire.share)
 
 
 def down_codec_of(wire: Wire) -> Codec | None:

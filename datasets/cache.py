@@ -40,6 +40,11 @@ def _code() -> str:
 CODE = _code()  # now: later the files may be others than those that this process runs
 
 
+def cache_folder(name: str) -> Path:
+    """Where this user's cache has things of a kind; ``~`` is still to be expanded, which may fail."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "archipelago", name)
+
+
 def fingerprint(files: Path | None) -> str:
     """Of a file, or of every file below a folder: relative names, sizes, times of change. None: of nothing, a package has the data.
 
@@ -70,7 +75,7 @@ def cached(source: str, files: Path | None, options: Mapping[str, object], decod
     """
     place = f"{source}-{_digest([str(files and files.resolve()), options])}"
     content = fingerprint(files)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "archipelago", "decoded")
+    folder = cache_folder("decoded")
     with ExitStack() as stack:
         try:
             folder = folder.expanduser()

@@ -11,6 +11,7 @@ from configuration.config import Config
 from configuration.graph import graph_of
 from configuration.network import codec_of, network_of, sends_updates
 from models.flat import FlatModel
+from models.pretrained import digest
 from server_app.asynchronous import Asynchronous
 from server_app.census import Federation, RunError, take_census
 from server_app.consensus import report_consensus
@@ -50,7 +51,10 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
             log(logging.WARNING, "%s", event)
         sink(event)
 
-    topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None  # one that cannot be stops the run here
+    # A graph that cannot be, or a file that is not there, stops the run before a site is asked for anything.
+    topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None
+    if config.model.initial:
+        digest(config.model.initial)
     federation = take_census(grid, config)
     if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")

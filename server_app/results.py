@@ -131,13 +131,14 @@ def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
     return sites.iloc[:, 4:].set_axis(sites.iloc[:, 1].astype(str), axis=0)
 
 
-def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description) -> None:
+def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description | None) -> None:
     """A state dict each, ``NAME.safetensors``, which says of itself what it is; a file is on disk whole or not at all."""
+    metadata = description.metadata() if description else None
     for name, state in models.items():
         final = folder / f"{name}.safetensors"
         partial = final.with_suffix(".partial")
         partial.touch()  # safetensors makes a file that only its owner can read: keep the mode of this one
-        save_file({key: value.contiguous() for key, value in state.items()}, partial, description.metadata())
+        save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, final)
@@ -309,8 +310,9 @@ class Printed:
 
         def row(key: str, name: str, train: int, test: int, style: str = "") -> None:
             if key in values.index.get_level_values("site"):
-                found = (f"{values[key, 'accuracy']:.4f}", f"{values[key, 'loss']:.4f}")
-                table.add_row(escape(name), f"{train:,}", f"{test:,}", *found, style=style)
+                found = [values.get((key, metric)) for metric in ("accuracy", "loss")]  # a site may keep them to itself
+                shown = ["" if value is None else f"{value:.4f}" for value in found]
+                table.add_row(escape(name), f"{train:,}", f"{test:,}", *shown, style=style)
 
         for site in sites:
             row(str(site.number), site.name, site.num_train, site.num_test)

@@ -166,8 +166,7 @@ class Rounds:
                 if tested is not None:
                     self._take_test(number - 1, answer, tested)
                 if self._layout.codec:  # the strategy sees models
-                    answer.reply.content.pop(ARRAYS)
-                    answer.reply.content[ARRAYS] = pack(answer.found.vectors)
+                    _replace(answer.reply, pack(answer.found.vectors))
                 yield answer.reply
 
         try:
@@ -214,11 +213,9 @@ class Rounds:
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         if local:
             self._sent = {message.metadata.dst_node_id: _model(message) for message in known}
-        if local and self._down:
-            for message in {id(message.content): message for message in known}.values():  # most share one content
-                coded = write_model(arrays_of(message), self._down)
-                message.content.pop(ARRAYS)
-                message.content[ARRAYS] = coded
+            if self._down:
+                for message in {id(message.content): message for message in known}.values():  # most share one content
+                    _replace(message, write_model(arrays_of(message), self._down))
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
 
     def _wait_for_enough(self, number: int) -> None:
@@ -327,6 +324,12 @@ class Rounds:
         some = range(0, steps, max(1, steps // 1000))  # a site may say that it has many examples
         total = sum(map(rate, some)) * steps / len(some)
         return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}
+
+
+def _replace(message: Message, arrays: ArrayRecord) -> None:
+    """Other arrays for those of a message."""
+    message.content.pop(ARRAYS)  # else Flower says that they are replaced
+    message.content[ARRAYS] = arrays
 
 
 def _model(message: Message) -> dict[str, Tensor]:

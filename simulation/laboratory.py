@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
 from configuration.config import Config, configuration, flatten
-from configuration.description import Description
+from configuration.description import Description, is_described
 from configuration.errors import ConfigError
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
@@ -56,7 +56,7 @@ class Run:
         models: the last model as a state dict, under the name ``model``; where sites learn alone, ``model-0``, ``model-1``, ...
         sites: a row a site: site, name, train and test examples, and the examples of each class where sites tell.
         finished: whether all epochs were run; an interrupted run holds what it had reached.
-        description: of the models; None where there are none.
+        description: of the models; None where there are none, or their files are older than descriptions.
     """
 
     config: Config
@@ -146,8 +146,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_description(folder, self.config, self.sites)
         self.metrics.to_csv(folder / "metrics.csv", index=False)
-        if self.description:
-            write_models(folder, self.models, self.description)
+        write_models(folder, self.models, self.description)
         return folder
 
     @classmethod
@@ -158,7 +157,8 @@ class Run:
         metrics = read_metrics(folder / "metrics.csv")
         epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)]["value"].sum()
         files = sorted(folder.glob("model*.safetensors"))
-        models, description = {file.stem: load_file(file) for file in files}, Description.read(files[0]) if files else None
+        models = {file.stem: load_file(file) for file in files}
+        description = Description.read(files[0]) if files and is_described(files[0]) else None
         finished = bool(epochs >= config.epochs - 1e-6)
         return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), finished, description)
 

@@ -107,6 +107,8 @@ def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
 def load(path: str | Path, name: str = "model") -> Trained:
     """The network of a run's folder, or of a file with a model.
 
+    The file names the code of its network, which is imported: one of somebody else's own may name any module that is installed.
+
     Args:
         path: what ``flwr run``, :meth:`Run.save` or a peer's ``save`` wrote.
         name: of the model; ``model-0``, ... where sites learn alone.

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 from safetensors.torch import load_file, save_file
 
+from configuration.config import configuration
 from configuration.errors import ConfigError
 from models.flat import FlatModel
 from models.networks import build
-from models.pretrained import freeze, start_from
+from models.pretrained import digest, freeze, start_from
 from server_app.census import RunError
 from simulation.laboratory import simulate
+from tests.app.stubs import NETWORK, Answer, network, outcome
 
 SHORT: dict[str, Any] = {"num_sites": 3, "epochs": 2, "progress": False}
 
@@ -85,3 +88,30 @@ def test_statistics_of_what_is_trained_are_sent() -> None:
     model = FlatModel(network)
     assert all(name.startswith("layer4.") for name in model.buffer_names)
     assert 0 < int(model.variances.sum()) == model.num_stats // 2
+
+
+def test_sites_with_another_file_or_none_are_left_out(tmp_path: Path) -> None:
+    file = str(tmp_path / "initial.safetensors")
+    save_file(network((1, 2, 2), 2).state_dict(), file)
+
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        if message.metadata.message_type == "query.site" and site != 2:
+            content.config_records["config"]["initial"] = "0" * 64 if site == 1 else digest(file)
+        return content
+
+    config = configuration(strategy="fedavg", num_sites=4, epochs=1, model={"name": NETWORK, "initial": file})
+    found = outcome(config, spoil)
+    assert found.error is None
+    assert [site.number for site in found.federation.sites] == [0, 3]
+
+
+def test_file_that_is_not_there_ends_the_run_before_a_site_is_asked() -> None:
+    asked: list[int] = []
+
+    def watch(site: int, message: Message, content: RecordDict) -> Answer:
+        asked.append(site)
+        return content
+
+    found = outcome(configuration(num_sites=4, model={"initial": "/nowhere"}), watch)
+    assert "model.initial = '/nowhere'" in str(found.error)
+    assert asked == []

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from flwr.app import Message, RecordDict
 from configuration.config import Config, configuration
 from server_app.app import run
 from server_app.census import RunError
+from server_app.results import Folder
 from strategies.averaging import fedavg
 from strategies.method import Mean, Method, RoundPlan, Run
 from strategies.protocol import read_order
@@ -253,6 +255,25 @@ def test_sites_that_keep_metrics_to_themselves_take_part(strategy: str, sites: l
     assert found.refused == []
     assert found.model() == honest.model()
     assert set(took_part(found, 0, "test")) == (set() if 0 in sites else set(took_part(honest, 0, "test")))
+
+
+@pytest.mark.parametrize("kept", [("loss", "accuracy"), ("accuracy",)])
+@pytest.mark.parametrize("strategy", ["fedavg", "local", "gsgm", "d-psgd"])
+def test_results_of_sites_that_keep_metrics_to_themselves_are_printed_and_drawn(
+    strategy: str, kept: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reticent(site: int, message: Message, content: RecordDict) -> Answer:
+        for record in content.metric_records.values():
+            for name in [name for name in record if any(each in name for each in kept)]:
+                del record[name]
+        return content
+
+    small: dict[str, Any] = {"model": {"name": NETWORK}, "training": {"batch_size": 4}, "results": {"folder": str(tmp_path)}}
+    config = configuration(strategy=strategy, num_sites=4, epochs=2, **small)
+    run(Sites(config, reticent), config, Folder(config))
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "site 1 " in line]
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == ["8", "4", "", "" if "loss" in kept else "2.0000"]
+    assert list(tmp_path.rglob("curves.png"))
 
 
 def test_strategy_that_weighs_by_losses_leaves_out_who_keeps_it_to_himself() -> None:

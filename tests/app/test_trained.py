@@ -1,5 +1,6 @@
 """What a run leaves is used without the run: loaded, asked for predictions, exported."""
 
+import shutil
 import subprocess
 import sys
 from io import StringIO
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from configuration.description import Description
 from datasets.sources import SourceError, digits
@@ -121,3 +123,14 @@ def test_models_of_sites_that_learn_alone_and_of_peers_are_loaded_by_their_names
     trained = load(folder, "model-1")
     assert isinstance(trained, Trained)
     assert trained.description == Description.read(folder / "model-0.safetensors")
+
+
+def test_folders_of_before_models_said_what_they_are_are_still_read_and_written(pictures: Path, tmp_path: Path) -> None:
+    older = Path(shutil.copytree(pictures, tmp_path / "older"))
+    save_file(load_file(older / "model.safetensors"), older / "model.safetensors")
+    run = Run.load(older)
+    assert run.description is None
+    assert run.models.keys() == {"model"}
+    assert Run.load(run.save(tmp_path / "again")).models.keys() == {"model"}
+    with pytest.raises(ValueError, match="is no model of Archipelago: KeyError"):
+        load(older)

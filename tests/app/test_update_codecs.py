@@ -1,6 +1,7 @@
 """Updates that sites send a server in fewer bytes."""
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from flwr.app import Array, Message, RecordDict
 from configuration.config import configuration
 from configuration.errors import ConfigError
 from simulation.laboratory import Run, simulate
+from strategies.peer.channel import Channel, channel
 from strategies.protocol import read_order
 from strategies.records import config_of
 from tests.app.stubs import NETWORK, Answer, Outcome, outcome
@@ -64,6 +66,29 @@ def test_what_the_codec_loses_is_made_up_for() -> None:
     assert simulate(**one, wire=keys).summary["accuracy"] > 0.85
     with pytest.raises(ConfigError, match="loses what it leaves out"):
         configuration(strategy="fedavg", wire={"codec": "sign"})
+
+
+def test_each_update_goes_on_with_what_the_one_before_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[torch.Tensor, ...]] = []
+
+    def watched(*arguments: Any) -> Channel:
+        way = channel(*arguments)
+
+        def encode(memory: torch.Tensor, vector: torch.Tensor, generator: torch.Generator) -> Any:
+            found = way.encode(memory, vector, generator)
+            calls.append((memory.clone(), vector.clone(), found[1].clone(), found[2].clone()))
+            return found
+
+        return way._replace(encode=encode)
+
+    monkeypatch.setattr("client_app.handlers.channel", watched)
+    one = SHORT | {"num_sites": 1, "min_sites": 1, "strategy": "fedavg", "fedavg.local-epochs": 1}
+    simulate(**one, wire={"codec": "top-k", "share": 0.01, "error_feedback": "deep-squeeze"})
+    assert len(calls) == SHORT["epochs"]
+    for (*_, lost, _), (memory, *_) in pairwise(calls):
+        assert torch.equal(memory, lost)
+    wanted, sent = (torch.stack(each).sum(0) for each in (list(zip(*calls, strict=True))[1], list(zip(*calls, strict=True))[3]))
+    torch.testing.assert_close(sent + calls[-1][2], wanted, rtol=0, atol=1e-5)
 
 
 def test_choco_is_for_peers() -> None:

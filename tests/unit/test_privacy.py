@@ -123,3 +123,17 @@ def test_as_many_answers_are_left_as_are_given(tmp_path: Path) -> None:
     made([torch.zeros(2)])
     with pytest.raises(BudgetError):
         made.settle()
+
+
+def test_what_is_spent_is_there_whole_when_a_write_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = Account(tmp_path, 1e-5)
+    account.charge(1.0)
+    before = account.epsilon()
+
+    def cut(*_: object) -> None:
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(Path, "replace", cut)
+    with pytest.raises(OSError, match="the power is gone"):
+        account.charge(1.0)
+    assert account.epsilon() == before

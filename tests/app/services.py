@@ -49,7 +49,7 @@ class Service:
 
     def lines(self) -> list[dict[str, Any]]:
         """The audit log: a line for each letter, and one for its answer."""
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]
+        return [json.loads(line) for line in self.audit.read_text().splitlines()] if self.audit.exists() else []
 
     def end(self) -> None:
         if self._processes == 1:

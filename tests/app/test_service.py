@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -191,18 +192,23 @@ def test_server_hears_what_is_wrong_with_a_service(tmp_path: Path, monkeypatch: 
     assert "has been silent for 2 s: it hangs" in said(answer_to(service, flat()))
     service.process.send_signal(signal.SIGCONT)
     monkeypatch.undo()
+    service.end()
 
+
+def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    long = order({}, 4810, **{"local-epochs": 100_000})
     before = len(service.lines())
     with ThreadPoolExecutor(19) as pool:
         waiting = [pool.submit(answer_to, service, flat(), "train", long)]
         while len(service.lines()) == before:
             time.sleep(0.05)
         waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]  # two more than may wait
-        busy = [said(found.result()) for found, _ in zip(as_completed(waiting), range(2), strict=False)]
+        busy = [said(found.result()) for found in islice(as_completed(waiting), 2)]
         assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [True, True]
         service.end()
         heard = [said(found.result()) for found in waiting]
-        assert len([each for each in heard if "died at work or was restarted" in each]) >= 16  # the first may be out of time
+        assert len([each for each in heard if "died at work or was restarted" in each]) == 17
     assert "is away: nobody listens at" in said(answer_to(service, flat()))
 
     Path(service.socket).unlink()

@@ -91,7 +91,7 @@ def test(network: nn.Module, data: SiteData) -> tuple[float, float]:
 def plain() -> list[float]:
     """What a careful engineer writes without any framework; the ends of the rounds."""
     ends, everybody = [], sites()
-    network = build("cnn", (1, 8, 8), 10, "batch", 1)
+    network = build("cnn", (1, 8, 8), 10, 1)
     for _ in range(ROUNDS):
         sent = copy.deepcopy(network.state_dict())
         total: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ def _open(message: Message, context: Context) -> tuple[nn.Module, SiteData]:
     if not _data:  # once a process
         torch.set_num_threads(1)
         _data.extend(sites())
-    network = build("cnn", (1, 8, 8), 10, "batch", 1)
+    network = build("cnn", (1, 8, 8), 10, 1)
     network.load_state_dict(message.content["arrays"].to_torch_state_dict())  # type: ignore[union-attr]
     return network, _data[int(context.node_config["partition-id"])]
 
@@ -175,7 +175,7 @@ def flower() -> list[float]:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        initial = ArrayRecord(build("cnn", (1, 8, 8), 10, "batch", 1).state_dict())
+        initial = ArrayRecord(build("cnn", (1, 8, 8), 10, 1).state_dict())
         Timed(fraction_train=1.0, fraction_evaluate=1.0).start(grid, initial, num_rounds=ROUNDS)
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}

@@ -26,7 +26,7 @@ from strategies.schedules import decay, progress
 
 def plain_loop(name: str, part: Part, batch_size: int, epochs: int, device: torch.device) -> Callable[[], None]:
     """Epochs of shuffled batches, an exponential decay, SGD with momentum."""
-    network = build(name, tuple(part.x.shape[1:]), 10, "batch", 1).to(device)
+    network = build(name, tuple(part.x.shape[1:]), 10, 1, norm="batch").to(device)
     sgd = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=1e-4)
     x, y = part
     steps = math.ceil(len(y) / batch_size)
@@ -49,7 +49,7 @@ def plain_loop(name: str, part: Part, batch_size: int, epochs: int, device: torc
 
 def our_loop(name: str, part: Part, batch_size: int, epochs: int, device: torch.device) -> Callable[[], None]:
     """The loop of the ClientApp."""
-    model = FlatModel(build(name, tuple(part.x.shape[1:]), 10, "batch", 1), device)
+    model = FlatModel(build(name, tuple(part.x.shape[1:]), 10, 1, norm="batch"), device)
     gradient = training.plain(model, lambda batch: F.cross_entropy(model.network(batch[0]), batch[1]))
     sgd = training.optimizer("sgd", model, 0.05, 0.9, False, 1e-4)
     steps = training.num_batches(len(part.y), batch_size)

@@ -45,7 +45,7 @@ def largest_eigenvalue(run: Run, steps: int = 15) -> float:
     parts = [site_data(config, SiteId(site, config.num_sites, ""), classes, None).train for site in range(config.num_sites)]
     each = 2000 // len(parts)
     inputs, labels = prepare(torch.cat([part.x[:each] for part in parts])), torch.cat([part.y[:each] for part in parts])
-    network = build(config.model.name, tuple(inputs.shape[1:]), len(classes), config.model.norm, 0)
+    network = build(config.model.name, tuple(inputs.shape[1:]), len(classes), 0, **config.model.options)
     names, at = zip(*mean_model(run).items(), strict=True)
 
     def gradient(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

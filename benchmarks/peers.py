@@ -60,7 +60,7 @@ def plain_loop(config: Config, exchanges: int) -> float:
     """As a researcher writes it: a module and an optimizer a peer, and the mean of three neighbours by hand."""
     n = config.num_sites
     data = [site_data(config, SiteId(peer, n, ""), tuple(map(str, range(10))), None) for peer in range(n)]
-    networks = [build(config.model.name, (1, 8, 8), 10, config.model.norm, derive(config.seed, "model")) for _ in range(n)]
+    networks = [build(config.model.name, (1, 8, 8), 10, derive(config.seed, "model"), **config.model.options) for _ in range(n)]
     optimizers = [torch.optim.SGD(network.parameters(), config.training.lr) for network in networks]
     start = time.perf_counter()
     for number in range(exchanges):

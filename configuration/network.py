@@ -10,13 +10,21 @@ from models.pretrained import freeze, start_from
 from strategies.codecs import Codec, codec
 
 
-def network_of(model: Model, shape: tuple[int, ...], num_classes: int, seed: int) -> tuple[nn.Module, str]:
-    """The network at its initial parameters, and what there is to say of them.
+def network_of(
+    model: Model,
+    shape: tuple[int, ...],
+    num_classes: int,
+    seed: int,
+    *,
+    output: tuple[int, ...] | None = None,
+    tokens: bool = False,
+) -> tuple[nn.Module, str]:
+    """The network at its initial parameters, and what there is to say of them; arguments as of :func:`models.networks.build`.
 
     Raises:
         ValueError: it cannot be built; the message names the key.
     """
-    network, said = build(model.name, shape, num_classes, model.norm, seed), ""
+    network, said = build(model.name, shape, num_classes, seed, output=output, tokens=tokens, **model.options), ""
     if model.initial:
         said = start_from(network, model.initial)
     if model.trainable:

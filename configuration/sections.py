@@ -6,19 +6,18 @@ by ``make docs``. ``Only`` marks a key that has an effect only with some values 
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field
 
 from datasets.partitions import PARTITIONS
 from datasets.sources import SOURCES
-from models.networks import NETWORKS
+from models.networks import NETWORKS, torchvision_names
 from strategies.codecs import CODECS
 from strategies.keys import Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
 from strategies.topology import TOPOLOGIES
 
-NORMALISED = tuple(name for name, each in NETWORKS.items() if each.normalised)
 UNDIRECTED = tuple(name for name, kind in TOPOLOGIES.items() if not kind.directed)
 
 
@@ -48,12 +47,6 @@ def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> After
         raise ValueError(f"allowed: {', '.join(kinds)}{hint}")
 
     return AfterValidator(check)
-
-
-def _torchvision() -> tuple[str, ...]:
-    from torchvision import models  # here: it takes a second to import
-
-    return tuple(f"torchvision:{name}" for name in models.list_models(module=models))
 
 
 class Training(Section):
@@ -91,14 +84,25 @@ class Training(Section):
 class Model(Section):
     """The network."""
 
-    name: Annotated[str, _one_of(*NETWORKS, more=_torchvision)] = "cnn"
-    """cnn, mlp, lenet5, resnet20, vgg11, torchvision:NAME, or one's own: package.module:NAME"""
-    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=NORMALISED)] = "batch"
+    name: Annotated[str, _one_of(*NETWORKS, more=torchvision_names)] = "cnn"
+    """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own: package.module:NAME"""
+    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=_taking(NETWORKS, "norm"))] = "batch"
     """batch, group, evonorm"""
+    layers: Annotated[int, Field(ge=1, le=1000), Only(name=_taking(NETWORKS, "layers"))] = 4
+    """of a transformer"""
+    width: Annotated[int, Field(ge=1, le=2**16), Only(name=_taking(NETWORKS, "width"))] = 128
+    """of a transformer: numbers by which a token is represented"""
+    heads: Annotated[int, Field(ge=1, le=1000), Only(name=_taking(NETWORKS, "heads"))] = 4
+    """of attention; must divide width"""
     initial: str = ""
     """safetensors file to start from, by names; empty: random"""
     trainable: str = ""
     """shell patterns of parameters' names, such as "fc.* layer4.*": only these train and cross the wire; empty: all"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a network by name may take."""
+        return self.model_dump(exclude={"name", "initial", "trainable"})
 
 
 class Data(Section):

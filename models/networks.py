@@ -7,65 +7,106 @@ torchvision or from the user.
 import importlib
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def build(name: str, shape: tuple[int, ...], num_classes: int, norm: str, seed: int) -> nn.Module:
+def build(
+    name: str,
+    shape: tuple[int, ...],
+    num_outputs: int,
+    seed: int,
+    *,
+    output: tuple[int, ...] | None = None,
+    tokens: bool = False,
+    **options: Any,
+) -> nn.Module:
     """A freshly initialised network, the same for the same seed.
 
     Args:
-        name: cnn, mlp, lenet5, resnet20, vgg11, ``torchvision:NAME`` or ``package.module:function``, the function being called
-            with ``shape`` and ``num_classes``.
-        shape: of one example, (channels, height, width) or (features,).
-        num_classes: length of the network's output.
-        norm: batch, group or evonorm; of resnet20 and vgg11.
+        name: of :data:`NETWORKS`, ``torchvision:NAME`` or ``package.module:function``, the function being called with ``shape``
+            and ``num_outputs``.
+        shape: of one example, (channels, height, width), (features,) or (context,).
+        num_outputs: classes, or the size of the vocabulary.
         seed: of the initialisation.
+        output: shape of what the network makes of one example; (num_outputs,) by default.
+        tokens: whether examples are tokens, int64.
+        **options: the other keys of the section Model, of which the network gets those that it takes.
 
     Raises:
         ValueError: the network cannot take examples of this shape; the message says so.
     """
+    expected = output or (num_outputs,)
     # Layers draw from the global generator: fork it, so that building a network changes nobody else's numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _construct(name, shape, num_classes, norm)
+        network = _construct(name, shape, num_outputs, tokens, options)
         network.eval()
         try:
             with torch.no_grad():
-                output = network(torch.zeros(2, *shape))
+                made = network(torch.zeros(2, *shape, dtype=torch.int64 if tokens else torch.float32))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(f"model.name = {name!r} cannot take examples of shape {shape}: {error}") from error
-    if not isinstance(output, Tensor) or output.shape != (2, num_classes):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model.name = {name!r} must return [batch, {num_classes}] for {num_classes} classes, it returned {got}")
+    if not isinstance(made, Tensor) or made.shape != (2, *expected):
+        got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        wanted = ", ".join(map(str, ("batch", *expected)))
+        raise ValueError(f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, it returned {got}")
     return network.train()
 
 
-def _construct(name: str, shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
+def _construct(name: str, shape: tuple[int, ...], num_outputs: int, tokens: bool, options: dict[str, Any]) -> nn.Module:
     picture = len(shape) == 3
     if name in NETWORKS:
-        if NETWORKS[name].pictures and not picture:
-            raise ValueError(f"model.name = {name!r} needs pictures, the examples are of shape {shape}; allowed: 'mlp' or your own")
-        chosen = (norm,) if NETWORKS[name].normalised else ()
-        return NETWORKS[name].build(shape, num_classes, *chosen)
+        known = NETWORKS[name]
+        if known.takes not in ("anything", "tokens" if tokens else "pictures" if picture else ""):
+            there = f"tokens, of shape {shape}; allowed: 'gpt'" if tokens else f"of shape {shape}; allowed: 'mlp'"
+            raise ValueError(f"model.name = {name!r} needs {known.takes}, the examples are {there} or your own")
+        return known.build(shape, num_outputs, **{key: options[key] for key in known.keys})
     module, _, attribute = name.partition(":")
     if module == "torchvision":
-        from torchvision.models import get_model  # here: it takes a second to import
-
-        extra = {"aux_logits": False} if attribute in ("googlenet", "inception_v3") else {}
-        network = get_model(attribute, weights=None, num_classes=num_classes, **extra)
+        network = _of_torchvision(attribute, shape, num_outputs)
         return nn.Sequential(_ThreeChannels(), network) if picture and shape[0] == 1 else network
     make = own(name)
     try:
-        network = make(shape, num_classes)
+        network = make(shape, num_outputs)
     except Exception as error:
         raise ValueError(f"model.name = {name!r} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}")
+    return network
+
+
+def torchvision_names() -> tuple[str, ...]:
+    """torchvision's networks for pictures, and for each of their pixels."""
+    from torchvision import models  # here: it takes a second to import
+
+    return tuple(f"torchvision:{name}" for module in (models, models.segmentation) for name in models.list_models(module=module))
+
+
+def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    from torchvision import models
+
+    extra: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        extra = {"aux_logits": False}
+    elif name.startswith("vit_"):
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise ValueError(f"model.name = 'torchvision:{name}' needs square pictures, the examples are of shape {shape}")
+        extra = {"image_size": shape[1]}
+    elif name in models.list_models(module=models.segmentation):
+        extra = {"weights_backbone": None}
+    try:
+        network: nn.Module = models.get_model(name, weights=None, num_classes=num_outputs, **extra)
+    except ValueError as error:
+        raise ValueError(f"model.name = 'torchvision:{name}' cannot take examples of shape {shape}: {error}") from error
+    if "weights_backbone" in extra:
+        # A hook, not a module around it: parameters keep torchvision's names, which a checkpoint has.
+        network.register_forward_hook(lambda _module, _x, made: made["out"])
     return network
 
 
@@ -252,24 +293,123 @@ def resnet20(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
     return ResNet20(shape[0], num_classes, norm)
 
 
+class _Layer(nn.Module):
+    """A layer of :class:`GPT`: causal attention, then an MLP, each on what LayerNorm makes of its input and added to it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # [n, context, 3, heads, size]
+        q, k, v = each.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [n, heads, context, size]
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        y: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        return y
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer: tokens [n, context] to logits [n, context, vocabulary] of each one's successor.
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3: LayerNorm before
+    attention and MLP, learned positions, the embedding as head; weights normal with deviation 0.02, those of the projections
+    that are added to their input divided by sqrt(2 layers). Differs: no dropout, the exact GELU, positions with deviation 0.02.
+    """
+
+    def __init__(self, context: int, vocabulary: int, layers: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(context, width)
+        self.layers = nn.ModuleList(_Layer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.tokens = nn.Embedding(vocabulary, width)  # the head, too
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if name.endswith("_out.weight") else 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tokens(x) + self.positions.weight[: x.shape[1]]
+        for layer in self.layers:
+            y = layer(y)
+        return F.linear(self.norm(y), self.tokens.weight)
+
+
+def gpt(shape: tuple[int, ...], vocabulary: int, layers: int, width: int, heads: int) -> nn.Module:
+    """:class:`GPT`."""
+    if width % heads:
+        raise ValueError(f"model.heads = {heads}: must divide model.width, which is {width}")
+    return GPT(shape[0], vocabulary, layers, width, heads)
+
+
+class UNet(nn.Module):
+    """A small U-Net: pictures [n, c, h, w] of any size to logits [n, classes, h, w]; 0.5 million parameters.
+
+    Source: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, figure 1. Differs:
+    two halvings of the size instead of four, of 32 to 128 channels; convolutions with padding, so that nothing is cropped;
+    GroupNorm; enlarged by repeating pixels instead of transposed convolutions.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(_twice(*each) for each in pairwise((channels, 32, 64, 128)))
+        self.up = nn.ModuleList([_twice(128 + 64, 64), _twice(64 + 32, 32)])
+        self.head = nn.Conv2d(32, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        for block in self.down:
+            x = block(F.max_pool2d(x, 2, ceil_mode=True) if kept else x)
+            kept.append(x)
+        for block, skipped in zip(self.up, kept[-2::-1], strict=True):
+            x = block(torch.cat([skipped, F.interpolate(x, skipped.shape[2:])], 1))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _twice(inputs: int, outputs: int) -> nn.Module:
+    """Convolution, normalisation, non-linearity, twice."""
+    return nn.Sequential(
+        *(
+            layer
+            for before in (inputs, outputs)
+            for layer in (nn.Conv2d(before, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU())
+        )
+    )
+
+
+def unet(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """:class:`UNet`."""
+    return UNet(shape[0], num_classes)
+
+
 class Network(NamedTuple):
     """A network by name.
 
     Attributes:
-        build: takes the shape of an example, the number of classes and, where it is ``normalised``, ``norm``.
-        pictures: whether it needs pictures.
-        normalised: whether its normalisation can be chosen.
+        build: takes the shape of an example, the number of outputs and, by name, ``keys``.
+        takes: which examples.
+        keys: of the section Model that it takes.
     """
 
     build: Callable[..., nn.Module]
-    pictures: bool = True
-    normalised: bool = False
+    takes: Literal["pictures", "tokens", "anything"] = "pictures"
+    keys: tuple[str, ...] = ()
 
 
 NETWORKS = {
     "cnn": Network(cnn),
-    "mlp": Network(mlp, pictures=False),
+    "mlp": Network(mlp, "anything"),
     "lenet5": Network(lenet5),
-    "resnet20": Network(resnet20, normalised=True),
-    "vgg11": Network(vgg11, normalised=True),
+    "resnet20": Network(resnet20, keys=("norm",)),
+    "vgg11": Network(vgg11, keys=("norm",)),
+    "unet": Network(unet),
+    "gpt": Network(gpt, "tokens", ("layers", "width", "heads")),
 }

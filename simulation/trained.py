@@ -123,7 +123,7 @@ def load(path: str | Path, name: str = "model") -> Trained:
             raise ValueError(f"{file} has no model {name!r}: allowed: {', '.join(there) or 'it has none'}")
         file /= f"{name}.safetensors"
     described = Description.read(file)
-    network = build(described.model.name, described.shape, len(described.classes), described.model.norm, 0)
+    network = build(described.model.name, described.shape, len(described.classes), 0, **described.model.options)
     network.load_state_dict(load_file(file))
     return Trained(network, described).eval()
 

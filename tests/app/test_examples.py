@@ -25,7 +25,7 @@ def whole(run: Run) -> torch.Tensor:
 
 def initial(run: Run) -> torch.Tensor:
     """What it started from."""
-    return FlatModel(build("mlp", (1, 8, 8), 10, "batch", derive(run.config.seed, "model"))).x
+    return FlatModel(build("mlp", (1, 8, 8), 10, derive(run.config.seed, "model"))).x
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

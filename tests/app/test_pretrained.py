@@ -51,17 +51,17 @@ def test_it_starts_where_the_file_ends(checkpoint: str) -> None:
 
 
 def test_what_does_not_fit_is_said(checkpoint: str, tmp_path: Path) -> None:
-    said = start_from(build("cnn", (1, 8, 8), 10, "batch", 1), checkpoint)
+    said = start_from(build("cnn", (1, 8, 8), 10, 1), checkpoint)
     assert "10 of 12 tensors taken; 2 left as initialised, not in the file: 11.weight, 11.bias" in said
     assert "1 in the file, but not in the network: more" in said
-    other = start_from(build("cnn", (3, 8, 8), 10, "batch", 1), checkpoint)
+    other = start_from(build("cnn", (3, 8, 8), 10, 1), checkpoint)
     assert "1 of another shape, left as initialised: 0.weight" in other
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"nothing of it fits; the network has 1\.weight, .*, the file a"):
-        start_from(build("mlp", (1, 8, 8), 10, "batch", 1), str(tmp_path / "a.safetensors"))
+        start_from(build("mlp", (1, 8, 8), 10, 1), str(tmp_path / "a.safetensors"))
     for path in (str(tmp_path / "none"), str(Path(__file__))):
         with pytest.raises(ValueError, match=r"model\.initial = "):
-            start_from(build("mlp", (1, 8, 8), 10, "batch", 1), path)
+            start_from(build("mlp", (1, 8, 8), 10, 1), path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("initial", "/nowhere"), ("trainable", "layer9.*")])
@@ -72,7 +72,7 @@ def test_mistakes_end_the_run_with_the_key(key: str, value: str) -> None:
 
 
 def test_batch_norm_that_is_not_trained_keeps_its_statistics() -> None:
-    network = build("torchvision:resnet18", (3, 32, 32), 10, "batch", 1)
+    network = build("torchvision:resnet18", (3, 32, 32), 10, 1)
     freeze(network, "fc.*")
     model, before = FlatModel(network), {name: value.clone() for name, value in network.state_dict().items()}
     assert (model.x.numel(), model.num_stats) == (5130, 0)
@@ -83,7 +83,7 @@ def test_batch_norm_that_is_not_trained_keeps_its_statistics() -> None:
 
 
 def test_statistics_of_what_is_trained_are_sent() -> None:
-    network = build("torchvision:resnet18", (3, 32, 32), 10, "batch", 1)
+    network = build("torchvision:resnet18", (3, 32, 32), 10, 1)
     freeze(network, "layer4.* fc.*")
     model = FlatModel(network)
     assert all(name.startswith("layer4.") for name in model.buffer_names)

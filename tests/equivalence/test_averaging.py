@@ -89,7 +89,7 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
     run = run_app(**changes)
     config = Config.read(changes)
     data = site_data(config, SiteId(0, 1, ""), tuple("0123456789"), None)
-    network = build("mlp", (1, 8, 8), 10, "batch", derive(config.seed, "model"))
+    network = build("mlp", (1, 8, 8), 10, derive(config.seed, "model"))
     for round_number in (1, 2):
         sgd = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=1e-4)
         order = torch.Generator().manual_seed(derive(config.seed, "order", 0, round_number))
@@ -308,7 +308,7 @@ def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> No
     by at most that norm.
     """
     config = configuration(num_sites=2, strategy="fedavg", model={"name": "mlp"}, epochs=2, fedavg={"local_epochs": 1})
-    started = FlatModel(build("mlp", (1, 8, 8), 10, "batch", 1)).x
+    started = FlatModel(build("mlp", (1, 8, 8), 10, 1)).x
 
     def final(clip: float | None) -> Tensor:
         grid = VirtualGrid(app, World().sites(2, 1), config.flat())
@@ -366,7 +366,7 @@ def test_saved_model_reproduces_the_reported_accuracy(run_app: RunApp) -> None:
 def reproduced(run: Run, name: str, source: str, num_sites: int) -> float:
     """Accuracy of the saved model on all sites' test parts, without any of the app's evaluation."""
     config = configuration(num_sites=num_sites, data={"source": source})
-    network = build(name, (1, 8, 8), 10, "batch", 99)
+    network = build(name, (1, 8, 8), 10, 99)
     network.load_state_dict(run.model)
     network.eval()
     right = total = 0
@@ -387,5 +387,5 @@ def few(path: str):  # type: ignore[no-untyped-def]
 
 
 def test_flat_model_of_resnet18_has_its_sizes() -> None:
-    model = FlatModel(build("torchvision:resnet18", (3, 32, 32), 1000, "batch", 1))
+    model = FlatModel(build("torchvision:resnet18", (3, 32, 32), 1000, 1))
     assert (model.x.numel(), model.num_stats) == (11_689_512, 9600)

@@ -16,6 +16,7 @@ from configuration.checks import kind_of
 from configuration.config import Config, configuration, flatten
 from configuration.errors import ConfigError, changed
 from configuration.former import FORMER
+from configuration.sections import Model
 from datasets.sources import SOURCES, load
 from models.networks import NETWORKS, build
 from strategies.averaging.flower import arguments_of
@@ -252,7 +253,8 @@ def test_strategy_arguments_keep_whole_numbers_whole() -> None:
 
 def test_every_name_that_the_configuration_allows_is_known() -> None:
     for name in NETWORKS:
-        build(name, (3, 32, 32), 10, "batch", 1)
+        shape, output = {"gpt": ((8,), (8, 10)), "unet": ((3, 32, 32), (10, 32, 32))}.get(name, ((3, 32, 32), None))
+        build(name, shape, 10, 1, output=output, tokens=name == "gpt", **Model().options)
     for name in SOURCES:
         if name not in ("mnist", "fashion-mnist", "cifar10", "cifar100"):  # these would ask the network
             with pytest.raises(ValueError, match=r"data\.path") if name != "digits" else nullcontext():

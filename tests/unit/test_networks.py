@@ -1,5 +1,8 @@
 """The networks: sizes from the literature, shapes, seeds, errors."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,14 +15,14 @@ def size(network: nn.Module) -> int:
 
 
 def test_sizes_are_those_of_the_literature() -> None:
-    assert size(build("resnet20", (3, 32, 32), 10, "batch", 1)) == 272_474
-    assert size(build("vgg11", (3, 32, 32), 10, "batch", 1)) == 579_786
-    assert size(build("lenet5", (1, 28, 28), 10, "batch", 1)) == 61_706
+    assert size(build("resnet20", (3, 32, 32), 10, 1, norm="batch")) == 272_474
+    assert size(build("vgg11", (3, 32, 32), 10, 1, norm="batch")) == 579_786
+    assert size(build("lenet5", (1, 28, 28), 10, 1, norm="batch")) == 61_706
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "evonorm"])
 def test_norm_of_resnet20_decides_what_there_is_to_average(norm: str) -> None:
-    network = build("resnet20", (3, 32, 32), 10, norm, 1)
+    network = build("resnet20", (3, 32, 32), 10, 1, norm=norm)
     kinds = {type(module).__name__ for module in network.modules()}
     assert (any(buffer.is_floating_point() for buffer in network.buffers())) == (norm == "batch")
     assert ("ReLU" in kinds) == (norm != "evonorm")
@@ -57,9 +60,70 @@ def test_evonorm_against_its_formula() -> None:
     ],
 )
 def test_network_takes_its_examples(name: str, shape: tuple[int, ...]) -> None:
-    network = build(name, shape, 7, "batch", 1)
+    network = build(name, shape, 7, 1, norm="batch")
     assert network.training
     assert network(torch.randn(4, *shape)).shape == (4, 7)
+
+
+def test_torchvisions_transformers_take_the_pictures_size_and_segmentation_every_pixel() -> None:
+    with pytest.raises(ValueError, match=r"needs square pictures, the examples are of shape \(3, 32, 48\)"):
+        build("torchvision:vit_b_16", (3, 32, 48), 10, 1)
+    network = build("torchvision:lraspp_mobilenet_v3_large", (3, 32, 32), 5, 1, output=(5, 32, 32))
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 5, 32, 32)
+    assert "backbone.0.0.weight" in network.state_dict()  # torchvision's names
+
+
+@pytest.mark.slow
+def test_large_networks_of_torchvision() -> None:
+    assert build("torchvision:vit_b_16", (1, 32, 32), 5, 1)(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+    build("torchvision:fcn_resnet50", (3, 32, 32), 5, 1, output=(5, 32, 32))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 21, 13), (1, 3, 1)])
+def test_unet_says_something_of_each_pixel(shape: tuple[int, ...]) -> None:
+    network = build("unet", shape, 5, 1, output=(5, *shape[1:]))
+    assert 400_000 < size(network) < 600_000
+    x = torch.randn(2, *shape)
+    network(x)[:, 0, 0, 0].sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def language(context: int = 16, **changes: int) -> nn.Module:
+    return build("gpt", (context,), 31, 1, output=(context, 31), tokens=True, **{"layers": 3, "width": 24, "heads": 2} | changes)
+
+
+def test_gpt_has_the_parameters_of_gpt_2() -> None:
+    large = build("gpt", (64,), 1000, 1, output=(64, 1000), tokens=True, layers=2, width=96, heads=4)
+    assert size(large) == (1000 + 64) * 96 + 2 * (12 * 96**2 + 13 * 96) + 2 * 96
+    deviation = {name: float(value.detach().std()) for name, value in large.named_parameters() if value.dim() == 2}
+    for name, value in deviation.items():
+        assert value == pytest.approx(0.01 if name.endswith("_out.weight") else 0.02, rel=0.05), name
+    first = nn.functional.cross_entropy(large(torch.arange(64)[None])[0], torch.arange(1, 65))
+    assert first.item() == pytest.approx(math.log(1000), abs=0.1)
+
+
+def test_no_token_of_gpt_knows_those_after_it() -> None:
+    network, x = language().eval(), torch.randint(31, (2, 16), generator=torch.Generator().manual_seed(1))
+    other = x.clone()
+    other[:, 9] = (other[:, 9] + 1) % 31
+    before, after = network(x), network(other)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.isclose(before[:, 9:], after[:, 9:]).all(2).any()
+    torch.testing.assert_close(network(x[:, :5]), before[:, :5])  # shorter texts are taken, too
+
+
+def test_attention_of_gpt_against_its_formula() -> None:
+    layer: Any = language(5, layers=1, width=8, heads=2).get_submodule("layers.0")
+    h = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        q, k, v = layer.queries_keys_values(layer.attention_norm(h))[0].split(8, 1)
+        rows = []
+        for head in (slice(0, 4), slice(4, 8)):
+            scores = (q[:, head] @ k[:, head].T / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+            rows.append(scores.softmax(1) @ v[:, head])
+        y = h[0] + layer.attention_out(torch.cat(rows, 1))
+        expected = y + layer.mlp_out(nn.functional.gelu(layer.mlp_in(layer.mlp_norm(y))))
+        torch.testing.assert_close(layer(h)[0], expected)
 
 
 def linear(shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -78,11 +142,25 @@ def test_same_seed_same_network_and_nobody_elses_numbers_change() -> None:
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
-    one, two, other = (build("cnn", (1, 8, 8), 10, "batch", seed) for seed in (1, 1, 2))
+    one, two, other = (build("cnn", (1, 8, 8), 10, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.randn(3), expected)
     flat = [torch.cat([parameter.reshape(-1) for parameter in network.parameters()]) for network in (one, two, other)]
     assert torch.equal(flat[0], flat[1])
     assert not torch.equal(flat[0], flat[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tokens", "message"),
+    [
+        ("gpt", (3, 8, 8), False, r"'gpt' needs tokens, the examples are of shape \(3, 8, 8\); allowed: 'mlp' or your own"),
+        ("cnn", (8,), True, r"'cnn' needs pictures, the examples are tokens, of shape \(8,\); allowed: 'gpt' or your own"),
+        ("gpt", (8,), True, "model.heads = 3: must divide model.width, which is 8"),
+        ("mlp", (8,), True, "cannot take examples"),
+    ],
+)
+def test_tokens_are_for_networks_that_take_them(name: str, shape: tuple[int, ...], tokens: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, shape, 10, 1, output=(8, 10), tokens=tokens, layers=1, width=8, heads=3)
 
 
 @pytest.mark.parametrize(
@@ -98,4 +176,4 @@ def test_same_seed_same_network_and_nobody_elses_numbers_change() -> None:
 )
 def test_network_that_does_not_fit_says_so(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(name, shape, 10, "batch", 1)
+        build(name, shape, 10, 1, norm="batch")

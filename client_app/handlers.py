@@ -76,7 +76,8 @@ def describe(message: Message, context: Context) -> Message:
     found: dict[str, Any] = {}
     if data.columns:
         found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
-    if site.num_sites:  # how many examples of each class a real site has is its own business
+    labels = isinstance(data.train.y, Tensor) and data.train.y.dim() == 1
+    if site.num_sites and labels:  # how many examples of each class a real site has is its own business
         found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.model.initial:
         found["initial"] = digest(config.model.initial)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +121,7 @@ def origin_of(config: Config, site: SiteId) -> Origin:
         SourceError: there are none.
     """
     data, path = config.data, config.data.path if site.num_sites is not None else site.path
-    keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets")
+    keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets", "context", "vocabulary")
     options = tuple((key, getattr(data, key)) for key in keys)
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
@@ -215,8 +215,9 @@ def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str,
     data = relabel(_raw_data(config, site, origin), classes)
     if common is not None:
         data = standardise(data, common)
-    to = partial(torch.Tensor.to, device=device_of(config.computing.device))
-    return data._replace(train=Part(*map(to, data.train)), test=Part(*map(to, data.test)))
+    device = device_of(config.computing.device)
+    train, test = (Part(*(each.to(device) for each in part)) for part in (data.train, data.test))
+    return data._replace(train=train, test=test)
 
 
 @lru_cache(maxsize=4)

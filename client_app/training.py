@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app.ranks import all_or_none
+from datasets.lazy import read
 from datasets.site import Part
 from models.flat import FlatModel
 from strategies.gradients import perturbed
@@ -130,7 +131,9 @@ def corrected(base: Gradient, correct: Callable[[Tensor], Tensor]) -> Gradient:
 
 
 def prepare(x: Tensor) -> Tensor:
-    """Examples as the network takes them: float32; pictures (bytes) from 0..255 to -2..2, the same for every site."""
+    """Examples as the network takes them: tokens int64; all else float32, pictures (bytes) from 0..255 to -2..2 at every site."""
+    if x.dtype == torch.int64:
+        return x
     return x.float().div_(63.75).sub_(2) if x.dtype == torch.uint8 else x.float()
 
 
@@ -168,9 +171,15 @@ def batch(
     part: Part, chosen: Tensor, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
 ) -> Batch:
     """The ``chosen`` examples, as the network takes them."""
-    chosen = chosen.to(part.y.device)
-    x = part.x[chosen]
-    return prepare(augment(x, generator) if augment else x), part.y[chosen]
+    x, y = read(*part, chosen)
+    return prepare(augment(x, generator) if augment else x), y
+
+
+def chunks(part: Part) -> Iterator[Batch]:
+    """All examples in their order, so many at once as a test takes, as the network takes them."""
+    for chosen in torch.arange(len(part.y)).split(EVALUATION_BATCH):
+        x, y = read(*part, chosen)
+        yield prepare(x), y
 
 
 def optimizer(
@@ -241,7 +250,7 @@ def evaluate(predict: Callable[[Tensor], Tensor], model: FlatModel, xs: Tensor, 
     model.network.eval()
     for x, stats in zip(xs, statistics, strict=True):
         model.load(x, stats)
-        outputs = [predict(prepare(chunk)).float() for chunk in part.x.split(EVALUATION_BATCH)]
+        outputs = [predict(x).float() for x, _ in chunks(part)]
         logs.append(torch.cat(outputs).log_softmax(1))
     model.network.train()
     together = torch.stack(logs)  # [k, n, classes]

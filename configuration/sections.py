@@ -109,7 +109,7 @@ class Data(Section):
     """What sites hold."""
 
     source: Annotated[str, _one_of(*SOURCES)] = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, audio-folder, csv, text-csv, package.module:NAME"""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, csv, text-csv, text-bytes, tokens, ..., package.module:NAME"""
     path: str = ""
     """file or folder; for torchvision's sets the root"""
     label: Annotated[str, Field(min_length=1), Only(source=_taking(SOURCES, "label"))] = "label"
@@ -124,6 +124,10 @@ class Data(Section):
     """clips are cut or padded to this length"""
     text_buckets: Annotated[int, Field(ge=1, le=2**22), Only(source=_taking(SOURCES, "text_buckets"))] = 16384
     """length of the hashed bag of n-grams"""
+    context: Annotated[int, Field(ge=1, le=2**20), Only(source=_taking(SOURCES, "context"))] = 128
+    """tokens (bytes of text-bytes) from which the next ones are predicted"""
+    vocabulary: Annotated[int, Field(ge=2, le=2**24), Only(source=_taking(SOURCES, "vocabulary"))] = 256
+    """different tokens that there may be; of text-bytes 256"""
     test_part: Literal["own", "pooled", "official"] = "own"
     """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
     test_fraction: Annotated[float, Field(gt=0, lt=1), Only(test_part=("own", "pooled"))] = 0.2

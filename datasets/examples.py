@@ -1,13 +1,15 @@
-"""A data set in memory, and what must hold of one."""
+"""A data set, in memory or read when it is needed, and what must hold of one."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from datasets.lazy import Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, shown, too_many
 from datasets.partitions import FEWEST
 
+TOKEN = ("token",)  # in the place of classes, where examples are windows of language: nothing to count
 LARGEST = 2.0**63  # of a table's values: a float32 holds its square, and so every variance
 
 
@@ -16,14 +18,14 @@ class SourceError(ValueError):
 
 
 class Examples(NamedTuple):
-    """A data set in memory. A function of one's own returns it; only the first three are needed.
+    """A data set. A function of one's own returns it; only the first three are needed.
 
     Attributes:
         x: [n, channels, height, width] pictures, uint8 from 0 to 255 or float; or [n, features],
-            float. Floats lie within ±2^63.
-        y: [n] int64, indices into ``classes``.
+            float; or [n, context] tokens, int64. Floats lie within ±2^63.
+        y: [n] int64, indices into ``classes``; of tokens [n, context] int64, each the one after.
         classes: names of the classes, at most 100, each of at most 64 printable characters: they
-            leave the site.
+            leave the site. ``("token",)`` of tokens.
         group: [n] int64, the natural site of each example, or None.
         groups: names of the natural sites, of at most 64 printable characters.
         test: [n] bool, the official test part, or None where the data set has none.
@@ -31,8 +33,8 @@ class Examples(NamedTuple):
             NaN; else empty.
     """
 
-    x: Tensor
-    y: Tensor
+    x: Values
+    y: Values
     classes: tuple[str, ...]
     group: Tensor | None = None
     groups: tuple[str, ...] = ()
@@ -50,13 +52,13 @@ def check(examples: Examples, source: str) -> Examples:
     if not isinstance(examples, Examples):
         raise SourceError(f"{said} must return datasets.sources.Examples, it returned {type(examples).__name__}")
     x, y = examples.x, examples.y
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+    if not (isinstance(x, Tensor | Lazy) and isinstance(y, Tensor | Lazy)):
         raise SourceError(f"{said}: x and y must be tensors, they are {type(x).__name__}, {type(y).__name__}")
-    n = len(y)
-    if len(x) != n or x.dim() < 2 or y.dim() != 1 or y.dtype != torch.int64:
+    n, labels = len(y), examples.classes != TOKEN
+    if len(x) != n or len(x.shape) < 2 or (labels and isinstance(y, Tensor) and (y.dim() != 1 or y.dtype != torch.int64)):
         raise SourceError(
             f"{said}: x [n, ...] and y [n] must hold the same number of examples, and "
-            f"y must be int64; got {tuple(x.shape)} and {tuple(y.shape)} of {y.dtype}"
+            f"y must be int64; got {tuple(x.shape)} and {tuple(y.shape)} of {getattr(y, 'dtype', None)}"
         )
     if n < FEWEST:
         raise SourceError(f"{said}: {n} examples are too few: at least {FEWEST}, to train on and to test on")
@@ -66,12 +68,13 @@ def check(examples: Examples, source: str) -> Examples:
         raise SourceError(f"{said}, groups: {wrong}")
     if wrong := fault(examples.columns, LONGEST_COLUMN):
         raise SourceError(f"{said}, columns: {wrong}")
-    _check_indices(said, "y", y, len(examples.classes))
+    if labels and isinstance(y, Tensor):
+        _check_indices(said, "y", y, len(examples.classes))
     if examples.group is not None:
-        if examples.group.shape != y.shape or examples.group.dtype != torch.int64:
+        if examples.group.shape != (n,) or examples.group.dtype != torch.int64:
             raise SourceError(f"{said}: group must be [{n}] int64")
         _check_indices(said, "group", examples.group, len(examples.groups))
-    if examples.test is not None and (examples.test.shape != y.shape or examples.test.dtype != torch.bool):
+    if examples.test is not None and (examples.test.shape != (n,) or examples.test.dtype != torch.bool):
         raise SourceError(f"{said}: test must be [{n}] bool")
     if examples.columns and tuple(x.shape) != (n, len(examples.columns)):
         raise SourceError(f"{said}: x must be [n, {len(examples.columns)}] like columns, it is {tuple(x.shape)}")
@@ -87,7 +90,11 @@ def _check_indices(said: str, what: str, indices: Tensor, size: int) -> None:
 
 def _check_values(said: str, examples: Examples) -> None:
     x = examples.x
-    if x.dtype == torch.uint8 or not x.numel():
+    if isinstance(x, Lazy) or x.dtype == torch.uint8 or not x.numel():
+        return
+    if examples.classes == TOKEN:
+        if x.dtype != torch.int64 or not isinstance(examples.y, Tensor) or examples.y.dtype != torch.int64:
+            raise SourceError(f"{said}: x and y of tokens must be int64")
         return
     if not x.is_floating_point():
         raise SourceError(f"{said}: x must be uint8 or float, it is {x.dtype}")

@@ -1,11 +1,16 @@
 """Files that somebody else made: regular ones, and what is wrong with them is said with names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from datasets.examples import SourceError
 from datasets.names import shown
+
+PARTS = {"train": False, "training": False, "test": True, "val": True, "valid": True, "validation": True}  # whether to test on
 
 
 def existing(path: str | Path) -> Path:
@@ -42,3 +47,11 @@ def naming(file: Path, what: str) -> Iterator[None]:
     except Exception as error:  # decoders raise what they like: struct.error, EOFError, SyntaxError, MemoryError
         reason = f"{type(error).__name__}: {str(error)[:200].strip()}".strip(" :")
         raise SourceError(f"{shown(str(file))} is not {what} that can be read: {reason}") from error
+
+
+def split_off(places: Sequence[Sequence[str]]) -> tuple[Tensor | None, list[list[str]]]:
+    """Which of the ``places``, names from the top down, are the official test part, if they tell; and the rest of each."""
+    tops = {place[0] for place in places if place}
+    if not (all(places) and tops <= PARTS.keys() and {PARTS[top] for top in tops} == {False, True}):
+        return None, [list(place) for place in places]
+    return torch.tensor([PARTS[place[0]] for place in places]), [list(place[1:]) for place in places]

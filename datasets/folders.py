@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from datasets.examples import Examples, SourceError
-from datasets.files import existing, naming
+from datasets.files import existing, naming, split_off
 from datasets.names import fault, shown, too_many
 
 PICTURES = {  # what Pillow may take a file for: one other of its formats starts Ghostscript
@@ -45,7 +45,6 @@ LONGEST_CLIP = 3600.0  # seconds
 
 
 GREY = ("1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names
-PARTS = {"train": False, "training": False, "test": True, "val": True, "valid": True, "validation": True}  # whether to test on
 SAID_S = 10.0  # from one word of a long reading to the next
 
 
@@ -256,10 +255,7 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
         raise SourceError(f"{shown(str(root))}: no file ends in {', '.join(endings)}")
     paths = [file.relative_to(root).as_posix() for file in files]
     places = [path.split("/")[:-1] for path in paths]  # the folders of each file
-    test, tops = None, {place[0] for place in places if place}
-    if tops <= PARTS.keys() and {PARTS[top] for top in tops} == {False, True}:
-        test = torch.tensor([PARTS[place[0]] for place in places if place])
-        places = [place[1:] for place in places]
+    test, places = split_off(places)
     if loose := [file for file, place in zip(files, places, strict=True) if not place]:
         raise SourceError(f"{shown(str(loose[0]))} lies in no folder, which would name its class")
     deep = min(map(len, places)) > 1
@@ -273,16 +269,24 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
     classes, y = _index(place[-1] for place in places)
     if wrong := too_many(len(classes)) or fault(classes):
         raise SourceError(f"{shown(str(root))}, folders as classes: {wrong}")
+    of_group, groups = natural_sites(root, group, paths, [place[0] for place in places] if deep else None)
+    return Files(files, y, classes, of_group, groups, test)
+
+
+def natural_sites(
+    root: Path, group: str, paths: Sequence[str], names: Sequence[str] | None
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The natural site of each of the ``paths`` below ``root``: what ``group`` finds there or, without it, as in ``names``."""
     if group:
         said, names = f"data.group = {shown(group)}", _search(group, paths)
-    elif deep:
-        said, names = f"{shown(str(root))}, folders as sites", [place[0] for place in places]
+    elif names is None:
+        return None, ()
     else:
-        return Files(files, y, classes, None, (), test)
+        said = f"{shown(str(root))}, files and folders as sites"
     groups, of_group = _index(names)
     if wrong := fault(groups):
         raise SourceError(f"{said}: {wrong}")
-    return Files(files, y, classes, of_group, groups, test)
+    return of_group, groups
 
 
 def _search(group: str, paths: Sequence[str]) -> list[str]:

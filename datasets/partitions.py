@@ -1,7 +1,7 @@
 """Who gets what in a simulation. Every example goes to exactly one site.
 
-A partition is a function of labels [n], the number of sites and a generator, which returns a list
-of index arrays, one a site; what it takes beside these are keys of the run configuration. The same
+A partition is a function of labels [n] (all 0 where examples have no classes), the number of sites and a generator, which returns
+a list of index arrays, one a site; what it takes beside these are keys of the run configuration. The same
 generator gives the same split. ``PARTITIONS`` names those of this file; one's own is
 ``package.module:function`` (see ``examples/my_partition.py``).
 """
@@ -134,10 +134,12 @@ class Partition(NamedTuple):
     Attributes:
         split: takes labels [n], the number of sites, a generator, and the keys.
         by_group: whether it takes the natural sites of the examples instead of their labels.
+        by_class: whether examples must have classes.
     """
 
     split: Callable[..., list[Indices]]
     by_group: bool = False
+    by_class: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -147,9 +149,9 @@ class Partition(NamedTuple):
 
 PARTITIONS = {
     "iid": Partition(iid),
-    "dirichlet": Partition(dirichlet),
-    "dirichlet-equal": Partition(dirichlet_equal),
-    "classes": Partition(classes),
+    "dirichlet": Partition(dirichlet, by_class=True),
+    "dirichlet-equal": Partition(dirichlet_equal, by_class=True),
+    "classes": Partition(classes, by_class=True),
     "sizes": Partition(sizes),
     "natural": Partition(natural, by_group=True),
 }

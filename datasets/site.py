@@ -10,17 +10,18 @@ from numpy.random import Generator
 from torch import Tensor
 
 from datasets.examples import LARGEST, Examples, SourceError
+from datasets.lazy import Values
 from datasets.names import listed, shown
-from datasets.partitions import FEWEST, Indices, partition
+from datasets.partitions import FEWEST, PARTITIONS, Indices, PartitionError, partition
 
 FAR_OFF = 50  # deviations
 
 
 class Part(NamedTuple):
-    """Examples of one purpose: ``x`` [n, ...] as the source left it, ``y`` [n] int64."""
+    """Examples of one purpose: ``x`` [n, ...] as the source left it, ``y`` [n, ...], in classification [n] int64."""
 
-    x: Tensor
-    y: Tensor
+    x: Values
+    y: Values
 
 
 class SiteData(NamedTuple):
@@ -68,7 +69,7 @@ def deal(
     pool, official = _candidates(examples, test_part)
     parts = partition(
         kind,
-        examples.y.numpy()[pool],
+        _labels(examples, kind)[pool],
         None if examples.group is None else examples.group.numpy()[pool],
         examples.groups,
         num_sites,
@@ -84,6 +85,16 @@ def deal(
         together = generator.permutation(np.concatenate([split.test for split in splits]))
         splits = [Split(split.train, test) for split, test in zip(splits, np.array_split(together, num_sites), strict=True)]
     return splits
+
+
+def _labels(examples: Examples, kind: str) -> Indices:
+    """The class of each example; 0 where they have none."""
+    if isinstance(examples.y, Tensor) and examples.y.dim() == 1 and examples.y.dtype == torch.int64:
+        return examples.y.numpy()
+    if kind in PARTITIONS and PARTITIONS[kind].by_class:
+        allowed = ", ".join(name for name, each in PARTITIONS.items() if not each.by_class)
+        raise PartitionError(f"partition.kind = {kind!r}: the examples have no classes; allowed: {allowed}")
+    return np.zeros(len(examples.y), np.int64)
 
 
 def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
@@ -118,7 +129,7 @@ def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
     parts = Part(examples.x[train], examples.y[train]), Part(examples.x[test], examples.y[test])
     notes: tuple[str, ...] = ()
     if examples.columns:
-        table = torch.cat([part.x for part in parts])
+        table = torch.cat([examples.x[train], examples.x[test]])
         notes = (*_missing(table, examples.columns), *_far_off(table, examples.columns))
     return SiteData(*parts, examples.classes, examples.columns, notes)
 
@@ -241,6 +252,8 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
     if lost := [name for name in data.classes if name not in place]:
         raise SourceError(f"classes {listed(lost)} of this site are not among the run's: {listed(classes)}")
     index = torch.tensor([place[name] for name in data.classes])
+    if not (isinstance(data.train.y, Tensor) and isinstance(data.test.y, Tensor)):
+        raise SourceError("classes differ from site to site: give y as a tensor, not with each item")
     return data._replace(
         train=Part(data.train.x, index[data.train.y]),
         test=Part(data.test.x, index[data.test.y]),

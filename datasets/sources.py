@@ -16,6 +16,7 @@ from datasets import cache
 from datasets.examples import Examples, SourceError, check
 from datasets.files import existing, naming
 from datasets.folders import audio_folder, image_folder, log_mel
+from datasets.language import text_bytes, tokens
 from datasets.names import called, shown
 from datasets.tables import csv, text_csv
 
@@ -89,12 +90,14 @@ class Source(NamedTuple):
         pictures: whether these are pictures.
         official_test: whether they have an official test part.
         folder: of a data set of torchvision, below the root.
+        kept: whether what was decoded is kept on disk.
     """
 
     read: Callable[..., Examples]
     pictures: bool = False
     official_test: bool = False
     folder: str = ""
+    kept: bool = True
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -122,6 +125,8 @@ SOURCES = {
     "audio-folder": Source(audio_folder),
     "csv": Source(csv),
     "text-csv": Source(text_csv),
+    "text-bytes": Source(text_bytes, kept=False),
+    "tokens": Source(tokens, kept=False),
 }
 
 
@@ -135,6 +140,8 @@ def load(
     channels: int = 0,
     audio_seconds: float,
     text_buckets: int,
+    context: int = 0,
+    vocabulary: int = 0,
 ) -> Examples:
     """Read a data set by the name of its source, or by the import path of a function of ``path``.
 
@@ -156,6 +163,8 @@ def load(
         "channels": channels,
         "audio_seconds": audio_seconds,
         "text_buckets": text_buckets,
+        "context": context,
+        "vocabulary": vocabulary,
     }
     found = SOURCES[source]
     keys = {key: keys[key] for key in found.keys}
@@ -167,6 +176,8 @@ def load(
         except SourceError as error:
             raise SourceError(f"{path}: {error}" if path else str(error)) from None
 
+    if not found.kept:
+        return decode()
     options = {key: value for key, value in keys.items() if key != "path"}
     return cache.cached(source, found.files(path), options, decode)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datasets.examples import LARGEST, Examples, SourceError
 from datasets.expressions import ALLOWED, ExpressionError, evaluate
-from datasets.files import existing, naming
+from datasets.files import existing, naming, split_off
 from datasets.names import fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
@@ -103,13 +103,28 @@ def unlabelled_text(path: str | Path, text_buckets: int) -> Tensor:
     return _bags(_read(existing(path), fewest=1), text_buckets)
 
 
+def texts(path: Path, group: str) -> tuple[list[str], Tensor | None, tuple[str, ...], Tensor | None]:
+    """Texts in a column ``text``, the natural site of each, the names of these, and which are the official test part.
+
+    ``group`` as in :func:`csv`; files named ``train`` and ``test`` are no natural sites but the official parts.
+    """
+    table = _read(path)
+    test, _ = split_off([(file.stem,) for file in table.files])
+    sites = (None, ()) if test is not None and not group else _groups(table, group)
+    return list(_texts(table)), *sites, None if test is None else test[torch.from_numpy(table.file)]
+
+
+def _texts(table: Table) -> pd.Series:
+    if "text" not in table.rows:
+        raise SourceError(f"{table.path}: there is no column 'text'; columns: {table.columns}")
+    return table.rows["text"].fillna("").astype(str)
+
+
 def _bags(table: Table, text_buckets: int) -> Tensor:
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    if "text" not in table.rows:
-        raise SourceError(f"{table.path}: there is no column 'text'; columns: {table.columns}")
     hashing = HashingVectorizer(n_features=text_buckets, ngram_range=(1, 2), dtype=np.float32)
-    bags = hashing.transform(table.rows["text"].fillna("").astype(str))
+    bags = hashing.transform(_texts(table))
     return torch.from_numpy(bags.toarray() * text_buckets**0.5).half()
 
 

@@ -24,7 +24,7 @@ from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from configuration.network import codec_of, down_codec_of, sends_updates
 from datasets.partitions import PartitionError
-from datasets.site import SiteData, moments
+from datasets.site import Moments, SiteData, moments
 from datasets.sources import SourceError
 from models.flat import FlatModel
 from models.pretrained import digest
@@ -74,9 +74,14 @@ def describe(message: Message, context: Context) -> Message:
     data = raw_data(config, site)
     device_of(config.computing.device)
     found: dict[str, Any] = {}
+    told = []
     if data.columns:
-        found |= {key: list(value) for key, value in moments(data.train.x, data.columns)._asdict().items()}
-    labels = isinstance(data.train.y, Tensor) and data.train.y.dim() == 1
+        told.append(moments(data.train.x, data.columns))
+    if config.task.target == "numbers":
+        told.append(moments(data.train.y, data.classes))
+    if told:
+        found |= {key: [number for each in told for number in each._asdict()[key]] for key in Moments._fields}
+    labels = config.task.target == "class" and isinstance(data.train.y, Tensor)
     if site.num_sites and labels:  # how many examples of each class a real site has is its own business
         found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
     if config.model.initial:
@@ -123,7 +128,7 @@ def train(message: Message, context: Context) -> Message:
         raise ValueError("the message holds no order to train")
     keys, model, noise = config.training, network.model, private(context, network)
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
-    tested = _tested(vectors, data, network) if order.test else None
+    tested = _tested(config, vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
     steps = local.steps or local.epochs * an_epoch
@@ -214,11 +219,12 @@ def evaluate(message: Message, context: Context) -> Message:
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
-    return Message(write_tested(_tested(_vectors(message, config), data, network)), reply_to=message)
+    return Message(write_tested(_tested(config, _vectors(message, config), data, network)), reply_to=message)
 
 
-def _tested(vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:
+def _tested(config: Config, vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:
     xs = vectors[X].reshape(-1, network.model.x.numel())
-    result = training.evaluate(network.predict, network.model, xs, vectors[STATS].reshape(len(xs), -1), data.test)
+    statistics, details = vectors[STATS].reshape(len(xs), -1), config.results.details
+    result = training.evaluate(network.task, network.predict, network.model, xs, statistics, data.test, details=details)
     found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
     return TestMetrics.model_construct(**found, num_examples=len(data.test.y))

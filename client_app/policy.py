@@ -38,7 +38,16 @@ from strategies.methods import METHODS
 from strategies.protocol import Order, PeerOrder
 
 # What a run may name by an import path: importing runs code.
-IMPORTABLE = ("strategy", "model.name", "wire.codec", "wire.cross-codec", "topology.name", "partition.kind", "data.source")
+IMPORTABLE = (
+    "strategy",
+    "training.task",
+    "model.name",
+    "wire.codec",
+    "wire.cross-codec",
+    "topology.name",
+    "partition.kind",
+    "data.source",
+)
 OF_TORCHVISION = "torchvision:"
 DAY_S = 86_400
 LONGEST_SOCKET = 107  # bytes of a path, on Linux
@@ -68,8 +77,8 @@ class Policy(Section):
     """batches behind an answer"""
     smallest_examples: Count = 32
     """different examples behind an answer; a test on fewer tells no metric"""
-    metrics: list[Literal["loss", "accuracy"]] = Field(default=["loss", "accuracy"])
-    """which leave"""
+    metrics: list[Literal["loss", "accuracy", "means"]] = Field(default=["loss", "accuracy"])
+    """which leave; of means the other metrics are made, such as those of each class, F1 and IoU"""
     decimals: Annotated[int, Field(ge=0, le=17)] = 3
     """to which metrics are rounded before they leave; a loss of 10 or more to as many digits as one below"""
     largest_model: Count = 10**9
@@ -294,15 +303,20 @@ def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
         metrics: a record of an answer; changed.
         num_test: examples that a test was made on.
     """
-    of_test = "accuracy" in metrics
+    of_test = "samples" not in metrics
     for name, value in list(metrics.items()):
-        kind = next((kind for kind in ("loss", "accuracy") if kind in name), None)
+        kind = next((kind for kind in ("loss", "accuracy", "means") if kind in name), None)
         if kind and (kind not in policy.metrics or ((of_test or "test" in name) and num_test < policy.smallest_examples)):
             del metrics[name]
-        elif kind and isinstance(value, float):
-            # A model can be made to multiply what it tells: a large loss has no more digits than a small one.
-            large = math.floor(math.log10(abs(value))) if 1 <= abs(value) < math.inf else 0
-            metrics[name] = round(value, policy.decimals - large)
+        elif kind:
+            rounded = [_rounded(float(each), policy.decimals) for each in (value if isinstance(value, list) else [value])]
+            metrics[name] = rounded if isinstance(value, list) else rounded[0]
+
+
+def _rounded(value: float, decimals: int) -> float:
+    """A model can be made to multiply what it tells: a large loss has no more digits than a small one."""
+    large = math.floor(math.log10(abs(value))) if 1 <= abs(value) < math.inf else 0
+    return round(value, decimals - large)
 
 
 def refuse(rule: str, allowed: object, asked: str) -> NoReturn:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from flwr.app import Context, Message
 from torch import Tensor
-from torch.nn import functional as F
 
 from client_app import training
 from client_app.privacy import Noise
@@ -25,8 +24,9 @@ from configuration.errors import ConfigError
 from configuration.network import network_of as build
 from datasets import sources
 from datasets.names import fault
-from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, take
+from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, standardise_numbers, take
 from models.flat import FlatModel
+from models.tasks import Task
 from strategies.method import PeerPlan, RoundPlan
 from strategies.protocol import Agreed
 from strategies.randomness import derive
@@ -65,6 +65,7 @@ class Network(NamedTuple):
     """A network on its device.
 
     Attributes:
+        task: what it is trained to do.
         model: the bound model.
         predict: what it predicts for a batch of prepared examples.
         x, stats: the initial model.
@@ -72,6 +73,7 @@ class Network(NamedTuple):
         sharp: the same, sharpness-aware where the run is.
     """
 
+    task: Task
     model: FlatModel
     predict: Callable[[Tensor], Tensor]
     x: Tensor
@@ -122,7 +124,7 @@ def origin_of(config: Config, site: SiteId) -> Origin:
     """
     data, path = config.data, config.data.path if site.num_sites is not None else site.path
     keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets", "context", "vocabulary")
-    options = tuple((key, getattr(data, key)) for key in keys)
+    options = (*((key, getattr(data, key)) for key in keys), ("target", config.task.target))
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
 
@@ -214,7 +216,9 @@ def site_data(config: Config, site: SiteId, classes: tuple[str, ...], common: Mo
 def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str, ...], common: Moments | None) -> SiteData:
     data = relabel(_raw_data(config, site, origin), classes)
     if common is not None:
-        data = standardise(data, common)
+        columns, numbers = common.split(len(data.columns))
+        data = standardise(data, columns) if data.columns else data
+        data = standardise_numbers(data, numbers) if config.task.target == "numbers" else data
     device = device_of(config.computing.device)
     train, test = (Part(*(each.to(device) for each in part)) for part in (data.train, data.test))
     return data._replace(train=train, test=test)
@@ -251,7 +255,7 @@ def device_of(name: str) -> torch.device:
 def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Network:
     """The network of a run for examples of ``shape``, on this site's device."""
     device = device_of(config.computing.device)
-    model = FlatModel(build(config.model, shape, num_classes, derive(config.seed, "model"))[0], device)
+    task, model = config.task, FlatModel(build(config, shape, num_classes)[0], device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 
@@ -260,11 +264,11 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Netw
             logits: Tensor = compiled(x.contiguous(memory_format=layout))
         return logits
 
-    plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
+    plain = training.plain(model, lambda batch: task.losses(predict(batch[0]).float(), batch[1]).mean())
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
-    return Network(model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
+    return Network(task, model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
 
 
 def name_of(config: Config, site: SiteId, context: Context) -> str:

@@ -17,6 +17,7 @@ from client_app.ranks import all_or_none
 from datasets.lazy import read
 from datasets.site import Part
 from models.flat import FlatModel
+from models.tasks import Task, right
 from strategies.gradients import perturbed
 
 Batch = tuple[Tensor, Tensor]  # x [n, ...], y [n]
@@ -231,36 +232,54 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(predict: Callable[[Tensor], Tensor], model: FlatModel, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float]:
-    """Loss and accuracy of the mean prediction of one or several models.
+def evaluate(
+    task: Task,
+    predict: Callable[[Tensor], Tensor],
+    model: FlatModel,
+    xs: Tensor,
+    statistics: Tensor,
+    part: Part,
+    *,
+    details: bool = False,
+) -> dict[str, float | list[float]]:
+    """What the mean prediction of one or several models is worth, as means over examples.
 
     Args:
-        predict: examples [n, ...] to logits [n, classes], by the network that ``model`` is bound to.
+        task: what is measured.
+        predict: examples [n, ...] to outputs [n, ...], by the network that ``model`` is bound to.
         model: left with the last of the models.
         xs: [k, d], the models.
         statistics: [k, b], their BatchNorm statistics.
         part: the examples to test on.
+        details: whether what the metrics of each class are made of is wanted.
 
     Returns:
-        ``loss`` (negative log of the mean probability) and ``accuracy``; of several models also ``accuracy-vote`` (majority)
-        and ``accuracy-single`` (mean over the models).
+        ``loss``, where the task decides something ``accuracy``, and ``means``; of several models also
+        ``accuracy-vote`` (majority) and ``accuracy-single`` (mean over the models).
     """
-    n, k = len(part.y), len(xs)
-    logs = []  # of each model: log-probabilities [n, classes]
+    n, k, sums = len(part.y), len(xs), dict[str, Tensor]()
+    decide, means = task.decide, task.measures(details)
+
+    def add(name: str, values: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + values.cpu().double()
+
     model.network.eval()
-    for x, stats in zip(xs, statistics, strict=True):
-        model.load(x, stats)
-        outputs = [predict(x).float() for x, _ in chunks(part)]
-        logs.append(torch.cat(outputs).log_softmax(1))
+    for x, y in chunks(part):
+        found = []
+        for number, stats in zip(range(k), statistics, strict=True):
+            if k > 1 or not sums:
+                model.load(xs[number], stats)
+            found.append(predict(x).float())
+        together = torch.stack(found)  # [k, chunk, ...]
+        outputs = task.pooled(together) if k > 1 else together[0]
+        add("loss", task.losses(outputs, y).sum())
+        if decide:
+            add("accuracy", right(decide(outputs), y).sum())
+        if decide and k > 1:
+            each = torch.stack([decide(row) for row in together])
+            add("accuracy-vote", right(each.mode(0).values, y).sum())
+            add("accuracy-single", torch.stack([right(row, y) for row in each]).mean(0).sum())
+        if means:
+            add("means", means(outputs, y))
     model.network.train()
-    together = torch.stack(logs)  # [k, n, classes]
-    mean = together.logsumexp(0) - math.log(k)
-    result = {
-        "loss": F.nll_loss(mean, part.y).item(),
-        "accuracy": (mean.argmax(1) == part.y).sum().item() / n,
-    }
-    if k > 1:
-        each = together.argmax(2)
-        result["accuracy-vote"] = (each.mode(0).values == part.y).sum().item() / n
-        result["accuracy-single"] = (each == part.y).sum().item() / (n * k)
-    return result
+    return {name: (total / n).tolist() for name, total in sums.items()}

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
+from datasets.partitions import PARTITIONS
 from datasets.sources import SOURCES
 from models.networks import own
+from models.tasks import TASKS
 from strategies.codecs import CODECS, codec, trial
 from strategies.keys import Only
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
@@ -136,6 +138,13 @@ def _run(config: "Config") -> Iterator[str]:
         for key in ("lr-shape", "lr-steps"):
             if key in changed(training):
                 yield f"training.{key} = {changed(training)[key]!r}: has no effect with training.lr-ratio = 1"
+    try:
+        task = config.task
+    except ValueError as error:
+        yield f"training.task = {shown(training.task)}: {error}"
+        return
+    if config.results.details and task.means is None:
+        yield f"results.details = True: has no effect with training.task = {training.task!r}"
     if ":" in config.model.name and not config.model.name.startswith("torchvision:"):
         try:
             own(config.model.name)
@@ -147,6 +156,19 @@ def _run(config: "Config") -> Iterator[str]:
 
 def _data(config: "Config") -> Iterator[str]:
     data, partition = config.data, config.partition
+    try:
+        target = config.task.target
+    except ValueError:
+        return  # said above
+    source = SOURCES.get(data.source)
+    if source and target not in source.targets:
+        fit = ", ".join(repr(name) for name, task in TASKS.items() if task.target in source.targets)
+        yield f"training.task = {config.training.task!r}: not what data.source = {data.source!r} is for; allowed: {fit}"
+    if partition.kind in PARTITIONS and PARTITIONS[partition.kind].by_class and target != "class":
+        kinds = ", ".join(name for name, kind in PARTITIONS.items() if not kind.by_class)
+        yield f"partition.kind = {partition.kind!r}: examples of {config.training.task} have no classes; allowed: {kinds}"
+    if data.augment != "none" and target == "map":
+        yield f"data.augment = {data.augment!r}: maps are not flipped and cropped with their pictures; allowed: 'none'"
     if data.test_part == "official" and data.source in SOURCES and not SOURCES[data.source].official_test:
         yield f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
     if data.augment != "none" and data.source in SOURCES and not SOURCES[data.source].pictures:

@@ -28,6 +28,8 @@ from configuration.sections import (
     Training,
     Wire,
 )
+from models.tasks import TASKS, Task
+from strategies.imported import imported
 from strategies.keys import NotNegative, Positive
 from strategies.method import ArrivalPlan, Method, PeerPlan, Plan, Run, Section
 from strategies.methods import METHODS, find
@@ -123,6 +125,11 @@ class Config(BaseModel):
         return find(self.strategy)
 
     @cached_property
+    def task(self) -> Task:
+        """What the network is trained to do."""
+        return task(self.training.task)
+
+    @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
         return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites))
@@ -140,6 +147,15 @@ class Config(BaseModel):
     def unit(self) -> str:
         """What the run counts: round, update of the server, or exchange of peers."""
         return {ArrivalPlan: "update", PeerPlan: "exchange"}.get(type(self.plan), "round")
+
+
+def task(name: str) -> Task:
+    """A task by its name or import path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return TASKS.get(name) or imported(name, Task, TASKS, "TASK")
 
 
 def configuration(conf: str | Path | None = None, **changes: Any) -> Config:

@@ -21,7 +21,8 @@ class Description(BaseModel):
         shape: of an example, as the network takes it.
         classes: the names that its outputs count.
         columns: of a table.
-        mean, variance: of these columns over all sites.
+        mean, variance: of these columns over all sites, and of the numbers to predict.
+        task: what it was trained to do.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,6 +34,7 @@ class Description(BaseModel):
     columns: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     variance: tuple[float, ...] = ()
+    task: str = "classification"
 
     @classmethod
     def of(
@@ -53,6 +55,7 @@ class Description(BaseModel):
             columns=tuple(columns),
             mean=tuple(mean),
             variance=tuple(variance),
+            task=config.training.task,
         )
 
     def metadata(self) -> dict[str, str]:

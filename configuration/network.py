@@ -4,27 +4,38 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from configuration.sections import Model, Wire
+from configuration.config import Config
+from configuration.sections import Data, Model, Wire
 from models.networks import build
 from models.pretrained import freeze, start_from
+from models.tasks import Task
 from strategies.codecs import Codec, codec
+from strategies.randomness import derive
 
 
-def network_of(
-    model: Model,
-    shape: tuple[int, ...],
-    num_classes: int,
-    seed: int,
-    *,
-    output: tuple[int, ...] | None = None,
-    tokens: bool = False,
-) -> tuple[nn.Module, str]:
-    """The network at its initial parameters, and what there is to say of them; arguments as of :func:`models.networks.build`.
+def num_outputs(task: Task, data: Data, num_classes: int) -> int:
+    """Classes, labels or numbers to predict; of language, the tokens that there are."""
+    return data.vocabulary if task.target == "tokens" else num_classes
+
+
+def initialised(model: Model, data: Data, task: Task, shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
+    """The network for examples of ``shape`` with random parameters.
 
     Raises:
         ValueError: it cannot be built; the message names the key.
     """
-    network, said = build(model.name, shape, num_classes, seed, output=output, tokens=tokens, **model.options), ""
+    outputs, tokens = num_outputs(task, data, num_classes), task.target == "tokens"
+    return build(model.name, shape, outputs, seed, output=task.output(shape, outputs), tokens=tokens, **model.options)
+
+
+def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, str]:
+    """The network for examples of ``shape`` at its initial parameters, and what there is to say of these.
+
+    Raises:
+        ValueError: it cannot be built; the message names the key.
+    """
+    model, said = config.model, ""
+    network = initialised(model, config.data, config.task, shape, num_classes, derive(config.seed, "model"))
     if model.initial:
         said = start_from(network, model.initial)
     if model.trainable:

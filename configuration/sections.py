@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from datasets.partitions import PARTITIONS
 from datasets.sources import SOURCES
 from models.networks import NETWORKS, torchvision_names
+from models.tasks import TASKS
 from strategies.codecs import CODECS
 from strategies.keys import Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
@@ -52,6 +53,8 @@ def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> After
 class Training(Section):
     """Training at the sites, of every method."""
 
+    task: Annotated[str, _one_of(*TASKS)] = "classification"
+    """classification, multi-label, regression, language, segmentation, or one's own: package.module:TASK"""
     lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
     lr_ratio: Share = 0.25
@@ -126,6 +129,8 @@ class Data(Section):
     """length of the hashed bag of n-grams"""
     context: Annotated[int, Field(ge=1, le=2**20), Only(source=_taking(SOURCES, "context"))] = 128
     """tokens (bytes of text-bytes) from which the next ones are predicted"""
+    token_bytes: Annotated[float, Field(gt=0, le=1000), Only(source=("tokens",))] = 1.0
+    """bytes of text that a token stands for, on average: for bits a byte"""
     vocabulary: Annotated[int, Field(ge=2, le=2**24), Only(source=_taking(SOURCES, "vocabulary"))] = 256
     """different tokens that there may be; of text-bytes 256"""
     test_part: Literal["own", "pooled", "official"] = "own"
@@ -196,6 +201,8 @@ class Results(Section):
 
     folder: Annotated[str, Field(min_length=1)] = "runs"
     """each run makes a folder in it"""
+    details: bool = False
+    """tests also tell the metrics of each class and, of a classification, how well probabilities are calibrated"""
     evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
 

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from datasets.lazy import Lazy, Values
-from datasets.names import LONGEST_COLUMN, fault, shown, too_many
+from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
 TOKEN = ("token",)  # in the place of classes, where examples are windows of language: nothing to count
+IGNORED = -100  # a pixel of a map that does not count
+TARGETS = {
+    "class": "y [n] int64, a class each",
+    "labels": "y [n, labels] of 0 and 1",
+    "numbers": "y [n, numbers], floats within ±2^63",
+    "tokens": "tokens",
+    "map": "pictures and y [n, height, width] int64, a class for each pixel",
+}
 LARGEST = 2.0**63  # of a table's values: a float32 holds its square, and so every variance
 
 
@@ -23,9 +31,10 @@ class Examples(NamedTuple):
     Attributes:
         x: [n, channels, height, width] pictures, uint8 from 0 to 255 or float; or [n, features],
             float; or [n, context] tokens, int64. Floats lie within ±2^63.
-        y: [n] int64, indices into ``classes``; of tokens [n, context] int64, each the one after.
-        classes: names of the classes, at most 100, each of at most 64 printable characters: they
-            leave the site. ``("token",)`` of tokens.
+        y: by the task (``training.task``), see ``TARGETS``: [n] int64, indices into ``classes``; of tokens
+            [n, context] int64, each the one after.
+        classes: names of the classes, labels or numbers, at most 100, each of at most 64 printable
+            characters: they leave the site. ``("token",)`` of tokens.
         group: [n] int64, the natural site of each example, or None.
         groups: names of the natural sites, of at most 64 printable characters.
         test: [n] bool, the official test part, or None where the data set has none.
@@ -42,8 +51,13 @@ class Examples(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
-def check(examples: Examples, source: str) -> Examples:
+def check(examples: Examples, source: str, target: str = "class") -> Examples:
     """Refuse a data set that training would stumble over, or whose names must not leave a site.
+
+    Args:
+        examples: what was read.
+        source: from where.
+        target: what y must be, a key of ``TARGETS``.
 
     Raises:
         SourceError: what does not fit together.
@@ -54,11 +68,10 @@ def check(examples: Examples, source: str) -> Examples:
     x, y = examples.x, examples.y
     if not (isinstance(x, Tensor | Lazy) and isinstance(y, Tensor | Lazy)):
         raise SourceError(f"{said}: x and y must be tensors, they are {type(x).__name__}, {type(y).__name__}")
-    n, labels = len(y), examples.classes != TOKEN
-    if len(x) != n or len(x.shape) < 2 or (labels and isinstance(y, Tensor) and (y.dim() != 1 or y.dtype != torch.int64)):
+    n = len(y)
+    if len(x) != n or len(x.shape) < 2:
         raise SourceError(
-            f"{said}: x [n, ...] and y [n] must hold the same number of examples, and "
-            f"y must be int64; got {tuple(x.shape)} and {tuple(y.shape)} of {getattr(y, 'dtype', None)}"
+            f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if n < FEWEST:
         raise SourceError(f"{said}: {n} examples are too few: at least {FEWEST}, to train on and to test on")
@@ -68,8 +81,7 @@ def check(examples: Examples, source: str) -> Examples:
         raise SourceError(f"{said}, groups: {wrong}")
     if wrong := fault(examples.columns, LONGEST_COLUMN):
         raise SourceError(f"{said}, columns: {wrong}")
-    if labels and isinstance(y, Tensor):
-        _check_indices(said, "y", y, len(examples.classes))
+    _check_target(said, examples, target)
     if examples.group is not None:
         if examples.group.shape != (n,) or examples.group.dtype != torch.int64:
             raise SourceError(f"{said}: group must be [{n}] int64")
@@ -82,7 +94,39 @@ def check(examples: Examples, source: str) -> Examples:
     return examples
 
 
+def _check_target(said: str, examples: Examples, target: str) -> None:
+    """Whether y is what the task of the run needs."""
+    x, y, size = examples.x, examples.y, len(examples.classes)
+    if (examples.classes == TOKEN) != (target == "tokens"):
+        there = (
+            "tokens; allowed: training.task = 'language'" if examples.classes == TOKEN else f"classes {listed(examples.classes)}"
+        )
+        raise SourceError(f"{said}: training.task needs {TARGETS[target]}, the examples have {there}")
+    if not isinstance(y, Tensor):  # looked at when it is read
+        return
+    match target:
+        case "class":
+            fits = y.dim() == 1 and y.dtype == torch.int64
+        case "labels":
+            fits = tuple(y.shape) == (len(x), size) and bool(((y == 0) | (y == 1)).all())
+        case "numbers":
+            # Written so that NaN does not fit.
+            fits = tuple(y.shape) == (len(x), size) and y.is_floating_point() and bool((y.abs() <= LARGEST).all())
+        case "tokens":
+            fits = y.shape == x.shape and y.dtype == torch.int64
+        case "map":
+            fits = tuple(y.shape) == (len(x), *x.shape[2:]) and len(x.shape) == 4 and y.dtype == torch.int64
+    if not fits:
+        raise SourceError(f"{said}: training.task needs {TARGETS[target]}; got y {tuple(y.shape)} of {y.dtype}")
+    if target == "class":
+        _check_indices(said, "y", y, size)
+    elif target == "map":
+        _check_indices(said, "y", y[y != IGNORED], size)
+
+
 def _check_indices(said: str, what: str, indices: Tensor, size: int) -> None:
+    if not indices.numel():
+        return
     low, high = (int(each) for each in indices.aminmax())
     if not 0 <= low <= high < size:
         raise SourceError(f"{said}: {what} must lie between 0 and {size - 1}, it goes from {low} to {high}")

@@ -1,5 +1,6 @@
 """One site's examples: its training part and its test part, ready to compute with."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -181,6 +182,10 @@ class Moments(NamedTuple):
                 raise SourceError(f"column {shown(column)}: {said} are no moments of values within ±2^63")
         return self
 
+    def split(self, size: int) -> tuple["Moments", "Moments"]:
+        """Those of the first columns, and those of the others."""
+        return Moments(*(each[:size] for each in self)), Moments(*(each[size:] for each in self))
+
 
 def moments(table: Tensor, columns: Sequence[str] = ()) -> Moments:
     """The moments of the known values of ``table`` [n, columns].
@@ -240,22 +245,44 @@ def standardise(data: SiteData, common: Moments) -> SiteData:
     return data._replace(train=ready(data.train), test=ready(data.test))
 
 
+def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
+    """Numbers to predict with mean 0 and deviation 1 over all sites; one that is the same everywhere becomes 0.
+
+    Raises:
+        SourceError: the moments are not those of these numbers, not finite, or too large.
+    """
+    common.check(data.classes)
+    mean, deviation = torch.tensor(common.mean), torch.tensor(deviations(common))
+
+    def ready(part: Part) -> Part:
+        return Part(part.x, ((part.y - mean) / deviation).float())
+
+    return data._replace(train=ready(data.train), test=ready(data.test))
+
+
+def deviations(common: Moments) -> tuple[float, ...]:
+    """Of each column; 1 where all values are the same."""
+    return tuple(math.sqrt(each) if each > 0 else 1.0 for each in common.variance)
+
+
 def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
     """The same examples with ``y`` counting ``classes``, the list that all sites agreed on.
 
     Raises:
-        SourceError: a class of this site is not in the list.
+        SourceError: a class of this site is not in the list; or they are names of labels or numbers, and other ones.
     """
     if tuple(classes) == data.classes:
         return data
+    if isinstance(data.train.y, Tensor) and data.train.y.dtype != torch.int64:
+        raise SourceError(f"this site has {listed(data.classes)} to predict, the run {listed(classes)}")
     place = {name: index for index, name in enumerate(classes)}
     if lost := [name for name in data.classes if name not in place]:
         raise SourceError(f"classes {listed(lost)} of this site are not among the run's: {listed(classes)}")
     index = torch.tensor([place[name] for name in data.classes])
     if not (isinstance(data.train.y, Tensor) and isinstance(data.test.y, Tensor)):
         raise SourceError("classes differ from site to site: give y as a tensor, not with each item")
-    return data._replace(
-        train=Part(data.train.x, index[data.train.y]),
-        test=Part(data.test.x, index[data.test.y]),
-        classes=tuple(classes),
-    )
+
+    def counted(part: Part) -> Part:
+        return Part(part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y))  # below 0: pixels that do not count
+
+    return data._replace(train=counted(data.train), test=counted(data.test), classes=tuple(classes))

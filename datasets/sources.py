@@ -91,6 +91,7 @@ class Source(NamedTuple):
         official_test: whether they have an official test part.
         folder: of a data set of torchvision, below the root.
         kept: whether what was decoded is kept on disk.
+        targets: what y can be (:data:`datasets.examples.TARGETS`).
     """
 
     read: Callable[..., Examples]
@@ -98,6 +99,7 @@ class Source(NamedTuple):
     official_test: bool = False
     folder: str = ""
     kept: bool = True
+    targets: tuple[str, ...] = ("class",)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -123,10 +125,10 @@ SOURCES = {
     "cifar100": Source(partial(torchvision_set, "CIFAR100"), pictures=True, official_test=True, folder="cifar-100-python"),
     "image-folder": Source(image_folder, pictures=True),
     "audio-folder": Source(audio_folder),
-    "csv": Source(csv),
+    "csv": Source(csv, targets=("class", "labels", "numbers")),
     "text-csv": Source(text_csv),
-    "text-bytes": Source(text_bytes, kept=False),
-    "tokens": Source(tokens, kept=False),
+    "text-bytes": Source(text_bytes, kept=False, targets=("tokens",)),
+    "tokens": Source(tokens, kept=False, targets=("tokens",)),
 }
 
 
@@ -142,17 +144,19 @@ def load(
     text_buckets: int,
     context: int = 0,
     vocabulary: int = 0,
+    target: str = "class",
 ) -> Examples:
     """Read a data set by the name of its source, or by the import path of a function of ``path``.
 
-    The arguments are the run configuration's of the same names. What a named source decoded is kept on disk
+    The arguments are the run configuration's of the same names, and the target of its task
+    (:data:`datasets.examples.TARGETS`). What a named source decoded is kept on disk
     (:mod:`datasets.cache`); a function may read anything, so that nobody knows when it would return something else.
 
     Raises:
         SourceError: what is missing, and where it was looked for.
     """
     if ":" in source:
-        return check(called("data.source", source, SourceError, path), source)
+        return check(called("data.source", source, SourceError, path), source, target)
     if source not in SOURCES:
         raise SourceError(f"data.source = {shown(source)}: allowed: {', '.join(SOURCES)}, package.module:function")
     keys = {
@@ -165,6 +169,7 @@ def load(
         "text_buckets": text_buckets,
         "context": context,
         "vocabulary": vocabulary,
+        "target": target,
     }
     found = SOURCES[source]
     keys = {key: keys[key] for key in found.keys}
@@ -172,7 +177,7 @@ def load(
     def decode() -> Examples:
         examples = found.read(**keys)
         try:
-            return check(examples, source)
+            return check(examples, source, target)
         except SourceError as error:
             raise SourceError(f"{path}: {error}" if path else str(error)) from None
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,19 +38,20 @@ class Table(NamedTuple):
         return listed(list(self.rows.columns))
 
 
-def csv(path: str | Path, label: str, group: str) -> Examples:
+def csv(path: str | Path, label: str, group: str, target: str = "class") -> Examples:
     """A table, or a folder of tables with the same columns: numbers, and a label.
 
     Missing values stay NaN. ``label`` is a column or an expression of columns (``"target > 0"``,
     see :mod:`datasets.expressions`), which are no features then; ``group`` a column, or empty: a
-    folder's files are the natural sites.
+    folder's files are the natural sites. Where the ``target`` is numbers or several labels,
+    ``label`` may be several of these with commas between them.
 
     Raises:
         SourceError: a file is no table, a row is longer than the header, a value no number or not
             within ±2^63, a label not allowed or missing.
     """
     table = _read(existing(path))
-    y, classes, used = _labels(table, label)
+    y, classes, used = _labels(table, label) if target == "class" else _several(table, label, target)
     of_group, groups = _groups(table, group)
     features = table.rows.drop(columns=[*used, *([group] if group and group not in used else [])])
     if features.columns.empty:
@@ -156,6 +157,29 @@ def _read(path: Path, fewest: int = FEWEST) -> Table:
 
 def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
     """Class indices, class names, and the columns that the label was made of."""
+    values, used = _column(table, label)
+    codes, different = pd.factorize(values, sort=True)
+    if wrong := too_many(len(different)) or fault(names := [str(name) for name in different]):
+        raise SourceError(f"data.label = {shown(label)} of {table.path}: {wrong}")
+    return torch.from_numpy(codes.astype(np.int64)), tuple(names), used
+
+
+def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
+    """Numbers or labels [rows, k], their names, and the columns that they were made of."""
+    names = [label] if label in table.rows else [each.strip() for each in label.split(",")]
+    columns, used = [], list[str]()
+    for name in names:
+        values, of = _column(table, name)
+        if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)):
+            raise SourceError(f"data.label = {shown(name)} of {table.path} is not numeric, as training.task needs it")
+        columns.append(values.to_numpy(np.float32))
+        used += of
+    y = torch.from_numpy(np.stack(columns, 1))
+    return y.to(torch.uint8) if target == "labels" and bool(((y == 0) | (y == 1)).all()) else y, tuple(names), used
+
+
+def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
+    """A column or what an expression makes of some, without gaps, and the columns that it was made of."""
     said = f"data.label = {shown(label)}"
     if label in table.rows:
         values, used = table.rows[label], [label]
@@ -167,10 +191,7 @@ def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
     if missing := int(values.isna().sum()):
         raise SourceError(f"{said}: {missing} rows of {table.path} have none")
-    codes, different = pd.factorize(values, sort=True)
-    if wrong := too_many(len(different)) or fault(names := [str(name) for name in different]):
-        raise SourceError(f"{said} of {table.path}: {wrong}")
-    return torch.from_numpy(codes.astype(np.int64)), tuple(names), used
+    return values, used
 
 
 def _groups(table: Table, group: str) -> tuple[Tensor | None, tuple[str, ...]]:

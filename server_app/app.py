@@ -24,7 +24,6 @@ from strategies.averaging.alone import Alone
 from strategies.averaging.shipped import Shipped
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, PeerPlan, RoundPlan
 from strategies.protocol import Layout
-from strategies.randomness import derive
 from strategies.records import STATS, X, pack
 
 app = ServerApp()
@@ -60,7 +59,7 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    network, said = network_of(config.model, federation.shape, len(federation.classes), derive(config.seed, "model"))
+    network, said = network_of(config, federation.shape, len(federation.classes))
     if said:
         log(logging.WARNING, "%s", said)
     model = FlatModel(network)

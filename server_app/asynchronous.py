@@ -22,12 +22,11 @@ from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Kept, Progress, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
-from server_app.report import Report
+from server_app.report import Measure, Report
 from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
-from strategies.averaging.average import NUM_EXAMPLES
-from strategies.averaging.mean import LARGEST, extent, magnitude, weighted_mean
+from strategies.averaging.mean import LARGEST, extent, magnitude
 from strategies.method import ArrivalPlan, Local
 from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_model, write_order
 from strategies.records import ARRAYS, CONFIG, STATS, X, pack, unpack
@@ -80,6 +79,7 @@ class Asynchronous:
     def __init__(self, grid: Grid, plan: ArrivalPlan, federation: Federation, config: Config, layout: Layout, sink: Sink) -> None:
         self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
         self._layout, self._clock = layout, clock_of(grid)
+        self._measure = Measure.of(config, federation)
         self._report = Report(federation, sink, self._clock, "update")
         self._mailbox = Mailbox(grid, config.timeout_s)
         self._sites = {site.node: site for site in federation.sites}
@@ -302,7 +302,7 @@ class Asynchronous:
         """A site has tested; when all have, that is reported."""
         test = self._tests[number]
         test.waiting.discard(node)
-        read = partial(read_tested, num_examples=self._sites[node].num_test)
+        read = partial(read_tested, num_examples=self._sites[node].num_test, means=self._measure.means)
         found = self._report.receive(node, reply, number, "test", read)
         if not isinstance(found, Refusal):
             test.answers[node] = found.named()
@@ -310,7 +310,10 @@ class Asynchronous:
             return
         del self._tests[number]
         self._blind = not test.answers
-        mean = weighted_mean(list(test.answers.values()), NUM_EXAMPLES)
-        self._report.write(number, "test", test.answers, mean or None, test.moment)
+        mean = self._measure.together(list(test.answers.values()))
+        of_sites = {node: self._measure.of_site(each) for node, each in test.answers.items()}
+        self._report.write(number, "test", of_sites, mean or None, test.moment)
         done, epochs, now = test.done * self._config.epochs / self._total, self._config.epochs, test.moment
-        self._report.emit(Progress("update", number, None, done, epochs, now.seconds, now.megabytes(), test.train, mean))
+        headline, megabytes = self._measure.task.headline, now.megabytes()
+        progress = Progress("update", number, None, done, epochs, now.seconds, megabytes, test.train, mean, headline=headline)
+        self._report.emit(progress)

@@ -79,7 +79,7 @@ class Federation(NamedTuple):
         sites: in the order of their numbers.
         classes: of all sites.
         shape: of one example, as the network takes it.
-        moments: of the columns of a table, over all sites; None for other data.
+        moments: over all sites, of the columns of a table and of numbers to predict; None where there are none.
         notes: what sites say about their data, each with the site's name before it.
         columns: of a table; empty for other data.
     """
@@ -183,7 +183,14 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     if config.model.initial:
         own = digest(config.model.initial)
         found |= {node: "its model.initial is another file" for node, card in cards.items() if card.initial != own}
-    kinds = {node: _kind(card) for node, card in cards.items() if node not in found}
+    target = config.task.target
+    told = {node: len(card.columns) + len(card.classes) * (target == "numbers") for node, card in cards.items()}
+    found |= {
+        node: f"it tells {len(card.known or ())} moments, {told[node]} are expected"
+        for node, card in cards.items()
+        if len(card.known or ()) != told[node]
+    }
+    kinds = {node: _kind(card, target) for node, card in cards.items() if node not in found}
     usual, votes = Counter(kinds.values()).most_common(1)[0] if kinds else ("", 0)
     for node, kind in kinds.items():
         if 2 * votes <= len(kinds) or kind != usual:
@@ -207,9 +214,10 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     return found
 
 
-def _kind(card: SiteCard) -> str:
+def _kind(card: SiteCard, target: str) -> str:
     """What must be the same at all sites."""
-    return f"the columns {', '.join(card.columns)}" if card.columns else f"examples of shape {card.shape}"
+    kind = f"the columns {', '.join(card.columns)}" if card.columns else f"examples of shape {card.shape}"
+    return f"{kind} and {', '.join(card.classes)} to predict" if target in ("labels", "numbers", "tokens") else kind
 
 
 def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
@@ -226,7 +234,8 @@ def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
         sites = sites[:1]  # the one place that holds everybody's data
     notes = tuple(f"{card.name}: {printable(note, 500)}" for _, card in ordered for note in card.notes)
     shape, common = tuple(reference.shape), None
-    if reference.columns:
+    if reference.known:
         common = merge([Moments(*card.moments) for _, card in ordered])
+    if reference.columns:
         shape = (2 * shape[0],)  # the values, and which of them are missing
     return Federation(sites, tuple(classes), shape, common, notes, tuple(reference.columns))

@@ -12,9 +12,7 @@ from configuration.config import Config
 from server_app.census import Federation
 from server_app.events import Kept
 from server_app.exchange import exchange
-from server_app.report import Report
-from strategies.averaging.average import NUM_EXAMPLES
-from strategies.averaging.mean import weighted_mean
+from server_app.report import Measure, Report
 from strategies.protocol import Order, Refusal, read_tested, write_order
 from strategies.records import ARRAYS, CONFIG, X, pack
 
@@ -45,11 +43,11 @@ def report_consensus(
     tested = [site for site in federation.sites if site.number in models]
     messages = [Message(RecordDict({ARRAYS: mean, CONFIG: order}), site.node, "evaluate") for site in tested]
     report.sent(messages)
-    num_test = {site.node: site.num_test for site in tested}
+    measure, num_test = Measure.of(config, federation), {site.node: site.num_test for site in tested}
     answers = [
-        report.receive(node, reply, exchanges, "test", partial(read_tested, num_examples=num_test[node]))
+        report.receive(node, reply, exchanges, "test", partial(read_tested, num_examples=num_test[node], means=measure.means))
         for node, reply in exchange(grid, messages, config.timeout_s)
     ]
-    means = weighted_mean([answer.named() for answer in answers if not isinstance(answer, Refusal)], NUM_EXAMPLES)
-    found |= {f"{name}-of-mean": value for name, value in means.items() if name in ("accuracy", "loss")}
+    means = measure.together([answer.named() for answer in answers if not isinstance(answer, Refusal)])
+    found |= {f"{name}-of-mean": value for name, value in means.items() if name in ("accuracy", "loss", measure.task.headline)}
     report.write(exchanges, "consensus", {}, found)

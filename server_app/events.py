@@ -77,6 +77,7 @@ class Progress(NamedTuple):
         megabytes: sent and received so far.
         train, test: means over the sites.
         tested: the round after which they tested; None after this one.
+        headline: the metric by which the run's task is judged.
     """
 
     unit: str
@@ -89,6 +90,7 @@ class Progress(NamedTuple):
     train: Mapping[str, float]
     test: Mapping[str, float]
     tested: int | None = None
+    headline: str = "accuracy"
 
     def __str__(self) -> str:
         rates = f"{self.train.get('lr-first', math.nan):.2g} to {self.train.get('lr-last', math.nan):.2g}"
@@ -100,10 +102,10 @@ class Progress(NamedTuple):
             f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
             f"lr {rates:<15}",
             f"train loss {self.train['loss']:.4f}" if "loss" in self.train else "",
-            f"test accuracy {self.test['accuracy']:.4f}{before}" if "accuracy" in self.test else "",
+            f"test {self.headline} {self.test[self.headline]:.4f}{before}" if self.headline in self.test else "",
             f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
             f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
-            f"worst {self.test['accuracy-worst']:.4f}" if "accuracy-worst" in self.test else "",
+            f"worst {self.test[worst]:.4f}" if (worst := f"{self.headline}-worst") in self.test else "",
             f"apart {self.train['disagreement']:.3g}" if "disagreement" in self.train else "",
             f"{self.megabytes:.1f} MB",
             f"{self.seconds:.0f} s, {left:.0f} s to go",

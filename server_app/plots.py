@@ -44,8 +44,8 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def curves(metrics: pd.DataFrame, title: str, unit: str) -> Figure:
-    """Accuracy and loss on the sites' test parts, against what ``unit`` says, seconds and bytes; the band spans the sites."""
+def curves(metrics: pd.DataFrame, title: str, unit: str, headline: str = "accuracy") -> Figure:
+    """A metric and the loss on the sites' test parts, against what ``unit`` says, seconds and bytes; the band spans the sites."""
     tested = metrics[metrics["split"] == "test"].copy()
     tested["megabytes"] = (tested["bytes_up"] + tested["bytes_down"]) / 1e6
     figure = Picture(figsize=(12, 6.5), layout="constrained")
@@ -53,7 +53,7 @@ def curves(metrics: pd.DataFrame, title: str, unit: str) -> Figure:
     means = tested[tested["site"] == "all"]
     each = tested[tested["site"] != "all"]
     axis = {"round": unit, "seconds": "time (s)", "megabytes": "sent and received (MB)"}
-    for row, (metric, label) in zip(grid, (("accuracy", "test accuracy"), ("loss", "test loss")), strict=True):
+    for row, (metric, label) in zip(grid, ((headline, f"test {headline}"), ("loss", "test loss")), strict=True):
         mean = means[means["metric"] == metric]
         spread = each[each["metric"] == metric].groupby("round")["value"].agg(["min", "max"])
         trained = metrics[(metrics["metric"] == metric) & (metrics["site"] == "all") & (metrics["split"] == "train")]

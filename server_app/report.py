@@ -6,14 +6,58 @@ from typing import NamedTuple, TypeVar
 
 from flwr.app import Message
 
+from configuration.config import Config
+from configuration.network import num_outputs
+from datasets.site import deviations
+from models.tasks import Targets, Task, numbers
 from server_app.census import Federation
 from server_app.events import EVERYBODY, Event, Refused, Reported, Sink
 from server_app.exchange import Clock
 from server_app.roster import together
+from strategies.averaging.average import NUM_EXAMPLES
+from strategies.averaging.mean import weighted_mean
 from strategies.protocol import Refusal
 from strategies.records import num_bytes
 
 T = TypeVar("T")
+
+
+class Measure(NamedTuple):
+    """What tests of a run measure.
+
+    Attributes:
+        task: what is trained.
+        targets: what its outputs stand for.
+        means: how many each site reports.
+    """
+
+    task: Task
+    targets: Targets
+    means: int
+
+    @classmethod
+    def of(cls, config: Config, federation: Federation) -> "Measure":
+        """Of a run."""
+        task, names, details = config.task, federation.classes, config.results.details
+        common = federation.moments
+        deviation = deviations(common.split(len(federation.columns))[1]) if common else ()
+        means = task.num_means(federation.shape, num_outputs(task, config.data, len(names)), details)
+        return cls(task, Targets(names, deviation, config.data.token_bytes, details), means)
+
+    def of_site(self, found: Mapping[str, float | list[float]]) -> dict[str, float]:
+        """The metrics of one site's test."""
+        return self.task.measured(numbers(found), self.targets)
+
+    def together(self, found: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
+        """The metrics of all sites' examples; {} of none."""
+        return self.task.measured(weighted_mean([numbers(each) for each in found], NUM_EXAMPLES), self.targets)
+
+    def extremes(self, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The worst and the best site's headline."""
+        name = self.task.headline
+        if not (values := sorted((each[name] for each in found if name in each), reverse=not self.task.larger)):
+            return {}
+        return {f"{name}-worst": values[0], f"{name}-best": values[-1]}
 
 
 class Moment(NamedTuple):

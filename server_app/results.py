@@ -245,7 +245,7 @@ class Pictures:
         """What was reached."""
         metrics, config = self._history.metrics, self._history.config
         title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
-        plots.save(plots.curves(metrics, title, config.unit), self._folder / "curves.png")
+        plots.save(plots.curves(metrics, title, config.unit, config.task.headline), self._folder / "curves.png")
         if isinstance(config.plan, ArrivalPlan):
             plots.save(plots.arrivals(metrics, title), self._folder / "arrivals.png")
         elif not isinstance(config.plan, PeerPlan):
@@ -277,7 +277,9 @@ class Printed:
 
     def _begin(self, federation: Federation, size: int) -> None:
         config, train = self._history.config, sum(site.num_train for site in federation.sites)
-        data = f"{config.data.source} {federation.shape} in {len(federation.classes)} classes"
+        many = len(federation.classes)
+        what = {"class": f" in {many} classes", "map": f" with {many} classes", "tokens": ""}
+        data = f"{config.data.source} {federation.shape}{what.get(config.task.target, f', {many} to predict')}"
         print(
             f"{config.method.name}: {len(federation.sites)} sites, {train:,} training examples of {data}, {config.model.name} of "
             f"{size:,} parameters, {config.epochs} epochs a site\nresults: {self._folder}",
@@ -285,14 +287,15 @@ class Printed:
         )
 
     def _end(self) -> None:
-        metrics, console = self._history.metrics, Console(width=100, highlight=False)
+        metrics, config, console = self._history.metrics, self._history.config, Console(width=100, highlight=False)
         tested = metrics[metrics["split"] == "test"]
         if not tested.empty:
             last = tested[tested["round"] == tested["round"].max()]
             console.print(self._table(last))
             together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
-            if "accuracy-of-mean" in together:
-                found = f"accuracy {together['accuracy-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
+            name = config.task.headline
+            if f"{name}-of-mean" in together:
+                found = f"{name} {together[f'{name}-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
                 console.print(f"the mean of all models: {found}")
             end = last.iloc[-1]
             megabytes = f"{end['bytes_up'] / 1e6:.1f} MB up, {end['bytes_down'] / 1e6:.1f} MB down"
@@ -305,12 +308,13 @@ class Printed:
         values = last.set_index(["site", "metric"])["value"]
         title = f"{config.method.name} after {last['round'].iloc[0]} {config.unit}s"
         table = Table(title=title, title_justify="left")
-        for heading in ("site", "train examples", "test examples", "accuracy", "loss"):
+        measured = dict.fromkeys([config.task.headline, "loss"])
+        for heading in ("site", "train examples", "test examples", *measured):
             table.add_column(heading, justify="left" if heading == "site" else "right")
 
         def row(key: str, name: str, train: int, test: int, style: str = "") -> None:
             if key in values.index.get_level_values("site"):
-                found = [values.get((key, metric)) for metric in ("accuracy", "loss")]  # a site may keep them to itself
+                found = [values.get((key, metric)) for metric in measured]  # a site may keep them to itself
                 shown = ["" if value is None else f"{value:.4f}" for value in found]
                 table.add_row(escape(name), f"{train:,}", f"{test:,}", *shown, style=style)
 

@@ -22,11 +22,10 @@ from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch
 from server_app.events import Kept, Progress, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
+from server_app.report import Measure, Report
 from server_app.report import Moment as Reached
-from server_app.report import Report
 from server_app.roster import Roster
-from strategies.averaging.average import NUM_EXAMPLES
-from strategies.averaging.mean import extent, magnitude, too_large, weighted_mean
+from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import AlonePlan, ForeignPlan, Local, Moment
 from strategies.protocol import (
     TEST,
@@ -90,6 +89,7 @@ class Rounds:
         self._an_epoch = an_epoch(federation, config.training.batch_size)
         self._clock, self._mailbox = clock_of(grid), Mailbox(grid, config.timeout_s)
         self._sites = {site.node: site for site in federation.sites}
+        self._measure = Measure.of(config, federation)
         self._report = Report(federation, sink, self._clock, "round")
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
@@ -139,7 +139,9 @@ class Rounds:
                 test = self._report_test(number, tested, reached)
             when, megabytes = reached.seconds, reached.megabytes()
             before = None if at_once else number - 1
-            self._report.emit(Progress("round", number, epochs, done, total, when, megabytes, train, test, before))
+            self._report.emit(
+                Progress("round", number, epochs, done, total, when, megabytes, train, test, before, self._measure.task.headline)
+            )
         if not test:
             raise RunError(f"round {number}: no site could test the model: it is of no use")
         return arrays
@@ -181,7 +183,9 @@ class Rounds:
     def _take_test(self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]) -> None:
         """What came with a training; a flaw in it costs the site no more than the test. The strategy sees nothing of it."""
         try:
-            tested[answer.node] = read_tested(answer.reply, self._sites[answer.node].num_test, beside=True)
+            tested[answer.node] = read_tested(
+                answer.reply, self._sites[answer.node].num_test, beside=True, means=self._measure.means
+            )
         except Refusal as refusal:
             self._report.refuse(answer.node, number, "test", str(refusal))
         answer.reply.content.pop(TEST, None)
@@ -193,9 +197,11 @@ class Rounds:
 
     def _report_test(self, number: int, tested: dict[int, TestMetrics], reached: Reached) -> dict[str, float]:
         """Report a test as of a moment; the means, {} where nobody could."""
-        found = _named(tested)
-        means = weighted_mean([found[node] for node in self._sites if node in found], NUM_EXAMPLES)
-        self._report.write(number, "test", found, means or None, reached)
+        found = {node: tested[node].named() for node in self._sites if node in tested}
+        means = self._measure.together(list(found.values()))
+        self._report.write(
+            number, "test", {node: self._measure.of_site(each) for node, each in found.items()}, means or None, reached
+        )
         return means
 
     def _messages(
@@ -294,7 +300,8 @@ class Rounds:
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
         x = arrays_of(message)[X]
-        return read_tested(reply, self._sites[node].num_test, 1 if len(x.shape) == 1 else x.shape[0])
+        models = 1 if len(x.shape) == 1 else x.shape[0]
+        return read_tested(reply, self._sites[node].num_test, models, means=self._measure.means)
 
     def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
@@ -337,7 +344,7 @@ def _model(message: Message) -> dict[str, Tensor]:
     return {name: unpack(array) for name, array in arrays_of(message).items() if name in (X, STATS)}
 
 
-def _named(metrics: dict[int, TrainMetrics] | dict[int, TestMetrics]) -> dict[int, dict[str, float]]:
+def _named(metrics: dict[int, TrainMetrics]) -> dict[int, dict[str, float]]:
     return {node: {key: float(value) for key, value in each.named().items()} for node, each in metrics.items()}
 
 

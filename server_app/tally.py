@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from server_app.report import Moment
 from strategies.averaging.average import NUM_EXAMPLES
-from strategies.averaging.mean import weighted_mean
 from strategies.protocol import StepMetrics
 
 
@@ -16,12 +15,12 @@ class PeerTest:
 
     Attributes:
         moment: of the last answer.
-        answers: of each peer, loss, accuracy and test examples.
+        answers: of each peer, what it reported.
         train: of each peer, means since its last test; the first and the last rate.
     """
 
     moment: Moment
-    answers: dict[int, dict[str, float]] = field(default_factory=dict)
+    answers: dict[int, dict[str, float | list[float]]] = field(default_factory=dict)
     train: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def train_means(self) -> dict[str, float]:
@@ -29,12 +28,6 @@ class PeerTest:
         names = sorted({name for each in self.train.values() for name in each})
         found = {name: [each[name] for each in self.train.values() if name in each] for name in names}
         return {name: sum(values) / len(values) for name, values in found.items()}
-
-    def test_means(self) -> dict[str, float]:
-        """By test examples; and the worst and the best peer."""
-        accuracies = [each["accuracy"] for each in self.answers.values() if "accuracy" in each]
-        extremes = {"accuracy-worst": min(accuracies), "accuracy-best": max(accuracies)} if accuracies else {}
-        return weighted_mean(list(self.answers.values()), NUM_EXAMPLES) | extremes
 
 
 class Tally:
@@ -68,8 +61,13 @@ class Tally:
     def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Moment) -> None:
         test = self._tests.setdefault(number, PeerTest(moment))
         test.moment = moment
-        found = {NUM_EXAMPLES: metrics.test_examples, "loss": metrics.test_loss, "accuracy": metrics.test_accuracy}
-        test.answers[peer] = {name: float(value) for name, value in found.items() if value is not None}
+        found = {
+            NUM_EXAMPLES: metrics.test_examples,
+            "loss": metrics.test_loss,
+            "accuracy": metrics.test_accuracy,
+            "means": metrics.test_means,
+        }
+        test.answers[peer] = {name: value for name, value in found.items() if value is not None}
         trained = self._train.pop(peer, {})
         test.train[peer] = {name: sum(values) / len(values) for name, values in trained.items()}
         test.train[peer] |= {name: trained[name][end] for name, end in (("lr-first", 0), ("lr-last", -1)) if name in trained}

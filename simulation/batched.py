@@ -20,8 +20,10 @@ from datasets.site import SiteData
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
 from server_app.events import EVERYBODY, Progress
+from server_app.report import Measure
 from server_app.results import History
 from simulation.vectorised import Batch, Networks
+from strategies.averaging.average import NUM_EXAMPLES
 from strategies.codecs import num_bytes
 from strategies.gradients import MEND
 from strategies.peer.algorithm import PeerAlgorithm, Vectors, exchange
@@ -49,6 +51,7 @@ class Peers:
         sites = [SiteId(site.number, self._n, "") for site in federation.sites]
         self._data = [site_data(config, site, federation.classes, federation.moments) for site in sites]
         self._network = network_of(config, federation.shape, len(federation.classes))
+        self._measure = Measure.of(config, federation)
         model = self._network.model
         if model.num_stats:
             raise ConfigError(
@@ -174,12 +177,6 @@ class Peers:
         mean = self.state.x.double().mean(0).float()
         own = [self._tested(x, data) for x, data in zip(self.state.x, self._data, strict=True)]
         of_mean = [self._tested(mean, data) for data in self._data]
-        total = sum(site.num_test for site in self._federation.sites)
-        shares = [site.num_test / total for site in self._federation.sites]
-
-        def weighted_mean(name: str, each: list[dict[str, float]]) -> float:
-            return sum(share * found[name] for share, found in zip(shares, each, strict=True))
-
         losses = torch.stack(self._losses).mean(0)
         self._losses.clear()
         since = (number - 1) // self._every * self._every  # the first exchange after the last test
@@ -191,18 +188,19 @@ class Peers:
             "local-epochs": (number - since) * self._config.epochs / self.exchanges,
             "consensus-distance": consensus_distance(self.state.x),
         }
-        test = {name: weighted_mean(name, own) for name in ("loss", "accuracy")} | {
-            "accuracy-worst": min(found["accuracy"] for found in own),
-            "accuracy-best": max(found["accuracy"] for found in own),
-            "accuracy-of-mean": weighted_mean("accuracy", of_mean),
-        }
+        measure = self._measure
+        test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
+        test[f"{measure.task.headline}-of-mean"] = measure.together(of_mean)[measure.task.headline]
         self._write(number, seconds, train, test, losses.tolist(), own)
         epochs, sent = self._config.epochs, float(self._traffic.sum()) / 1e6
-        watch(Progress("exchange", number, None, number * epochs / self.exchanges, epochs, seconds, sent, train, test))
+        done, headline = number * epochs / self.exchanges, measure.task.headline
+        watch(Progress("exchange", number, None, done, epochs, seconds, sent, train, test, headline=headline))
 
-    def _tested(self, x: Tensor, data: SiteData) -> dict[str, float]:
+    def _tested(self, x: Tensor, data: SiteData) -> dict[str, float | list[float]]:
         network = self._network
-        return training.evaluate(network.predict, network.model, x[None], x.new_empty(1, 0), data.test)
+        stats, details = x.new_empty(1, 0), self._config.results.details
+        found = training.evaluate(network.task, network.predict, network.model, x[None], stats, data.test, details=details)
+        return {**found, NUM_EXAMPLES: float(len(data.test.y))}
 
     def _write(
         self,
@@ -211,12 +209,12 @@ class Peers:
         train: dict[str, float],
         test: dict[str, float],
         losses: list[float],
-        own: list[dict[str, float]],
+        own: list[dict[str, float | list[float]]],
     ) -> None:
         history = self._history
         for site, loss, found, traffic in zip(self._federation.sites, losses, own, self._traffic.tolist(), strict=True):
             history.record(number, seconds, site.number, "train", {"loss": loss}, *traffic)
-            history.record(number, seconds, site.number, "test", found, *traffic)
-        for split, found in (("train", train), ("test", test)):
-            history.record(number, seconds, EVERYBODY, split, found, *self._traffic.sum(0).tolist())
+            history.record(number, seconds, site.number, "test", self._measure.of_site(found), *traffic)
+        for split, means in (("train", train), ("test", test)):
+            history.record(number, seconds, EVERYBODY, split, means, *self._traffic.sum(0).tolist())
         history.keep(pack({X: self.state.x}))

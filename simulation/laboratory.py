@@ -83,13 +83,18 @@ class Run:
         return self.models["model"]
 
     @property
+    def headline(self) -> str:
+        """The metric by which runs of this task are compared: accuracy, bits-per-byte, rmse, ..."""
+        return self.config.task.headline
+
+    @property
     def history(self) -> pd.DataFrame:
-        """The test, a row a round: round, seconds, hours, megabytes (both ways), accuracy, loss, ..."""
+        """The test, a row a round: round, seconds, hours, megabytes (both ways), accuracy, loss, ... by the run's task."""
         chosen = (self.metrics["split"] == "test") & (self.metrics["site"] == EVERYBODY)
         tested = self.metrics[chosen]
         index = ["round", "seconds", "bytes_up", "bytes_down"]
         table = tested.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
-        for measured in {"accuracy", "loss"} - set(table.columns):  # of a run that could not be tested
+        for measured in {self.headline, "loss"} - set(table.columns):  # of a run that could not be tested
             table[measured] = math.nan
         table["hours"] = table["seconds"] / 3600
         table["megabytes"] = (table["bytes_up"] + table["bytes_down"]) / 1e6
@@ -97,18 +102,18 @@ class Run:
 
     @property
     def summary(self) -> "pd.Series[float]":
-        """Final accuracy and loss, rounds, hours, megabytes; sigma and jump, which say how stable the second half of the run was.
+        """Final headline and loss, rounds, hours, megabytes; sigma and jump, which say how stable the second half of the run was.
 
-        ``sigma`` is the standard deviation of the accuracies of the second half, ``jump`` their mean step. Both are reconstructed
+        ``sigma`` is the standard deviation of the headlines of the second half, ``jump`` their mean step. Both are reconstructed
         readings of the "training stability" of GSGM's authors, who could not be read.
         """
         table = self.history
         if table.empty:
             return pd.Series(dtype=float)
-        last, half = table.iloc[-1], table["accuracy"].iloc[len(table) // 2 :]
+        last, half = table.iloc[-1], table[self.headline].iloc[len(table) // 2 :]
         return pd.Series(
             {
-                "accuracy": last["accuracy"],
+                self.headline: last[self.headline],
                 "loss": last["loss"],
                 "rounds": last["round"],
                 "hours": last["hours"],
@@ -118,16 +123,16 @@ class Run:
             }
         )
 
-    def until(self, accuracy: float) -> "pd.Series[float]":
-        """Rounds, hours and megabytes to the first test at which ``accuracy`` was reached; NaN where it never was."""
-        table = self.history
-        reached = table[table["accuracy"] >= accuracy] if len(table) else table
+    def until(self, target: float) -> "pd.Series[float]":
+        """Rounds, hours and megabytes to the first test at which the headline was ``target`` or better; NaN where it never was."""
+        table, sign = self.history, 1 if self.config.task.larger else -1
+        reached = table[sign * table[self.headline] >= sign * target] if len(table) else table
         names = ["round", "hours", "megabytes"]
         found = reached.iloc[0][names] if len(reached) else pd.Series(float("nan"), index=names)
         return found.astype(float).rename({"round": "rounds"})
 
-    def plot(self, metric: str = "accuracy") -> Figure:
-        """The metric on the test parts by round, by hour and by megabyte."""
+    def plot(self, metric: str | None = None) -> Figure:
+        """The metric, by default the headline, on the test parts by round, by hour and by megabyte."""
         return Comparison({self.config.strategy: [self]}).plot(metric)
 
     def plot_sites(self) -> Figure:
@@ -216,8 +221,8 @@ def simulate(
     with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
 
         def watch(reached: Progress) -> None:
-            accuracy = reached.test.get("accuracy", math.nan)
-            bar.set_postfix(round=reached.round_number, accuracy=f"{accuracy:.4f}", refresh=False)
+            value = reached.test.get(reached.headline, math.nan)
+            bar.set_postfix({"round": reached.round_number, reached.headline: f"{value:.4f}"}, refresh=False)
             bar.update(round(reached.done) - bar.n)
 
         run = _simulate(config, world or World(), engine, threads, watch)
@@ -265,7 +270,8 @@ class Comparison:
         """A row a strategy: mean and standard error over seeds of what :attr:`Run.summary` says and of what ``target`` took.
 
         Args:
-            target: test accuracy; by default 95 % of the best strategy's final accuracy, rounded. The columns "rounds to", "hours
+            target: test accuracy, or the headline of another task; by default what is 5 % worse than the best strategy's final
+                one, rounded. The columns "rounds to", "hours
                 to" and "megabytes to" are the mean over the seeds that reached it, and "reached" is their share.
         """
         target = self._target() if target is None else target
@@ -277,8 +283,16 @@ class Comparison:
         return pd.DataFrame(rows).T.reindex(columns=max((row.index for row in rows.values()), key=len))
 
     def _target(self) -> float:
-        finals = [pd.Series([run.summary.get("accuracy", math.nan) for run in runs]).mean() for runs in self.runs.values()]
-        return round(0.95 * max((final for final in finals if not math.isnan(final)), default=math.nan), 2)
+        task = self._some.config.task
+        finals = [pd.Series([run.summary.get(task.headline, math.nan) for run in runs]).mean() for runs in self.runs.values()]
+        known = [final for final in finals if not math.isnan(final)]
+        if task.larger:
+            return round(0.95 * max(known, default=math.nan), 2)
+        return round(1.05 * min(known, default=math.nan), 2)
+
+    @property
+    def _some(self) -> Run:
+        return next(run for runs in self.runs.values() for run in runs)
 
     def text(self, target: float | None = None) -> pd.DataFrame:
         """The table for people: "mean ± standard error"."""
@@ -294,15 +308,15 @@ class Comparison:
     def __repr__(self) -> str:
         return str(self.text().to_string())
 
-    def plot(self, metric: str = "accuracy") -> Figure:
-        """The metric on the test parts by round, by hour and by megabyte: means over seeds, bands of one standard error."""
+    def plot(self, metric: str | None = None) -> Figure:
+        """The metric, by default the headline, by round, by hour and by megabyte: means over seeds, bands of one standard error."""
         units = {
             "update of the server" if run.config.unit == "update" else run.config.unit
             for runs in self.runs.values()
             for run in runs
         }
         histories = {name: [run.history for run in runs] for name, runs in self.runs.items()}
-        return plots.comparison(histories, metric, " or ".join(sorted(units)))
+        return plots.comparison(histories, metric or self._some.headline, " or ".join(sorted(units)))
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder for each strategy, and in it one for each run, as :meth:`Run.save` does."""
@@ -435,8 +449,8 @@ def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | No
         torch.cuda.set_device(gpu)  # what device = "auto" means in this process
 
     def watch(reached: Progress) -> None:
-        accuracy = reached.test.get("accuracy", math.nan)
-        file.write_text(f"{round(reached.done)} {name}, seed {config.seed}: accuracy {accuracy:.4f}")
+        value = reached.test.get(reached.headline, math.nan)
+        file.write_text(f"{round(reached.done)} {name}, seed {config.seed}: {reached.headline} {value:.4f}")
 
     try:
         return name, config.seed, _simulate(config, world, engine, 1, watch)

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.training import EVALUATION_BATCH, prepare
+from configuration.config import task as find_task
 from configuration.description import Description
+from configuration.network import initialised
 from datasets.examples import SourceError
 from datasets.files import existing
 from datasets.folders import PICTURES, pictures, spectrograms
 from datasets.tables import unlabelled, unlabelled_text
-from models.networks import build
+from models.tasks import Task
 
 
 class Trained(nn.Module):
@@ -44,28 +46,43 @@ class Trained(nn.Module):
         self.register_buffer("deviation", torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance)))
 
     @property
+    def task(self) -> Task:
+        """What it was trained to do."""
+        return find_task(self.description.task)
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """What the outputs count."""
         return self.description.classes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [n, classes] of examples [n, ...]."""
-        if self.description.columns:
-            x = torch.cat([((x - self.mean) / self.deviation).nan_to_num(), x.isnan()], 1)
-        logits: Tensor = self.network(prepare(x))
-        return logits
+        """Outputs of examples [n, ...]: logits, or numbers [n, numbers] in their own units."""
+        if size := len(self.description.columns):
+            x = torch.cat([((x - self.mean[:size]) / self.deviation[:size]).nan_to_num(), x.isnan()], 1)
+        outputs: Tensor = self.network(prepare(x))
+        if self.task.target == "numbers":
+            outputs = (outputs * self.deviation[size:] + self.mean[size:]).float()
+        return outputs
 
     @torch.no_grad()
     def predict(self, source: str | Path) -> pd.DataFrame:
         """The class of each example of a file, or of the files of a folder, and each class's probability.
 
+        Of several labels each one's probability; of numbers these.
+
         Raises:
-            SourceError: a file cannot be read as what this network was trained on.
+            SourceError: a file cannot be read as what this network was trained on; or its outputs fit in no table.
         """
+        target = self.task.target
+        if target in ("tokens", "map"):
+            raise SourceError(f"training.task = {self.description.task!r}: no table holds its outputs; call the network itself")
         names, x = self._read(existing(source))
-        chunks = [self(chunk).softmax(1) for chunk in x.split(EVALUATION_BATCH)]
-        table = pd.DataFrame(torch.cat(chunks).cpu().numpy(), columns=list(self.classes))
-        table.insert(0, "class", table.idxmax(axis=1), allow_duplicates=True)
+        outputs = torch.cat([self(chunk) for chunk in x.split(EVALUATION_BATCH)])
+        if target != "numbers":
+            outputs = outputs.softmax(1) if target == "class" else outputs.sigmoid()
+        table = pd.DataFrame(outputs.cpu().numpy(), columns=list(self.classes))
+        if target == "class":
+            table.insert(0, "class", table.idxmax(axis=1), allow_duplicates=True)
         table.insert(0, "example", names, allow_duplicates=True)
         return table
 
@@ -123,7 +140,8 @@ def load(path: str | Path, name: str = "model") -> Trained:
             raise ValueError(f"{file} has no model {name!r}: allowed: {', '.join(there) or 'it has none'}")
         file /= f"{name}.safetensors"
     described = Description.read(file)
-    network = build(described.model.name, described.shape, len(described.classes), 0, **described.model.options)
+    task, classes = find_task(described.task), len(described.classes)
+    network = initialised(described.model, described.data, task, described.shape, classes, 0)
     network.load_state_dict(load_file(file))
     return Trained(network, described).eval()
 

@@ -50,7 +50,7 @@ class Networks:
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         shapes = [parameter.shape for parameter in network.parameters() if parameter.requires_grad]
         parts = {name: part.view(shape) for name, part, shape in zip(names, x.split(model.sizes), shapes, strict=True)}
-        each = F.cross_entropy(functional_call(network, parts, (inputs,)).float(), labels, reduction="none")
+        each = self._config.task.losses(functional_call(network, parts, (inputs,)).float(), labels)
         return (each * weights).sum()
 
     def next_batch(self) -> Batch:
@@ -82,7 +82,7 @@ class Networks:
             found = []
             for row, inputs, labels, weights in zip(x, *batch, strict=True):
                 model.x.copy_(row)
-                loss = (F.cross_entropy(model.network(inputs).float(), labels, reduction="none") * weights).sum()
+                loss = (self._config.task.losses(model.network(inputs).float(), labels) * weights).sum()
                 model.backward(loss)
                 found.append((loss.detach(), model.grad.clone()))
         losses, gradients = map(torch.stack, zip(*found, strict=True))

@@ -61,6 +61,7 @@ Whole = Annotated[int, Field(ge=0, le=10**15)]
 Examples = Annotated[int, Field(ge=1, le=10**12)]
 Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Means = Annotated[list[Magnitude], Field(max_length=10**5)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]  # datasets.names makes no others
 Nonce = Annotated[bytes, Field(min_length=NONCE, max_length=NONCE)]
@@ -97,7 +98,10 @@ class TrainMetrics(Part):
 
 
 class TestMetrics(Part):
-    """What a site reports of a test: of the mean prediction of several models also by majority, and the mean over the models."""
+    """What a site reports of a test: of the mean prediction of several models also by majority, and the mean over the models.
+
+    All are means over its examples; of ``means`` metrics are made (:class:`models.tasks.Task`).
+    """
 
     __test__ = False  # pytest looks at names
 
@@ -105,6 +109,7 @@ class TestMetrics(Part):
     accuracy: Share | None = None
     accuracy_vote: Share | None = None
     accuracy_single: Share | None = None
+    means: Means | None = None
     num_examples: Examples
 
 
@@ -119,13 +124,14 @@ class StepMetrics(Part):
     disagreement: Magnitude | None = None
     test_loss: Magnitude | None = None
     test_accuracy: Share | None = None
+    test_means: Means | None = None
     test_examples: Examples | None = None
 
     @model_validator(mode="after")
     def _together(self) -> "StepMetrics":
         if (self.lr_first is None) != (self.lr_last is None) or (self.loss is not None and self.lr_first is None):
             raise ValueError("loss and rates go together")
-        if self.test_examples is None and (self.test_loss, self.test_accuracy) != (None, None):
+        if self.test_examples is None and (self.test_loss, self.test_accuracy, self.test_means) != (None,) * 3:
             raise ValueError("what a test found goes with test-examples")
         return self
 
@@ -160,7 +166,7 @@ class SiteCard(Part):
         train, test: examples.
         notes: on its data, for people.
         code: of :func:`strategies.records.code_version`.
-        known, mean, variance: of a table's columns.
+        known, mean, variance: of a table's columns, then of the numbers to predict.
         counts: examples of each class; a deployed site keeps them to itself.
         public_key: where keys are trusted on first use.
         initial: SHA-256 of the file from which the network starts.
@@ -192,10 +198,11 @@ class SiteCard(Part):
         if self.counts is not None and (len(self.counts), sum(self.counts)) != (len(self.classes), self.train + self.test):
             raise ValueError("counts must be those of the classes, train + test in all")
         moments = (self.known, self.mean, self.variance)
-        if any(each is not None and len(each) != len(self.columns) for each in moments):
-            raise ValueError("known, mean and variance must be those of the columns")
-        if len({each is None for each in moments}) > 1 or (self.known is None) != (not self.columns):
-            raise ValueError("known, mean and variance belong to a table's columns")
+        if len({None if each is None else len(each) for each in moments}) > 1:
+            raise ValueError("known, mean and variance go together")
+        # Whether there are numbers to predict the server knows.
+        if len(self.known or ()) not in (len(self.columns), len(self.columns) + len(self.classes)):
+            raise ValueError("known, mean and variance must be those of the columns and of the numbers to predict")
         if self.columns and self.shape != [len(self.columns)]:
             raise ValueError("shape must be that of the columns")
         return self
@@ -214,7 +221,8 @@ class Agreed(NamedTuple):
 
     Attributes:
         classes: of all sites.
-        moments: ``known``, ``mean`` and ``variance`` of a table's columns over all sites; empty for other data.
+        moments: ``known``, ``mean`` and ``variance`` over all sites, of a table's columns and of numbers to predict; empty where
+            there are none.
     """
 
     classes: tuple[str, ...]
@@ -588,9 +596,16 @@ def write_trained(vectors: Mapping[str, Tensor], metrics: TrainMetrics, tested: 
     return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named()), **test})
 
 
+def _few(means: list[float] | None, expected: int) -> None:
+    if means is not None and len(means) != expected:
+        raise Refusal(f"it reports {len(means)} means, {expected} are expected")
+
+
 @_border
-def read_tested(content: RecordDict, num_examples: int, models: int = 1, beside: bool = False) -> TestMetrics:
+def read_tested(content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0) -> TestMetrics:
     """What a site found when it tested the mean prediction of so many models; ``beside`` what it trained or in a reply of its own.
+
+    ``means``: how many the task has.
 
     Raises:
         Refusal: it cannot be used.
@@ -599,6 +614,7 @@ def read_tested(content: RecordDict, num_examples: int, models: int = 1, beside:
     [record] = _records(records, **{TEST if beside else METRICS: MetricRecord})
     metrics = _part(TestMetrics, record)
     _examples(metrics.num_examples, num_examples)
+    _few(metrics.means, means)
     several = (metrics.accuracy_vote, metrics.accuracy_single)
     if models == 1 and several != (None, None):
         raise Refusal(f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}")
@@ -612,7 +628,14 @@ def write_tested(metrics: TestMetrics) -> RecordDict:
 
 @_border
 def read_offer(
-    content: RecordDict, order: PeerOrder, layout: Layout, num_examples: int, num_tests: int, readers: Collection[int], model: bool
+    content: RecordDict,
+    order: PeerOrder,
+    layout: Layout,
+    num_examples: int,
+    num_tests: int,
+    readers: Collection[int],
+    model: bool,
+    means: int = 0,
 ) -> Offer:
     """What a peer answers to an order.
 
@@ -623,6 +646,7 @@ def read_offer(
         num_examples, num_tests: what the site said at first.
         readers: whom it may address.
         model: whether its model is expected; a flaw in it costs no more than the model.
+        means: how many a test has.
 
     Raises:
         Refusal: it cannot be used.
@@ -635,6 +659,7 @@ def read_offer(
         raise Refusal(f"it {'left out the' if order.test else 'reports a'} test")
     if order.test:
         _examples(metrics.test_examples, num_tests, "test-examples")
+        _few(metrics.test_means, means)
     if strangers := set(notes.broken) - set(order.neighbours):
         raise Refusal(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
     if (notes.nonce is None) != (order.listeners is None):

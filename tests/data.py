@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from datasets.examples import IGNORED, Examples
 
 
 def write_audio(folder: Path) -> None:
@@ -44,3 +48,27 @@ def write_keys(folder: Path, sites: int = 4) -> list[dict[str, Any]]:
         files = {"private-key": str(folder / f"{site}.key"), "peer-keys": str(folder / "peers.toml")}
         nodes.append({"site": site, "data": "", **files})
     return nodes
+
+
+def write_numbers(file: Path, rows: int = 240) -> pd.DataFrame:
+    """A table of two features, two numbers that follow from them, and two labels that may both hold."""
+    generator = np.random.default_rng(1)
+    frame = pd.DataFrame({"age": generator.uniform(20, 90, rows), "height": generator.normal(170, 9, rows)})
+    frame["pressure"] = 80 + 0.6 * frame["age"] + generator.normal(0, 2, rows)
+    frame["pulse"] = 60 + 0.2 * (frame["height"] - 170)
+    frame["old"] = (frame["age"] > 60).astype(int)
+    frame["tall"] = (frame["height"] > 172).astype(int)
+    frame.to_csv(file, index=False)
+    return frame
+
+
+def squares(path: str) -> Examples:
+    """Pictures of a light square on dark noise, and for each pixel whether it is of it; those of the border do not count."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 90, (60, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    y = torch.zeros(60, 16, 16, dtype=torch.int64)
+    for picture, (row, column) in enumerate(torch.randint(1, 8, (60, 2), generator=generator).tolist()):
+        x[picture, 0, row : row + 7, column : column + 7] += 150
+        y[picture, row : row + 7, column : column + 7] = 1
+    y[:, 0] = IGNORED
+    return Examples(x, y, ("ground", "square"))

@@ -11,7 +11,7 @@ from strategies.peer.algorithm import Vectors
 from strategies.peer.channel import Channel
 from strategies.peer.neighbourhood import Regular
 
-Metrics = dict[str, float | int]
+Metrics = dict[str, float | int | list[float]]
 
 
 class Peer(NamedTuple):
@@ -157,7 +157,7 @@ class Oracle(Protocol):
         """
         ...
 
-    def test(self, x: Tensor, stats: Tensor, /) -> Metrics:
+    def test(self, x: Tensor, stats: Tensor, /) -> Mapping[str, float | int | list[float]]:
         """Metrics of a model on the test part."""
         ...
 

@@ -109,7 +109,7 @@ def noise(site: int, number: int, size: int) -> torch.Tensor:
 
 def reached(site: int, models: int = 1) -> TestMetrics:
     """A loss and an accuracy by the site's number."""
-    more = {} if models == 1 else {"accuracy_vote": 0.5, "accuracy_single": 0.5}
+    more: dict[str, Any] = {} if models == 1 else {"accuracy_vote": 0.5, "accuracy_single": 0.5}
     return TestMetrics(loss=1.0 + site, accuracy=site % 10 / 10, num_examples=TEST, **more)
 
 

@@ -1,5 +1,6 @@
 """Methods, partitions, codecs and topologies of one's own: those of ``examples/`` do in a run what they say."""
 
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -75,3 +76,13 @@ def test_my_topology_links_cities() -> None:
     assert heard == [{1, 2}, {0, 2}, {0, 1, 3}, {2, 4, 5}, {3, 5}, {3, 4}]
     with pytest.raises(TopologyError, match="num-sites = 5: 2 cities of equal size need a multiple of it"):
         simulate(**(keys | {"num_sites": 5}))
+
+
+def test_my_task_costs_less_the_nearer_the_grade_is() -> None:
+    graded = simulate(**SMALL | {"epochs": 8}, training={"task": "examples.my_task:GRADES"})
+    usual = simulate(**SMALL | {"epochs": 8})
+    assert graded.headline == "grades-off"
+    assert graded.summary["grades-off"] < 2  # by chance 3.3
+    assert graded.summary["loss"] != usual.summary["loss"]
+    grades, outputs = resolve_name("examples.my_task:GRADES"), torch.tensor([[0.0, 20.0, 0.0]])
+    assert [float(grades.losses(outputs, torch.tensor([y]))) for y in (0, 1, 2)] == pytest.approx([1, 0, 1], abs=1e-6)

@@ -10,12 +10,12 @@ import torch
 from client_app import training
 from client_app.site import SiteId, site_data
 from configuration.config import Config, configuration
+from configuration.errors import ConfigError
 from datasets.examples import TOKEN, Examples
 from datasets.lazy import read
-from datasets.partitions import PartitionError
 from datasets.sources import SourceError, load
 
-NOTHING = {"label": "label", "group": "", "image_size": 8, "audio_seconds": 1.0, "text_buckets": 8}
+NOTHING = {"label": "label", "group": "", "image_size": 8, "audio_seconds": 1.0, "text_buckets": 8, "target": "tokens"}
 
 
 def language(source: str, path: Path, context: int = 4, vocabulary: int = 256, group: str = "") -> Examples:
@@ -97,7 +97,8 @@ def test_what_is_wrong_with_tokens_is_said_with_the_file(tmp_path: Path) -> None
 
 
 def run(path: Path, **keys: object) -> Config:
-    return configuration(None, **{"data.source": "text-bytes", "data.path": str(path), "data.context": 4, "num-sites": 2} | keys)
+    common = {"training.task": "language", "data.source": "text-bytes", "data.path": str(path), "data.context": 4, "num-sites": 2}
+    return configuration(None, **common | keys)
 
 
 def test_batches_and_chunks_of_a_site_are_int64_and_its_partition_needs_no_classes(tmp_path: Path) -> None:
@@ -110,5 +111,5 @@ def test_batches_and_chunks_of_a_site_are_int64_and_its_partition_needs_no_class
         assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in [*batches, *training.chunks(data.test)])
         assert sum(len(y) for _, y in batches) == len(data.train.y)
     for kind in ("dirichlet", "dirichlet-equal", "classes"):
-        with pytest.raises(PartitionError, match=f"partition.kind = '{kind}': .* no classes; allowed: iid, sizes, natural"):
-            site_data(run(tmp_path, **{"partition.kind": kind}), SiteId(0, 2, ""), TOKEN, None)
+        with pytest.raises(ConfigError, match=f"partition.kind = '{kind}': .* no classes; allowed: iid, sizes, natural"):
+            run(tmp_path, **{"partition.kind": kind})

@@ -269,7 +269,7 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
         ({"counts": [11, -1]}, "counts.1 is -1"),
         ({"counts": [10]}, "counts must be those of the classes"),
         ({"known": [1.0], "mean": [1.0], "variance": [1.0]}, "known, mean and variance must be those of the columns"),
-        ({"columns": ["age"], "shape": [1]}, "known, mean and variance belong to a table's columns"),
+        ({"columns": ["age"], "shape": [1]}, "known, mean and variance must be those of the columns"),
         ({"public-key": b"short"}, "public-key is b'short'"),
         ({"nonce": b"short"}, "nonce is b'short'"),
         ({"nonce": 16}, "nonce is 16: must be a valid bytes"),
@@ -286,7 +286,7 @@ def test_card_that_is_refused(changes: dict[str, Any], reason: str) -> None:
     [
         ({"mean": [float("nan")]}, "mean.0 is nan"),
         ({"variance": [-1.0]}, "variance.0 is -1.0"),
-        ({"variance": [1.0, 1.0]}, "known, mean and variance must be those of the columns"),
+        ({"variance": [1.0, 1.0]}, "known, mean and variance go together"),
         ({"shape": [2]}, "shape must be that of the columns"),
     ],
 )

@@ -293,7 +293,7 @@ NO_TEXT: Any = ("no", 1)
         (GOOD._replace(x=NO_TENSOR), "must be tensors, they are ndarray, Tensor"),
         (GOOD._replace(x=torch.zeros(3, 3)), "same number of examples"),
         (GOOD._replace(x=torch.zeros(4)), "same number of examples"),
-        (GOOD._replace(y=torch.zeros(4)), "y must be int64"),
+        (GOOD._replace(y=torch.zeros(4)), r"training.task needs y \[n\] int64, a class each; got y \(4,\) of torch.float32"),
         (
             GOOD._replace(y=torch.tensor([0, 1, 0, 2])),
             "y must lie between 0 and 1, it goes from 0 to 2",
@@ -432,7 +432,7 @@ def test_sources_say_which_keys_they_take_and_what_they_hold() -> None:
     assert SOURCES["cifar100"].keys == ("path",)
     assert SOURCES["image-folder"].keys == ("path", "group", "image_size", "channels")
     assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds")
-    assert SOURCES["csv"].keys == ("path", "label", "group")
+    assert SOURCES["csv"].keys == ("path", "label", "group", "target")
     assert SOURCES["text-csv"].keys == ("path", "label", "group", "text_buckets")
     official = ("mnist", "fashion-mnist", "cifar10", "cifar100")
     assert tuple(name for name, source in SOURCES.items() if source.official_test) == official

@@ -13,6 +13,7 @@ from client_app import training
 from client_app.training import Batch, Gradient, accumulated, plain, proximal, sharpness_aware
 from datasets.site import Part
 from models.flat import FlatModel
+from models.tasks import TASKS
 
 
 def normed() -> FlatModel:
@@ -223,7 +224,7 @@ def predictor(model: FlatModel) -> tuple[Part, Tensor]:
 def test_evaluation_of_one_model() -> None:
     model = normed()
     data, logits = predictor(model)
-    result = training.evaluate(model.network, model, model.x[None].clone(), model.stats[None], data)
+    result = training.evaluate(TASKS["classification"], model.network, model, model.x[None].clone(), model.stats[None], data)
     assert result["accuracy"] == (logits.argmax(1) == data.y).sum().item() / 50
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, data.y).item(), rel=1e-5)
     assert result.keys() == {"loss", "accuracy"}
@@ -240,7 +241,7 @@ def test_evaluation_of_an_ensemble_averages_probabilities() -> None:
         data, logits = predictor(model)
         probabilities.append(logits.softmax(1))
     mean = torch.stack(probabilities).mean(0)
-    result = training.evaluate(model.network, model, xs, statistics, data)
+    result = training.evaluate(TASKS["classification"], model.network, model, xs, statistics, data)
     assert result["accuracy"] == (mean.argmax(1) == data.y).sum().item() / 50
     assert result["loss"] == pytest.approx(F.nll_loss(mean.log(), data.y).item(), rel=1e-5)
     single = [(each.argmax(1) == data.y).float().mean().item() for each in probabilities]

@@ -75,7 +75,8 @@ def test_language_is_learnt_and_an_ensemble_is_better(tmp_path: Path) -> None:
         "model": {"name": "gpt", "layers": 1, "width": 32, "heads": 2},
         "training": {"task": "language", "optimizer": "adamw", "lr": 0.01},
     }
-    apart = compare({"fedavg": {}, "ensemble": {}}, seeds=1, epochs=12, fedavg={"local_epochs": 1}, processes=1, **keys)
+    strategies = {name: {"strategy": name} for name in ("fedavg", "ensemble")}
+    apart = compare(strategies, seeds=1, epochs=12, fedavg={"local_epochs": 1}, processes=1, **keys)
     assert apart.runs["fedavg"][0].summary["bits-per-byte"] < 4
     last = apart.runs["ensemble"][0].history.iloc[-1]
     assert last["accuracy"] > last["accuracy-single"]

@@ -83,11 +83,13 @@ class FlatModel:
 
     def state_dict(self, x: Tensor, stats: Tensor) -> dict[str, Tensor]:
         """A model as a state dict of the network, on the CPU, for people who know nothing of vectors."""
-        mine, my_stats = self.x.clone(), self.stats
-        self.load(x, stats)
-        copies = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        self.load(mine, my_stats)
-        return copies
+        parts = dict(zip(map(id, self._parameters), x.split(self.sizes), strict=True))
+        parts |= dict(zip(map(id, self.statistics), stats.split([each.numel() for each in self.statistics]), strict=True))
+        parts |= {id(counter): start for counter, start in self._counters}
+        return {
+            name: parts.get(id(value), value).detach().view(value.shape).to("cpu", value.dtype, copy=True)
+            for name, value in self.network.state_dict(keep_vars=True).items()
+        }
 
     @property
     def variances(self) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from logging import WARNING
+from tempfile import TemporaryFile
 from typing import Generic, NamedTuple, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
@@ -304,11 +305,11 @@ class Rounds:
     def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
         first = self._bounds[X].few
-        waits = first and len(self._sent) >= FEW  # on disk: in memory they would be as many models as there are sites
-        with Shelf() if waits else nullcontext() as shelf:
+        # On disk, where TMPDIR says: in memory they would be as many models as there are sites.
+        with TemporaryFile() if first and len(self._sent) >= FEW else nullcontext() as file:
             others: dict[int, dict[str, Change]] = {}
-            if shelf:
-                answers = self._after_all(answers, shelf, local, others)
+            if file:
+                answers = self._after_all(answers, Shelf(file), local, others)
             for answer in answers:
                 changes, sent = self._changes(answer, local), self._sent[answer.node]
                 for name, change in changes.items():

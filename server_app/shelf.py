@@ -1,8 +1,7 @@
 """Replies that wait on disk: many of them need no more memory than one."""
 
 from collections.abc import Mapping
-from tempfile import TemporaryFile
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from flwr.app import Array, ArrayRecord
 
@@ -18,16 +17,14 @@ class _Place(NamedTuple):
 
 
 class Shelf:
-    """Arrays in a file without a name, where ``tempfile`` puts its files (TMPDIR)."""
+    """Arrays in a file.
 
-    def __init__(self) -> None:
-        self._file, self._end = TemporaryFile(), 0
+    Args:
+        file: empty.
+    """
 
-    def __enter__(self) -> "Shelf":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._end = file, 0
 
     def put(self, arrays: ArrayRecord) -> Mapping[str, _Place] | ArrayRecord:
         """Put arrays down; what :meth:`take` takes them back by."""

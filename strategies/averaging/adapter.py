@@ -3,8 +3,8 @@
     x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered; BatchNorm statistics likewise
     state  = absorb(state, x_mean)
 
-The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that was sent, of the sum (two models)
-and of a reply, however many sites there are.
+The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that was sent, of the sum (two
+models) and of a reply, however many sites there are.
 """
 
 from collections.abc import Iterable, Mapping

@@ -172,6 +172,7 @@ def train(message: Message, context: Context) -> Message:
         made |= beside
     if local.keep_moments:
         remember_moments(context, step)
+    del step  # its moments: before the answer is written
     if noise:
         moved = {name: vector if local.delta or name != X else vector - sent[X] for name, vector in made.items()}
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
@@ -191,12 +192,14 @@ class _Lost(NamedTuple):
 
 def _coded(config: Config, context: Context, number: int, model: FlatModel, update: Tensor) -> dict[str, Tensor]:
     """An update in the codec of the run; with error feedback, what was lost of those before is made up for."""
-    way = channel(codec_of(config.wire, model.sizes), config.wire.error_feedback)
-    nothing = _Lost(way.init(update))  # empty without error feedback
-    lost = remembered(context, LOST, nothing) if len(nothing.update) else nothing
+    codec = codec_of(config.wire, model.sizes)
     generator = torch.Generator().manual_seed(derive(config.seed, "codec", SiteId.of(context).number, number))
-    payload, memory, _ = way.encode(lost.update, update, generator)
-    if len(memory):
+    if config.wire.error_feedback == "none":
+        payload = codec.encode(update, generator)
+    else:
+        way = channel(codec, config.wire.error_feedback)
+        lost = remembered(context, LOST, _Lost(way.init(update)))
+        payload, memory, _ = way.encode(lost.update, update, generator)
         keep(context, LOST, _Lost(memory))
     return {f"{CODED}{part}": value for part, value in payload.items()}
 

@@ -12,6 +12,7 @@ import socket
 import struct
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
+from io import BytesIO
 from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -19,6 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 HEAD, BLOB, WORKING, REFUSED = b"H", b"B", b"W", b"R"
 FRAME = struct.Struct(">cQ")
 LARGEST = 2**36  # bytes of a frame
+PART = 2**20  # bytes that are read at once
 LARGEST_HEAD = 2**26  # bytes of one that is JSON
 LARGEST_NUMBER = 2**64  # of a run or a node
 LONGEST_KIND = 64  # characters
@@ -118,7 +120,7 @@ def receive(line: Line) -> tuple[bytes, bytes]:
     kind, length = FRAME.unpack(_exactly(line, FRAME.size))
     if length > (most := LARGEST if kind == BLOB else LARGEST_HEAD):
         raise LetterError(f"a frame of {length} bytes; at most {most}")
-    return kind, bytes(_exactly(line, length))
+    return kind, _exactly(line, length)
 
 
 def say(line: Line, kind: bytes, text: str) -> None:
@@ -127,7 +129,10 @@ def say(line: Line, kind: bytes, text: str) -> None:
 
 
 def ask(path: str, message: Message, context: Context) -> Message:
-    """What the service that listens at ``path`` answers; an error that says what is wrong with it, where it does not."""
+    """What the service that listens at ``path`` answers; an error that says what is wrong with it, where it does not.
+
+    The message is left without its content: that and the answer's would be two models at once.
+    """
     head = {
         "kind": message.metadata.message_type,
         "run": context.run_id,
@@ -140,6 +145,7 @@ def ask(path: str, message: Message, context: Context) -> Message:
             line.settimeout(SILENCE_S)
             line.connect(path)
             write(line, head, message.content)
+            message.content = RecordDict()
             while (frame := receive(line))[0] == WORKING:
                 working = json.loads(frame[1])
             if frame[0] == REFUSED:
@@ -165,14 +171,13 @@ def _send(line: Line, kind: bytes, data: bytes) -> None:
     line.sendall(data)
 
 
-def _exactly(line: Line, length: int) -> bytearray:
-    data, filled = bytearray(length), 0
-    with memoryview(data) as view:
-        while filled < length:
-            if not (count := line.recv_into(view[filled:])):
-                raise LetterError("the line was closed")
-            filled += count
-    return data
+def _exactly(line: Line, length: int) -> bytes:
+    data, part = BytesIO(), memoryview(bytearray(min(length, PART)))  # a BytesIO hands over its bytes without a copy
+    while left := length - data.tell():
+        if not (count := line.recv_into(part[:left])):
+            raise LetterError("the line was closed")
+        data.write(part[:count])
+    return data.getvalue()
 
 
 def _taken_apart(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:

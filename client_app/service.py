@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from flwr.app import DEFAULT_TTL, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
 
 from client_app import letter, policy
 from client_app.handlers import app as handlers
@@ -48,6 +48,7 @@ from client_app.site import Origin, SiteId, config_of_site, device_of, network_o
 from configuration.config import Config
 from datasets.cache import cache_folder
 from models.networks import NETWORKS
+from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
 from strategies.protocol import read_order, read_peer_order
@@ -350,13 +351,14 @@ def _norms(message: Message, reply: Message) -> dict[str, float]:
         if array.dtype == "float32":
             vector = unpack(array)
             like = name in sent and sent[name].dtype == "float32" and tuple(sent[name].shape) == tuple(array.shape)
-            found[name] = float(f"{(vector - unpack(sent[name]) if like else vector).norm():.4g}")
+            found[name] = float(f"{extent(vector.reshape(-1), unpack(sent[name]).reshape(-1) if like else None)[1]:.4g}")
     return found
 
 
 def _bytes(content: RecordDict) -> int:
     """Of arrays."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 @contextmanager

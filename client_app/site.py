@@ -68,7 +68,7 @@ class Network(NamedTuple):
         task: what it is trained to do.
         model: the bound model.
         predict: what it predicts for a batch of prepared examples.
-        x, stats: the initial model.
+        x, stats: the initial model; of peers, which start from it. Others train what they are sent, and ``x`` is as it comes.
         plain: the gradient of the mean loss over a batch.
         sharp: the same, sharpness-aware where the run is.
     """
@@ -268,7 +268,8 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Netw
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
-    return Network(task, model, predict, model.x.clone(), model.stats, plain, training.sharpness_aware(plain, _radius(config)))
+    initial = model.x.clone() if isinstance(config.plan, PeerPlan) else model.x
+    return Network(task, model, predict, initial, model.stats, plain, training.sharpness_aware(plain, _radius(config)))
 
 
 def name_of(config: Config, site: SiteId, context: Context) -> str:

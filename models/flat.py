@@ -4,12 +4,15 @@ The algorithms work on ``x`` [d]; the network works on tensors of many shapes. B
 copied between a step of training and a step of an algorithm, and an optimizer sees one tensor instead of a hundred.
 """
 
+from functools import cached_property
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from models.pretrained import is_frozen
+
+_LARGE = 1 << 24  # elements (64 MB)
 
 
 class FlatModel:
@@ -34,17 +37,23 @@ class FlatModel:
         if not parameters:
             raise ValueError("the network has no trainable parameters")
         self.x = torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).float()
-        self.grad = torch.zeros_like(self.x)
         self.sizes = sizes = tuple(parameter.numel() for parameter in parameters)
-        for parameter, part, grad in zip(parameters, self.x.split(sizes), self.grad.split(sizes), strict=True):
+        for parameter, part in zip(parameters, self.x.split(sizes), strict=True):
             parameter.data = part.view(parameter.shape)
-            parameter.grad = grad.view(parameter.shape)
         self._parameters = parameters
         self._pieces: tuple[Tensor, ...] = ()
         # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
         self.buffer_names, self.statistics = _statistics(network)
         self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
         self.num_stats = sum(buffer.numel() for buffer in self.statistics)
+
+    @cached_property
+    def grad(self) -> Tensor:
+        """[d]; not before it is asked for: a server needs none."""
+        whole = torch.zeros_like(self.x)
+        for parameter, part in zip(self._parameters, whole.split(self.sizes), strict=True):
+            parameter.grad = part.view(parameter.shape)
+        return whole
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of ``loss`` [] into ``grad``.
@@ -56,6 +65,8 @@ class FlatModel:
         self._pieces = ()
         self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         torch.cat([piece.reshape(-1) for piece in self._pieces], out=self.grad)
+        if len(self.x) >= _LARGE:  # whose pieces are handed back anyway, and are as much memory as the model
+            self._pieces = ()
 
     @property
     def stats(self) -> Tensor:
@@ -83,11 +94,13 @@ class FlatModel:
 
     def state_dict(self, x: Tensor, stats: Tensor) -> dict[str, Tensor]:
         """A model as a state dict of the network, on the CPU, for people who know nothing of vectors."""
-        mine, my_stats = self.x.clone(), self.stats
-        self.load(x, stats)
-        copies = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        self.load(mine, my_stats)
-        return copies
+        parts = dict(zip(map(id, self._parameters), x.split(self.sizes), strict=True))
+        parts |= dict(zip(map(id, self.statistics), stats.split([each.numel() for each in self.statistics]), strict=True))
+        parts |= {id(counter): start for counter, start in self._counters}
+        return {
+            name: parts.get(id(value), value).detach().view(value.shape).to("cpu", value.dtype, copy=True)
+            for name, value in self.network.state_dict(keep_vars=True).items()
+        }
 
     @property
     def variances(self) -> Tensor:

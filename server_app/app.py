@@ -77,24 +77,25 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
 
 def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink) -> None:
     """Execute the plan of the run."""
-    initial, layout, shares = pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
+    # A function: held here, the initial model would stay in memory.
+    initial, layout, shares = lambda: pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
     if sends_updates(config.wire) and not isinstance(config.plan, PeerPlan):
         layout = layout.with_codec(codec_of(config.wire, model.sizes))
     rounds = partial(Rounds, grid, federation=federation, config=config, layout=layout, sink=emit)
     match config.plan:
         case ArrivalPlan() as plan:
-            Asynchronous(grid, plan, federation, config, layout, emit).run(initial)
+            Asynchronous(grid, plan, federation, config, layout, emit).run(initial())
         case PeerPlan() as plan:
             relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
             report_consensus(grid, relay.run(), federation, config, relay.report, relay.exchanges)
         case RoundPlan() as plan:
             planned = Planned(plan, shares(plan.weighting))
-            rounds(planned, planned.instruct).run(initial, plan.site.sends if plan.site else ())
+            rounds(planned, planned.instruct).run(initial(), plan.site.sends if plan.site else ())
         case AlonePlan(instruct=by_itself, ensemble=ensemble):
             alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
-            rounds(alone, lambda moment, _: by_itself(moment)).run(initial)
+            rounds(alone, lambda moment, _: by_itself(moment)).run(initial())
         case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
-            rounds(Shipped(make(), shares(weighting)), lambda moment, _: foreign(moment)).run(initial)
+            rounds(Shipped(make(), shares(weighting)), lambda moment, _: foreign(moment)).run(initial())
 
 
 def _shares(federation: Federation, weighting: str) -> dict[int, float]:

@@ -37,9 +37,15 @@ UNSAFE = f"with it the model may hold more than {LARGEST:.3g}; a smaller lr or s
 
 
 class _Flight(NamedTuple):
-    """A training message under way: the vectors that went with it, their version, what is to be done, and when it was sent."""
+    """A training message under way: what went with it, its version, what is to be done, and when it was sent.
+
+    Attributes:
+        sent: the vectors; ``x`` is empty where the rule does without it, so that not every site keeps a model here.
+        norms: of the vectors, as long as a bound needs them.
+    """
 
     sent: dict[str, Tensor]
+    norms: dict[str, float]
     version: int
     local: Local
     at: float
@@ -106,9 +112,9 @@ class Asynchronous:
             RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what was reached so far was
                 emitted.
         """
-        vectors = {name: unpack(array) for name, array in arrays.items()}
-        self._state = self._plan.rule.init(vectors[X])
-        self._stats = vectors[STATS].clone() if STATS in vectors else torch.empty(0)
+        self._state = self._plan.rule.init(unpack(arrays[X]))
+        self._stats = unpack(arrays[STATS]).clone() if STATS in arrays else torch.empty(0)
+        del arrays
         self._dispatch(list(self._sites))
         while self._done < self._total or self._tests:
             away = self._readmit()
@@ -118,6 +124,7 @@ class Asynchronous:
                     self._answered(int(message.metadata.group_id), node, reply)
                 else:
                     self._arrived(node, reply)
+                del reply  # a model: before the next one comes
         if self._blind:
             raise RunError(f"update {self._updates}: no site could test the model: it is of no use")
         return self._model()
@@ -134,6 +141,8 @@ class Asynchronous:
             return
         model, now, messages = self._model(), self._clock.now(), []
         sent = {name: unpack(array) for name, array in model.items()}
+        norms = {name: extent(vector)[1] for name, vector in sent.items() if self._bounds[name].few}
+        sent |= {} if self._plan.rule.based else {X: sent[X].new_empty(0)}
         down = down_codec_of(self._config.wire)
         model = write_model(model, down) if down else model
         connected = set(self._grid.get_node_ids())
@@ -145,7 +154,7 @@ class Asynchronous:
             local = self._local(node)
             order = write_order(Order(self._updates + 1, self._federation.agreed(), local))
             messages.append(Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.TRAIN))
-            self._flying[node] = _Flight(sent, self._state.version, local, now)
+            self._flying[node] = _Flight(sent, norms, self._state.version, local, now)
         self._report.sent(messages)
         self._mailbox.send(messages)
 
@@ -226,7 +235,7 @@ class Asynchronous:
         """Whether a site moves the model further than others do."""
         changes = {name: Change(norm, total if name == X else 1.0) for name, norm in found.change.items()}
         for name, change in changes.items():
-            size = extent(flight.sent[name])[1] if self._bounds[name].few else 0.0
+            size = flight.norms[name] if self._bounds[name].few else 0.0
             if reason := self._bounds[name].refusal(change, size):
                 return f"{name}: {reason}"
         for name, change in changes.items():
@@ -250,11 +259,12 @@ class Asynchronous:
             if not self._safe(reached := self._reached(parts)):
                 self._refuse(node, UNSAFE)
                 continue
-            self._extremes = reached
+            self._extremes, steps = reached, sum(part.steps for part in parts) / len(parts)
             self._state = self._plan.rule.absorb(self._state, update)
+            del parts, earlier, last, update
             self._period.applied(node, ages)
             before, self._updates = self._done, self._updates + 1
-            self._done += sum(part.steps for part in parts) / len(parts) / self._plan.steps
+            self._done += steps / self._plan.steps
             if not refill:
                 self._dispatch([node])
             if self._done // self._every > before // self._every or self._done >= self._total:

@@ -6,13 +6,16 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from threading import Thread
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from flwr.app import Error, Message
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from strategies.records import num_bytes
+
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
-PATIENCE_S = 0.5  # with one reply, before others are looked for while it comes
+PATIENCE_S = 0.5  # with a reply, before others are looked for while it comes,
+BYTES_A_S = 25e6  # and the time that one as large as its message takes from the SuperLink: Flower needs three times its memory
 AT_ONCE = 8  # replies that come: as many models may be in memory
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
@@ -49,6 +52,14 @@ def clock_of(grid: Grid) -> Clock:
     return grid if isinstance(grid, Clock) else _WallClock()
 
 
+class _Waiting(NamedTuple):
+    """A message under way, without its arrays: sites that work on different models would keep all of these in memory."""
+
+    message: Message
+    deadline: float
+    patience_s: float
+
+
 class Mailbox:
     """Messages under way. Each is answered once: by its site, or, when its time is over, by an error made here.
 
@@ -63,7 +74,7 @@ class Mailbox:
     def __init__(self, grid: Grid, timeout_s: float) -> None:
         self._grid, self._timeout_s = grid, timeout_s
         self._clock = clock_of(grid)
-        self._waiting: dict[str, tuple[Message, float]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._coming: dict[str, Future[list[Message]]] = {}
         self._poll = FIRST_WAIT_S
 
@@ -80,34 +91,36 @@ class Mailbox:
         if len(identities) != len(sent):
             raise RuntimeError(f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: too large or too old")
         for identity, message in zip(identities, sent, strict=True):
+            patience = PATIENCE_S + num_bytes(message) / BYTES_A_S
             # Without an identity it was not taken, its node having gone: nobody will answer.
-            self._waiting[identity or uuid.uuid4().hex] = (message, deadline if identity else -math.inf)
+            until = deadline if identity else -math.inf
+            self._waiting[identity or uuid.uuid4().hex] = _Waiting(_without_arrays(message), until, patience)
 
     def receive(self, *, once: bool = False) -> Iterator[tuple[Message, Message]]:
-        """Wait until something is there, then yield messages with their replies, in the order of arrival.
+        """Wait until something is there, then yield messages, without their arrays, with their replies, in the order of arrival.
 
-        With ``once`` nothing may be yielded: the caller has more to look after.
+        A reply is kept by whoever takes it, not here. With ``once`` nothing may be yielded: the caller has more to look after.
         """
         while self._waiting:
             arrived, now = False, self._clock.now()
             for identity in list(self._waiting):
-                for reply in self._pull(identity)[:1]:
+                if replies := self._pull(identity):
                     # Replies that Flower makes up itself name node 1 as their source: the message tells who was asked.
                     arrived = True
-                    yield self._waiting.pop(identity)[0], reply
+                    yield self._waiting.pop(identity).message, replies.pop(0)
             if arrived:
                 self._poll = FIRST_WAIT_S
                 return
-            late = [identity for identity, (_, deadline) in self._waiting.items() if deadline <= now]
+            late = [identity for identity, waiting in self._waiting.items() if waiting.deadline <= now]
             for identity in late:
-                message, deadline = self._waiting.pop(identity)
+                message, deadline, _ = self._waiting.pop(identity)
                 self._coming.pop(identity, None)
                 taken = deadline > -math.inf
                 reason = f"no answer within timeout-s = {self._timeout_s:g}" if taken else "Flower did not take the message for it"
                 yield message, Message(Error(TOO_LATE, reason), reply_to=message)
             if late:
                 return
-            self._clock.wait(self._poll, min(deadline for _, deadline in self._waiting.values()) - now)
+            self._clock.wait(self._poll, min(waiting.deadline for waiting in self._waiting.values()) - now)
             self._poll = min(2 * self._poll, LONGEST_WAIT_S)
             if once:
                 return
@@ -127,10 +140,15 @@ class Mailbox:
                 return []
             coming = self._coming[identity] = Future()
             Thread(target=_pull_into, args=(coming, self._grid, identity), daemon=True).start()
-            wait([coming], PATIENCE_S if len(self._coming) == 1 else FIRST_WAIT_S)
+            wait([coming], self._waiting[identity].patience_s / len(self._coming))
         if not coming.done():
             return []
         return self._coming.pop(identity).result()
+
+
+def _without_arrays(message: Message) -> Message:
+    content = RecordDict({name: record for name, record in message.content.items() if not isinstance(record, ArrayRecord)})
+    return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload,no-any-return]
 
 
 def _pull_into(coming: Future[list[Message]], grid: Grid, identity: str) -> None:

@@ -6,11 +6,13 @@ answer. Only the last model, and models of sites that learn alone for a common p
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from logging import WARNING
+from tempfile import TemporaryFile
 from typing import Generic, NamedTuple, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -18,13 +20,14 @@ from torch import Tensor
 
 from configuration.config import Config
 from configuration.network import down_codec_of
-from server_app.bound import Bound, Change
+from server_app.bound import FEW, Bound, Change
 from server_app.census import Federation, RunError, an_epoch
 from server_app.events import Kept, Progress, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Measure, Report
 from server_app.report import Moment as Reached
 from server_app.roster import Roster
+from server_app.shelf import Shelf
 from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import AlonePlan, ForeignPlan, Local, Moment
 from strategies.protocol import (
@@ -93,7 +96,7 @@ class Rounds:
         self._report = Report(federation, sink, self._clock, "round")
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
-        self._latest: dict[int, Message] = {}  # to each site
+        self._latest: dict[int, Metadata] = {}  # of the message to each site
         self._sent: dict[int, dict[str, Tensor]] = {}  # the model that each trains, before the codec
         self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
@@ -169,7 +172,9 @@ class Rounds:
                     self._take_test(number - 1, answer, tested)
                 if self._layout.codec:  # the strategy sees models
                     _replace(answer.reply, pack(answer.found.vectors))
+                    answer.found.vectors.clear()
                 yield answer.reply
+                del answer  # a model: before the next one comes
 
         try:
             newest, metrics = self._strategy.aggregate_train(number, replies())
@@ -252,15 +257,16 @@ class Rounds:
 
         All sites that are here are waited for; those that are away only where too few can be used without them.
         """
-        calls = {message.metadata.dst_node_id: message for message in messages if self._calls(number, message)}
+        sent = [message for message in messages if self._calls(number, message)]
+        calls = {message.metadata.dst_node_id: message.metadata for message in sent}
         self._latest |= calls
-        self._report.sent(list(calls.values()))
-        self._mailbox.send(calls.values())
+        self._report.sent(sent)
+        self._mailbox.send(sent)
         missing, usable = set(calls), 0
         while missing and (usable < self._roster.least or not all(map(self._roster.away, missing))):
             for message, reply in self._mailbox.receive():
                 node = message.metadata.dst_node_id
-                late = calls.get(node) is not message
+                late = calls.get(node) is not message.metadata
                 self._came(number, message, reply, late)
                 if late:
                     continue
@@ -269,6 +275,7 @@ class Rounds:
                 if not isinstance(found, Refusal):
                     usable += 1
                     yield Answer(node, message, reply, found)
+                del reply, found
 
     def _calls(self, number: int, message: Message) -> bool:
         """Whether a message is sent: to a site that is away in fewer and fewer rounds, for each may wait until it is back."""
@@ -284,7 +291,7 @@ class Rounds:
         """A reply came, of this phase or too late: the site is here; or there will be none, and it is away."""
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if gone(reply):
-            if self._latest[node] is message:  # else it may have answered to another since
+            if self._latest[node] is message.metadata:  # else it may have answered to another since
                 self._roster.lose(node, why(reply), self._clock.now(), again=number)
         elif self._roster.answer(node):
             log(WARNING, "round %d: %s answers again%s", number, name, ", but too late" * late)
@@ -299,28 +306,46 @@ class Rounds:
         return found
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
-        x = arrays_of(message)[X]
-        models = 1 if len(x.shape) == 1 else x.shape[0]
+        models = 1 if self._beside else len(self._sites)
         return read_tested(reply, self._sites[node].num_test, models, means=self._measure.means)
 
     def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
-        measured: Iterable[tuple[Answer[Trained], dict[str, Change]]]
-        measured = ((answer, self._changes(answer, local)) for answer in answers)
-        if first := self._bounds[X].few:
-            measured = list(measured)
-        for answer, changes in measured:
-            sent = self._sent[answer.node]
-            for name, change in changes.items():
-                others = {other.node: each[name] for other, each in measured} if first else None
-                size = extent(sent.get(name, sent[X]))[1] if first else 0.0
-                if reason := self._bounds[name].refusal(change, size, others):
-                    self._report.refuse(answer.node, number, "training", f"{name}: {reason}")
-                    break
-            else:
+        first = self._bounds[X].few
+        # On disk, where TMPDIR says: in memory they would be as many models as there are sites.
+        with TemporaryFile() if first and len(self._sent) >= FEW else nullcontext() as file:
+            others: dict[int, dict[str, Change]] = {}
+            if file:
+                answers = self._after_all(answers, Shelf(file), local, others)
+            for answer in answers:
+                changes, sent = self._changes(answer, local), self._sent[answer.node]
                 for name, change in changes.items():
-                    self._bounds[name].accept(answer.node, change)
-                yield answer
+                    each = {node: found[name] for node, found in others.items()} if first else None
+                    size = extent(sent.get(name, sent[X]))[1] if first else 0.0
+                    if reason := self._bounds[name].refusal(change, size, each):
+                        self._report.refuse(answer.node, number, "training", f"{name}: {reason}")
+                        break
+                else:
+                    for name, change in changes.items():
+                        self._bounds[name].accept(answer.node, change)
+                    yield answer
+                del answer  # a model: before the next one comes
+
+    def _after_all(
+        self, answers: Iterator[Answer[Trained]], shelf: Shelf, local: Local, changes: dict[int, dict[str, Change]]
+    ) -> Iterator[Answer[Trained]]:
+        """The answers when all of them have come; the changes of each site are put into ``changes`` before."""
+        waiting = []
+        for answer in answers:
+            changes[answer.node] = self._changes(answer, local)
+            places = shelf.put(arrays_of(answer.reply))
+            answer.reply.content.pop(ARRAYS)
+            waiting.append((answer.node, answer.message, answer.reply, places))
+            del answer
+        for node, message, reply, places in iter(lambda: waiting.pop(0) if waiting else None, None):
+            reply.content[ARRAYS] = shelf.take(places)
+            yield Answer(node, message, reply, self._read_trained(node, message, reply))
+            del reply
 
     def _changes(self, answer: Answer[Trained], local: Local) -> dict[str, Change]:
         """How far a site moved each vector, and by which learning rates."""

@@ -11,7 +11,7 @@ sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from strategies.imported import imported
 Payload = dict[str, Tensor]
 TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
 BITS = (2, 4, 8, 16)  # what packs evenly into bytes
+_BLOCK = 1 << 18  # elements worked on at a time: what is computed on the way needs no memory of the vector's size
 
 
 class Codec(NamedTuple):
@@ -56,7 +57,10 @@ def rounded(dtype: torch.dtype) -> Codec:
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
         # As integers of the same bits: numpy, which writes Flower's arrays, knows no bfloat16.
-        return {"values": vector.clamp(-largest, largest).to(dtype).view(torch.int16)}
+        values = torch.empty(vector.shape, dtype=dtype, device=vector.device)
+        for block, target in zip(vector.split(_BLOCK), values.split(_BLOCK), strict=True):
+            target.copy_(block.clamp(-largest, largest))
+        return {"values": values.view(torch.int16)}
 
     return Codec(encode, lambda payload: payload["values"].view(dtype).float())
 
@@ -85,25 +89,37 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
     in_a_byte = max(1, 8 // bits)
     total = sum(sizes)
 
+    def parts(vector: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks of the vector, each with its layer's scale [] and its codes."""
+        for layer, scale, code in zip(vector.split(list(sizes)), scales, codes.split(list(sizes)), strict=True):
+            for block, part in zip(layer.split(_BLOCK), code.split(_BLOCK), strict=True):
+                yield block, scale, part
+
     def encode(vector: Tensor, generator: torch.Generator) -> Payload:
-        scales = torch.stack([layer.abs().max() for layer in vector.split(list(sizes))])
-        exact = vector.abs() * (levels / _spread(scales.clamp_min(torch.finfo(vector.dtype).tiny), sizes))
-        # Drawn on the CPU: every device sees the same numbers.
-        level = (exact + torch.rand(total, generator=generator).to(vector)).to(torch.int32).clamp_(max=levels)
-        code = level + (vector < 0) * sign_bit
-        if bits == 16:
-            return {"codes": (code - (code >= 1 << 15) * (1 << 16)).to(torch.int16), "scales": scales}
-        code = torch.nn.functional.pad(code, (0, -total % in_a_byte)).view(-1, in_a_byte)
-        shifts = torch.arange(0, 8, bits, device=code.device)[:in_a_byte]
-        return {"codes": (code << shifts).sum(1).to(torch.uint8), "scales": scales}
+        scales = torch.stack([torch.linalg.vector_norm(layer, torch.inf) for layer in vector.split(list(sizes))])
+        codes = vector.new_zeros(total + -total % in_a_byte, dtype=torch.int16 if bits == 16 else torch.uint8)
+        steps = levels / scales.clamp_min(torch.finfo(vector.dtype).tiny)
+        for block, step, code in parts(vector, steps, codes[:total]):
+            # Drawn on the CPU: every device sees the same numbers.
+            chance = torch.rand(len(block), generator=generator).to(block)
+            level = (block.abs() * step).add_(chance).to(torch.int32).clamp_(max=levels)
+            code.copy_(level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit))  # the sign bit of an int16 counts below 0
+        packed = codes[::in_a_byte].clone()
+        for place in range(1, in_a_byte):
+            packed |= codes[place::in_a_byte] << place * bits
+        return {"codes": packed, "scales": scales}
 
     def decode(payload: Payload) -> Tensor:
-        code = payload["codes"].to(torch.int32)
-        if bits < 16:
-            shifts = torch.arange(0, 8, bits, device=code.device)[:in_a_byte]
-            code = ((code[:, None] >> shifts) & ((1 << bits) - 1)).view(-1)[:total]
-        magnitude = (code & levels).to(payload["scales"].dtype) * _spread(payload["scales"] / levels, sizes)
-        return torch.where((code & sign_bit) != 0, -magnitude, magnitude)
+        packed, scales = payload["codes"], payload["scales"]
+        codes = packed.new_empty(len(packed) * in_a_byte)
+        for place in range(in_a_byte):
+            codes[place::in_a_byte] = packed >> place * bits
+        vector = scales.new_empty(total)
+        for target, step, code in parts(vector, scales / levels, codes[:total]):
+            whole = code.to(torch.int32)
+            magnitude = (whole & levels).to(step.dtype) * step
+            target.copy_(torch.where((whole & sign_bit) != 0, -magnitude, magnitude))
+        return vector
 
     return Codec(encode, decode)
 

@@ -131,7 +131,7 @@ class RoundPlan(NamedTuple, Generic[S]):
     Attributes:
         init: the server's state at a model [d]; a NamedTuple with a field ``x``.
         instruct: what sites do in a round.
-        absorb: the state after a round.
+        absorb: the state after a round. Like ``init`` it writes into nothing that it is given: ``x`` is what was sent.
         beside: vectors that go to the sites beside the model, by name.
         site: what sites remember; None for nothing.
         weighting: whether sites count the same or by their training examples.

@@ -389,8 +389,9 @@ class Layout(NamedTuple):
 
     def with_codec(self, codec: Codec) -> "Layout":
         """With updates in a codec, whose payloads are always of the same size."""
-        payload = pack(codec.encode(torch.ones(self.sizes[X]), torch.Generator()))
-        return self._replace(codec=codec, coded={name: (array.dtype, tuple(array.shape)) for name, array in payload.items()})
+        payload = codec.encode(torch.ones(1).expand(self.sizes[X]), torch.Generator())
+        coded = {name: (str(part.dtype).removeprefix("torch."), tuple(part.shape)) for name, part in payload.items()}
+        return self._replace(codec=codec, coded=coded)
 
 
 class Trained(NamedTuple):
@@ -403,7 +404,7 @@ class Trained(NamedTuple):
         change: of each vector, how far it is from the one that was sent.
     """
 
-    vectors: Mapping[str, Tensor]
+    vectors: dict[str, Tensor]
     metrics: TrainMetrics
     largest: float
     change: Mapping[str, float]

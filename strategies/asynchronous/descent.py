@@ -102,4 +102,4 @@ def descent(
         strength = 1 / math.sqrt(1 - DECAY) if adaptive else delta / lr
         return eta * delta * (1 + compensation * strength * 2 * x)
 
-    return ServerRule(init, absorb, reach)
+    return ServerRule(init, absorb, reach, based=compensation > 0)

@@ -41,7 +41,7 @@ def fedasync(*, alpha: float, weight: Weight) -> ServerRule[Mixing]:
     def reach(x: float, delta: float, lr: float) -> float:
         return alpha * (2 * x + delta)
 
-    return ServerRule(lambda x: Mixing(x.clone(), 0), absorb, reach)
+    return ServerRule(lambda x: Mixing(x.clone(), 0), absorb, reach, based=True)
 
 
 class Keys(StalenessKeys):

@@ -33,7 +33,7 @@ class Update(NamedTuple):
 
     Attributes:
         delta: [d], the model that the site was sent minus the one it made of it.
-        base: [d], the model that the site was sent.
+        base: [d], the model that the site was sent; empty for a rule that does without it.
         lr: the sum of the learning rates of the site's steps: ``delta / lr`` is its mean gradient.
         staleness: by how many versions the model changed in the meantime.
         earlier: what the site sent before while it waited for its turn. One contribution is the mean of all these, each against
@@ -67,11 +67,13 @@ class ServerRule(NamedTuple, Generic[S]):
         absorb: the state after an update.
         reach: how far ``absorb`` moves a coordinate of the model at most, given the largest magnitudes of all models and of all
             deltas so far and the smallest ``lr``: a state that must not leave its bounds is not given what could take it there.
+        based: whether ``absorb`` looks at the model that the site was sent: the server then keeps one for each site at work.
     """
 
     init: Callable[[Tensor], S]
     absorb: Callable[[S, Update], S]
     reach: Callable[[float, float, float], float]
+    based: bool = False
 
 
 Weight = Callable[[int], float]  # in (0, 1]

@@ -3,7 +3,8 @@
     x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered; BatchNorm statistics likewise
     state  = absorb(state, x_mean)
 
-The mean streams: a reply is added when it arrives, then forgotten.
+The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that was sent, of the sum (two
+models) and of a reply, however many sites there are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,7 +62,7 @@ class Planned(FedAvg):
     def instruct(self, moment: Moment, x: Tensor) -> Local:
         """What sites do in a round that begins with the model ``x`` [d]."""
         if self.state is None:
-            self.state = self._plan.init(x.clone())
+            self.state = self._plan.init(x)
         return self._plan.instruct(self.state, moment)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -73,7 +74,7 @@ class Planned(FedAvg):
             self._done += local.epochs or local.steps / self._an_epoch
             config = ConfigRecord({**config, **write_local(local)})
         if self.state is None:
-            self.state = self._plan.init(vectors[X].clone())
+            self.state = self._plan.init(vectors[X])
         self._sent = vectors
         if beside := self._plan.beside(self.state):
             arrays = ArrayRecord({**arrays, **pack(beside)})
@@ -87,10 +88,9 @@ class Planned(FedAvg):
         metrics: list[RecordDict] = []
         for reply in replies:
             share = self._shares[reply.metadata.src_node_id] if self._shares else self._equal
-            for name, array in arrays_of(reply).items():
-                vector = unpack(array)
-                means.setdefault(name, StreamingMean(vector.shape)).add(vector, share)
+            _add(means, reply, share)
             metrics.append(RecordDict({METRICS: metrics_of(reply)}))
+            del reply  # before the next one comes
         if not metrics:
             return None, None
         answered = means[X].share
@@ -102,4 +102,12 @@ class Planned(FedAvg):
             raise TypeError(f"absorb made x {x.dtype} {list(x.shape)} of {sent.dtype} {list(sent.shape)}")
         summary = weighted_metrics(metrics, NUM_EXAMPLES)
         summary[CHANGE] = relative_change(self.state.x, self._sent[X])
-        return pack({X: self.state.x, STATS: stats}), summary
+        made = pack({X: self.state.x, STATS: stats})
+        self.state, self._sent = self.state._replace(x=unpack(made[X])), {}  # one model, not two
+        return made, summary
+
+
+def _add(means: dict[str, StreamingMean], reply: Message, share: float) -> None:
+    for name, array in arrays_of(reply).items():
+        vector = unpack(array)
+        means.setdefault(name, StreamingMean(vector.shape)).add(vector, share)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app.ranks import all_or_none
-from datasets.lazy import read
+from datasets.lazy import Lazy, stream
 from datasets.site import Part
 from models.flat import FlatModel
 from strategies.gradients import perturbed
@@ -161,24 +161,17 @@ def num_batches(num_examples: int, batch_size: int) -> int:
 def batches(
     part: Part, batch_size: int, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
 ) -> Iterator[Batch]:
-    """One epoch in random order, in batches of nearly equal size: no batch of one example, on which BatchNorm would fail."""
+    """One epoch in random order, an IterableDataset's in its own; in batches of nearly equal size: none of one example."""
     order = torch.randperm(len(part.y), generator=generator)
-    for chosen in order.tensor_split(num_batches(len(order), batch_size)):
-        yield batch(part, chosen, generator, augment)
-
-
-def batch(
-    part: Part, chosen: Tensor, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
-) -> Batch:
-    """The ``chosen`` examples, as the network takes them."""
-    x, y = read(*part, chosen)
-    return prepare(augment(x, generator) if augment else x), y
+    if isinstance(part.x, Lazy) and part.x.in_order:
+        order = torch.arange(len(part.y))
+    for x, y in stream(*part, order.tensor_split(num_batches(len(order), batch_size))):
+        yield prepare(augment(x, generator) if augment else x), y
 
 
 def chunks(part: Part) -> Iterator[Batch]:
     """All examples in their order, so many at once as a test takes, as the network takes them."""
-    for chosen in torch.arange(len(part.y)).split(EVALUATION_BATCH):
-        x, y = read(*part, chosen)
+    for x, y in stream(*part, torch.arange(len(part.y)).split(EVALUATION_BATCH)):
         yield prepare(x), y
 
 
@@ -250,17 +243,17 @@ def evaluate(predict: Callable[[Tensor], Tensor], model: FlatModel, xs: Tensor, 
     model.network.eval()
     for x, stats in zip(xs, statistics, strict=True):
         model.load(x, stats)
-        outputs = [predict(x).float() for x, _ in chunks(part)]
+        outputs, labels = zip(*((predict(x).float(), y) for x, y in chunks(part)), strict=True)
         logs.append(torch.cat(outputs).log_softmax(1))
     model.network.train()
     together = torch.stack(logs)  # [k, n, classes]
-    mean = together.logsumexp(0) - math.log(k)
+    mean, y = together.logsumexp(0) - math.log(k), torch.cat(labels)
     result = {
-        "loss": F.nll_loss(mean, part.y).item(),
-        "accuracy": (mean.argmax(1) == part.y).sum().item() / n,
+        "loss": F.nll_loss(mean, y).item(),
+        "accuracy": (mean.argmax(1) == y).sum().item() / n,
     }
     if k > 1:
         each = together.argmax(2)
-        result["accuracy-vote"] = (each.mode(0).values == part.y).sum().item() / n
-        result["accuracy-single"] = (each == part.y).sum().item() / (n * k)
+        result["accuracy-vote"] = (each.mode(0).values == y).sum().item() / n
+        result["accuracy-single"] = (each == y).sum().item() / (n * k)
     return result

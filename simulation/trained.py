@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from client_app.training import EVALUATION_BATCH, prepare
 from configuration.description import Description
-from datasets.examples import SourceError
+from datasets.errors import SourceError
 from datasets.files import existing
 from datasets.folders import PICTURES, pictures, spectrograms
 from datasets.tables import unlabelled, unlabelled_text

@@ -1,7 +1,8 @@
 """A peer's network on its data: what the functions of its step ask for (:class:`strategies.peer.state.Oracle`)."""
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import Any
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from client_app import training
 from client_app.privacy import Noise
 from client_app.site import Network
 from configuration.config import Config
-from datasets.site import SiteData
+from datasets.lazy import Lazy, read, stream
+from datasets.site import Part, SiteData
 from strategies.peer.state import Metrics
 from strategies.randomness import derive
 
@@ -21,16 +23,42 @@ def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(derive(config.seed, "order", site, epoch)))
 
 
-def nth_batch(config: Config, site: int, part: Any, number: int) -> training.Batch:
+def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Batch:
     """Batch ``number`` of a peer's training, counted from 0 over the whole run."""
     an_epoch = training.num_batches(len(part.y), config.training.batch_size)
-    order = order_of(config, site, number // an_epoch, len(part.y))
+
+    def chosen(number: int) -> Tensor:
+        order = order_of(config, site, number // an_epoch, len(part.y))
+        return order.tensor_split(an_epoch)[number % an_epoch]
+
     generator = (
         torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.data.augment != "none" else None
     )
-    augment = training.flip_crop if generator is not None else None
-    chosen = order.tensor_split(an_epoch)[number % an_epoch]
-    return training.batch(part, chosen, generator or torch.Generator(), augment)
+    x, y = _ahead.batch((config, site), part, number, chosen)
+    return training.prepare(training.flip_crop(x, generator) if generator is not None else x), y
+
+
+class _Ahead:
+    """Reads ahead, where data are lazy and workers read them, for a peer that asks for one batch after the other."""
+
+    def __init__(self) -> None:
+        self._expected: tuple[object, ...] = ()
+        self._batches: Iterator[training.Batch] | None = None
+
+    def batch(self, peer: object, part: Part, number: int, chosen: Callable[[int], Tensor]) -> training.Batch:
+        """The examples that are ``chosen`` for a batch of this number."""
+        if not isinstance(part.x, Lazy):
+            return read(*part, chosen(number))
+        if (peer, part.x.reader, number) != self._expected:  # another peer's of this process, or the first
+            self._batches, found = None, read(*part, chosen(number))
+        else:
+            self._batches = self._batches or stream(*part, map(chosen, count(number)))
+            found = next(self._batches)
+        self._expected = peer, part.x.reader, number + 1
+        return found
+
+
+_ahead = _Ahead()
 
 
 class Oracle:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,11 +24,12 @@ from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.network import network_of as build
 from datasets import sources
+from datasets.lazy import Lazy, Values
 from datasets.names import fault
 from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, standardise_numbers, take
 from models.flat import FlatModel
 from models.tasks import Task
-from strategies.method import PeerPlan, RoundPlan
+from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.protocol import Agreed
 from strategies.randomness import derive
 from strategies.records import config_of
@@ -123,7 +125,7 @@ def origin_of(config: Config, site: SiteId) -> Origin:
         SourceError: there are none.
     """
     data, path = config.data, config.data.path if site.num_sites is not None else site.path
-    keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets", "context", "vocabulary")
+    keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets", "context", "vocabulary", "memory_gb")
     options = (*((key, getattr(data, key)) for key in keys), ("target", config.task.target))
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
@@ -173,6 +175,11 @@ def _radius(config: Config) -> float:
     return config.plan.gradient.rho if isinstance(config.plan, PeerPlan) else config.training.sam_radius
 
 
+def _epochs(config: Config) -> bool:
+    """Whether sites train for whole epochs."""
+    return not isinstance(config.plan, PeerPlan | ArrivalPlan) and not hasattr(config.keys, "local_steps")
+
+
 def raw_data(config: Config, site: SiteId) -> SiteData:
     """The examples of a site as they were read: classes and columns are its own.
 
@@ -185,6 +192,9 @@ def raw_data(config: Config, site: SiteId) -> SiteData:
 def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
     data = take(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
+    if isinstance(data.train.x, Lazy) and data.train.x.in_order and not _epochs(config):
+        said = "an IterableDataset is read from its beginning each time; allowed: methods with local-epochs"
+        raise ConfigError(f"strategy = {config.strategy!r}: {said}")
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
         raise ConfigError(
             f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; allowed, sealed: {FEWEST} or more"
@@ -220,8 +230,11 @@ def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str,
         data = standardise(data, columns) if data.columns else data
         data = standardise_numbers(data, numbers) if config.task.target == "numbers" else data
     device = device_of(config.computing.device)
-    train, test = (Part(*(each.to(device) for each in part)) for part in (data.train, data.test))
-    return data._replace(train=train, test=test)
+
+    def there(values: Values) -> Values:
+        return replace(values, device=device, workers=config.computing.workers) if isinstance(values, Lazy) else values.to(device)
+
+    return data._replace(train=Part(*map(there, data.train)), test=Part(*map(there, data.test)))
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app.ranks import all_or_none
-from datasets.lazy import read
+from datasets.lazy import Lazy, stream
 from datasets.site import Part
 from models.flat import FlatModel
 from models.tasks import Task, right
@@ -162,24 +162,17 @@ def num_batches(num_examples: int, batch_size: int) -> int:
 def batches(
     part: Part, batch_size: int, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
 ) -> Iterator[Batch]:
-    """One epoch in random order, in batches of nearly equal size: no batch of one example, on which BatchNorm would fail."""
+    """One epoch in random order, an IterableDataset's in its own; in batches of nearly equal size: none of one example."""
     order = torch.randperm(len(part.y), generator=generator)
-    for chosen in order.tensor_split(num_batches(len(order), batch_size)):
-        yield batch(part, chosen, generator, augment)
-
-
-def batch(
-    part: Part, chosen: Tensor, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
-) -> Batch:
-    """The ``chosen`` examples, as the network takes them."""
-    x, y = read(*part, chosen)
-    return prepare(augment(x, generator) if augment else x), y
+    if isinstance(part.x, Lazy) and part.x.in_order:
+        order = torch.arange(len(part.y))
+    for x, y in stream(*part, order.tensor_split(num_batches(len(order), batch_size))):
+        yield prepare(augment(x, generator) if augment else x), y
 
 
 def chunks(part: Part) -> Iterator[Batch]:
     """All examples in their order, so many at once as a test takes, as the network takes them."""
-    for chosen in torch.arange(len(part.y)).split(EVALUATION_BATCH):
-        x, y = read(*part, chosen)
+    for x, y in stream(*part, torch.arange(len(part.y)).split(EVALUATION_BATCH)):
         yield prepare(x), y
 
 

@@ -173,6 +173,10 @@ def _data(config: "Config") -> Iterator[str]:
         yield f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
     if data.augment != "none" and data.source in SOURCES and not SOURCES[data.source].pictures:
         yield f"data.augment = {data.augment!r}: only pictures can be flipped and cropped, not {data.source}; allowed: 'none'"
+    if config.computing.workers and data.source in SOURCES and not SOURCES[data.source].lazy:
+        lazy = ", ".join(name for name, each in SOURCES.items() if each.lazy)
+        said = f"has no effect with data.source = {data.source!r}, which is in memory"
+        yield f"computing.workers = {config.computing.workers}: {said}; only with {lazy}, package.module:NAME"
     if partition.iid_fraction and partition.kind == "iid":
         yield f"partition.iid-fraction = {partition.iid_fraction:g}: has no effect with partition.kind = 'iid'"
 

@@ -133,6 +133,8 @@ class Data(Section):
     """bytes of text that a token stands for, on average: for bits a byte"""
     vocabulary: Annotated[int, Field(ge=2, le=2**24), Only(source=_taking(SOURCES, "vocabulary"))] = 256
     """different tokens that there may be; of text-bytes 256"""
+    memory_gb: Annotated[float, Field(gt=0, le=1e6), Only(source=_taking(SOURCES, "memory_gb"))] = 4.0
+    """pictures and sounds that would take more memory (in 2^30 bytes) are read from their files when a batch needs them"""
     test_part: Literal["own", "pooled", "official"] = "own"
     """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
     test_fraction: Annotated[float, Field(gt=0, lt=1), Only(test_part=("own", "pooled"))] = 0.2
@@ -212,6 +214,8 @@ class Computing(Section):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """processes that read ahead what is not in memory; 0: the training process reads"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """float32, bfloat16 (autocast)"""
     channels_last: bool = False

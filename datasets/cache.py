@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from datasets.examples import Examples
+from datasets.lazy import Lazy
 from datasets.names import shown
 
 TENSORS, NAMES = ("x", "y", "group", "test"), ("classes", "groups", "columns")
@@ -64,6 +65,8 @@ def fingerprint(files: Path | None) -> str:
 def cached(source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]) -> Examples:
     """What ``decode`` returns, with contiguous tensors; from disk if it was called before for the same contents, options and code.
 
+    Lazy examples are returned as they are.
+
     Of several processes one decodes and the others wait. Entries of the same ``files`` and options, but of other contents or code,
     are deleted. Without a folder that can be written to, a warning names it and everybody decodes.
 
@@ -93,6 +96,8 @@ def cached(source: str, files: Path | None, options: Mapping[str, object], decod
         if found := _read(entry):
             return found
         examples = _contiguous(decode())
+        if isinstance(examples.x, Lazy):
+            return examples
         if fingerprint(files) == content:  # else they were changed, or downloaded, meanwhile
             try:
                 _write(entry, place, examples)
@@ -102,6 +107,8 @@ def cached(source: str, files: Path | None, options: Mapping[str, object], decod
 
 
 def _contiguous(examples: Examples) -> Examples:
+    if isinstance(examples.x, Lazy):
+        return examples
     return examples._replace(**{name: value.contiguous() for name in TENSORS if (value := getattr(examples, name)) is not None})
 
 

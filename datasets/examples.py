@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from datasets.errors import SourceError
 from datasets.lazy import Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
@@ -21,18 +22,17 @@ TARGETS = {
 LARGEST = 2.0**63  # of a table's values: a float32 holds its square, and so every variance
 
 
-class SourceError(ValueError):
-    """The data cannot be read; the message names the path or column and what was expected."""
-
-
 class Examples(NamedTuple):
     """A data set. A function of one's own returns it; only the first three are needed.
 
     Attributes:
-        x: [n, channels, height, width] pictures, uint8 from 0 to 255 or float; or [n, features],
+        x: a tensor, or a map-style torch ``Dataset`` of x or (x, y), read when a batch needs it (random transforms: of torch's
+            generator), or an ``IterableDataset`` of (x, y) with a length, read from its beginning in each epoch, in the same
+            order each time; beside that y is None and test a map-style ``Dataset``. Of all examples:
+            [n, channels, height, width] pictures, uint8 from 0 to 255 or float; or [n, features],
             float; or [n, context] tokens, int64. Floats lie within ±2^63.
         y: by the task (``training.task``), see ``TARGETS``: [n] int64, indices into ``classes``; of tokens
-            [n, context] int64, each the one after.
+            [n, context] int64, each the one after. None: the items of x hold it.
         classes: names of the classes, labels or numbers, at most 100, each of at most 64 printable
             characters: they leave the site. ``("token",)`` of tokens.
         group: [n] int64, the natural site of each example, or None.

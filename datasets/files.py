@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.examples import SourceError
+from datasets.errors import SourceError
 from datasets.names import shown
 
 PARTS = {"train": False, "training": False, "test": True, "val": True, "valid": True, "validation": True}  # whether to test on

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from math import gcd
+from math import gcd, inf, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,13 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from datasets.examples import Examples, SourceError
+from datasets.errors import SourceError
+from datasets.examples import Examples
 from datasets.files import existing, naming, split_off
+from datasets.lazy import whole
 from datasets.names import fault, shown, too_many
 
 PICTURES = {  # what Pillow may take a file for: one other of its formats starts Ghostscript
@@ -33,6 +36,7 @@ PICTURES = {  # what Pillow may take a file for: one other of its formats starts
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+FORMATS = sorted(set(PICTURES.values()))
 MOST_PIXELS = 2**26  # of a picture before it is resized: 200 MB while it is decoded
 SAMPLE_RATE, WINDOW, HOP, MELS = (
     8000,
@@ -59,17 +63,43 @@ class Files(NamedTuple):
     test: Tensor | None
 
 
-def image_folder(path: str | Path, group: str, image_size: int, channels: int) -> Examples:
+def image_folder(path: str | Path, group: str, image_size: int, channels: int, memory_gb: float = inf) -> Examples:
     """Pictures under ``path``, one folder a class, as uint8 [n, channels, image_size, image_size].
 
     16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are: grey if
-    all of them are. ``group`` as in :func:`by_class`.
+    all of them are. ``group`` as in :func:`by_class`. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
 
     Raises:
         SourceError: a file is no picture, damaged, or too large; it is named.
     """
     found = by_class(existing(path), group, tuple(PICTURES))
-    return Examples(pictures(found.files, (channels, image_size, image_size)), *found[1:])
+    shape = channels, image_size, image_size
+    if len(found.files) * (channels or 3) * image_size**2 > memory_gb * 2**30:
+        shape = channels or _channels(found.files), image_size, image_size
+        return Examples(whole(Pictures(found.files, shape), shape), *found[1:])
+    return Examples(pictures(found.files, shape), *found[1:])
+
+
+class Pictures:
+    """Reads pictures, uint8 of ``shape`` [channels, height, width]."""
+
+    def __init__(self, files: Sequence[Path], shape: tuple[int, int, int]) -> None:
+        self._files, self._shape = files, shape
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, None]:
+        return pictures([self._files[row] for row in rows.tolist()], self._shape), None
+
+
+def _channels(files: Sequence[Path]) -> int:
+    """1 if all pictures are grey, by their first bytes; else 3."""
+    for file in files:
+        with naming(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
+            if picture.mode not in GREY:
+                return 3
+    return 1
 
 
 def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
@@ -91,7 +121,7 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
             found[number] = resize(decoded, list(shape[1:]), antialias=True)
         return grey
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(1 if get_worker_info() else os.cpu_count()) as pool:
         said = tqdm(pool.map(read, range(len(files))), "pictures", len(files), delay=SAID_S, mininterval=SAID_S, unit="")
         try:
             greys = list(said)
@@ -104,14 +134,13 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
 def decode(file: Path) -> tuple[Tensor, bool]:
     """A picture as uint8 [3, height, width], and whether it is grey; for a damaged one, whatever Pillow raises."""
     data = file.read_bytes()
-    formats = sorted(set(PICTURES.values()))
-    with Image.open(BytesIO(data), formats=formats) as picture:
+    with Image.open(BytesIO(data), formats=FORMATS) as picture:
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MOST_PIXELS} are allowed")
         picture.verify()
     if data.startswith(b"\x89PNG"):
         _check_png(data)
-    with Image.open(BytesIO(data), formats=formats) as picture:
+    with Image.open(BytesIO(data), formats=FORMATS) as picture:
         grey_mode = picture.mode in GREY
         if picture.mode.startswith("I;16"):  # grey, 16 bits: Pillow would cut off what is above 255
             grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
@@ -154,10 +183,10 @@ def _check_png(data: bytes) -> None:
         raise ValueError("it ends before its last row")
 
 
-def audio_folder(path: str | Path, group: str, audio_seconds: float) -> Examples:
+def audio_folder(path: str | Path, group: str, audio_seconds: float, memory_gb: float = inf) -> Examples:
     """WAV files under ``path``, one folder a class, as log-mel spectrograms [n, 1, 40, frames].
 
-    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`.
+    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`, ``memory_gb`` as in :func:`image_folder`.
 
     Raises:
         SourceError: a file is no WAV file, has a rate out of bounds or samples that are not finite;
@@ -167,7 +196,23 @@ def audio_folder(path: str | Path, group: str, audio_seconds: float) -> Examples
     if not shortest <= audio_seconds <= LONGEST_CLIP:
         raise SourceError(f"data.audio-seconds = {audio_seconds}: allowed: {shortest} to {LONGEST_CLIP}")
     found = by_class(existing(path), group, (".wav",))
+    shape = 1, MELS, int(audio_seconds * SAMPLE_RATE) // HOP + 1
+    if 4 * len(found.files) * prod(shape) > memory_gb * 2**30:
+        return Examples(whole(Sounds(found.files, audio_seconds), shape), *found[1:])
     return Examples(spectrograms(found.files, audio_seconds), *found[1:])
+
+
+class Sounds:
+    """Reads WAV files, as spectrograms [1, 40, frames]."""
+
+    def __init__(self, files: Sequence[Path], audio_seconds: float) -> None:
+        self._files, self._seconds = files, audio_seconds
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, None]:
+        return spectrograms([self._files[row] for row in rows.tolist()], self._seconds), None
 
 
 def spectrograms(files: Sequence[Path], audio_seconds: float) -> Tensor:

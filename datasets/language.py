@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets.examples import TOKEN, Examples, SourceError
+from datasets.errors import SourceError
+from datasets.examples import TOKEN, Examples
 from datasets.files import existing, naming, split_off
 from datasets.folders import natural_sites
 from datasets.lazy import whole
@@ -168,5 +169,5 @@ def _examples(
         raise SourceError(f"{shown(str(root))}: {said}; at least {FEWEST} are needed, to train on and to test on")
     counts = torch.from_numpy(windows.counts)
     each = [None if values is None else values.repeat_interleave(counts) for values in (of_group, test)]
-    x, y = whole(windows, (context,), (context,))
-    return Examples(x, y, TOKEN, each[0], groups, each[1])
+    x = whole(windows, (context,))
+    return Examples(x, x, TOKEN, each[0], groups, each[1])

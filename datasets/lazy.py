@@ -1,20 +1,35 @@
-"""Examples that stay where they are until a batch needs them: data larger than memory."""
+"""Examples that stay where they are until a batch needs them: data larger than memory.
 
-from collections.abc import Sized
+Which examples make a batch is drawn where the network is; other processes only read them (a torch ``DataLoader``), so that their
+number changes no result. They are started by Python's forkserver: a fresh process has neither keys nor sockets of this one.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import chain
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, Protocol
+from zlib import crc32
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from datasets.errors import SourceError
 
 Values = Any  # a tensor [n, ...], or a Lazy in its place
+Found = tuple[Tensor, Tensor | None]
 CPU = torch.device("cpu")
 
 
 class Reader(Sized, Protocol):
     """What reads examples: x [b, ...] of some ``rows`` [b], and their y [b, ...] unless that is in memory."""
 
-    def __getitem__(self, rows: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
+    def __getitem__(self, rows: Tensor, /) -> Found: ...
 
 
 @dataclass(frozen=True)
@@ -29,12 +44,14 @@ class Lazy:
         rows: [n], those of the reader that are meant.
         example: the shape of one.
         device: where what is read goes.
+        workers: processes that read ahead; 0: this one reads when asked.
     """
 
     reader: Reader
     rows: Tensor
     example: tuple[int, ...]
     device: torch.device = CPU
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,32 +61,246 @@ class Lazy:
         """As of a tensor."""
         return len(self), *self.example
 
+    @property
+    def in_order(self) -> bool:
+        """Whether these can only be read from the first to the last."""
+        return isinstance(self.reader, Streamed)
+
     def __getitem__(self, chosen: Tensor) -> "Lazy":
         return replace(self, rows=self.rows[chosen])
 
-    def to(self, device: torch.device) -> "Lazy":
-        """The same, read to there."""
-        return replace(self, device=device)
 
-
-def whole(reader: Reader, *examples: tuple[int, ...]) -> tuple[Lazy, ...]:
-    """All that a reader reads; x and y, for the shapes of both."""
-    rows = torch.arange(len(reader))
-    return tuple(Lazy(reader, rows, example) for example in examples)
+def whole(reader: Reader, example: tuple[int, ...]) -> Lazy:
+    """All that a reader reads, of examples of this shape."""
+    return Lazy(reader, torch.arange(len(reader)), example)
 
 
 def read(x: Values, y: Values, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The ``chosen`` examples, on the device of ``x``."""
+    """The ``chosen`` examples, on the device of ``x``.
+
+    Raises:
+        SourceError: they cannot be read.
+    """
     if isinstance(x, Tensor):
         chosen = chosen.to(x.device)
         return x[chosen], y[chosen]
-    return delivered(x, y, chosen, x.reader[x.rows[chosen]])
+    return _delivered(x, y, chosen, _try(x.reader, x.rows[chosen]))
 
 
-def delivered(x: Lazy, y: Values, chosen: Tensor, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """What was read of the ``chosen`` examples, with the labels that are in memory, on the device of ``x``."""
+def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The examples of one list of indices after the other; lazy ones with workers are read ahead.
+
+    Raises:
+        SourceError: they cannot be read.
+    """
+    if isinstance(x, Tensor) or not x.workers:
+        for chosen in lists:
+            yield read(x, y, chosen)
+        return
+    # What can be read in its order only, one process reads.
+    pool = _pool(x.reader, 1 if x.in_order else x.workers, x.device.type)
+    lists, asked, mine = iter(lists), deque[Tensor](), object()
+
+    def asking() -> Iterator[Tensor]:
+        for chosen in lists:
+            asked.append(chosen)
+            yield x.rows[chosen]
+
+    while True:
+        try:
+            if pool.user is not mine:  # another one began meanwhile, and had what was read for this one thrown away
+                lists = chain(list(asked), lists)
+                asked.clear()
+                pool.begin(mine, asking())
+            found = next(pool.batches, None)
+        except BaseException:  # a deadline, Ctrl-C: nobody knows in which state its queues are
+            close()
+            raise
+        if found is None:
+            return
+        yield _delivered(x, y, asked.popleft(), found)
+
+
+def close() -> None:
+    """End the processes that read."""
+    _pool.cache_clear()
+
+
+def _delivered(x: Lazy, y: Values, chosen: Tensor, found: Found | str) -> tuple[Tensor, Tensor]:
+    """What was read, with the labels that are in memory."""
+    if isinstance(found, str):
+        raise SourceError(found)
     inputs, labels = found
     if isinstance(y, Tensor):
         labels = y[chosen.to(y.device)]
     assert labels is not None
     return inputs.to(x.device, non_blocking=True), labels.to(x.device, non_blocking=True)
+
+
+def _try(reader: Reader, rows: Tensor) -> Found | str:
+    """What is read, or why it is not, in the same words whoever reads."""
+    try:
+        return reader[rows]
+    except SourceError as error:
+        return str(error)
+
+
+class _Asked(Sampler[Tensor]):
+    """Lists of rows."""
+
+    rows: Iterator[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.rows
+
+
+class _Read(Dataset[Found | str]):
+    """A reader as ``DataLoader`` takes it: an item is a batch."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, rows: Tensor) -> Found | str:
+        return _try(self._reader, rows)
+
+
+class _Pool:
+    """Processes that read for one user at a time.
+
+    Attributes:
+        user: whoever began last.
+        batches: what is read for it.
+    """
+
+    def __init__(self, reader: Reader, workers: int, pinned: bool) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])  # once, not in each
+        self._asked, self.user = _Asked(), object()
+        self.batches: Iterator[Found | str] = iter(())
+        self._loader = DataLoader(
+            _Read(reader),
+            batch_size=None,
+            sampler=self._asked,
+            num_workers=workers,
+            pin_memory=pinned,
+            worker_init_fn=_end_with_parent,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # not the global one, of which dropout draws
+            persistent_workers=True,
+        )
+
+    def begin(self, user: object, rows: Iterator[Tensor]) -> None:
+        """From now on read these."""
+        self.user, self._asked.rows = user, rows
+        self.batches = iter(self._loader)
+
+
+@lru_cache(maxsize=1)
+def _pool(reader: Reader, workers: int, device: str) -> _Pool:
+    return _Pool(reader, workers, device != "cpu")
+
+
+def _end_with_parent(_: int) -> None:
+    """torch's own watch looks at the parent that started this process, which is the forkserver and lives as long as this one."""
+
+    def watch() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+# Data sets of somebody's own.
+
+
+class Items:
+    """Reads a map-style torch ``Dataset``, whose items are x, or x and y.
+
+    Args:
+        dataset: whatever one of its items raises ends the reading.
+        labelled: whether y is taken from the items.
+    """
+
+    def __init__(self, dataset: Any, labelled: bool) -> None:
+        self._dataset, self._labelled = dataset, labelled
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, rows: Tensor) -> Found:
+        with torch.random.fork_rng(devices=[]):
+            # Random transforms follow from the batch, whoever reads it.
+            torch.default_generator.manual_seed(crc32(rows.numpy().tobytes()))
+            return _stacked([_item(partial(self._dataset.__getitem__, row), row) for row in rows.tolist()], self._labelled)
+
+
+class Streamed:
+    """Reads an ``IterableDataset`` of pairs x and y in its order, and after it a map-style one, the test part, at random.
+
+    Who asks for an example before the last one has the first read from its beginning.
+    """
+
+    def __init__(self, train: Any, test: Any) -> None:
+        self._train, self._test, self._tests = train, test, Items(test, labelled=True)
+        self._length, self._next = len(train), 0
+        self._running: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return self._length + len(self._tests)
+
+    def __getitem__(self, rows: Tensor) -> Found:
+        if int(rows[0]) >= self._length:
+            return self._tests[rows - self._length]
+        return _stacked([self._at(row) for row in rows.tolist()], labelled=True)
+
+    def _at(self, row: int) -> Any:
+        if self._running is None or row < self._next:
+            self._next, self._running = 0, iter(self._train)
+        while True:
+            found = _item(self._running.__next__, self._next)
+            self._next += 1
+            if self._next > row:
+                return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_next": 0, "_running": None}
+
+
+def _item(get: Callable[[], Any], row: int) -> Any:
+    try:
+        return get()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}".strip(" :")
+        raise SourceError(f"example {row} of the data set cannot be read: {reason}") from error
+
+
+def _stacked(items: list[Any], labelled: bool) -> Found:
+    pairs = [item if isinstance(item, tuple | list) else (item,) for item in items]
+    x, *y = (torch.stack([torch.as_tensor(each) for each in side]) for side in zip(*pairs, strict=True))
+    return x, y[0] if labelled else None
+
+
+def adopted(x: Any, y: Any, test: Any) -> dict[str, Any]:
+    """x, y and test of somebody's own :class:`datasets.examples.Examples`, torch data sets among them as lazy examples.
+
+    Raises:
+        SourceError: an IterableDataset without a length or without a test part, or an item that is not as it should be.
+    """
+    if not isinstance(x, Dataset):
+        return {"x": x, "y": y, "test": test}
+    try:
+        length = len(x)  # type: ignore[arg-type]
+    except TypeError:
+        raise SourceError(f"{type(x).__name__}: a torch Dataset needs a length, an IterableDataset too") from None
+    reader: Reader
+    if isinstance(x, IterableDataset):
+        if y is not None or not isinstance(test, Dataset) or isinstance(test, IterableDataset):
+            raise SourceError(f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a map-style Dataset")
+        reader = Streamed(x, test)
+        test = torch.arange(len(reader)) >= length
+    else:
+        reader = Items(x, y is None)
+    first, label = reader[torch.tensor([0])]
+    xs = whole(reader, tuple(first.shape[1:]))
+    return {"x": xs, "y": y if label is None else replace(xs, example=tuple(label.shape[1:])), "test": test}

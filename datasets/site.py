@@ -10,8 +10,9 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from datasets.examples import LARGEST, Examples, SourceError
-from datasets.lazy import Values
+from datasets.errors import SourceError
+from datasets.examples import LARGEST, Examples
+from datasets.lazy import Lazy, Values
 from datasets.names import listed, shown
 from datasets.partitions import FEWEST, PARTITIONS, Indices, PartitionError, partition
 
@@ -110,6 +111,8 @@ def own(examples: Examples, generator: Generator, *, test_part: str, test_fracti
 
 def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | None]:
     """Examples to split, and the official test part where it is asked for; else it is not used."""
+    if isinstance(examples.x, Lazy) and examples.x.in_order and test_part != "official":
+        raise SourceError(f"data.test-part = {test_part!r}: an IterableDataset cannot be split; allowed: 'official'")
     if examples.test is None:
         if test_part == "official":
             raise SourceError("data.test-part = 'official': the data have no official test part; allowed: 'own'")
@@ -127,6 +130,8 @@ def _split(indices: Indices, test_fraction: float, generator: Generator) -> Spli
 def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
     """The examples of one split, or of several put together; tables are not standardised yet."""
     train, test = (torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True))
+    if isinstance(examples.x, Lazy) and examples.x.in_order:
+        train = train.sort().values
     parts = Part(examples.x[train], examples.y[train]), Part(examples.x[test], examples.y[test])
     notes: tuple[str, ...] = ()
     if examples.columns:

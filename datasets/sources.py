@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 
 from datasets import cache
-from datasets.examples import Examples, SourceError, check
+from datasets.errors import SourceError
+from datasets.examples import Examples, check
 from datasets.files import existing, naming
 from datasets.folders import audio_folder, image_folder, log_mel
 from datasets.language import text_bytes, tokens
+from datasets.lazy import adopted
 from datasets.names import called, shown
 from datasets.tables import csv, text_csv
 
@@ -106,6 +108,11 @@ class Source(NamedTuple):
         """The keys that it takes."""
         return tuple(inspect.signature(self.read).parameters)
 
+    @property
+    def lazy(self) -> bool:
+        """Whether it may leave examples where they are until a batch needs them."""
+        return not self.kept or "memory_gb" in self.keys
+
     def files(self, path: str) -> Path | None:
         """The file or folder that it reads; None for data of a package.
 
@@ -142,8 +149,9 @@ def load(
     channels: int = 0,
     audio_seconds: float,
     text_buckets: int,
-    context: int = 0,
-    vocabulary: int = 0,
+    context: int = 128,
+    vocabulary: int = 256,
+    memory_gb: float = 4.0,
     target: str = "class",
 ) -> Examples:
     """Read a data set by the name of its source, or by the import path of a function of ``path``.
@@ -156,7 +164,8 @@ def load(
         SourceError: what is missing, and where it was looked for.
     """
     if ":" in source:
-        return check(called("data.source", source, SourceError, path), source, target)
+        own = called("data.source", source, SourceError, path)
+        return check(own._replace(**adopted(own.x, own.y, own.test)) if isinstance(own, Examples) else own, source, target)
     if source not in SOURCES:
         raise SourceError(f"data.source = {shown(source)}: allowed: {', '.join(SOURCES)}, package.module:function")
     keys = {
@@ -170,6 +179,7 @@ def load(
         "context": context,
         "vocabulary": vocabulary,
         "target": target,
+        "memory_gb": memory_gb,
     }
     found = SOURCES[source]
     keys = {key: keys[key] for key in found.keys}

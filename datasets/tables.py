@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets.examples import LARGEST, Examples, SourceError
+from datasets.errors import SourceError
+from datasets.examples import LARGEST, Examples
 from datasets.expressions import ALLOWED, ExpressionError, evaluate
 from datasets.files import existing, naming, split_off
 from datasets.names import fault, listed, shown, too_many

@@ -32,6 +32,7 @@ from client_app.app import app as client_app
 from configuration.config import Config, configuration, flatten
 from configuration.description import Description, is_described
 from configuration.errors import ConfigError
+from datasets import lazy
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
 from server_app.events import EVERYBODY, Progress
@@ -252,6 +253,8 @@ def _simulate(config: Config, world: World, engine: str, threads: int, watch: Ca
                 run_server(grid, config, history)
     except KeyboardInterrupt:
         finished = False
+    finally:
+        lazy.close()
     description = history.description if history.models else None
     return Run(config, history.metrics, history.models, history.sites, finished, description)
 

@@ -18,7 +18,7 @@ from client_app.training import EVALUATION_BATCH, prepare
 from configuration.config import task as find_task
 from configuration.description import Description
 from configuration.network import initialised
-from datasets.examples import SourceError
+from datasets.errors import SourceError
 from datasets.files import existing
 from datasets.folders import PICTURES, pictures, spectrograms
 from datasets.tables import unlabelled, unlabelled_text

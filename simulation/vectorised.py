@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from client_app import training
 from client_app.oracle import nth_batch, order_of
 from configuration.config import Config
+from datasets.lazy import Lazy
 from datasets.site import Part
 from models.flat import FlatModel
 from strategies.peer.neighbourhood import Gradients
@@ -37,7 +38,9 @@ class Networks:
         self._config, self._model, self._parts = config, model, parts
         self._device = model.x.device
         self._batches = 0
-        self._pool = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+        self._together = config.data.augment == "none" and not isinstance(parts[0].x, Lazy)
+        if self._together:
+            self._pool = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
         self._starts = [0, *torch.tensor([len(part.y) for part in parts]).cumsum(0).tolist()]
         # On a CPU, the convolutions of many networks at once are slower than one after the other, but for small pictures.
         convolutional = any(isinstance(module, torch.nn.Conv2d) for module in model.network.modules())
@@ -57,11 +60,11 @@ class Networks:
         """Everybody's next batch."""
         config, number = self._config, self._batches
         self._batches += 1
-        if config.data.augment != "none":
+        if not self._together:
             batches = [nth_batch(config, peer, part, number) for peer, part in enumerate(self._parts)]
             longest = max(len(y) for _, y in batches)
             inputs = torch.stack([F.pad(x, (0, 0) * (x.dim() - 1) + (0, longest - len(x))) for x, _ in batches])
-            labels = torch.stack([F.pad(y, (0, longest - len(y))) for _, y in batches])
+            labels = torch.stack([F.pad(y, (0, 0) * (y.dim() - 1) + (0, longest - len(y))) for _, y in batches])
             return Batch(inputs, labels, _weights([len(y) for _, y in batches], longest).to(inputs.device))
         chosen = []
         for peer, part in enumerate(self._parts):

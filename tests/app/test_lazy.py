@@ -1,0 +1,266 @@
+"""Data larger than memory: the same models wherever examples are and whoever reads them; errors that name what is wrong."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from client_app import training
+from client_app.oracle import nth_batch
+from client_app.site import SiteId, site_data
+from configuration.config import configuration
+from configuration.errors import ConfigError
+from datasets import lazy
+from datasets.errors import SourceError
+from datasets.examples import Examples
+from datasets.lazy import Lazy
+from datasets.site import Part, SiteData
+from simulation.laboratory import simulate
+from tests.data import write_audio
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
+CLASSES = ("dark", "light")
+STREAMED = {"data.memory-gb": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures of two classes, one of them grey."""
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
+    for number in range(60):
+        pixels = generator.integers(0, 128, (12, 12, 3)) + 127 * (number % 2)
+        file = root / CLASSES[number % 2] / "images" / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).convert("RGB" if number else "L").save(file)
+    return root
+
+
+def pictures(folder: Path, **changes: Any) -> dict[str, Any]:
+    keys = {"data.source": "image-folder", "data.path": str(folder), "data.image-size": 8, "model.name": "mlp"}
+    return keys | {"num-sites": 2, "epochs": 2, "training.batch-size": 8, "progress": False, "computing.device": "cpu"} | changes
+
+
+def vectors(**keys: Any) -> Tensor:
+    run = simulate(**keys)
+    assert run.finished
+    return torch.cat([value.double().reshape(-1) for model in run.models.values() for value in model.values()])
+
+
+def test_model_is_the_same_streamed_and_with_any_number_of_workers(folder: Path) -> None:
+    keys = pictures(folder) | {"strategy": "fedavg", "fedavg.local-epochs": 1, "data.augment": "flip-crop"}
+    in_memory = vectors(**keys)
+    for workers in (0, 1, 3):
+        assert torch.equal(vectors(**keys | STREAMED | {"computing.workers": workers}), in_memory)
+
+
+def test_peers_have_the_same_model_streamed_and_in_one_pass(folder: Path) -> None:
+    keys = pictures(folder) | {"strategy": "d-psgd", "epochs": 1}
+    in_memory = vectors(**keys)
+    assert torch.equal(vectors(**keys | STREAMED | {"computing.workers": 1}), in_memory)
+    torch.testing.assert_close(vectors(**keys | STREAMED | {"engine": "batched"}), in_memory)
+
+
+def data_of(**keys: Any) -> tuple[Any, SiteData]:
+    config = configuration(None, **{key: value for key, value in keys.items() if key != "progress"})
+    return config, site_data(config, SiteId(0, 2, ""), CLASSES, None)
+
+
+def test_nth_batch_is_the_same_at_random_and_one_after_the_other(folder: Path) -> None:
+    config, memory = data_of(**pictures(folder))
+    other, streamed = data_of(**pictures(folder, **STREAMED, **{"computing.workers": 2}))
+    assert isinstance(streamed.train.x, Lazy)
+    for number in (5, 0, 1, 2, 3, 1, 2, 9):
+        wanted, found = (nth_batch(each, 0, data.train, number) for each, data in ((config, memory), (other, streamed)))
+        assert torch.equal(wanted[0], found[0])
+        assert torch.equal(wanted[1], found[1])
+        if number == 2:  # a test in between takes the readers away
+            assert [len(y) for _, y in training.chunks(streamed.test)] == [6]
+    lazy.close()
+
+
+def test_two_readings_side_by_side_lose_nothing(folder: Path) -> None:
+    _, memory = data_of(**pictures(folder))
+    _, streamed = data_of(**pictures(folder, **STREAMED, **{"computing.workers": 1}))
+    lists = torch.arange(24).split(4)
+    both = [lazy.stream(*streamed.train, lists), lazy.stream(*streamed.train, reversed(lists))]
+    found = [[next(each) for each in both] for _ in lists]
+    for number, (forward, backward) in enumerate(found):
+        assert torch.equal(forward[0], memory.train.x[lists[number]])
+        assert torch.equal(backward[0], memory.train.x[lists[-1 - number]])
+    lazy.close()
+
+
+def test_pictures_are_streamed_when_they_would_exceed_memory_gb(folder: Path) -> None:
+    size = 60 * 3 * 8 * 8 / 2**30
+    for memory, is_lazy in ((size * 0.99, True), (size * 1.01, False)):
+        _, data = data_of(**pictures(folder, **{"data.memory-gb": memory}))
+        assert isinstance(data.train.x, Lazy) == is_lazy
+        assert tuple(data.train.x.shape) == (24, 3, 8, 8)
+
+
+def test_grey_pictures_stay_grey_when_streamed(tmp_path: Path) -> None:
+    for number in range(8):
+        file = tmp_path / CLASSES[number % 2] / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(file)
+    _, data = data_of(**pictures(tmp_path, **STREAMED))
+    assert tuple(data.train.x.shape) == (3, 1, 8, 8)
+    assert next(training.chunks(data.train))[0].shape == (3, 1, 8, 8)
+
+
+def whole(data: SiteData) -> Part:
+    """Of all sites."""
+    rows = torch.arange(len(data.train.x.reader))
+    return Part(replace(data.train.x, rows=rows), rows % 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_picture_in_a_stream_ends_in_an_error_that_names_it(folder: Path, tmp_path: Path, workers: int) -> None:
+    for file in folder.rglob("*.png"):
+        copy = tmp_path / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes() if file.stem != "31" else file.read_bytes()[:-30])
+    _, data = data_of(**pictures(tmp_path, **STREAMED, **{"computing.workers": workers}))
+    batches = training.batches(whole(data), 4, torch.Generator().manual_seed(3), None)
+    with pytest.raises(SourceError, match=r"^'.*light/images/31.png' is not a picture that can be read: \w+"):
+        list(batches)
+    lazy.close()
+
+
+def test_sounds_are_the_same_streamed(tmp_path: Path) -> None:
+    write_audio(tmp_path)
+    keys = pictures(tmp_path) | {"data.source": "audio-folder", "data.audio-seconds": 0.5, "epochs": 1}
+    del keys["data.image-size"]
+    assert torch.equal(vectors(**keys | STREAMED), vectors(**keys))
+
+
+# One's own.
+
+
+class Numbers(Dataset[Any]):
+    """Example i has the features (i mod 2, random, i) and, if asked for, its class with it."""
+
+    def __init__(self, length: int, labelled: bool) -> None:
+        self.length, self.labelled = length, labelled
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Any:
+        if i >= 60:
+            raise KeyError("lost")
+        x = torch.tensor([i % 2, float(torch.rand(())), i / self.length])
+        return (x, i % 2) if self.labelled else x
+
+
+class Flow(IterableDataset[Any]):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for i in range(self.length):
+            yield torch.tensor([i % 2, 0.5, i / self.length]), i % 2
+
+
+class Endless(Flow):
+    __len__ = None  # type: ignore[assignment]
+
+
+def labelled(path: str) -> Examples:
+    return Examples(Numbers(60, labelled=True), None, CLASSES)
+
+
+def with_labels(path: str) -> Examples:
+    return Examples(Numbers(60, labelled=False), torch.arange(60) % 2, CLASSES)
+
+
+def lost(path: str) -> Examples:
+    return Examples(Numbers(80, labelled=False), torch.arange(80) % 2, CLASSES)
+
+
+def flow(path: str) -> Examples:
+    return Examples(Flow(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
+
+
+def untested(path: str) -> Examples:
+    return Examples(Flow(48), None, CLASSES)
+
+
+def endless(path: str) -> Examples:
+    return Examples(Endless(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
+
+
+def mine(name: str, **changes: Any) -> dict[str, Any]:
+    keys = {"data.source": f"tests.app.test_lazy:{name}", "model.name": "mlp", "progress": False, "strategy": "fedavg"}
+    return keys | {"num-sites": 2, "epochs": 2, "training.batch-size": 8, "computing.device": "cpu"} | changes
+
+
+def test_own_data_set_is_the_same_with_its_labels_and_for_any_number_of_workers() -> None:
+    wanted = vectors(**mine("labelled"))
+    assert torch.equal(vectors(**mine("labelled", **{"computing.workers": 2})), wanted)
+    assert torch.equal(vectors(**mine("with_labels")), wanted)
+    assert torch.equal(vectors(**mine("labelled")), wanted)
+    run = simulate(**mine("with_labels", **{"partition.kind": "dirichlet", "epochs": 8}))
+    assert run.summary["accuracy"] > 0.8
+
+
+def test_own_data_set_without_labels_in_memory_cannot_be_dealt_by_class() -> None:
+    with pytest.raises(
+        Exception, match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: iid, sizes, natural"
+    ):
+        simulate(**mine("labelled", **{"partition.kind": "dirichlet"}))
+
+
+def test_item_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(Exception, match=r"SourceError: example [67][0-9] of the data set cannot be read: KeyError: 'lost'"):
+        simulate(**mine("lost", epochs=2))
+
+
+def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
+    official = {"data.test-part": "official"}
+    config = configuration(None, **{key: value for key, value in mine("flow", **official).items() if key != "progress"})
+    data = site_data(config, SiteId(0, 2, ""), CLASSES, None)
+    for _ in range(2):
+        batches = list(training.batches(data.train, 5, torch.Generator().manual_seed(1), None))
+        places = torch.cat([x[:, 2] for x, _ in batches])
+        assert [len(y) for _, y in batches] == [5, 5, 5, 5, 4]
+        assert torch.equal(places, places.sort().values)
+    other = site_data(config, SiteId(1, 2, ""), CLASSES, None)
+    rest = torch.cat([x[:, 2] for x, _ in training.chunks(other.train)])
+    torch.testing.assert_close(torch.cat([places, rest]).sort().values * 48, torch.arange(48.0))
+    wanted = vectors(**mine("flow", **official))
+    assert torch.equal(vectors(**mine("flow", **official, **{"computing.workers": 3})), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("flow", {}, "data.test-part = 'own': an IterableDataset cannot be split; allowed: 'official'"),
+        ("untested", {}, "beside an IterableDataset of .x, y., y is None and test a map-style Dataset"),
+        ("endless", {}, "Endless: a torch Dataset needs a length"),
+        (
+            "flow",
+            {"strategy": "d-psgd", "data.test-part": "official"},
+            "strategy = 'd-psgd': an IterableDataset is read from its",
+        ),
+        ("flow", {"strategy": "diloco", "data.test-part": "official"}, "allowed: methods with local-epochs"),
+    ],
+)
+def test_what_an_iterable_data_set_cannot_do_is_said(name: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        simulate(**mine(name, **changes))
+
+
+def test_workers_without_effect_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"computing.workers = 2: has no effect with data.source = 'digits', which is in memory"):
+        configuration(None, **{"computing.workers": 2})

@@ -7,7 +7,7 @@ the message, the run configuration, the data and the context's state alone.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from client_app import training
 from client_app.privacy import Noise
+from client_app.ranks import SHARDING, all_or_none
+from client_app.sharded import ShardedModel
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.network import network_of as build
@@ -247,19 +249,25 @@ def device_of(name: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Network:
-    """The network of a run for examples of ``shape``, on this site's device."""
+def network_of(config: Config, shape: tuple[int, ...], num_classes: int, sharding: bool = False) -> Network:
+    """The network of a run for examples of ``shape``, on this site's device, or a shard of it on each of them."""
     device = device_of(config.computing.device)
-    model = FlatModel(build(config.model, shape, num_classes, derive(config.seed, "model"))[0], device)
+    network = build(config.model, shape, num_classes, derive(config.seed, "model"))[0]
+    model = ShardedModel(network, device) if sharding else FlatModel(network, device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 
     def predict(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
+        together = all_or_none() if sharding else nullcontext()  # each layer is put together from all processes
+        with together, torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
             logits: Tensor = compiled(x.contiguous(memory_format=layout))
         return logits
 
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
+    if isinstance(model, ShardedModel):
+        # All processes go through equally many parts of a batch.
+        plain = training.accumulated(training.sharded(plain, model), config.computing.micro_batch * model.count)
+        return Network(model, predict, model.x, model.stats, plain, training.sharpness_aware(plain, _radius(config), model.norm))
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
@@ -283,7 +291,8 @@ def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteD
     classes, moments = Agreed.of(config_of(message))
     common = Moments(*moments) if moments else None
     data = site_data(config, site, classes, common)
-    return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes))
+    sharding = bool(context.node_config.get(SHARDING))
+    return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes), sharding)
 
 
 def private(context: Context, network: Network) -> Noise | None:

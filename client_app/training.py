@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app.ranks import all_or_none
+from client_app.sharded import ShardedModel
 from datasets.site import Part
 from models.flat import FlatModel
 from strategies.gradients import perturbed
@@ -52,11 +53,12 @@ def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
     return gradient
 
 
-def sharpness_aware(base: Gradient, rho: float) -> Gradient:
+def sharpness_aware(base: Gradient, rho: float, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm) -> Gradient:
     """The gradient at the worst point near by: at ``x + rho g / |g|``, where ``g`` is the gradient at ``x`` on the same batch.
 
     Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equations 2 and 3; one norm over all parameters; the second
-    pass leaves BatchNorm statistics alone, as in the authors' code. The loss returned is that of the first pass.
+    pass leaves BatchNorm statistics alone, as in the authors' code. The loss returned is that of the first pass. ``norm`` is the
+    model's own.
     Special case: rho = 0 is the base gradient.
     """
     if rho == 0:
@@ -64,7 +66,7 @@ def sharpness_aware(base: Gradient, rho: float) -> Gradient:
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)
-        return value, base(perturbed(x, g, rho), batch, track=False)[1]
+        return value, base(perturbed(x, g, rho, norm(g)), batch, track=False)[1]
 
     return gradient
 
@@ -103,6 +105,27 @@ def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Te
         for buffer, mean in zip(statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False):
             buffer.copy_(mean.view(buffer.shape))
         return together[d], together[:d]
+
+    return gradient
+
+
+def sharded(base: Gradient, model: ShardedModel) -> Gradient:
+    """:func:`data_parallel` with a model whose backward pass sums the gradients itself: shards of them, as each layer is through.
+
+    All must take part in that; a process without examples computes on all of them, and counts for nothing.
+    """
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        part = tuple(each.tensor_split(model.count)[model.rank] for each in batch)
+        model.share = len(part[1]) / len(batch[1])
+        with all_or_none():
+            value, g = base(x, (part[0], part[1]) if model.share else batch, track=track)
+            kept = [buffer.reshape(-1) for buffer in model.statistics] if track else []
+            together = torch.cat([value.reshape(1), *kept]).mul_(model.share)
+            dist.all_reduce(together)
+        for buffer, mean in zip(model.statistics, together[1:].split([len(each) for each in kept]), strict=False):
+            buffer.copy_(mean.view(buffer.shape))
+        return together[0], g
 
     return gradient
 
@@ -215,7 +238,7 @@ def train(
         if found is not model.grad:  # which the optimizer reads
             model.grad.copy_(found)
         if clip_norm:
-            nn.utils.clip_grad_norm_([whole], clip_norm)
+            nn.utils.clip_grads_with_norm_([whole], clip_norm, model.norm(model.grad))
         step.step()
         total += value
     return total.item() / count, count

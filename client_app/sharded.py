@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from client_app.ranks import all_or_none
+from client_app.training import Batch, Gradient
 from models.flat import FlatModel
 from strategies.records import STATS
 
@@ -97,20 +98,22 @@ class ShardedModel(FlatModel):
         with all_or_none():
             head: list[Any] = [str(failure) if failure else [(name, each.shape, each.dtype) for name, each in vectors.items()]]
             dist.broadcast_object_list(head, 0)
-            if isinstance(head[0], str):
-                raise failure or ValueError(head[0])
+        if isinstance(head[0], str):
+            raise failure or ValueError(head[0])
+        with all_or_none():
             return {name: self._dealt(name, shape, dtype, vectors.get(name)) for name, shape, dtype in head[0]}
 
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The vectors of which each process has its shard, whole on the CPU of rank 0; nothing elsewhere."""
         with all_or_none():
-            found = {name: self._gathered(each) if _is_sharded(name, each) else each.cpu() for name, each in vectors.items()}
+            long = {name: name != STATS and each.shape == self.x.shape for name, each in vectors.items()}
+            found = {name: self._gathered(each) if long[name] else each.cpu() for name, each in vectors.items()}
         return {} if self.rank else found
 
     def _dealt(self, name: str, shape: torch.Size, dtype: torch.dtype, vector: Tensor | None) -> Tensor:
         device = self.x.device
-        if not _is_sharded(name, like := torch.empty(shape, dtype=dtype, device="meta")):
-            found = torch.empty_like(like, device=device) if vector is None else vector.to(device, copy=True)
+        if name == STATS or shape[-1:] != (sum(self.sizes),):
+            found = torch.empty(shape, dtype=dtype, device=device) if vector is None else vector.to(device, copy=True)
             if found.numel():
                 dist.broadcast(found, 0)
             return found
@@ -141,13 +144,29 @@ class ShardedModel(FlatModel):
         """Whether vectors of the wire are of this network's size."""
         for name, vector in vectors.items():
             expected = self.num_stats if name == STATS else sum(self.sizes)
-            if vector.ndim and vector.shape[-1] != expected:
+            if vector.shape[-1:] != (expected,) and (name == STATS or vector.numel() > 1):
                 raise ValueError(f"expected {name} ({expected},), got {tuple(vector.shape)}")
 
 
-def _is_sharded(name: str, vector: Tensor) -> bool:
-    """Whether a vector is as long as the model; others are statistics and counts of steps, the same for all processes."""
-    return name != STATS and vector.ndim > 0
+def sharded(base: Gradient, model: ShardedModel) -> Gradient:
+    """:func:`client_app.training.data_parallel` with a model whose backward pass sums the gradients itself.
+
+    All must take part in that: a process without examples computes on all of them, and counts for nothing.
+    """
+
+    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        part = tuple(each.tensor_split(model.count)[model.rank] for each in batch)
+        model.share = len(part[1]) / len(batch[1])
+        with all_or_none():
+            value, g = base(x, (part[0], part[1]) if model.share else batch, track=track)
+            kept = [buffer.reshape(-1) for buffer in model.statistics] if track else []
+            together = torch.cat([value.reshape(1), *kept]).mul_(model.share)
+            dist.all_reduce(together)
+        for buffer, mean in zip(model.statistics, together[1:].split([len(each) for each in kept]), strict=False):
+            buffer.copy_(mean.view(buffer.shape))
+        return together[0], g
+
+    return gradient
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from client_app import training
 from client_app.privacy import Noise
 from client_app.ranks import SHARDING, all_or_none
-from client_app.sharded import ShardedModel
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.network import network_of as build
@@ -253,7 +252,12 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int, shardin
     """The network of a run for examples of ``shape``, on this site's device, or a shard of it on each of them."""
     device = device_of(config.computing.device)
     network = build(config.model, shape, num_classes, derive(config.seed, "model"))[0]
-    model = ShardedModel(network, device) if sharding else FlatModel(network, device)
+    if sharding:
+        from client_app.sharded import ShardedModel, sharded  # here: FSDP2 takes a second to import, and few sites have it
+
+        model: FlatModel = (shards := ShardedModel(network, device))
+    else:
+        model = FlatModel(network, device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 
@@ -264,9 +268,9 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int, shardin
         return logits
 
     plain = training.plain(model, lambda batch: F.cross_entropy(predict(batch[0]).float(), batch[1]))
-    if isinstance(model, ShardedModel):
-        # All processes go through equally many parts of a batch.
-        plain = training.accumulated(training.sharded(plain, model), config.computing.micro_batch * model.count)
+    if sharding:
+        # Parts of the whole batch, not of a process's: all go through equally many.
+        plain = training.accumulated(sharded(plain, shards), config.computing.micro_batch * shards.count)
         return Network(model, predict, model.x, model.stats, plain, training.sharpness_aware(plain, _radius(config), model.norm))
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app.ranks import all_or_none
-from client_app.sharded import ShardedModel
 from datasets.site import Part
 from models.flat import FlatModel
 from strategies.gradients import perturbed
@@ -105,27 +104,6 @@ def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Te
         for buffer, mean in zip(statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False):
             buffer.copy_(mean.view(buffer.shape))
         return together[d], together[:d]
-
-    return gradient
-
-
-def sharded(base: Gradient, model: ShardedModel) -> Gradient:
-    """:func:`data_parallel` with a model whose backward pass sums the gradients itself: shards of them, as each layer is through.
-
-    All must take part in that; a process without examples computes on all of them, and counts for nothing.
-    """
-
-    def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
-        part = tuple(each.tensor_split(model.count)[model.rank] for each in batch)
-        model.share = len(part[1]) / len(batch[1])
-        with all_or_none():
-            value, g = base(x, (part[0], part[1]) if model.share else batch, track=track)
-            kept = [buffer.reshape(-1) for buffer in model.statistics] if track else []
-            together = torch.cat([value.reshape(1), *kept]).mul_(model.share)
-            dist.all_reduce(together)
-        for buffer, mean in zip(model.statistics, together[1:].split([len(each) for each in kept]), strict=False):
-            buffer.copy_(mean.view(buffer.shape))
-        return together[0], g
 
     return gradient
 

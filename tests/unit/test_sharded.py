@@ -60,7 +60,7 @@ def trained(case: Case, model: FlatModel) -> tuple[float, torch.optim.Optimizer]
     """Some steps of training with everything in use."""
     gradient = training.plain(model, lambda each: F.cross_entropy(model.network(each[0]), each[1]))
     if isinstance(model, ShardedModel):
-        gradient = training.accumulated(training.sharded(gradient, model), case.micro_batch * model.count)
+        gradient = training.accumulated(sharded.sharded(gradient, model), case.micro_batch * model.count)
     gradient = training.sharpness_aware(gradient, case.rho, model.norm)
     gradient = training.proximal(gradient, model.x.clone(), case.proximal)
     step = training.optimizer(case.optimizer, model, 0.1, 0.9, case.optimizer == "sgd", 0.01)

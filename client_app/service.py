@@ -41,7 +41,7 @@ from client_app.handlers import app as handlers
 from client_app.letter import LetterError
 from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
-from client_app.privacy import SEED, Account, cost_of
+from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
@@ -196,6 +196,8 @@ class Service:
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
             restore_from_disk(context)
+        if self._ranks.count > 1 and kind.startswith("train"):
+            Noise.of(context)  # an epsilon that is spent is said before the others begin
         self._ranks.share(message, context)
         reply = handlers(message, context)
         self._ranks.meet()

@@ -216,6 +216,16 @@ def check_machine(site: SiteFile) -> None:
             _wrong("policy.models", each, str(error).partition(": ")[2])
 
 
+def check_processes(site: SiteFile, count: int) -> None:
+    """Whether there are processes to share what the file has them share.
+
+    Raises:
+        PolicyError: there is but one.
+    """
+    if site.sharding and count == 1:
+        _wrong("sharding", True, "there is one process; allowed: false, or torchrun with 2 processes or more")
+
+
 def _writable(path: Path, *, folder: bool) -> bool:
     """Whether this user may write a file, or into a folder, that is there or can be made."""
     if path.exists():

@@ -501,8 +501,7 @@ def main() -> None:
             follow(ranks)
         print(report(site, ranks.count), flush=True)
         if not arguments.check:
-            if site.sharding and ranks.count == 1:
-                raise PolicyError("sharding = True: there is one process; allowed: false, or torchrun with 2 processes or more")
+            policy.check_processes(site, ranks.count)
             with _alone(site):
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the socket goes, too
                 _warm()

@@ -22,3 +22,12 @@ def million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
 def hundred_million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """A hundred million parameters."""
     return _wide(10**8, shape, num_classes)
+
+
+def deep(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Fifty million parameters in 24 equal layers."""
+    width, layers = 1448, list[nn.Module]()
+    for _ in range(24):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    inputs = torch.Size(shape).numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), *layers, nn.Linear(width, num_classes))

@@ -3,11 +3,12 @@
 import math
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
@@ -123,10 +124,11 @@ def train(message: Message, context: Context) -> Message:
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
-    vectors, order = _vectors(message, config), read_order(config_of(message))
+    order, deal, gather = read_order(config_of(message)), network.model.deal, network.model.gather
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
     keys, model, noise = config.training, network.model, private(context, network)
+    vectors = deal(partial(_vectors, message, config))
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
     tested = _tested(config, vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
@@ -135,7 +137,7 @@ def train(message: Message, context: Context) -> Message:
 
     rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
-    memory = remembered(context, RULE, rule.init(model.x)) if rule else None
+    memory = remembered(context, RULE, rule.init(model.x), deal) if rule else None
     gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
@@ -148,7 +150,7 @@ def train(message: Message, context: Context) -> Message:
         keys.weight_decay,
     )
     if local.keep_moments:
-        recall_moments(context, step)
+        recall_moments(context, step, deal)
     shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
     augment = training.flip_crop if config.data.augment == "flip-crop" else None
     epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
@@ -168,11 +170,16 @@ def train(message: Message, context: Context) -> Message:
     made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
     if rule:
         memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
-        keep(context, RULE, memory)
+        keep(context, RULE, memory, gather)
         made |= beside
     if local.keep_moments:
-        remember_moments(context, step)
+        remember_moments(context, step, gather)
     del step  # its moments: before the answer is written
+    made = gather(made)
+    if noise or sends_updates(config.wire):
+        sent = gather(sent)
+    if not made:  # the process that has it all answers
+        return Message(RecordDict(), reply_to=message)
     if noise:
         moved = {name: vector if local.delta or name != X else vector - sent[X] for name, vector in made.items()}
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
@@ -222,7 +229,8 @@ def evaluate(message: Message, context: Context) -> Message:
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
-    return Message(write_tested(_tested(config, _vectors(message, config), data, network)), reply_to=message)
+    vectors = network.model.deal(partial(_vectors, message, config))
+    return Message(write_tested(_tested(config, vectors, data, network)), reply_to=message)
 
 
 def _tested(config: Config, vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:

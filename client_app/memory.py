@@ -8,7 +8,8 @@ model and, with ``trust-on-first-use``, holds its private key.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from logging import INFO
 from pathlib import Path
@@ -30,6 +31,8 @@ from strategies.saving import flatten, restore
 TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"  # the records in the context's state
 RULE, MOMENTS, LOST = "rule", "moments", "lost"
 T = TypeVar("T", bound=tuple[Any, ...])
+Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+Deal = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 def run_of(context: Context, agreed: Agreed) -> dict[str, str]:
@@ -84,42 +87,49 @@ def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[in
     return (record, ConfigRecord(dict(numbers))), arrays
 
 
-def remembered(context: Context, name: str, like: T) -> T:
-    """What this site remembers under a name in this run: a NamedTuple of tensors like ``like``, which is what it begins with."""
-    record = context.state.get(name)
-    known = context.state.get(f"{name}-run")
-    if not isinstance(record, ArrayRecord) or not isinstance(known, ConfigRecord) or known.get("run") != context.run_id:
-        return like  # Flower keeps a context from run to run of a series
-    vectors = {field: unpack(array) for field, array in record.items()}
+def remembered(context: Context, name: str, like: T, deal: Deal = lambda read: read()) -> T:
+    """What this site remembers under a name in this run: a NamedTuple of tensors like ``like``, which is what it begins with.
+
+    ``deal`` makes of its vectors what this process needs of them.
+    """
+    vectors = deal(partial(_vectors, context, name))
+    if not vectors:
+        return like
     return type(like)(*(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True)))  # type: ignore[attr-defined]
 
 
-def keep(context: Context, name: str, memory: Any) -> None:
-    """Remember a NamedTuple of tensors.
+def _vectors(context: Context, name: str) -> dict[str, Tensor]:
+    record, known = context.state.get(name), context.state.get(f"{name}-run")
+    if not isinstance(record, ArrayRecord) or not isinstance(known, ConfigRecord) or known.get("run") != context.run_id:
+        return {}  # Flower keeps a context from run to run of a series
+    return {field: unpack(array) for field, array in record.items()}
+
+
+def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> None:
+    """Remember a NamedTuple of tensors. ``gather`` undoes what ``deal`` did.
 
     Raises:
         TypeError: it is none.
     """
     if not hasattr(memory, "_asdict"):
         raise TypeError(f"what a site remembers is a NamedTuple of tensors; the method's is {type(memory).__name__}")
-    context.state[name] = pack(memory._asdict())
+    context.state[name] = pack(gather(memory._asdict()))
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
 
 
-def recall_moments(context: Context, optimizer: torch.optim.Optimizer) -> None:
+def recall_moments(context: Context, optimizer: torch.optim.Optimizer, deal: Deal) -> None:
     """The optimizer goes on with the moments of this site's last order in this run; with none before the first."""
     (whole,) = optimizer.param_groups[0]["params"]
-    record, known = context.state.get(MOMENTS), context.state.get(f"{MOMENTS}-run")
-    if isinstance(record, ArrayRecord) and isinstance(known, ConfigRecord) and known.get("run") == context.run_id:
+    if moments := deal(partial(_vectors, context, MOMENTS)):
         # A copy: what a message holds must not be written.
-        optimizer.state[whole] = {field: unpack(array).clone().to(whole.device) for field, array in record.items()}
+        optimizer.state[whole] = {field: moment.clone().to(whole.device) for field, moment in moments.items()}
 
 
-def remember_moments(context: Context, optimizer: torch.optim.Optimizer) -> None:
+def remember_moments(context: Context, optimizer: torch.optim.Optimizer, gather: Gather) -> None:
     """Keep the optimizer's moments for this site's next order."""
     (whole,) = optimizer.param_groups[0]["params"]
     moments = {field: value.float() for field, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
-    context.state[MOMENTS] = pack(moments)
+    context.state[MOMENTS] = pack(gather(moments))
     context.state[f"{MOMENTS}-run"] = ConfigRecord({"run": context.run_id})
 
 

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from flwr.app import MetricRecord
 from pydantic import Field, ValidationError
 
+from client_app.ranks import SHARDING
 from client_app.training import num_batches
 from configuration.config import Config, flatten
 from configuration.sections import Data
@@ -49,6 +50,7 @@ IMPORTABLE = (
     "data.source",
 )
 OF_TORCHVISION = "torchvision:"
+ELEMENTWISE = ("sgd", "adamw")  # optimizers that need no whole matrix
 DAY_S = 86_400
 LONGEST_SOCKET = 107  # bytes of a path, on Linux
 
@@ -128,6 +130,8 @@ class SiteFile(Section):
     peer_keys: str = ""
     """file of its neighbours' public keys"""
     policy: Policy = Policy()
+    sharding: bool = False
+    """for models that do not fit one device: each process of torchrun has its shard of parameters, gradients and moments (FSDP2)"""
     privacy: Privacy | None = None
     """clipping and noise of what leaves; none where the table is left out"""
 
@@ -140,6 +144,7 @@ class SiteFile(Section):
             "site": self.site,
             "data": self.data.path,
             **named,
+            **({SHARDING: True} if self.sharding else {}),
             **{key: path for key, path in paths.items() if path},
             **{f"privacy.{key}": value for key, value in privacy.items()},
         }
@@ -220,6 +225,16 @@ def check_machine(site: SiteFile) -> None:
             _wrong("policy.models", each, str(error).partition(": ")[2])
 
 
+def check_processes(site: SiteFile, count: int) -> None:
+    """Whether there are processes to share what the file has them share.
+
+    Raises:
+        PolicyError: there is but one.
+    """
+    if site.sharding and count == 1:
+        _wrong("sharding", True, "there is one process; allowed: false, or torchrun with 2 processes or more")
+
+
 def _writable(path: Path, *, folder: bool) -> bool:
     """Whether this user may write a file, or into a folder, that is there or can be made."""
     if path.exists():
@@ -272,6 +287,23 @@ def check_run(policy: Policy, config: Config) -> None:
         refuse("sealing", policy.sealing, f"wire.sealing = {config.wire.sealing!r}")
     if training.batch_size < policy.smallest_batch:
         refuse("smallest-batch", policy.smallest_batch, f"training.batch-size = {training.batch_size}")
+
+
+def check_sharding(site: SiteFile, config: Config) -> None:
+    """Whether a run's model can be sharded, where the site has it so.
+
+    Raises:
+        PolicyError: it cannot.
+    """
+    said = "this site has sharding = true; allowed:"
+    if not site.sharding:
+        return
+    if isinstance(config.plan, PeerPlan):
+        raise PolicyError(f"strategy = {config.strategy!r}: a peer keeps whole models; {said} methods with a server")
+    if config.training.optimizer not in ELEMENTWISE:
+        raise PolicyError(f"training.optimizer = {config.training.optimizer!r}: {said} {', '.join(ELEMENTWISE)}")
+    if config.computing.compile:
+        raise PolicyError(f"computing.compile = true: {said} false")
 
 
 def check_order(policy: Policy, config: Config, order: Order | PeerOrder | None, num_train: int) -> None:

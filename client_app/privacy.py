@@ -109,6 +109,11 @@ class _Normal:
         return found.view(vector.shape).to(vector.device)
 
 
+def _counts() -> bool:
+    """Whether this process keeps the account: the other ones of a site use the same noise."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Noise:
     """Clips and adds noise.
 
@@ -134,9 +139,10 @@ class Noise:
         node: dict[str, Any] = dict(context.node_config)
         if CLIP not in node:
             return None
-        account, seed = Account(Path(node["state"]), node[DELTA]), bytes.fromhex(node.get(SEED) or secrets.token_hex(32))
+        account, seed = Account(Path(node.get("state", "")), node[DELTA]), bytes.fromhex(node.get(SEED) or secrets.token_hex(32))
         found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], seed)
-        found._check(1)
+        if _counts():
+            found._check(1)
         return found
 
     def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
@@ -159,6 +165,6 @@ class Noise:
         Raises:
             BudgetError: it is more than is left.
         """
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a site used the same noise
+        if _counts():
             self._account.charge(self._check(self._uses))
         self._uses = 0

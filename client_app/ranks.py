@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from client_app import letter
 
 MEET_S = 60.0  # one that is through with a letter waits so long for the others
 IDLE = timedelta(days=3650)  # from letter to letter
+SHARDING = "sharding"  # in the node's configuration: no process has a whole model
 STATE = "state/"  # before the names of what the site remembers
 
 
@@ -31,6 +32,16 @@ def all_or_none() -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         os._exit(1)
+
+
+def broadcast(data: bytes | None, group: Any = None, device: torch.device | str = "cpu") -> bytes:
+    """The bytes that rank 0 has, at all processes of a group, which exchange them through tensors of a device."""
+    size = torch.tensor([0 if data is None else len(data)], device=device)
+    with all_or_none():
+        dist.broadcast(size, 0, group)
+        whole = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8).to(device)
+        dist.broadcast(whole, 0, group)
+    return whole.cpu().numpy().tobytes()
 
 
 class Ranks:
@@ -57,6 +68,8 @@ class Ranks:
         if self.count == 1:
             return
         content = RecordDict({**message.content, **{STATE + name: record for name, record in context.state.items()}})
+        if context.node_config.get(SHARDING):  # rank 0 deals the vectors out
+            content = RecordDict({name: record for name, record in content.items() if not isinstance(record, ArrayRecord)})
         head = {
             "kind": message.metadata.message_type,
             "run": context.run_id,
@@ -64,22 +77,14 @@ class Ranks:
             "node-config": dict(context.node_config),
             "run-config": dict(context.run_config),
         }
-        self._broadcast(letter.to_bytes(head, content))
+        broadcast(letter.to_bytes(head, content), self._control)
 
     def shared(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
         """The other ranks' side of it: its head, the message's content, and what the site remembers."""
-        head, records = letter.from_bytes(self._broadcast(None))
+        head, records = letter.from_bytes(broadcast(None, self._control))
         content = RecordDict({name: record for name, record in records.items() if not name.startswith(STATE)})
         state = RecordDict({name.removeprefix(STATE): record for name, record in records.items() if name.startswith(STATE)})
         return head, content, state
-
-    def _broadcast(self, data: bytes | None) -> bytes:
-        size = torch.tensor([0 if data is None else len(data)])
-        with all_or_none():
-            dist.broadcast(size, 0, self._control)
-            whole = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
-            dist.broadcast(whole, 0, self._control)
-        return whole.numpy().tobytes()
 
     def meet(self) -> None:
         """All are through with the letter; else this process ends."""

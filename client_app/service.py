@@ -41,7 +41,7 @@ from client_app.handlers import app as handlers
 from client_app.letter import LetterError
 from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
-from client_app.privacy import SEED, Account, cost_of
+from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
@@ -191,11 +191,14 @@ class Service:
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
+        policy.check_sharding(site, config)
         num_test = self._check_message(config, message, context)
         memory = self._memory(run, asked)  # a run that is refused neither counts nor pushes out what another left
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
             restore_from_disk(context)
+        if self._ranks.count > 1 and kind.startswith("train"):
+            Noise.of(context)  # an epsilon that is spent is said before the others begin
         self._ranks.share(message, context)
         reply = handlers(message, context)
         self._ranks.meet()
@@ -243,7 +246,7 @@ class Service:
         asked = config_of(message)
         order = read_peer_order(asked) if isinstance(config.plan, PeerPlan) and kind.startswith("train") else read_order(asked)
         policy.check_order(rules, config, order, num_train)
-        size = network_of(config, shape, len(order.agreed.classes)).x.numel()
+        size = sum(network_of(config, shape, len(order.agreed.classes), self._site.sharding).model.sizes)
         if size > rules.largest_model:
             policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
         return num_test
@@ -419,12 +422,14 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         keyring(Context(0, 0, site.node_config(), RecordDict(), {}), "keys", site.site, {}, {})
     _Begun(_runs_file(site))
     shape = " x ".join(map(str, data.train.x.shape[1:]))
+    processes = f"{ranks} process{'es' * (ranks > 1)} of {torch.get_num_threads()} threads"
+    sharded = "; under torchrun each has its shard of the model" if site.sharding else ""
     lines = [
         f"site {site.site}{f' ({site.name})' if site.name else ''}",
         f"data: {site.data.source} {site.data.path}",
         f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
         f"classes: {', '.join(data.classes)} (their names leave the site)",
-        f"devices: {device_of(config.computing.device)}, {ranks} process{'es' * (ranks > 1)} of {torch.get_num_threads()} threads",
+        f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
         f"privacy: {_spent(site)}",
@@ -498,6 +503,7 @@ def main() -> None:
             follow(ranks)
         print(report(site, ranks.count), flush=True)
         if not arguments.check:
+            policy.check_processes(site, ranks.count)
             with _alone(site):
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the socket goes, too
                 _warm()

@@ -7,7 +7,7 @@ the message, the run configuration, the data and the context's state alone.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from client_app import training
 from client_app.privacy import Noise
+from client_app.ranks import SHARDING, all_or_none
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.network import network_of as build
@@ -265,19 +266,31 @@ def device_of(name: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Network:
-    """The network of a run for examples of ``shape``, on this site's device."""
+def network_of(config: Config, shape: tuple[int, ...], num_classes: int, sharding: bool = False) -> Network:
+    """The network of a run for examples of ``shape``, on this site's device, or a shard of it on each of them."""
     device = device_of(config.computing.device)
-    task, model = config.task, FlatModel(build(config, shape, num_classes)[0], device)
+    task, network = config.task, build(config, shape, num_classes)[0]
+    if sharding:
+        from client_app.sharded import ShardedModel, sharded  # here: FSDP2 takes a second to import, and few sites have it
+
+        model: FlatModel = (shards := ShardedModel(network, device))
+    else:
+        model = FlatModel(network, device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 
     def predict(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
+        together = all_or_none() if sharding else nullcontext()  # each layer is put together from all processes
+        with together, torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
             logits: Tensor = compiled(x.contiguous(memory_format=layout))
         return logits
 
     plain = training.plain(model, lambda batch: task.losses(predict(batch[0]).float(), batch[1]).mean())
+    if sharding:
+        # Parts of the whole batch, not of a process's: all go through equally many.
+        plain = training.accumulated(sharded(plain, shards), config.computing.micro_batch * shards.count)
+        sharp = training.sharpness_aware(plain, _radius(config), model.norm)
+        return Network(task, model, predict, model.x, model.stats, plain, sharp)
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
@@ -302,7 +315,8 @@ def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteD
     classes, moments = Agreed.of(config_of(message))
     common = Moments(*moments) if moments else None
     data = site_data(config, site, classes, common)
-    return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes))
+    sharding = bool(context.node_config.get(SHARDING))
+    return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes), sharding)
 
 
 def private(context: Context, network: Network) -> Noise | None:

@@ -54,11 +54,12 @@ def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
     return gradient
 
 
-def sharpness_aware(base: Gradient, rho: float) -> Gradient:
+def sharpness_aware(base: Gradient, rho: float, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm) -> Gradient:
     """The gradient at the worst point near by: at ``x + rho g / |g|``, where ``g`` is the gradient at ``x`` on the same batch.
 
     Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equations 2 and 3; one norm over all parameters; the second
-    pass leaves BatchNorm statistics alone, as in the authors' code. The loss returned is that of the first pass.
+    pass leaves BatchNorm statistics alone, as in the authors' code. The loss returned is that of the first pass. ``norm`` is the
+    model's own.
     Special case: rho = 0 is the base gradient.
     """
     if rho == 0:
@@ -66,7 +67,7 @@ def sharpness_aware(base: Gradient, rho: float) -> Gradient:
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)
-        return value, base(perturbed(x, g, rho), batch, track=False)[1]
+        return value, base(perturbed(x, g, rho, norm(g)), batch, track=False)[1]
 
     return gradient
 
@@ -218,7 +219,7 @@ def train(
         if found is not model.grad:  # which the optimizer reads
             model.grad.copy_(found)
         if clip_norm:
-            nn.utils.clip_grad_norm_([whole], clip_norm)
+            nn.utils.clip_grads_with_norm_([whole], clip_norm, model.norm(model.grad))
         step.step()
         total += value
     return total.item() / count, count

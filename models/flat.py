@@ -4,6 +4,7 @@ The algorithms work on ``x`` [d]; the network works on tensors of many shapes. B
 copied between a step of training and a step of an algorithm, and an optimizer sees one tensor instead of a hundred.
 """
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import chain
 
@@ -36,16 +37,19 @@ class FlatModel:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError("the network has no trainable parameters")
-        self.x = torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).float()
-        self.sizes = sizes = tuple(parameter.numel() for parameter in parameters)
-        for parameter, part in zip(parameters, self.x.split(sizes), strict=True):
-            parameter.data = part.view(parameter.shape)
+        self.sizes = tuple(parameter.numel() for parameter in parameters)
+        self._bind(parameters)
         self._parameters = parameters
         self._pieces: tuple[Tensor, ...] = ()
         # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
         self.buffer_names, self.statistics = _statistics(network)
         self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
         self.num_stats = sum(buffer.numel() for buffer in self.statistics)
+
+    def _bind(self, parameters: list[nn.Parameter]) -> None:
+        self.x = torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).float()
+        for parameter, part in zip(parameters, self.x.split(self.sizes), strict=True):
+            parameter.data = part.view(parameter.shape)
 
     @cached_property
     def grad(self) -> Tensor:
@@ -67,6 +71,19 @@ class FlatModel:
         torch.cat([piece.reshape(-1) for piece in self._pieces], out=self.grad)
         if len(self.x) >= _LARGE:  # whose pieces are handed back anyway, and are as much memory as the model
             self._pieces = ()
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """The Euclidean norm [] of a vector [d]."""
+        found: Tensor = torch.linalg.vector_norm(vector)
+        return found
+
+    def deal(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What this process needs of the vectors that ``read`` gives: all (others: :mod:`client_app.sharded`)."""
+        return dict(read())
+
+    def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of vectors of which this process has what it needs: they are."""
+        return dict(vectors)
 
     @property
     def stats(self) -> Tensor:

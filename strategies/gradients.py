@@ -18,13 +18,14 @@ class Diverged(ValueError):
         super().__init__(f"training diverged: {what}; {MEND}")
 
 
-def perturbed(x: Tensor, gradient: Tensor, rho: float) -> Tensor:
+def perturbed(x: Tensor, gradient: Tensor, rho: float, norm: Tensor | None = None) -> Tensor:
     """``x + rho g / |g|``: the worst point near by, to first order.
 
     Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equation 2; one norm over all
-    parameters.
+    parameters. ``norm`` is |g| where ``gradient`` is a part of g.
     """
-    norm: Tensor = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+    if norm is None:
+        norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     return x + gradient * (rho / (norm + SMALL))
 
 

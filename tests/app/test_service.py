@@ -482,9 +482,45 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     found.end()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_process_that_is_killed_is_heard_of_and_all_begin_anew(rank: int, tmp_path: Path) -> None:
-    service = Service(tmp_path, processes=2)
+SHARDED: dict[str, dict[str, Any]] = {
+    "co-learning": {"training": {"sam_radius": 0.05}},
+    "diloco": {"training": {"optimizer": "adamw"}},
+    "scaffold": {"computing": {"micro_batch": 6}, "wire": {"codec": "bf16", "down_codec": "bf16"}},
+    "gsgm": {"training": {"batch_size": 33}},
+}
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_two_processes_with_shards_are_as_one(strategy: str, shards: Service) -> None:
+    config = config_of(strategy, **SHARDED[strategy])
+    through, inside = deployed(config, site_1=shards.socket), deployed(config)
+    for name, model in inside.models.items():
+        for key, value in model.items():
+            torch.testing.assert_close(through.models[name][key], value, rtol=0, atol=1e-3 if "wire" in SHARDED[strategy] else 1e-5)
+    assert not [line for line in shards.lines() if "problem" in line or "rule" in line]
+
+
+def test_what_shards_cannot_do_is_said_and_no_process_begins_anew(shards: Service) -> None:
+    before = shards.log.read_text().count("device")
+    assert "strategy = 'dmsgd': a peer keeps whole models; this site has sharding = true" in said(answer_to(shards, flat("dmsgd")))
+    assert "computing.compile = true" in said(answer_to(shards, flat(computing={"compile": True})))
+    for kind in ("train", "evaluate"):
+        assert "expected x (4810,), got (3,)" in said(answer_to(shards, flat(), kind, order({}, 3, **{"local-epochs": 1})))
+    assert shards.log.read_text().count("device") == before
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("shards")
+    few = {"smallest-steps": 1, "smallest-examples": 1}
+    found = Service(folder, processes=2, sharding=True, policy=few, state=str(folder / "state"))
+    yield found
+    found.end()
+
+
+@pytest.mark.parametrize(("rank", "sharding"), [(0, False), (1, True)])
+def test_process_that_is_killed_is_heard_of_and_all_begin_anew(rank: int, sharding: bool, tmp_path: Path) -> None:
+    service = Service(tmp_path, processes=2, sharding=sharding)
     long = order({}, 4810, **{"local-epochs": 100_000})
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(answer_to, service, flat(), "train", long)

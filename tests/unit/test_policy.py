@@ -12,7 +12,16 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from client_app import letter, service
 from client_app.letter import LetterError
-from client_app.policy import PolicyError, SiteFile, check_holdings, check_machine, check_paths, read_site, withhold
+from client_app.policy import (
+    PolicyError,
+    SiteFile,
+    check_holdings,
+    check_machine,
+    check_paths,
+    check_processes,
+    read_site,
+    withhold,
+)
 from client_app.site import SiteId, raw_data
 from configuration.config import configuration
 
@@ -47,6 +56,13 @@ def test_what_is_not_there_is_named_with_its_key(keys: dict[str, Any], said: str
         check_machine(site(tmp_path, **here))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_shards_need_processes(tmp_path: Path) -> None:
+    check_processes(site(tmp_path), 1)
+    check_processes(site(tmp_path, sharding=True), 2)
+    with pytest.raises(PolicyError, match="sharding = True: there is one process; allowed: false, or torchrun with 2"):
+        check_processes(site(tmp_path, sharding=True), 1)
 
 
 @pytest.mark.parametrize(

@@ -53,17 +53,19 @@ class Training(Section):
     """Training at the sites, of every method."""
 
     lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
+    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, else 0.001"""
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
     lr_shape: Literal["exponential", "linear", "cosine"] = "exponential"
     """exponential, linear, cosine"""
     lr_steps: Literal["batch", "epoch"] = "batch"
     """how often the rate moves: batch, epoch"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd, adamw"""
+    lr_warmup: Decay = 0.0
+    """share of a cycle during which the rate rises linearly to lr, batch by batch; then it decays over the rest; 0: none"""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """sgd, adamw, muon (of hidden matrices and kernels, the rest by adamw)"""
     momentum: Decay = 0.9
-    """of sgd; beta1 of adamw"""
+    """of sgd and muon; beta1 of adamw"""
     nesterov: Annotated[bool, Only(optimizer=("sgd",))] = False
     """look ahead"""
     weight_decay: NotNegative = 1e-4
@@ -78,7 +80,7 @@ class Training(Section):
     @property
     def rate(self) -> float:
         """The learning rate at the start of a cycle."""
-        return self.lr or {"sgd": 0.05, "adamw": 0.001}[self.optimizer]
+        return self.lr or (0.05 if self.optimizer == "sgd" else 0.001)
 
 
 class Model(Section):

@@ -134,6 +134,16 @@ class _ThreeChannels(nn.Module):
         return x.expand(-1, 3, -1, -1)
 
 
+def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """The weights of a network's hidden layers, kernels of convolutions too: no vectors, no embeddings, and not the head's.
+
+    The head's are the last ones, in the order of ``network.parameters()``.
+    """
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    weights = [parameter for parameter in network.parameters() if parameter.dim() > 1][:-1]
+    return [weight for weight in weights if id(weight) not in embeddings and min(weight.flatten(1).shape) > 1]
+
+
 def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Two convolutions, a hidden layer: 55 thousand parameters on digits, 0.5 million on CIFAR-10.
 

@@ -250,7 +250,8 @@ def device_of(name: str) -> torch.device:
 def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> Network:
     """The network of a run for examples of ``shape``, on this site's device."""
     device = device_of(config.computing.device)
-    model = FlatModel(build(config.model, shape, num_classes, derive(config.seed, "model"))[0], device)
+    seed, computing = derive(config.seed, "model"), config.computing
+    model = FlatModel(build(config.model, shape, num_classes, seed, computing=computing)[0], device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
     layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
 

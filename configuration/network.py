@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from configuration.sections import Model, Wire
+from configuration.sections import Computing, Model, Wire
+from models.checkpointing import checkpoint_blocks
 from models.networks import build
 from models.pretrained import freeze, start_from
 from strategies.codecs import Codec, codec
@@ -16,15 +17,23 @@ def network_of(
     num_classes: int,
     seed: int,
     *,
+    computing: Computing | None = None,
     output: tuple[int, ...] | None = None,
     tokens: bool = False,
 ) -> tuple[nn.Module, str]:
-    """The network at its initial parameters, and what there is to say of them; arguments as of :func:`models.networks.build`.
+    """The network at its initial parameters, and what there is to say of them.
+
+    Args:
+        model: the section of the configuration.
+        shape, num_classes, seed, output, tokens: of :func:`models.networks.build`.
+        computing: the section, where the network is trained.
 
     Raises:
         ValueError: it cannot be built; the message names the key.
     """
     network, said = build(model.name, shape, num_classes, seed, output=output, tokens=tokens, **model.options), ""
+    if computing and computing.checkpointing:
+        checkpoint_blocks(network, computing.compile)
     if model.initial:
         said = start_from(network, model.initial)
     if model.trainable:

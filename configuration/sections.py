@@ -209,6 +209,8 @@ class Computing(Section):
     """memory layout of pictures"""
     compile: bool = False
     """torch.compile"""
+    checkpointing: bool = False
+    """a network's blocks are computed twice, to save memory"""
     micro_batch: Annotated[int, Field(ge=0, le=10**9)] = 0
     """a batch's gradient is summed over parts of so many examples, to save memory (BatchNorm sees the parts); 0: at once"""
 

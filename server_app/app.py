@@ -60,7 +60,9 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    network, said = network_of(config.model, federation.shape, len(federation.classes), derive(config.seed, "model"))
+    network, said = network_of(
+        config.model, federation.shape, len(federation.classes), derive(config.seed, "model"), computing=config.computing
+    )
     if said:
         log(logging.WARNING, "%s", said)
     model = FlatModel(network)

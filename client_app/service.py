@@ -47,7 +47,7 @@ from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
 from datasets.cache import cache_folder
-from models.networks import NETWORKS
+from models.networks import NETWORKS, num_parameters
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
 from strategies.protocol import read_order, read_peer_order
@@ -242,9 +242,13 @@ class Service:
         asked = config_of(message)
         order = read_peer_order(asked) if isinstance(config.plan, PeerPlan) and kind.startswith("train") else read_order(asked)
         policy.check_order(rules, config, order, num_train)
-        size = network_of(config, shape, len(order.agreed.classes)).x.numel()
-        if size > rules.largest_model:
-            policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
+        classes = len(order.agreed.classes)
+        for count in (  # before and after there is memory for them
+            lambda: num_parameters(config.model.name, shape, classes, **config.model.options),
+            lambda: network_of(config, shape, classes).x.numel(),
+        ):
+            if (size := count()) > rules.largest_model:
+                policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
         return num_test
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:

@@ -90,7 +90,7 @@ class Model(Section):
     """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own: package.module:NAME"""
     norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=_taking(NETWORKS, "norm"))] = "batch"
     """batch, group, evonorm"""
-    layers: Annotated[int, Field(ge=1, le=1000), Only(name=_taking(NETWORKS, "layers"))] = 4
+    layers: Annotated[int, Field(ge=1, le=256), Only(name=_taking(NETWORKS, "layers"))] = 4
     """of a transformer"""
     width: Annotated[int, Field(ge=1, le=2**16), Only(name=_taking(NETWORKS, "width"))] = 128
     """of a transformer: numbers by which a token is represented"""

@@ -89,7 +89,7 @@ def our_loop(folder: Path, workers: int) -> Callable[[], None]:
     part = Part(replace(examples.x, workers=workers), examples.y)
     model = FlatModel(build("cnn", (3, SIZE, SIZE), CLASSES, 1), torch.device("cpu"))
     gradient = training.plain(model, lambda batch: F.cross_entropy(model.network(batch[0]), batch[1]))
-    sgd = training.optimizer("sgd", model, 0.05, 0.9, False, 0.0)
+    sgd = training.optimizers("sgd", model, 0.05, 0.9, False, 0.0)
     generator = torch.Generator().manual_seed(1)
 
     def run() -> None:

@@ -1,7 +1,7 @@
 """A small language model across four data centers, each with one topic: bits a byte on the own topic and on all, and bytes sent.
 
-    python -m benchmarks.language AG_NEWS.csv                 the table: every method at equal tokens, means over seeds ± standard error
-    python -m benchmarks.language AG_NEWS.csv --search        its learning rates: a quarter of the tokens, another seed
+    python -m benchmarks.language AG_NEWS.csv             every method at equal tokens, means over seeds ± standard error
+    python -m benchmarks.language AG_NEWS.csv --search    its learning rates: a quarter of the tokens, another seed
 
 ``conf/language.toml``, AG news as bytes. Sites are tested on texts of their own that nobody trains on.
 """
@@ -94,7 +94,7 @@ def rows(path: str, methods: Mapping[str, Mapping[str, Any]], **keys: Any) -> di
         of_method = {
             key: value for key, value in shared.items() if not (of_peers(changes["strategy"]) and key == "training.optimizer")
         }
-        jobs[name] = of_method | changes
+        jobs[name] = {**of_method, **changes}
     return {name: list(map(measured, runs)) for name, runs in compare(jobs, **keys).runs.items()}
 
 

@@ -51,7 +51,7 @@ def our_loop(name: str, part: Part, batch_size: int, epochs: int, device: torch.
     """The loop of the ClientApp."""
     model = FlatModel(build(name, tuple(part.x.shape[1:]), 10, 1, norm="batch"), device)
     gradient = training.plain(model, lambda batch: F.cross_entropy(model.network(batch[0]), batch[1]))
-    sgd = training.optimizer("sgd", model, 0.05, 0.9, False, 1e-4)
+    sgd = training.optimizers("sgd", model, 0.05, 0.9, False, 1e-4)
     steps = training.num_batches(len(part.y), batch_size)
     generator = torch.Generator().manual_seed(1)
 

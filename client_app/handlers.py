@@ -135,13 +135,14 @@ def train(message: Message, context: Context) -> Message:
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
     steps = local.steps or local.epochs * an_epoch
 
-    rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=an_epoch)
+    cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
+    rate = rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
     memory = remembered(context, RULE, rule.init(model.x), deal) if rule else None
     gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
-    step = training.optimizer(
+    optimizers = training.optimizers(
         "sgd" if local.plain else keys.optimizer,
         model,
         local.lr,
@@ -150,13 +151,13 @@ def train(message: Message, context: Context) -> Message:
         keys.weight_decay,
     )
     if local.keep_moments:
-        recall_moments(context, step, deal)
+        recall_moments(context, optimizers, deal)
     shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
     augment = training.flip_crop if config.data.augment == "flip-crop" else None
     epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
     with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
-        mean_loss, _ = training.train(model, gradient, step, batches, rate, keys.clip_norm)
+        mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
     if not math.isfinite(mean_loss) and noise is None:  # with noise nobody must hear of it: it depends on each example
         raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
     metrics = TrainMetrics.model_construct(
@@ -173,8 +174,8 @@ def train(message: Message, context: Context) -> Message:
         keep(context, RULE, memory, gather)
         made |= beside
     if local.keep_moments:
-        remember_moments(context, step, gather)
-    del step  # its moments: before the answer is written
+        remember_moments(context, optimizers, gather)
+    del optimizers  # its moments: before the answer is written
     made = gather(made)
     if noise or sends_updates(config.wire):
         sent = gather(sent)

@@ -8,7 +8,7 @@ model and, with ``trust-on-first-use``, holds its private key.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from logging import INFO
@@ -117,20 +117,36 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
 
 
-def recall_moments(context: Context, optimizer: torch.optim.Optimizer, deal: Deal) -> None:
-    """The optimizer goes on with the moments of this site's last order in this run; with none before the first."""
-    (whole,) = optimizer.param_groups[0]["params"]
-    if moments := deal(partial(_vectors, context, MOMENTS)):
+def recall_moments(context: Context, optimizers: Sequence[torch.optim.Optimizer], deal: Deal) -> None:
+    """The optimizers go on with the moments of this site's last order in this run; with none before the first."""
+    states = _states(optimizers)
+    for name, moment in deal(partial(_vectors, context, MOMENTS)).items():
+        number, _, field = name.partition(".")
+        state, parameter = states[int(number)]
         # A copy: what a message holds must not be written.
-        optimizer.state[whole] = {field: moment.clone().to(whole.device) for field, moment in moments.items()}
+        state[field] = moment.clone().to(parameter.device)
 
 
-def remember_moments(context: Context, optimizer: torch.optim.Optimizer, gather: Gather) -> None:
-    """Keep the optimizer's moments for this site's next order."""
-    (whole,) = optimizer.param_groups[0]["params"]
-    moments = {field: value.float() for field, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
+def remember_moments(context: Context, optimizers: Sequence[torch.optim.Optimizer], gather: Gather) -> None:
+    """Keep the optimizers' moments for this site's next order."""
+    moments = {
+        f"{number}.{field}": value.float()
+        for number, (state, _) in enumerate(_states(optimizers))
+        for field, value in state.items()
+        if isinstance(value, Tensor)
+    }
     context.state[MOMENTS] = pack(gather(moments))
     context.state[f"{MOMENTS}-run"] = ConfigRecord({"run": context.run_id})
+
+
+def _states(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[dict[str, Any], Tensor]]:
+    """What they remember of each parameter, and the parameter."""
+    return [
+        (optimizer.state[parameter], parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
 
 
 def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -32,7 +32,7 @@ from strategies.peer.step import begin, cross_step, models_step, why
 from strategies.protocol import PeerOrder, read_peer_order
 from strategies.randomness import derive
 from strategies.records import ARRAYS, CONFIG, FROM, METRICS, OFFER, STATS, TO, X, config_of, pack, unpack
-from strategies.schedules import decay
+from strategies.schedules import decay, warm
 
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
@@ -51,9 +51,10 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
     )
 
 
-def learning_rate(config: Config, done: float) -> float:
-    """The rate when a fraction ``done`` of the run is over."""
-    return config.training.rate * decay(config.training.lr_shape, config.training.lr_ratio, done)
+def learning_rate(config: Config, done: float, after: float) -> float:
+    """The rate when a fraction ``done`` of the run is over, of an exchange that ends ``after`` another."""
+    keys = config.training
+    return keys.rate * warm(keys.lr_warmup, done, after) * decay(keys.lr_shape, keys.lr_ratio, done, keys.lr_warmup)
 
 
 class _Call(NamedTuple):
@@ -122,7 +123,7 @@ def _order(call: _Call) -> Order:
     return Order(
         asked.step,
         _neighbours(call),
-        learning_rate(call.config, asked.done),
+        learning_rate(call.config, asked.done, _after(call)),
         asked.done,
         _readers(call, asked.listeners),
         test=asked.test,
@@ -130,6 +131,14 @@ def _order(call: _Call) -> Order:
         again=asked.rejoin,
         restart=asked.fresh,
     )
+
+
+def _after(call: _Call) -> float:
+    """The fraction of the run that is over after this step; in the first one as if all sites had as many batches as this one."""
+    asked, plan, keys = call.asked, call.peer.plan, call.config.training
+    if number := plan.number(asked.step):
+        return asked.done * (number + 1) / number
+    return plan.steps / (call.config.epochs * num_batches(len(call.data.train.y), keys.batch_size))
 
 
 def _neighbours(call: _Call) -> Mapping[int, float]:

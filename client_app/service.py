@@ -46,6 +46,7 @@ from client_app.ranks import Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
+from configuration.network import parameters_of
 from datasets.cache import cache_folder
 from models.networks import NETWORKS
 from strategies.averaging.mean import extent
@@ -246,9 +247,13 @@ class Service:
         asked = config_of(message)
         order = read_peer_order(asked) if isinstance(config.plan, PeerPlan) and kind.startswith("train") else read_order(asked)
         policy.check_order(rules, config, order, num_train)
-        size = sum(network_of(config, shape, len(order.agreed.classes), self._site.sharding).model.sizes)
-        if size > rules.largest_model:
-            policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
+        classes = len(order.agreed.classes)
+        for count in (  # before and after there is memory for them
+            lambda: parameters_of(config, shape, classes),
+            lambda: sum(network_of(config, shape, classes, self._site.sharding).model.sizes),
+        ):
+            if (size := count()) > rules.largest_model:
+                policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
         return num_test
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:

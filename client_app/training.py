@@ -17,6 +17,7 @@ from client_app.ranks import all_or_none
 from datasets.lazy import Lazy, stream
 from datasets.site import Part
 from models.flat import FlatModel
+from models.networks import hidden_matrices
 from models.tasks import Task, right
 from strategies.gradients import perturbed
 
@@ -177,22 +178,44 @@ def chunks(part: Part) -> Iterator[Batch]:
         yield prepare(x), y
 
 
-def optimizer(
+def optimizers(
     name: str, model: FlatModel, lr: float, momentum: float, nesterov: bool, weight_decay: float
-) -> torch.optim.Optimizer:
-    """torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1."""
-    whole = nn.Parameter(model.x)
-    assert whole.data_ptr() == model.x.data_ptr()
-    whole.grad = model.grad
-    if name == "adamw":
-        return torch.optim.AdamW([whole], lr, (momentum, 0.999), weight_decay=weight_decay, fused=True)
-    return torch.optim.SGD([whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+) -> list[torch.optim.Optimizer]:
+    """torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1.
+
+    For ``muon`` there are two: Muon (Jordan et al. 2024, with Nesterov momentum) for the hidden matrices, scaled so that its
+    updates are as large as AdamW's (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982), and AdamW for the rest.
+
+    Raises:
+        ValueError: nothing of it is for Muon.
+    """
+    if name != "muon":
+        whole = nn.Parameter(model.x)
+        assert whole.data_ptr() == model.x.data_ptr()
+        whole.grad = model.grad
+        if name == "adamw":
+            return [torch.optim.AdamW([whole], lr, (momentum, 0.999), weight_decay=weight_decay, fused=True)]
+        return [torch.optim.SGD([whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)]
+    trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+    hidden = {id(parameter): parameter for parameter in hidden_matrices(model.network) if parameter.requires_grad}
+    if not hidden:
+        raise ValueError("training.optimizer = 'muon': no hidden matrix of this network is trained; allowed: 'sgd', 'adamw'")
+    matrices = [nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()]  # kernels: a row for each output
+    for matrix, parameter in zip(matrices, hidden.values(), strict=True):
+        assert parameter.grad is not None  # a view into model.grad
+        matrix.grad = parameter.grad.flatten(1)
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr, weight_decay, momentum, nesterov=momentum > 0, adjust_lr_fn="match_rms_adamw")
+    ]
+    if rest := [parameter for parameter in trained if id(parameter) not in hidden]:
+        found.append(torch.optim.AdamW(rest, lr, (momentum, 0.999), weight_decay=weight_decay, fused=True))
+    return found
 
 
 def train(
     model: FlatModel,
     gradient: Gradient,
-    step: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     batches: Iterable[Batch],
     rate: Callable[[int], float],
     clip_norm: float,
@@ -202,7 +225,7 @@ def train(
     Args:
         model: trained in place.
         gradient: at ``model.x``.
-        step: an optimizer over ``model.x``.
+        optimizers: together over ``model.x``.
         batches: one after the other, at least one.
         rate: learning rate of batch 0, 1, 2, ...
         clip_norm: the gradient's largest Euclidean norm; 0 for no limit.
@@ -211,16 +234,20 @@ def train(
         The mean loss over all batches, and how many there were.
     """
     total = torch.zeros((), device=model.x.device)
-    whole = step.param_groups[0]["params"][0]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    whole = nn.Parameter(model.x)
+    whole.grad = model.grad  # of which those that the optimizers read are views
     count = 0
     for count, batch in enumerate(batches, 1):
-        step.param_groups[0]["lr"] = rate(count - 1)
+        for group in groups:
+            group["lr"] = rate(count - 1)
         value, found = gradient(model.x, batch)
         if found is not model.grad:  # which the optimizer reads
             model.grad.copy_(found)
         if clip_norm:
             nn.utils.clip_grads_with_norm_([whole], clip_norm, model.norm(model.grad))
-        step.step()
+        for optimizer in optimizers:
+            optimizer.step()
         total += value
     return total.item() / count, count
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.partitions import PARTITIONS
@@ -134,6 +136,8 @@ def _run(config: "Config") -> Iterator[str]:
     ):
         table = config.method.table
         yield f"training.momentum = {training.momentum:g}: has no effect with {table}.local-steps = 1, which begins anew each time"
+    if training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        yield f"training.optimizer = 'muon': needs torch 2.9 or newer, here is {torch.__version__}; allowed: 'sgd', 'adamw'"
     if training.lr_ratio == 1:
         for key in ("lr-shape", "lr-steps"):
             if key in changed(training):

@@ -6,7 +6,8 @@ from torch import nn
 
 from configuration.config import Config
 from configuration.sections import Data, Model, Wire
-from models.networks import build
+from models.checkpointing import checkpoint_blocks
+from models.networks import build, num_parameters
 from models.pretrained import freeze, start_from
 from models.tasks import Task
 from strategies.codecs import Codec, codec
@@ -28,6 +29,12 @@ def initialised(model: Model, data: Data, task: Task, shape: tuple[int, ...], nu
     return build(model.name, shape, outputs, seed, output=task.output(shape, outputs), tokens=tokens, **model.options)
 
 
+def parameters_of(config: Config, shape: tuple[int, ...], num_classes: int) -> int:
+    """How many parameters :func:`network_of` would make, without the memory for them; 0 for a network of one's own."""
+    model = config.model
+    return num_parameters(model.name, shape, num_outputs(config.task, config.data, num_classes), **model.options)
+
+
 def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, str]:
     """The network for examples of ``shape`` at its initial parameters, and what there is to say of these.
 
@@ -36,6 +43,8 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tupl
     """
     model, said = config.model, ""
     network = initialised(model, config.data, config.task, shape, num_classes, derive(config.seed, "model"))
+    if config.computing.checkpointing:
+        checkpoint_blocks(network, config.computing.compile)
     if model.initial:
         said = start_from(network, model.initial)
     if model.trainable:

@@ -56,17 +56,19 @@ class Training(Section):
     task: Annotated[str, _one_of(*TASKS)] = "classification"
     """classification, multi-label, regression, language, segmentation, or one's own: package.module:TASK"""
     lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, 0.001 of adamw"""
+    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, else 0.001"""
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
     lr_shape: Literal["exponential", "linear", "cosine"] = "exponential"
     """exponential, linear, cosine"""
     lr_steps: Literal["batch", "epoch"] = "batch"
     """how often the rate moves: batch, epoch"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd, adamw"""
+    lr_warmup: Decay = 0.0
+    """share of a cycle during which the rate rises linearly to lr, batch by batch; then it decays over the rest; 0: none"""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """sgd, adamw, muon (of hidden matrices and kernels, the rest by adamw)"""
     momentum: Decay = 0.9
-    """of sgd; beta1 of adamw"""
+    """of sgd and muon; beta1 of adamw"""
     nesterov: Annotated[bool, Only(optimizer=("sgd",))] = False
     """look ahead"""
     weight_decay: NotNegative = 1e-4
@@ -81,7 +83,7 @@ class Training(Section):
     @property
     def rate(self) -> float:
         """The learning rate at the start of a cycle."""
-        return self.lr or {"sgd": 0.05, "adamw": 0.001}[self.optimizer]
+        return self.lr or (0.05 if self.optimizer == "sgd" else 0.001)
 
 
 class Model(Section):
@@ -91,7 +93,7 @@ class Model(Section):
     """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own: package.module:NAME"""
     norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=_taking(NETWORKS, "norm"))] = "batch"
     """batch, group, evonorm"""
-    layers: Annotated[int, Field(ge=1, le=1000), Only(name=_taking(NETWORKS, "layers"))] = 4
+    layers: Annotated[int, Field(ge=1, le=256), Only(name=_taking(NETWORKS, "layers"))] = 4
     """of a transformer"""
     width: Annotated[int, Field(ge=1, le=2**16), Only(name=_taking(NETWORKS, "width"))] = 128
     """of a transformer: numbers by which a token is represented"""
@@ -222,6 +224,8 @@ class Computing(Section):
     """memory layout of pictures"""
     compile: bool = False
     """torch.compile"""
+    checkpointing: bool = False
+    """a network's blocks are computed twice, to save memory"""
     micro_batch: Annotated[int, Field(ge=0, le=10**9)] = 0
     """a batch's gradient is summed over parts of so many examples, to save memory (BatchNorm sees the parts); 0: at once"""
 

@@ -60,17 +60,12 @@ def build(
 
 
 def _construct(name: str, shape: tuple[int, ...], num_outputs: int, tokens: bool, options: dict[str, Any]) -> nn.Module:
-    picture = len(shape) == 3
-    if name in NETWORKS:
-        known = NETWORKS[name]
-        if known.takes not in ("anything", "tokens" if tokens else "pictures" if picture else ""):
-            there = f"tokens, of shape {shape}; allowed: 'gpt'" if tokens else f"of shape {shape}; allowed: 'mlp'"
-            raise ValueError(f"model.name = {name!r} needs {known.takes}, the examples are {there} or your own")
-        return known.build(shape, num_outputs, **{key: options[key] for key in known.keys})
-    module, _, attribute = name.partition(":")
-    if module == "torchvision":
-        network = _of_torchvision(attribute, shape, num_outputs)
-        return nn.Sequential(_ThreeChannels(), network) if picture and shape[0] == 1 else network
+    takes = NETWORKS[name].takes if name in NETWORKS else "anything"
+    if takes not in ("anything", "tokens" if tokens else "pictures" if len(shape) == 3 else ""):
+        there = f"tokens, of shape {shape}; allowed: 'gpt'" if tokens else f"of shape {shape}; allowed: 'mlp'"
+        raise ValueError(f"model.name = {name!r} needs {takes}, the examples are {there} or your own")
+    if (shipped := _shipped(name, shape, num_outputs, options)) is not None:
+        return shipped
     make = own(name)
     try:
         network = make(shape, num_outputs)
@@ -79,6 +74,24 @@ def _construct(name: str, shape: tuple[int, ...], num_outputs: int, tokens: bool
     if not isinstance(network, nn.Module):
         raise ValueError(f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}")
     return network
+
+
+def _shipped(name: str, shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module | None:
+    """A network of this program or of torchvision; None where it is one's own."""
+    if name in NETWORKS:
+        return NETWORKS[name].build(shape, num_outputs, **{key: options[key] for key in NETWORKS[name].keys})
+    module, _, attribute = name.partition(":")
+    if module != "torchvision":
+        return None
+    network = _of_torchvision(attribute, shape, num_outputs)
+    return nn.Sequential(_ThreeChannels(), network) if len(shape) == 3 and shape[0] == 1 else network
+
+
+def num_parameters(name: str, shape: tuple[int, ...], num_outputs: int, **options: Any) -> int:
+    """How many parameters :func:`build` would make, without the memory that they need; 0 for a network of one's own."""
+    with torch.device("meta"):
+        network = _shipped(name, shape, num_outputs, options)
+    return sum(parameter.numel() for parameter in network.parameters()) if network else 0
 
 
 def torchvision_names() -> tuple[str, ...]:
@@ -132,6 +145,16 @@ class _ThreeChannels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.expand(-1, 3, -1, -1)
+
+
+def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """The weights of a network's hidden layers, kernels of convolutions too: no vectors, no embeddings, and not the head's.
+
+    The head's are the last ones, in the order of ``network.parameters()``.
+    """
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    weights = [parameter for parameter in network.parameters() if parameter.dim() > 1][:-1]
+    return [weight for weight in weights if id(weight) not in embeddings and min(weight.flatten(1).shape) > 1]
 
 
 def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -352,7 +352,8 @@ class Rounds:
         keys = self._config.training
         epoch = self._sites[answer.node].batches(keys.batch_size)
         steps = local.steps or local.epochs * epoch
-        rate = rates(local.lr, keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle, steps=steps, epoch=epoch)
+        cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
+        rate = rates(local.lr, *cycle, steps=steps, epoch=epoch, warmup=keys.lr_warmup)
         some = range(0, steps, max(1, steps // 1000))  # a site may say that it has many examples
         total = sum(map(rate, some)) * steps / len(some)
         return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}

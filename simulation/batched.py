@@ -84,7 +84,7 @@ class Peers:
 
     def step(self, number: int) -> None:
         """Local steps and the exchange ``number``, counted from 0."""
-        plan, lr = self._peer.plan, learning_rate(self._config, number / self.exchanges)
+        plan, lr = self._peer.plan, learning_rate(self._config, number / self.exchanges, (number + 1) / self.exchanges)
         if plan.gradient.at == "own":
             for _ in range(plan.steps):
                 self.state = self._algorithm.descend(self.state, self._own_gradients(), lr)
@@ -180,7 +180,9 @@ class Peers:
         losses = torch.stack(self._losses).mean(0)
         self._losses.clear()
         since = (number - 1) // self._every * self._every  # the first exchange after the last test
-        first, last = (learning_rate(self._config, each / self.exchanges) for each in (since, number - 1))
+        first, last = (
+            learning_rate(self._config, each / self.exchanges, (each + 1) / self.exchanges) for each in (since, number - 1)
+        )
         train = {
             "loss": float(losses.mean()),
             "lr-first": first,

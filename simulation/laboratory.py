@@ -237,6 +237,8 @@ def _check_engine(engine: str, config: Config, world: World | None) -> None:
         raise ConfigError(f"engine = {engine!r}: allowed: 'app', 'batched'")
     if engine == "batched" and not isinstance(config.plan, PeerPlan):
         raise ConfigError(f"engine = 'batched': runs peers, not strategy = {config.strategy!r}")
+    if engine == "batched" and config.computing.checkpointing:
+        raise ConfigError("computing.checkpointing = True: not with engine = 'batched'; allowed: False, or engine = 'app'")
     if engine == "batched" and world is not None:
         raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
 

@@ -1,12 +1,13 @@
 """A run's model, ready to be used: ``load(folder)``, predictions of files, and an export that needs none of this program.
 
 python -m simulation.trained RUN INPUT            a row of CSV for each example: its name, its class, each class's probability
-python -m simulation.trained RUN --export FILE    a program of torch.export, for examples as they are read
+python -m simulation.trained RUN --export FILE    a program of torch.export, or ONNX (FILE.onnx), for examples as they are read
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -106,12 +107,31 @@ class Trained(nn.Module):
         return [str(row) for row in range(len(x))], x
 
     def export(self, file: str | Path) -> None:
-        """Write a program of ``torch.export`` for any number of examples, which ``torch.export.load`` reads without this code."""
+        """Write a program that needs none of this code, see :func:`write_program`."""
         raw = [len(self.description.columns)] if self.description.columns else list(self.description.shape)
         kind = torch.uint8 if len(raw) == 3 and self.description.data.source != "audio-folder" else torch.float32
-        batch = torch.export.Dim("batch", min=1)
-        program = torch.export.export(self.eval(), (torch.zeros(2, *raw, dtype=kind),), dynamic_shapes=({0: batch},))
+        write_program(self, torch.zeros(2, *raw, dtype=kind), file)
+
+
+def write_program(network: nn.Module, examples: Tensor, file: str | Path) -> None:
+    """Write a network as a program for any number of examples.
+
+    Args:
+        network: what to write.
+        examples: two or more like those that it will take.
+        file: ONNX where it ends in .onnx, its input ``examples``, its output ``logits``; else for ``torch.export.load``.
+
+    Raises:
+        ValueError: what writes ONNX is not installed.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(network.eval(), (examples,), dynamic_shapes=({0: batch},))
+    if Path(file).suffix != ".onnx":
         torch.export.save(program, file)
+        return
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise ValueError(f"--export {file}: {' and '.join(missing)} not installed: pip install onnx onnxscript; or FILE.pt2")
+    torch.onnx.export(program, (), file, input_names=["examples"], output_names=["logits"], external_data=False, verbose=False)
 
 
 def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
@@ -152,7 +172,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder, or a file with a model")
     parser.add_argument("input", nargs="?", help="a file or folder like those that it was trained on; labels are not needed")
     parser.add_argument("--model", default="model", help="model-0, ... where sites learn alone")
-    parser.add_argument("--export", metavar="FILE", help="write a program of torch.export")
+    parser.add_argument("--export", metavar="FILE", help="write a program of torch.export, or ONNX where it ends in .onnx")
     arguments = parser.parse_args()
     if not (arguments.input or arguments.export):
         parser.error("INPUT or --export FILE is needed")

@@ -256,12 +256,13 @@ class PeerPlan(NamedTuple):
         """The exchange, counted from 0, whose offers are delivered in a step."""
         return (step - 1) // self.gradient.messages
 
-    def done(self, step: int, exchanges: int) -> float:
-        """The fraction of a run of so many exchanges that is over in a step.
+    def number(self, step: int) -> int:
+        """The exchange, counted from 0, for which a step trains: a plain one for that after it, else for its own."""
+        return self.exchange(step) + (0 if step and self.gradient.at != "own" else 1)
 
-        A plain step trains for the exchange after it; the steps of neighbourhood gradients for their own.
-        """
-        return min(1.0, (self.exchange(step) + (0 if step and self.gradient.at != "own" else 1)) / exchanges)
+    def done(self, step: int, exchanges: int) -> float:
+        """The fraction of a run of so many exchanges that is over in a step."""
+        return min(1.0, self.number(step) / exchanges)
 
 
 Plan = RoundPlan[Any] | AlonePlan | ForeignPlan | ArrivalPlan | PeerPlan

@@ -5,6 +5,8 @@
     cosine        eta(u) = eta_max (r + (1 - r) (1 + cos(pi u)) / 2)
 
 ``r`` is the rate at the end of the cycle over the rate at its start; every shape starts at ``eta_max`` and ends at ``r eta_max``.
+With warm-up over a fraction ``w`` of the cycle the rate rises linearly: a step that ends at ``u`` has ``u / w`` of ``eta_max``, so
+that the first is not 0. Then the shape goes over the rest.
 
 Source: the cyclical rate of Xu et al., "Collaborative Deep Learning Across Multiple Data Centers" (arXiv 1810.06877), of which
 only the abstract could be read: the shapes are reconstructed. Linear is the cycle of SWA (Izmailov et al. 2018), which that
@@ -15,8 +17,14 @@ import math
 from collections.abc import Callable
 
 
-def decay(shape: str, ratio: float, u: float) -> float:
-    """What the starting rate is multiplied with when a fraction ``u`` in [0, 1] of the cycle is done."""
+def warm(warmup: float, u: float, after: float) -> float:
+    """What a rate is multiplied with in a step from fraction ``u`` of the cycle to ``after``; ``warmup`` = 0: 1."""
+    return min(1.0, after / warmup) if u < warmup else 1.0
+
+
+def decay(shape: str, ratio: float, u: float, warmup: float = 0.0) -> float:
+    """What the starting rate is multiplied with when a fraction ``u`` in [0, 1] of the cycle, warm-up included, is done."""
+    u = max(0.0, u - warmup) / (1 - warmup)
     match shape:
         case "exponential":
             return float(ratio**u)
@@ -36,17 +44,24 @@ def progress(step: int, steps: int, epoch: int, every: str) -> float:
 
 
 def rates(
-    lr: float, shape: str, ratio: float, every: str, cycle: tuple[float, float], *, steps: int, epoch: int
+    lr: float, shape: str, ratio: float, every: str, cycle: tuple[float, float], *, steps: int, epoch: int, warmup: float = 0.0
 ) -> Callable[[int], float]:
     """The learning rate before each batch of a site's ``steps``, counted from 0.
 
     Args:
-        lr: the rate at the start of a cycle.
+        lr: the rate at the start of a cycle, after warm-up.
         shape, ratio: of :func:`decay`.
         every: of :func:`progress`.
         cycle: fractions of the cycle at the first batch and after the last.
         steps: batches in all.
         epoch: batches an epoch.
+        warmup: of :func:`warm`, always by batch.
     """
     start, stop = cycle
-    return lambda step: lr * decay(shape, ratio, start + (stop - start) * progress(step, steps, epoch, every))
+
+    def rate(step: int) -> float:
+        before, after = (start + (stop - start) * each / steps for each in (step, step + 1))
+        u = start + (stop - start) * progress(step, steps, epoch, every)
+        return lr * warm(warmup, before, after) * decay(shape, ratio, u, warmup)
+
+    return rate

@@ -69,7 +69,7 @@ def test_answers_are_those_of_the_handlers_bit_for_bit(config: Config, service: 
 
 STRICT = {
     "strategies": ["fedavg", "local", "asgd", "dmsgd"],
-    "models": ["mlp"],
+    "models": ["mlp", "gpt"],
     "smallest-batch": 16,
     "smallest-steps": 2,
     "smallest-examples": 64,
@@ -91,7 +91,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     ("run_config", "rule"),
     [
         (flat("gsgm"), "strategy = 'gsgm': this site's policy has strategies = ["),
-        (flat() | {"model.name": "cnn"}, "model.name = 'cnn': this site's policy has models = ['mlp']"),
+        (flat() | {"model.name": "cnn"}, "model.name = 'cnn': this site's policy has models = ['mlp', 'gpt']"),
         (flat() | {"training.batch-size": 8}, "training.batch-size = 8: this site's policy has smallest-batch = 16"),
         (flat("asgd"), "an answer after 1 batches: this site's policy has smallest-steps = 2"),
         (
@@ -119,6 +119,11 @@ def test_orders_are_held_to_the_rules(strict: Service) -> None:
         reply = answer_to(strict, flat(strategy), "train", order({}, 4810, **{"local-steps": 1}))
         assert "an answer after 1 batches: this site's policy has smallest-steps = 2" in said(reply)
     assert not answer_to(strict, flat(), "train", order({}, 4810, **{"local-steps": 2})).has_error()
+    # Refused before there is memory for it.
+    huge = flat() | {"model.name": "gpt", "model.width": 2**16, "model.layers": 100}
+    reply = answer_to(strict, huge, "train", order({}, 4810, **{"local-steps": 2}))
+    assert "a model of 5154" in said(reply)
+    assert "this site's policy has largest-model = 6000" in said(reply)
 
 
 def test_data_are_the_sites_whatever_a_run_says(strict: Service, tmp_path: Path) -> None:

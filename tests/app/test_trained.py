@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from configuration.description import Description
 from datasets.sources import SourceError, digits
 from simulation.laboratory import Run, simulate
-from simulation.trained import Trained, load
+from simulation.trained import Trained, load, write_program
 from tests.conftest import ROOT
 from tests.data import write_audio, write_texts
+from tests.unit.test_networks import language
 
 SHORT: dict[str, Any] = {"num_sites": 2, "epochs": 2, "model": {"name": "mlp"}, "progress": False}
 
@@ -106,6 +109,42 @@ def test_export_needs_nothing_of_this_program(tmp_path: Path) -> None:
         wanted = trained(torch.tensor([[30.0, float("nan")], [80.0, 170.0], [60.0, 180.0]])).softmax(1)
     np.testing.assert_allclose(np.array(eval(alone.stdout)), wanted.numpy(), atol=1e-6)
     assert printed.equals(pd.read_csv(StringIO(trained.predict(file).to_csv(index=False, float_format="%.4f"))))
+
+
+def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
+    """ONNX Runtime, with the file alone, says of one example and of several what the network says."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(file)
+    with torch.no_grad():
+        for x in (examples[:1], examples):
+            (logits,) = session.run(None, {"examples": x.numpy()})
+            np.testing.assert_allclose(logits, network(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_onnx_of_pictures_tables_and_tokens(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    file = tmp_path / "network.onnx"
+    load(pictures).export(file)
+    agrees(load(pictures), digits().x[:7], file)
+    convolutional = load(simulate(**SHORT | {"model": {"name": "cnn"}}).save(tmp_path / "cnn"))
+    convolutional.export(file)
+    agrees(convolutional, digits().x[:7], file)
+    table = {"source": "csv", "path": str(write_table(tmp_path)), "label": "ill"}
+    ill = load(simulate(**SHORT, data=table).save(tmp_path / "table"))
+    ill.export(file)
+    agrees(ill, torch.tensor([[30.0, float("nan")], [80.0, 170.0], [60.0, 180.0]]), file)
+    gpt, texts = language(), torch.randint(31, (3, 16))
+    write_program(gpt, texts, file)
+    agrees(gpt, texts, file)
+
+
+@pytest.mark.skipif(find_spec("onnxscript") is not None, reason="it is installed")
+def test_onnx_says_what_to_install(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; or FILE.pt2"
+    ):
+        load(pictures).export(tmp_path / "n.onnx")
 
 
 def test_what_is_no_model_is_named(pictures: Path, tmp_path: Path) -> None:

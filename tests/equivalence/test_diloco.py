@@ -63,7 +63,7 @@ def test_without_an_outer_optimizer_it_is_fedavg() -> None:
     assert float((faster - fedavg).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_moments_stay_at_the_site(optimizer: str) -> None:
     """One site, no outer optimizer, a constant rate: two rounds are one twice as long, since nothing is forgotten between them.
 

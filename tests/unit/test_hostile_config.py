@@ -53,7 +53,7 @@ ALLOWED: dict[str, list[Any]] = {
     "wire.error-feedback": ["deep-squeeze", "choco"],
     "wire.sealing": ["keys", "trust-on-first-use"],
     "wire.bits": [2, 4, 16],
-    "training.optimizer": ["adamw"],
+    "training.optimizer": ["adamw", "muon"],
     "training.lr-shape": ["linear", "cosine"],
     "computing.device": ["cuda", "cuda:99", "mps"],
     "computing.precision": ["bfloat16"],

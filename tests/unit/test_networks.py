@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.networks import build
+from models.networks import build, num_parameters
 
 
 def size(network: nn.Module) -> int:
@@ -18,6 +18,14 @@ def test_sizes_are_those_of_the_literature() -> None:
     assert size(build("resnet20", (3, 32, 32), 10, 1, norm="batch")) == 272_474
     assert size(build("vgg11", (3, 32, 32), 10, 1, norm="batch")) == 579_786
     assert size(build("lenet5", (1, 28, 28), 10, 1, norm="batch")) == 61_706
+
+
+@pytest.mark.parametrize("name", ["resnet20", "lenet5", "torchvision:resnet18", "tests.unit.test_networks:linear"])
+def test_parameters_are_counted_without_memory_and_random_numbers(name: str) -> None:
+    before = torch.random.get_rng_state()
+    expected = 0 if name.startswith("tests.") else size(build(name, (1, 28, 28), 10, 1, norm="group"))
+    assert num_parameters(name, (1, 28, 28), 10, norm="group") == expected
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "evonorm"])

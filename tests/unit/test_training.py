@@ -176,12 +176,12 @@ def test_flip_crop_yields_every_crop_of_the_padded_picture_and_its_mirror() -> N
 def test_loop_is_torchs_own_sgd_with_this_schedule(nesterov: bool) -> None:
     model, reference = normed(), normed().network
     batches = [batch(8), batch(16), batch(12)]
-    step = training.optimizer("sgd", model, 0.1, 0.9, nesterov, 0.01)
+    optimizers = training.optimizers("sgd", model, 0.1, 0.9, nesterov, 0.01)
 
     def epoch() -> Iterator[Batch]:
         return iter(batches)
 
-    loss, count = training.train(model, gradient_of(model), step, chain(epoch(), epoch()), lambda k: 0.1 / (1 + k), 0.5)
+    loss, count = training.train(model, gradient_of(model), optimizers, chain(epoch(), epoch()), lambda k: 0.1 / (1 + k), 0.5)
     plain_sgd = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=0.01, nesterov=nesterov)
     losses = []
     for k, (x, y) in enumerate(batches * 2):
@@ -200,8 +200,8 @@ def test_loop_is_torchs_own_sgd_with_this_schedule(nesterov: bool) -> None:
 
 def test_adamw_is_torchs_own() -> None:
     model, reference = normed(), normed().network
-    step = training.optimizer("adamw", model, 0.01, 0.8, False, 0.1)
-    training.train(model, gradient_of(model), step, [batch()] * 3, lambda _: 0.01, 0.0)
+    optimizers = training.optimizers("adamw", model, 0.01, 0.8, False, 0.1)
+    training.train(model, gradient_of(model), optimizers, [batch()] * 3, lambda _: 0.01, 0.0)
     adamw = torch.optim.AdamW(reference.parameters(), 0.01, (0.8, 0.999), weight_decay=0.1)
     for _ in range(3):
         adamw.zero_grad()

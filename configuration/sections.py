@@ -114,7 +114,7 @@ class Data(Section):
     """What sites hold."""
 
     source: Annotated[str, _one_of(*SOURCES)] = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, csv, text-csv, text-bytes, tokens, ..., package.module:NAME"""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, csv, parquet, text-bytes, tokens, ..., package.module:NAME"""
     path: str = ""
     """file or folder; for torchvision's sets the root"""
     label: Annotated[str, Field(min_length=1), Only(source=_taking(SOURCES, "label"))] = "label"
@@ -136,7 +136,7 @@ class Data(Section):
     vocabulary: Annotated[int, Field(ge=2, le=2**24), Only(source=_taking(SOURCES, "vocabulary"))] = 256
     """different tokens that there may be; of text-bytes 256"""
     memory_gb: Annotated[float, Field(gt=0, le=1e6), Only(source=_taking(SOURCES, "memory_gb"))] = 4.0
-    """pictures and sounds that would take more memory (in 2^30 bytes) are read from their files when a batch needs them"""
+    """examples that would take more memory (in 2^30 bytes) are read when a batch needs them"""
     test_part: Literal["own", "pooled", "official"] = "own"
     """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
     test_fraction: Annotated[float, Field(gt=0, lt=1), Only(test_part=("own", "pooled"))] = 0.2

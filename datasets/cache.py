@@ -29,13 +29,14 @@ TENSORS, NAMES = ("x", "y", "group", "test"), ("classes", "groups", "columns")
 LIBRARIES = "numpy", "pandas", "pillow", "scikit-learn", "scipy", "torch", "torchvision"  # that decode
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """Of what JSON can hold."""
     return sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def _code() -> str:
     """Of the decoders and the libraries they call: others may return other examples."""
-    return _digest([*map(version, LIBRARIES), *(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))])
+    return digest([*map(version, LIBRARIES), *(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))])
 
 
 CODE = _code()  # now: later the files may be others than those that this process runs
@@ -59,7 +60,7 @@ def fingerprint(files: Path | None) -> str:
         with suppress(OSError):  # a link to nothing, or gone meanwhile
             about = os.stat(name)
             found.append((name[len(str(files)) :], about.st_size, about.st_mtime_ns))
-    return _digest(sorted(found))
+    return digest(sorted(found))
 
 
 def cached(source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]) -> Examples:
@@ -76,13 +77,13 @@ def cached(source: str, files: Path | None, options: Mapping[str, object], decod
         options: all else that ``decode`` depends on.
         decode: whatever it raises is raised, and nothing is kept.
     """
-    place = f"{source}-{_digest([str(files and files.resolve()), options])}"
+    place = f"{source}-{digest([str(files and files.resolve()), options])}"
     content = fingerprint(files)
     folder = cache_folder("decoded")
     with ExitStack() as stack:
         try:
             folder = folder.expanduser()
-            entry = folder / f"{place}-{_digest([content, CODE])}.safetensors"
+            entry = folder / f"{place}-{digest([content, CODE])}.safetensors"
             if found := _read(entry):
                 return found
             folder.mkdir(0o700, parents=True, exist_ok=True)

@@ -4,14 +4,18 @@ Which examples make a batch is drawn where the network is; other processes only 
 number changes no result. They are started by Python's forkserver: a fresh process has neither keys nor sockets of this one.
 """
 
+import atexit
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from multiprocessing import get_context, parent_process
 from threading import Thread
+from types import ModuleType
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -192,7 +196,19 @@ class _Pool:
     def begin(self, user: object, rows: Iterator[Tensor]) -> None:
         """From now on read these."""
         self.user, self._asked.rows = user, rows
-        self.batches = iter(self._loader)
+        with _no_main():
+            self.batches = iter(self._loader)
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Processes that start inside do not import this program's main module: readers need nothing of it, and it may be slow."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @lru_cache(maxsize=1)
@@ -209,6 +225,9 @@ def _end_with_parent(_: int) -> None:
             os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+atexit.register(close)
 
 
 # Data sets of somebody's own.

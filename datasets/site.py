@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from datasets.errors import SourceError
 from datasets.examples import LARGEST, Examples
-from datasets.lazy import Lazy, Values
+from datasets.lazy import Lazy, Reader, Values
 from datasets.names import listed, shown
 from datasets.partitions import FEWEST, PARTITIONS, Indices, PartitionError, partition
 
@@ -134,7 +135,7 @@ def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
         train = train.sort().values
     parts = Part(examples.x[train], examples.y[train]), Part(examples.x[test], examples.y[test])
     notes: tuple[str, ...] = ()
-    if examples.columns:
+    if examples.columns and not isinstance(examples.x, Lazy):
         table = torch.cat([examples.x[train], examples.x[test]])
         notes = (*_missing(table, examples.columns), *_far_off(table, examples.columns))
     return SiteData(*parts, examples.classes, examples.columns, notes)
@@ -192,12 +193,14 @@ class Moments(NamedTuple):
         return Moments(*(each[:size] for each in self)), Moments(*(each[size:] for each in self))
 
 
-def moments(table: Tensor, columns: Sequence[str] = ()) -> Moments:
+def moments(table: Values, columns: Sequence[str] = ()) -> Moments:
     """The moments of the known values of ``table`` [n, columns].
 
     Raises:
         SourceError: those of a column are not finite or too large.
     """
+    if isinstance(table, Lazy):
+        return merge([moments(table.reader[rows][0]) for rows in table.rows.sort().values.split(2**16)], columns)
     known = ~table.isnan()
     values = table.double().nan_to_num()
     count = known.sum(0)
@@ -244,8 +247,10 @@ def standardise(data: SiteData, common: Moments) -> SiteData:
     deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
 
     def ready(part: Part) -> Part:
-        values = ((part.x - mean) / deviation).nan_to_num()
-        return Part(torch.cat([values, part.x.isnan().float()], 1).float(), part.y)
+        if isinstance(part.x, Lazy):
+            reader = Standardised(part.x.reader, mean, deviation)
+            return part._replace(x=replace(part.x, reader=reader, example=(2 * len(data.columns),)))
+        return part._replace(x=_standardised(part.x, mean, deviation))
 
     return data._replace(train=ready(data.train), test=ready(data.test))
 
@@ -257,6 +262,8 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
         SourceError: the moments are not those of these numbers, not finite, or too large.
     """
     common.check(data.classes)
+    if not (isinstance(data.train.y, Tensor) and isinstance(data.test.y, Tensor)):
+        raise SourceError("numbers to predict come as a tensor y, not with each item")
     mean, deviation = torch.tensor(common.mean), torch.tensor(deviations(common))
 
     def ready(part: Part) -> Part:
@@ -268,6 +275,25 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
 def deviations(common: Moments) -> tuple[float, ...]:
     """Of each column; 1 where all values are the same."""
     return tuple(math.sqrt(each) if each > 0 else 1.0 for each in common.variance)
+
+
+def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    values = ((x - mean) / deviation).nan_to_num()
+    return torch.cat([values, x.isnan().float()], 1).float()
+
+
+class Standardised:
+    """Reads rows of a table as a network takes them."""
+
+    def __init__(self, reader: Reader, mean: Tensor, deviation: Tensor) -> None:
+        self._reader, self._mean, self._deviation = reader, mean, deviation
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, y = self._reader[rows]
+        return _standardised(x, self._mean, self._deviation), y
 
 
 def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:

@@ -20,7 +20,7 @@ from datasets.folders import audio_folder, image_folder, log_mel
 from datasets.language import text_bytes, tokens
 from datasets.lazy import adopted
 from datasets.names import called, shown
-from datasets.tables import csv, text_csv
+from datasets.tables import csv, parquet, text_csv
 
 __all__ = [
     "SOURCES",
@@ -133,6 +133,7 @@ SOURCES = {
     "image-folder": Source(image_folder, pictures=True),
     "audio-folder": Source(audio_folder),
     "csv": Source(csv, targets=("class", "labels", "numbers")),
+    "parquet": Source(parquet, targets=("class", "labels", "numbers")),
     "text-csv": Source(text_csv),
     "text-bytes": Source(text_bytes, kept=False, targets=("tokens",)),
     "tokens": Source(tokens, kept=False, targets=("tokens",)),

@@ -1,7 +1,9 @@
-"""Tables in CSV files: numbers with a label, and texts with one."""
+"""Tables in CSV and Parquet files: numbers with a label; and texts."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datasets.cache import CODE, cache_folder, digest, fingerprint
 from datasets.errors import SourceError
 from datasets.examples import LARGEST, Examples
 from datasets.expressions import ALLOWED, ExpressionError, evaluate
 from datasets.files import existing, naming, split_off
+from datasets.lazy import whole
 from datasets.names import fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
@@ -51,14 +55,89 @@ def csv(path: str | Path, label: str, group: str, target: str = "class") -> Exam
         SourceError: a file is no table, a row is longer than the header, a value no number or not
             within ±2^63, a label not allowed or missing.
     """
-    table = _read(existing(path))
-    y, classes, used = _labels(table, label) if target == "class" else _several(table, label, target)
+    return _examples(_read(existing(path)), label, group, target)
+
+
+def _examples(table: Table, label: str, group: str, target: str) -> Examples:
+    y, classes, used = _targets(table, label, target)
     of_group, groups = _groups(table, group)
     features = table.rows.drop(columns=[*used, *([group] if group and group not in used else [])])
     if features.columns.empty:
         raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
     x = _numbers(table, features)
     return Examples(x, y, classes, of_group, groups, columns=tuple(features.columns))
+
+
+def parquet(path: str | Path, label: str, group: str, memory_gb: float, target: str = "class") -> Examples:
+    """The same of Parquet files. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
+
+    Rows at random are read from a row group each, so these are decoded once, one after the other, into a file that is mapped.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    root = existing(path)
+    files = _files(root, ".parquet")
+    parts = []
+    for file in files:
+        with naming(file, "a table"):
+            parts.append(ParquetFile(file))
+    names = parts[0].schema_arrow.names
+    if 4 * len(names) * sum(part.metadata.num_rows for part in parts) <= memory_gb * 2**30:
+        return _examples(_read(root, kind=".parquet"), label, group, target)
+    table = _read(root, kind=".parquet", columns=[name for name in names if name in (label, group) or name in label])
+    y, classes, used = _targets(table, label, target)
+    of_group, groups = _groups(table, group)
+    features = tuple(name for name in names if name not in (*used, group))
+    if not features:
+        raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
+    rows = Rows(_decoded(root, files, features), len(y), len(features))
+    return Examples(whole(rows, (len(features),)), y, classes, of_group, groups, columns=features)
+
+
+class Rows:
+    """Reads rows of a file that holds a table of float32."""
+
+    def __init__(self, file: Path, rows: int, columns: int) -> None:
+        self._file, self._shape = file, (rows, columns)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, None]:
+        return torch.from_numpy(_opened(self._file, self._shape)[rows.numpy()]), None
+
+
+@lru_cache(maxsize=4)
+def _opened(file: Path, shape: tuple[int, int]) -> "np.memmap[tuple[int, int], np.dtype[np.float32]]":
+    return np.memmap(file, np.float32, "r", shape=shape)
+
+
+def _decoded(root: Path, files: list[Path], features: Sequence[str]) -> Path:
+    """The file that holds the features of all files; written unless it is there."""
+    from pyarrow.parquet import ParquetFile
+
+    folder = cache_folder("decoded").expanduser()
+    place = f"table-{digest([str(root.resolve()), features])}"
+    found = folder / f"{place}-{digest([fingerprint(root), CODE])}.float32"
+    if found.exists():
+        return found
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        for old in folder.glob(f"{place}-*.float32"):
+            old.unlink()
+        with TemporaryDirectory(prefix=f"{place}-", dir=folder) as partial:
+            with Path(partial, "rows").open("wb") as written:
+                for file in files:
+                    for batch in ParquetFile(file).iter_batches(columns=list(features)):
+                        rows = batch.to_pandas()
+                        of_file = np.zeros(len(rows), np.int64)
+                        _numbers(Table(shown(str(file)), rows, [file], of_file), rows).numpy().tofile(written)
+            Path(partial, "rows").rename(found)
+    except OSError as error:
+        raise SourceError(
+            f"{shown(str(root))} exceeds data.memory-gb and cannot be decoded into {shown(str(folder))}: {error}"
+        ) from error
+    return found
 
 
 def unlabelled(path: str | Path, columns: Sequence[str]) -> Tensor:
@@ -130,17 +209,24 @@ def _bags(table: Table, text_buckets: int) -> Tensor:
     return torch.from_numpy(bags.toarray() * text_buckets**0.5).half()
 
 
-def _read(path: Path, fewest: int = FEWEST) -> Table:
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+def _files(path: Path, kind: str) -> list[Path]:
+    files = sorted(path.glob(f"*{kind}")) if path.is_dir() else [path]
     if not files:
-        raise SourceError(f"{shown(str(path))}: no file ends in .csv")
-    tables = []
+        raise SourceError(f"{shown(str(path))}: no file ends in {kind}")
+    return files
+
+
+def _read(path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[str] | None = None) -> Table:
+    files, tables = _files(path, kind), []
     for file in files:
         with naming(file, "a table"):
-            # Of a first row longer than the header pandas would take the first field for the row's
-            # name, and move the others by one column. A row longer than one before is an error.
-            pd.read_csv(file, header=None, nrows=2, dtype=str)
-            tables.append(pd.read_csv(file, low_memory=False))
+            if kind == ".csv":
+                # Of a first row longer than the header pandas would take the first field for the row's
+                # name, and move the others by one column. A row longer than one before is an error.
+                pd.read_csv(file, header=None, nrows=2, dtype=str)
+                tables.append(pd.read_csv(file, low_memory=False))
+            else:
+                tables.append(pd.read_parquet(file, columns=columns))
         if list(tables[-1].columns) != list(tables[0].columns):
             raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}")
         if tables[-1].empty:
@@ -163,6 +249,11 @@ def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str
     if wrong := too_many(len(different)) or fault(names := [str(name) for name in different]):
         raise SourceError(f"data.label = {shown(label)} of {table.path}: {wrong}")
     return torch.from_numpy(codes.astype(np.int64)), tuple(names), used
+
+
+def _targets(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
+    """What is to be predicted, its names, and the columns that it was made of."""
+    return _labels(table, label) if target == "class" else _several(table, label, target)
 
 
 def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, ...], list[str]]:

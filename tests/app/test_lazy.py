@@ -1,16 +1,21 @@
 """Data larger than memory: the same models wherever examples are and whoever reads them; errors that name what is wrong."""
 
-from collections.abc import Iterator
+import gc
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import psutil
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
 from client_app import training
 from client_app.oracle import nth_batch
@@ -19,14 +24,13 @@ from configuration.config import configuration
 from configuration.errors import ConfigError
 from datasets import lazy
 from datasets.errors import SourceError
-from datasets.examples import Examples
-from datasets.lazy import Lazy
+from datasets.lazy import Items, Lazy
 from datasets.site import Part, SiteData
 from simulation.laboratory import simulate
 from tests.data import write_audio
+from tests.own_data import CLASSES, Stuck, read_ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
-CLASSES = ("dark", "light")
 STREAMED = {"data.memory-gb": 1e-9}
 
 
@@ -141,67 +145,79 @@ def test_sounds_are_the_same_streamed(tmp_path: Path) -> None:
     assert torch.equal(vectors(**keys | STREAMED), vectors(**keys))
 
 
+def write_tables(folder: Path) -> None:
+    """Two files of 120 rows in all, in row groups of 20; a value is missing."""
+    generator = np.random.default_rng(1)
+    for name in "ab":
+        rows = pd.DataFrame(generator.normal(size=(60, 3)).astype(np.float32), columns=["p", "q", "r"])
+        rows["label"] = np.where(rows["p"] > 0, "light", "dark")
+        rows.loc[3, "q"] = np.nan
+        rows.to_parquet(folder / f"{name}.parquet", row_group_size=20)
+
+
+def test_parquet_files_are_the_same_in_memory_and_decoded_into_a_mapped_file(tmp_path: Path) -> None:
+    write_tables(tmp_path)
+    keys = pictures(tmp_path) | {"data.source": "parquet", "partition.kind": "natural", "strategy": "fedavg"}
+    del keys["data.image-size"]
+    _, memory = data_of(**keys)
+    _, streamed = data_of(**keys | STREAMED)
+    assert isinstance(streamed.train.x, Lazy)
+    wanted = torch.cat([x for x, _ in training.chunks(memory.train)])
+    assert torch.equal(torch.cat([x for x, _ in training.chunks(streamed.train)]).nan_to_num(9), wanted.nan_to_num(9))
+    assert torch.equal(vectors(**keys | STREAMED), vectors(**keys))
+    by_file = pd.read_parquet(tmp_path / "a.parquet").assign(p="text")
+    by_file.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a.parquet'?: columns p are not numeric"):
+        data_of(**keys | STREAMED)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SourceError, match=r"a.parquet' is not a table that can be read"):
+        data_of(**keys | STREAMED)
+
+
+# The processes that read.
+
+
+def test_processes_that_read_end_with_a_parent_that_is_killed() -> None:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=read_ahead, args=[theirs])
+    parent.start()
+    readers = ours.recv()
+    assert len(readers) == 2
+    os.kill(parent.pid or 0, signal.SIGKILL)
+    parent.join()
+    while any(psutil.pid_exists(reader) for reader in readers):
+        time.sleep(0.05)
+
+
+def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading_begins_with_others() -> None:
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        x = replace(lazy.whole(Items(Stuck(12, labelled=False), labelled=False), (3,)), workers=1)
+        y = torch.arange(12)
+        batches = lazy.stream(x, y, y.split(4))
+        assert [next(batches)[1].tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        readers = {process.pid for process in multiprocessing.active_children()}
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(TimeoutError):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert next(lazy.stream(x, y, y[:8].split(4)))[1].tolist() == [0, 1, 2, 3]
+    del batches
+    gc.collect()
+    assert not readers & {process.pid for process in multiprocessing.active_children()}
+    lazy.close()
+
+
 # One's own.
 
 
-class Numbers(Dataset[Any]):
-    """Example i has the features (i mod 2, random, i) and, if asked for, its class with it."""
-
-    def __init__(self, length: int, labelled: bool) -> None:
-        self.length, self.labelled = length, labelled
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> Any:
-        if i >= 60:
-            raise KeyError("lost")
-        x = torch.tensor([i % 2, float(torch.rand(())), i / self.length])
-        return (x, i % 2) if self.labelled else x
-
-
-class Flow(IterableDataset[Any]):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for i in range(self.length):
-            yield torch.tensor([i % 2, 0.5, i / self.length]), i % 2
-
-
-class Endless(Flow):
-    __len__ = None  # type: ignore[assignment]
-
-
-def labelled(path: str) -> Examples:
-    return Examples(Numbers(60, labelled=True), None, CLASSES)
-
-
-def with_labels(path: str) -> Examples:
-    return Examples(Numbers(60, labelled=False), torch.arange(60) % 2, CLASSES)
-
-
-def lost(path: str) -> Examples:
-    return Examples(Numbers(80, labelled=False), torch.arange(80) % 2, CLASSES)
-
-
-def flow(path: str) -> Examples:
-    return Examples(Flow(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
-
-
-def untested(path: str) -> Examples:
-    return Examples(Flow(48), None, CLASSES)
-
-
-def endless(path: str) -> Examples:
-    return Examples(Endless(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
-
-
 def mine(name: str, **changes: Any) -> dict[str, Any]:
-    keys = {"data.source": f"tests.app.test_lazy:{name}", "model.name": "mlp", "progress": False, "strategy": "fedavg"}
+    keys = {"data.source": f"tests.own_data:{name}", "model.name": "mlp", "progress": False, "strategy": "fedavg"}
     return keys | {"num-sites": 2, "epochs": 2, "training.batch-size": 8, "computing.device": "cpu"} | changes
 
 

@@ -77,9 +77,9 @@ def trained(case: Case, model: FlatModel) -> tuple[float, torch.optim.Optimizer]
         gradient = training.accumulated(sharded.sharded(gradient, model), case.micro_batch * model.count)
     gradient = training.sharpness_aware(gradient, case.rho, model.norm)
     gradient = training.proximal(gradient, model.x.clone(), case.proximal)
-    step = training.optimizers(case.optimizer, model, 0.1, 0.9, case.optimizer == "sgd", 0.01)
+    [step] = training.optimizers(case.optimizer, model, 0.1, 0.9, case.optimizer == "sgd", 0.01)
     batches = [each for each in BATCHES if len(each[1]) > 4 or not case.batch_norm]
-    loss, _ = training.train(model, gradient, step, batches, lambda batch: 0.1, clip_norm=0.5)
+    loss, _ = training.train(model, gradient, [step], batches, lambda batch: 0.1, clip_norm=0.5)
     return loss, step
 
 

@@ -1,0 +1,102 @@
+"""Torch data sets as somebody's own; a module of its own, so that processes that read them import little."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from datasets import lazy
+from datasets.examples import Examples
+from datasets.lazy import Items
+
+CLASSES = ("dark", "light")
+
+
+class Numbers(Dataset[Any]):
+    """Example i has the features (i mod 2, random, i / length) and, if asked for, its class with it; 60 and more are lost."""
+
+    def __init__(self, length: int, labelled: bool) -> None:
+        self.length, self.labelled = length, labelled
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Any:
+        if i >= 60:
+            raise KeyError("lost")
+        x = torch.tensor([i % 2, float(torch.rand(())), i / self.length])
+        return (x, i % 2) if self.labelled else x
+
+
+class Stuck(Numbers):
+    """Example 9 never comes."""
+
+    def __getitem__(self, i: int) -> Any:
+        while i == 9:
+            time.sleep(0.1)
+        return super().__getitem__(i)
+
+
+class Flow(IterableDataset[Any]):
+    """Like :class:`Numbers`, one after the other."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for i in range(self.length):
+            yield torch.tensor([i % 2, 0.5, i / self.length]), i % 2
+
+
+class Endless(Flow):
+    """Nobody knows its length."""
+
+    __len__ = None  # type: ignore[assignment]
+
+
+def labelled(path: str) -> Examples:
+    """Labels come with the items."""
+    return Examples(Numbers(60, labelled=True), None, CLASSES)
+
+
+def with_labels(path: str) -> Examples:
+    """Labels are in memory."""
+    return Examples(Numbers(60, labelled=False), torch.arange(60) % 2, CLASSES)
+
+
+def lost(path: str) -> Examples:
+    """The last 20 cannot be read."""
+    return Examples(Numbers(80, labelled=False), torch.arange(80) % 2, CLASSES)
+
+
+def flow(path: str) -> Examples:
+    """An IterableDataset."""
+    return Examples(Flow(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
+
+
+def untested(path: str) -> Examples:
+    """One without a test part."""
+    return Examples(Flow(48), None, CLASSES)
+
+
+def endless(path: str) -> Examples:
+    """One without a length."""
+    return Examples(Endless(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
+
+
+def read_ahead(pipe: Connection) -> None:
+    """Begin to read, say by whom, and wait."""
+    x = replace(lazy.whole(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=2)
+    batches = lazy.stream(x, torch.zeros(60), torch.arange(60).split(4))
+    next(batches)
+    pipe.send([process.pid for process in multiprocessing.active_children()])
+    pipe.recv()

@@ -313,7 +313,7 @@ class Rounds:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
         first = self._bounds[X].few
         # On disk, where TMPDIR says: in memory they would be as many models as there are sites.
-        with TemporaryFile() if first and len(self._sent) >= FEW else nullcontext() as file:
+        with TemporaryFile(buffering=0) if first and len(self._sent) >= FEW else nullcontext() as file:
             others: dict[int, dict[str, Change]] = {}
             if file:
                 answers = self._after_all(answers, Shelf(file), local, others)

@@ -1,7 +1,8 @@
 """Replies that wait on disk: many of them need no more memory than one."""
 
 from collections.abc import Mapping
-from typing import BinaryIO, NamedTuple
+from io import BufferedReader, FileIO
+from typing import NamedTuple
 
 from flwr.app import Array, ArrayRecord
 
@@ -20,11 +21,11 @@ class Shelf:
     """Arrays in a file.
 
     Args:
-        file: empty.
+        file: empty, without a buffer.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._end = file, 0
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._reader, self._end = file, BufferedReader(file), 0
 
     def put(self, arrays: ArrayRecord) -> Mapping[str, _Place] | ArrayRecord:
         """Put arrays down; what :meth:`take` takes them back by."""
@@ -33,9 +34,10 @@ class Shelf:
             self._file.seek(start)
             for name, array in arrays.items():
                 places[name] = _Place(start, len(array.data), array.dtype, array.shape, array.stype)
-                self._file.write(array.data)
+                rest = memoryview(array.data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
                 start += len(array.data)
-            self._file.flush()
         except OSError:  # the disk is full: they stay in memory
             return arrays
         self._end = start
@@ -46,5 +48,5 @@ class Shelf:
         return places if isinstance(places, ArrayRecord) else ArrayRecord({name: self._read(at) for name, at in places.items()})
 
     def _read(self, place: _Place) -> Array:
-        self._file.seek(place.start)
-        return Array(place.dtype, place.shape, place.stype, self._file.read(place.length))
+        self._reader.seek(place.start)
+        return Array(place.dtype, place.shape, place.stype, self._reader.read(place.length))

@@ -389,7 +389,7 @@ class Layout(NamedTuple):
 
     def with_codec(self, codec: Codec) -> "Layout":
         """With updates in a codec, whose payloads are always of the same size."""
-        payload = codec.encode(torch.ones(1).expand(self.sizes[X]), torch.Generator())
+        payload = codec.encode(torch.ones(self.sizes[X]), torch.Generator())
         coded = {name: (str(part.dtype).removeprefix("torch."), tuple(part.shape)) for name, part in payload.items()}
         return self._replace(codec=codec, coded=coded)
 

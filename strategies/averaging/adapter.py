@@ -96,8 +96,12 @@ class Planned(FedAvg):
         answered = means[X].share
         mean = {name: means.pop(name).result() for name in list(means)}
         stats = mean.pop(STATS, torch.empty(0))
+        before = self.state.x
+        version = before._version  # torch's count of writes
         self.state = self._plan.absorb(self.state, Mean(mean, answered))
         x, sent = self.state.x, self._sent[X]
+        if before._version != version:
+            raise TypeError("absorb writes into the x that it is given, which is the model that was sent")
         if (x.dtype, x.shape) != (sent.dtype, sent.shape):
             raise TypeError(f"absorb made x {x.dtype} {list(x.shape)} of {sent.dtype} {list(sent.shape)}")
         summary = weighted_metrics(metrics, NUM_EXAMPLES)

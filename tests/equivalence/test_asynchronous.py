@@ -288,6 +288,18 @@ def test_updates_and_the_initial_model_are_never_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_rules_that_look_at_what_a_site_was_sent_say_so(name: str) -> None:
+    """Others are given nothing in its place, and do the same."""
+    rule, x, updates = RULES[name](), torch.ones(5, dtype=torch.float64), walk(4)
+    without = [each._replace(base=each.base[:0]) for each in updates]
+    if rule.based:
+        with pytest.raises((RuntimeError, ValueError)):
+            follow(rule, x, without)
+    else:
+        assert torch.equal(torch.stack(follow(rule, x, without)), torch.stack(follow(rule, x, updates)))
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_coordinates_do_not_mix_and_blocks_do_not_show(name: str) -> None:
     """A vector longer than a block, against each of its ends alone."""
     generator = torch.Generator().manual_seed(3)

@@ -84,8 +84,8 @@ class Ranks:
             dist.broadcast(whole, 0, self._control)
         return whole.numpy().tobytes()
 
-    def meet(self) -> None:
-        """All are through with the letter; else this process ends."""
+    def meet(self, *, alone: bool = False) -> None:
+        """All are through with the letter; else this process ends. ``alone``: rank 0 has work that the others have not."""
         if self.count > 1:
             with all_or_none():
-                dist.monitored_barrier(self._control, timedelta(seconds=MEET_S))
+                dist.monitored_barrier(self._control, IDLE if alone else timedelta(seconds=MEET_S))

@@ -86,8 +86,8 @@ class Ranks:
         state = RecordDict({name.removeprefix(STATE): record for name, record in records.items() if name.startswith(STATE)})
         return head, content, state
 
-    def meet(self) -> None:
-        """All are through with the letter; else this process ends."""
+    def meet(self, *, alone: bool = False) -> None:
+        """All are through with the letter; else this process ends. ``alone``: rank 0 has work that the others have not."""
         if self.count > 1:
             with all_or_none():
-                dist.monitored_barrier(self._control, timedelta(seconds=MEET_S))
+                dist.monitored_barrier(self._control, IDLE if alone else timedelta(seconds=MEET_S))

@@ -42,7 +42,7 @@ from client_app.letter import LetterError
 from client_app.memory import restore_from_disk, write_whole
 from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account, Noise, cost_of
-from client_app.ranks import Ranks
+from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
@@ -325,8 +325,8 @@ def follow(ranks: Ranks) -> None:
         run, node = int(head["run"]), int(head["node"])
         message = Message(metadata=_metadata(run, node, str(head["kind"])), content=content)  # type: ignore[call-overload]
         node_config = {key: value for key, value in head["node-config"].items() if key not in ("state", "save")}
-        handlers(message, Context(run, node, node_config, state, head["run-config"]))
-        ranks.meet()
+        reply = handlers(message, Context(run, node, node_config, state, head["run-config"]))
+        ranks.meet(alone=SHARDING in node_config and not reply.has_error())  # whole vectors are coded, and get their noise
 
 
 @lru_cache(maxsize=RUNS)

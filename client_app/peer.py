@@ -120,10 +120,11 @@ def _order(call: _Call) -> Order:
     ends = asked.step and not call.crossing and asked.done == plan.done(asked.step, plan.exchange(asked.step) + 1)
     if asked.last and not ends:
         raise ValueError(f"step {asked.step} cannot be the last one: {asked.done:g} of the run is over")
+    batches = call.config.epochs * num_batches(len(call.data.train.y), call.config.training.batch_size)
     return Order(
         asked.step,
         _neighbours(call),
-        learning_rate(call.config, asked.done, _after(call)),
+        learning_rate(call.config, asked.done, plan.after(asked.step, asked.done, batches)),
         asked.done,
         _readers(call, asked.listeners),
         test=asked.test,
@@ -131,14 +132,6 @@ def _order(call: _Call) -> Order:
         again=asked.rejoin,
         restart=asked.fresh,
     )
-
-
-def _after(call: _Call) -> float:
-    """The fraction of the run that is over after this step; in the first one as if all sites had as many batches as this one."""
-    asked, plan, keys = call.asked, call.peer.plan, call.config.training
-    if number := plan.number(asked.step):
-        return asked.done * (number + 1) / number
-    return plan.steps / (call.config.epochs * num_batches(len(call.data.train.y), keys.batch_size))
 
 
 def _neighbours(call: _Call) -> Mapping[int, float]:

@@ -226,9 +226,8 @@ class Asynchronous:
 
     def _part(self, node: int, flight: _Flight, found: Trained) -> _Part:
         keys, site, local = self._config.training, self._sites[node], flight.local
-        epoch = site.batches(keys.batch_size)
         cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
-        rate = rates(local.lr, *cycle, steps=local.steps, epoch=epoch, warmup=keys.lr_warmup)
+        rate = rates(local.lr, *cycle, steps=local.steps, epoch=site.batches(keys.batch_size), warmup=keys.lr_warmup)
         total = sum(map(rate, range(local.steps)))
         return _Part(Update(found.vectors[X], flight.sent[X], total, 0), flight.version, local.steps, found.largest)
 

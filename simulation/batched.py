@@ -179,10 +179,8 @@ class Peers:
         of_mean = [self._tested(mean, data) for data in self._data]
         losses = torch.stack(self._losses).mean(0)
         self._losses.clear()
-        since = (number - 1) // self._every * self._every  # the first exchange after the last test
-        first, last = (
-            learning_rate(self._config, each / self.exchanges, (each + 1) / self.exchanges) for each in (since, number - 1)
-        )
+        since, n = (number - 1) // self._every * self._every, self.exchanges  # the first exchange after the last test; all
+        first, last = (learning_rate(self._config, each / n, (each + 1) / n) for each in (since, number - 1))
         train = {
             "loss": float(losses.mean()),
             "lr-first": first,

@@ -264,6 +264,14 @@ class PeerPlan(NamedTuple):
         """The fraction of a run of so many exchanges that is over in a step."""
         return min(1.0, self.number(step) / exchanges)
 
+    def after(self, step: int, done: float, batches: int) -> float:
+        """The fraction that will be over after the exchange of a step, ``done`` being over in it.
+
+        Before the first exchange nothing tells how many there are: then as if all sites had this one's ``batches`` in a run.
+        """
+        number = self.number(step)
+        return done * (number + 1) / number if number else self.steps / batches
+
 
 Plan = RoundPlan[Any] | AlonePlan | ForeignPlan | ArrivalPlan | PeerPlan
 K = TypeVar("K", bound=Section)

@@ -4,6 +4,7 @@ Between messages a site keeps data and network in memory while its process lives
 the message, the run configuration, the data and the context's state alone.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -228,7 +229,9 @@ def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str,
     device = device_of(config.computing.device)
 
     def there(values: Values) -> Values:
-        return replace(values, device=device, workers=config.computing.workers) if isinstance(values, Lazy) else values.to(device)
+        if isinstance(values, Lazy):
+            return replace(values, device=device, workers=min(config.computing.workers, os.cpu_count() or 1))
+        return values.to(device)
 
     return data._replace(train=Part(*map(there, data.train)), test=Part(*map(there, data.test)))
 

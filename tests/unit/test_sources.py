@@ -431,7 +431,7 @@ def test_sources_say_which_keys_they_take_and_what_they_hold() -> None:
     assert SOURCES["digits"].keys == ()
     assert SOURCES["cifar100"].keys == ("path",)
     assert SOURCES["image-folder"].keys == ("path", "group", "image_size", "channels", "memory_gb")
-    assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds")
+    assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds", "memory_gb")
     assert SOURCES["csv"].keys == ("path", "label", "group")
     assert SOURCES["text-csv"].keys == ("path", "label", "group", "text_buckets")
     official = ("mnist", "fashion-mnist", "cifar10", "cifar100")

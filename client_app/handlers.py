@@ -130,7 +130,7 @@ def train(message: Message, context: Context) -> Message:
     keys, model, noise = config.training, network.model, private(context, network)
     vectors = deal(partial(_vectors, message, config))
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
-    tested = _tested(config, vectors, data, network) if order.test else None
+    tested = _tested(vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
     steps = local.steps or local.epochs * an_epoch
@@ -231,12 +231,11 @@ def evaluate(message: Message, context: Context) -> Message:
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
     vectors = network.model.deal(partial(_vectors, message, config))
-    return Message(write_tested(_tested(config, vectors, data, network)), reply_to=message)
+    return Message(write_tested(_tested(vectors, data, network)), reply_to=message)
 
 
-def _tested(config: Config, vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:
+def _tested(vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:
     xs = vectors[X].reshape(-1, network.model.x.numel())
-    statistics, details = vectors[STATS].reshape(len(xs), -1), config.results.details
-    result = training.evaluate(network.task, network.predict, network.model, xs, statistics, data.test, details=details)
+    result = network.test(xs, vectors[STATS].reshape(len(xs), -1), data.test)
     found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
     return TestMetrics.model_construct(**found, num_examples=len(data.test.y))

@@ -69,7 +69,7 @@ class Oracle:
     """
 
     def __init__(self, config: Config, number: int, data: SiteData, network: Network, noise: Noise | None = None) -> None:
-        self._config, self._data, self._network, self._noise, self.samples = config, data, network, noise, 0
+        self._data, self._network, self._noise, self.samples = data, network, noise, 0
         self._a_batch = min(config.training.batch_size, len(data.train.y))
         self._batch = lru_cache(maxsize=1)(partial(nth_batch, config, number, data.train))
 
@@ -86,8 +86,6 @@ class Oracle:
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:
         """The model on this site's test part."""
-        network, test = self._network, self._data.test
-        found = training.evaluate(
-            network.task, network.predict, network.model, x[None], stats[None], test, details=self._config.results.details
-        )
+        test = self._data.test
+        found = self._network.test(x[None], stats[None], test)
         return {**{f"test-{name}": value for name, value in found.items()}, "test-examples": len(test.y)}

@@ -4,6 +4,7 @@ Between messages a site keeps data and network in memory while its process lives
 the message, the run configuration, the data and the context's state alone.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ class Network(NamedTuple):
 
     Attributes:
         task: what it is trained to do.
+        details: whether tests tell what the metrics of each class are made of.
         model: the bound model.
         predict: what it predicts for a batch of prepared examples.
         x, stats: the initial model; of peers, which start from it. Others train what they are sent, and ``x`` is as it comes.
@@ -77,12 +79,17 @@ class Network(NamedTuple):
     """
 
     task: Task
+    details: bool
     model: FlatModel
     predict: Callable[[Tensor], Tensor]
     x: Tensor
     stats: Tensor
     plain: training.Gradient
     sharp: training.Gradient
+
+    def test(self, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float | list[float]]:
+        """What the mean prediction of models [k, d] with their statistics [k, b] is worth (:func:`training.evaluate`)."""
+        return training.evaluate(self.task, self.predict, self.model, xs, statistics, part, details=self.details)
 
 
 def config_of_site(context: Context) -> Config:
@@ -233,7 +240,9 @@ def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str,
     device = device_of(config.computing.device)
 
     def there(values: Values) -> Values:
-        return replace(values, device=device, workers=config.computing.workers) if isinstance(values, Lazy) else values.to(device)
+        if isinstance(values, Lazy):
+            return replace(values, device=device, workers=min(config.computing.workers, os.cpu_count() or 1))
+        return values.to(device)
 
     return data._replace(train=Part(*map(there, data.train)), test=Part(*map(there, data.test)))
 
@@ -290,12 +299,13 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int, shardin
         # Parts of the whole batch, not of a process's: all go through equally many.
         plain = training.accumulated(sharded(plain, shards), config.computing.micro_batch * shards.count)
         sharp = training.sharpness_aware(plain, _radius(config), model.norm)
-        return Network(task, model, predict, model.x, model.stats, plain, sharp)
+        return Network(task, config.results.details, model, predict, model.x, model.stats, plain, sharp)
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
     initial = model.x.clone() if isinstance(config.plan, PeerPlan) else model.x
-    return Network(task, model, predict, initial, model.stats, plain, training.sharpness_aware(plain, _radius(config)))
+    sharp = training.sharpness_aware(plain, _radius(config))
+    return Network(task, config.results.details, model, predict, initial, model.stats, plain, sharp)
 
 
 def name_of(config: Config, site: SiteId, context: Context) -> str:

@@ -189,10 +189,10 @@ def optimizers(
     Raises:
         ValueError: nothing of it is for Muon.
     """
+    whole = nn.Parameter(model.x)
+    assert whole.data_ptr() == model.x.data_ptr()
+    whole.grad = model.grad  # of which those of the parameters are views
     if name != "muon":
-        whole = nn.Parameter(model.x)
-        assert whole.data_ptr() == model.x.data_ptr()
-        whole.grad = model.grad
         if name == "adamw":
             return [torch.optim.AdamW([whole], lr, (momentum, 0.999), weight_decay=weight_decay, fused=True)]
         return [torch.optim.SGD([whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)]

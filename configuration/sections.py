@@ -217,7 +217,7 @@ class Computing(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """processes that read ahead what is not in memory; 0: the training process reads"""
+    """processes, at most one a core, that read ahead what is not in memory; 0: the training process reads"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """float32, bfloat16 (autocast)"""
     channels_last: bool = False

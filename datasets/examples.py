@@ -1,6 +1,6 @@
 """A data set, in memory or read when it is needed, and what must hold of one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Examples(NamedTuple):
     classes: tuple[str, ...]
     group: Tensor | None = None
     groups: tuple[str, ...] = ()
-    test: Tensor | None = None
+    test: Any = None
     columns: tuple[str, ...] = ()
 
 

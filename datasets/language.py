@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from mmap import MADV_RANDOM, mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +53,11 @@ def mapped(file: Path, changed: int) -> NDArray[np.generic]:
     """
     with naming(file, "a file of tokens"):
         if file.suffix == ".bin":
-            return np.memmap(file, np.dtype("<u2"), "r")
-        found: NDArray[np.generic] = np.load(file, mmap_mode="r", allow_pickle=False)
+            found: NDArray[np.generic] = np.memmap(file, np.dtype("<u2"), "r")
+        else:
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+        if isinstance(found.base, mmap):
+            found.base.madvise(MADV_RANDOM)  # or the pages around each window would be read and held with it
         if found.ndim != 1 or found.dtype.name not in KINDS:
             raise ValueError(f"{found.dtype} {list(found.shape)}; allowed: one row of {', '.join(sorted(KINDS))}")
     return found

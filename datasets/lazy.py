@@ -296,7 +296,12 @@ def _item(get: Callable[[], Any], row: int) -> Any:
 
 def _stacked(items: list[Any], labelled: bool) -> Found:
     pairs = [item if isinstance(item, tuple | list) else (item,) for item in items]
-    x, *y = (torch.stack([torch.as_tensor(each) for each in side]) for side in zip(*pairs, strict=True))
+    try:
+        x, *y = (torch.stack([torch.as_tensor(each) for each in side]) for side in zip(*pairs, strict=True))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SourceError(f"items of the data set are no tensors of one shape: {str(error)[:200]}") from error
+    if labelled and len(y) != 1:
+        raise SourceError("items of the data set are not (x, y), and y is None")
     return x, y[0] if labelled else None
 
 

@@ -140,13 +140,13 @@ def _decoded(root: Path, files: list[Path], features: Sequence[str]) -> Path:
     return found
 
 
-def unlabelled(path: str | Path, columns: Sequence[str]) -> Tensor:
+def unlabelled(path: str | Path, columns: Sequence[str], kind: str = ".csv") -> Tensor:
     """The ``columns`` of a table, or a folder of tables, [n, columns]; others are not looked at.
 
     Raises:
         SourceError: as of :func:`csv`; or a column is not there.
     """
-    table = _read(existing(path), fewest=1)
+    table = _read(existing(path), fewest=1, kind=kind)
     if missing := [name for name in columns if name not in table.rows]:
         raise SourceError(f"{table.path}: there are no columns {listed(missing)}; columns: {table.columns}")
     return _numbers(table, table.rows[list(columns)])

@@ -19,10 +19,10 @@ from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch, budget
-from server_app.events import Kept, Progress, Sink
+from server_app.events import Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
-from server_app.report import Measure, Report
+from server_app.report import Report
 from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
@@ -85,8 +85,7 @@ class Asynchronous:
     def __init__(self, grid: Grid, plan: ArrivalPlan, federation: Federation, config: Config, layout: Layout, sink: Sink) -> None:
         self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
         self._layout, self._clock = layout, clock_of(grid)
-        self._measure = Measure.of(config, federation)
-        self._report = Report(federation, sink, self._clock, "update")
+        self._report = Report(federation, config, sink, self._clock, "update")
         self._mailbox = Mailbox(grid, config.timeout_s)
         self._sites = {site.node: site for site in federation.sites}
         names = {site.node: f"site {site.number}" for site in federation.sites}
@@ -312,7 +311,7 @@ class Asynchronous:
         """A site has tested; when all have, that is reported."""
         test = self._tests[number]
         test.waiting.discard(node)
-        read = partial(read_tested, num_examples=self._sites[node].num_test, means=self._measure.means)
+        read = partial(read_tested, num_examples=self._sites[node].num_test, means=self._report.measure.means)
         found = self._report.receive(node, reply, number, "test", read)
         if not isinstance(found, Refusal):
             test.answers[node] = found.named()
@@ -320,10 +319,5 @@ class Asynchronous:
             return
         del self._tests[number]
         self._blind = not test.answers
-        mean = self._measure.together(list(test.answers.values()))
-        of_sites = {node: self._measure.of_site(each) for node, each in test.answers.items()}
-        self._report.write(number, "test", of_sites, mean or None, test.moment)
-        done, epochs, now = test.done * self._config.epochs / self._total, self._config.epochs, test.moment
-        headline, megabytes = self._measure.task.headline, now.megabytes()
-        progress = Progress("update", number, None, done, epochs, now.seconds, megabytes, test.train, mean, headline=headline)
-        self._report.emit(progress)
+        mean = self._report.test(number, test.answers, test.moment)
+        self._report.progress(number, None, test.done * self._config.epochs / self._total, test.moment, test.train, mean)

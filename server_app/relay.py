@@ -20,9 +20,9 @@ from flwr.serverapp import Grid
 
 from configuration.config import Config
 from server_app.census import Federation, RunError, an_epoch, budget
-from server_app.events import Progress, Sink
+from server_app.events import Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
-from server_app.report import Measure, Report
+from server_app.report import Report
 from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
@@ -68,8 +68,7 @@ class Relay:
     ) -> None:
         self._grid, self._topology, self._config, self._layout = grid, topology, config, layout
         self._federation, self._clock = federation, clock_of(grid)
-        self._measure = Measure.of(config, federation)
-        self.report = Report(federation, sink, self._clock, "step")
+        self.report = Report(federation, config, sink, self._clock, "step")
         self._mailbox = Mailbox(grid, config.timeout_s)
         self._sites = {site.number: site for site in federation.sites}
         self._numbers = {site.node: site.number for site in federation.sites}
@@ -184,8 +183,7 @@ class Relay:
             if arrays := self._delivery(j, peer, step, rejoin):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
                 self._links_bytes[j, peer] += sum(len(array.data) for array in arrays.values())
-        kind = "train.cross" if self._is_cross(step) else "train.peer"
-        return Message(RecordDict(records), self._sites[peer].node, kind)
+        return Message(RecordDict(records), self._sites[peer].node, "train.cross" if self._is_cross(step) else "train.peer")
 
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
         """Who may read what a peer offers; who comes back may be heard later than in the next exchange."""
@@ -218,7 +216,7 @@ class Relay:
             num_tests=site.num_test,
             readers=self._sites.keys(),
             model=order.last and config.wire.collect_models and not sealed,
-            means=self._measure.means,
+            means=self.report.measure.means,
         )
         offer = self.report.receive(site.node, reply, step, "exchange", read)
         if isinstance(offer, Refusal):
@@ -325,13 +323,8 @@ class Relay:
     def _report_test(self, number: int) -> None:
         test, epochs = self._tally.pop(number), self._config.epochs
         train = test.train_means() | {"local-epochs": (number - self._written) * epochs / self.exchanges}
-        answers = {peer: self._measure.of_site(each) for peer, each in test.answers.items()}
-        mean = self._measure.together(list(test.answers.values())) | self._measure.extremes(list(answers.values()))
         self._written = number
-        for split, of_peers, together in (("train", test.train, train), ("test", answers, mean)):
-            of_sites = {self._sites[peer].node: each for peer, each in of_peers.items()}
-            self.report.write(number, split, of_sites, together, test.moment)
-        now, done = test.moment, number * epochs / self.exchanges
-        headline, megabytes = self._measure.task.headline, now.megabytes()
-        progress = Progress("exchange", number, None, done, epochs, now.seconds, megabytes, train, mean, headline=headline)
-        self.report.emit(progress)
+        nodes = {peer: self._sites[peer].node for peer in test.answers}
+        self.report.write(number, "train", {nodes[peer]: each for peer, each in test.train.items()}, train, test.moment)
+        mean = self.report.test(number, {nodes[peer]: each for peer, each in test.answers.items()}, test.moment)
+        self.report.progress(number, None, number * epochs / self.exchanges, test.moment, train, mean)

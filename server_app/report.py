@@ -11,11 +11,12 @@ from configuration.network import num_outputs
 from datasets.site import deviations
 from models.tasks import Targets, Task, numbers
 from server_app.census import Federation
-from server_app.events import EVERYBODY, Event, Refused, Reported, Sink
+from server_app.events import EVERYBODY, Event, Progress, Refused, Reported, Sink
 from server_app.exchange import Clock
 from server_app.roster import together
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
+from strategies.method import PeerPlan
 from strategies.protocol import Refusal
 from strategies.records import num_bytes
 
@@ -81,13 +82,17 @@ class Report:
 
     Args:
         federation: the sites.
+        config: the run.
         sink: where events go.
         clock: started here.
-        unit: what is counted, "round" or "update".
+        unit: what is counted, "round", "update" or "step".
+
+    Attributes:
+        measure: what tests measure.
     """
 
-    def __init__(self, federation: Federation, sink: Sink, clock: Clock, unit: str) -> None:
-        self._unit = unit
+    def __init__(self, federation: Federation, config: Config, sink: Sink, clock: Clock, unit: str) -> None:
+        self.measure, self._config, self._unit = Measure.of(config, federation), config, unit
         self._sites = {site.node: site for site in federation.sites}
         self._sink, self._clock, self._start = sink, clock, clock.now()
         self._traffic = dict.fromkeys(self._sites, (0, 0))  # bytes up, bytes down
@@ -159,3 +164,27 @@ class Report:
         if together is not None:
             up, down = (sum(column) for column in zip(*traffic.values(), strict=True))
             self.emit(Reported(number, seconds, EVERYBODY, split, together, up, down))
+
+    def test(self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment) -> dict[str, float]:
+        """Emit what each site found in a test, by node, and what all found together, which is returned; {} of nothing."""
+        of_sites = {node: self.measure.of_site(each) for node, each in found.items()}
+        together = self.measure.together([found[node] for node in self._sites if node in found])
+        if isinstance(self._config.plan, PeerPlan):
+            together |= self.measure.extremes(list(of_sites.values()))
+        self.write(number, "test", of_sites, together or None, moment)
+        return together
+
+    def progress(
+        self,
+        number: int,
+        epochs: float | None,
+        done: float,
+        moment: Moment,
+        train: Mapping[str, float],
+        test: Mapping[str, float],
+        tested: int | None = None,
+    ) -> None:
+        """Emit how far the run is; see :class:`Progress`."""
+        config, headline = self._config, self.measure.task.headline
+        total, seconds, sent = config.epochs, moment.seconds, moment.megabytes()
+        self.emit(Progress(config.unit, number, epochs, done, total, seconds, sent, train, test, tested, headline))

@@ -22,10 +22,10 @@ from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
 from server_app.census import Federation, RunError, an_epoch
-from server_app.events import Kept, Progress, Sink
+from server_app.events import Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
-from server_app.report import Measure, Report
 from server_app.report import Moment as Reached
+from server_app.report import Report
 from server_app.roster import Roster
 from server_app.shelf import Shelf
 from strategies.averaging.mean import extent, magnitude, too_large
@@ -92,8 +92,7 @@ class Rounds:
         self._an_epoch = an_epoch(federation, config.training.batch_size)
         self._clock, self._mailbox = clock_of(grid), Mailbox(grid, config.timeout_s)
         self._sites = {site.node: site for site in federation.sites}
-        self._measure = Measure.of(config, federation)
-        self._report = Report(federation, sink, self._clock, "round")
+        self._report = Report(federation, config, sink, self._clock, "round")
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.timeout_s)
         self._latest: dict[int, Metadata] = {}  # of the message to each site
@@ -140,11 +139,7 @@ class Rounds:
                 tested = self._test(number, arrays)
                 reached = self._report.moment()
                 test = self._report_test(number, tested, reached)
-            when, megabytes = reached.seconds, reached.megabytes()
-            before = None if at_once else number - 1
-            self._report.emit(
-                Progress("round", number, epochs, done, total, when, megabytes, train, test, before, self._measure.task.headline)
-            )
+            self._report.progress(number, epochs, done, reached, train, test, None if at_once else number - 1)
         if not test:
             raise RunError(f"round {number}: no site could test the model: it is of no use")
         return arrays
@@ -189,7 +184,7 @@ class Rounds:
         """What came with a training; a flaw in it costs the site no more than the test. The strategy sees nothing of it."""
         try:
             tested[answer.node] = read_tested(
-                answer.reply, self._sites[answer.node].num_test, beside=True, means=self._measure.means
+                answer.reply, self._sites[answer.node].num_test, beside=True, means=self._report.measure.means
             )
         except Refusal as refusal:
             self._report.refuse(answer.node, number, "test", str(refusal))
@@ -201,13 +196,8 @@ class Rounds:
         return {answer.node: answer.found for answer in self._answers(number, "test", messages, self._read_tested)}
 
     def _report_test(self, number: int, tested: dict[int, TestMetrics], reached: Reached) -> dict[str, float]:
-        """Report a test as of a moment; the means, {} where nobody could."""
-        found = {node: tested[node].named() for node in self._sites if node in tested}
-        means = self._measure.together(list(found.values()))
-        self._report.write(
-            number, "test", {node: self._measure.of_site(each) for node, each in found.items()}, means or None, reached
-        )
-        return means
+        """Report a test as of a moment; what all sites found together, {} where nobody could."""
+        return self._report.test(number, {node: found.named() for node, found in tested.items()}, reached)
 
     def _messages(
         self,
@@ -307,7 +297,7 @@ class Rounds:
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
         models = 1 if self._beside else len(self._sites)
-        return read_tested(reply, self._sites[node].num_test, models, means=self._measure.means)
+        return read_tested(reply, self._sites[node].num_test, models, means=self._report.measure.means)
 
     def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from client_app import training
 from client_app.peer import learning_rate, peer_of
 from client_app.site import SiteId, device_of, network_of, site_data
 from configuration.config import Config
@@ -188,18 +187,16 @@ class Peers:
             "local-epochs": (number - since) * self._config.epochs / self.exchanges,
             "consensus-distance": consensus_distance(self.state.x),
         }
-        measure = self._measure
+        measure, headline = self._measure, self._config.task.headline
         test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
-        test[f"{measure.task.headline}-of-mean"] = measure.together(of_mean)[measure.task.headline]
+        test[f"{headline}-of-mean"] = measure.together(of_mean)[headline]
         self._write(number, seconds, train, test, losses.tolist(), own)
         epochs, sent = self._config.epochs, float(self._traffic.sum()) / 1e6
-        done, headline = number * epochs / self.exchanges, measure.task.headline
+        done = number * epochs / self.exchanges
         watch(Progress("exchange", number, None, done, epochs, seconds, sent, train, test, headline=headline))
 
     def _tested(self, x: Tensor, data: SiteData) -> dict[str, float | list[float]]:
-        network = self._network
-        stats, details = x.new_empty(1, 0), self._config.results.details
-        found = training.evaluate(network.task, network.predict, network.model, x[None], stats, data.test, details=details)
+        found = self._network.test(x[None], x.new_empty(1, 0), data.test)
         return {**found, NUM_EXAMPLES: float(len(data.test.y))}
 
     def _write(

@@ -90,8 +90,8 @@ class Trained(nn.Module):
     def _read(self, path: Path) -> tuple[Sequence[str], Tensor]:
         known = self.description
         match known.data.source:
-            case "csv":
-                x = unlabelled(path, known.columns)
+            case "csv" | "parquet" as source:
+                x = unlabelled(path, known.columns, f".{source}")
             case "text-csv":
                 x = unlabelled_text(path, known.data.text_buckets)
             case "audio-folder":

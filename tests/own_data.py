@@ -80,7 +80,7 @@ def lost(path: str) -> Examples:
 
 def flow(path: str) -> Examples:
     """An IterableDataset."""
-    return Examples(Flow(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
+    return Examples(Flow(48), None, CLASSES, test=Numbers(12, labelled=True))
 
 
 def untested(path: str) -> Examples:
@@ -90,7 +90,7 @@ def untested(path: str) -> Examples:
 
 def endless(path: str) -> Examples:
     """One without a length."""
-    return Examples(Endless(48), None, CLASSES, test=Numbers(12, labelled=True))  # type: ignore[arg-type]
+    return Examples(Endless(48), None, CLASSES, test=Numbers(12, labelled=True))
 
 
 def read_ahead(pipe: Connection) -> None:

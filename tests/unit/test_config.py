@@ -145,7 +145,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"partition.classes-per-site": 3}, "has no effect with partition.kind = 'iid'; only with classes"),
     ({"partition.size-ratio": 3.0}, "has no effect with partition.kind = 'iid'; only with sizes"),
     ({"partition.iid-fraction": 0.5}, "has no effect with partition.kind = 'iid'"),
-    ({"data.label": "x"}, "has no effect with data.source = 'digits'; only with csv, text-csv"),
+    ({"data.label": "x"}, "has no effect with data.source = 'digits'; only with csv, parquet, text-csv"),
     ({"data.image-size": 8}, "only with image-folder"),
     ({"data.audio-seconds": 2.0}, "only with audio-folder"),
     ({"data.text-buckets": 8}, "only with text-csv"),

@@ -430,8 +430,8 @@ def test_label_does_not_cost_a_feature_whose_name_is_a_part_of_its_own(tmp_path:
 def test_sources_say_which_keys_they_take_and_what_they_hold() -> None:
     assert SOURCES["digits"].keys == ()
     assert SOURCES["cifar100"].keys == ("path",)
-    assert SOURCES["image-folder"].keys == ("path", "group", "image_size", "channels")
-    assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds")
+    assert SOURCES["image-folder"].keys == ("path", "group", "image_size", "channels", "memory_gb")
+    assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds", "memory_gb")
     assert SOURCES["csv"].keys == ("path", "label", "group", "target")
     assert SOURCES["text-csv"].keys == ("path", "label", "group", "text_buckets")
     official = ("mnist", "fashion-mnist", "cifar10", "cifar100")

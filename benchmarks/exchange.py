@@ -6,8 +6,9 @@
     down, up = bytes a site / min(server's link / sites, one stream)
 
 One stream is what specs/data-centers.md quotes for a SuperLink over a WAN of 100 ms: 4 GB each way in about 10 minutes, 13 MB/s.
-Packing, the border's checks, the mean and the codecs are measured with 50 million parameters. ``superlink`` is what Flower's
-processes need for a GB beside, from docs/results/deployment.md. Pessimistic: nothing overlaps.
+Packing, the border's checks, the mean and the codecs are measured with 20 million parameters, on one core. ``superlink`` is what
+Flower's processes need for a GB: docs/results/deployment.md, 100 million parameters, what is left of a round without the service's
+work and Flower's polls. Pessimistic: nothing overlaps.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from strategies.averaging.mean import StreamingMean, extent
 from strategies.codecs import Codec, bf16, identity, qsgd
 from strategies.records import pack
 
-MEASURED = 50_000_000
+MEASURED = 20_000_000
 STREAM = 8e9 / 600  # bytes a second
 SUPERLINK = 20.0  # seconds a GB, on two cores that do everything else, too
 STEPS = 10_000
@@ -35,11 +36,11 @@ WIRES: dict[str, tuple[Codec, Codec]] = {  # down, up
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the second of two times."""
+    """Of one core, which other work on the machine does not change; of the second of two times."""
     work()
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--gbit", type=float, default=1.0, help="the server's link, which all sites share")
     parser.add_argument("--superlink", type=float, default=SUPERLINK, help="seconds a GB")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     x, scale = torch.randn(MEASURED), arguments.parameters / MEASURED
     mean = StreamingMean(x.shape)
     packing = seconds(lambda: pack({"x": x}))
@@ -58,9 +60,9 @@ def main() -> None:
         extent(x, x)
         mean.add(x, 0.01)
 
-    adding = seconds(add)
+    adding, gigabytes = seconds(add), 4 * MEASURED / 1e9
     rate = min(arguments.gbit * 1e9 / 8 / arguments.sites, STREAM)
-    print(f"seconds a GB of float32: packing {packing / 0.2:.2f}, checks and mean {adding / 0.2:.2f}")
+    print(f"seconds a GB of float32: packing {packing / gigabytes:.2f}, checks and mean {adding / gigabytes:.2f}")
     rows = []
     for name, codecs in WIRES.items():
         size, site, server = [0.0, 0.0], packing, packing + arguments.sites * adding

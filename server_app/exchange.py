@@ -15,7 +15,7 @@ from strategies.records import num_bytes
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
 PATIENCE_S = 0.5  # with a reply, before others are looked for while it comes,
-BYTES_A_S = 25e6  # and the time that one as large as its message takes from the SuperLink: Flower needs three times its memory
+BYTES_A_S = 10e6  # and the time that one as large as its message takes from the SuperLink: Flower needs three times its memory
 AT_ONCE = 8  # replies that come: as many models may be in memory
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
@@ -87,14 +87,14 @@ class Mailbox:
         for message in sent:
             message.metadata.ttl = self._timeout_s
         deadline = self._clock.now() + self._timeout_s
+        waiting = [(_without_arrays(message), PATIENCE_S + num_bytes(message) / BYTES_A_S) for message in sent]
         identities = list(self._grid.push_messages(sent))
         if len(identities) != len(sent):
             raise RuntimeError(f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: too large or too old")
-        for identity, message in zip(identities, sent, strict=True):
-            patience = PATIENCE_S + num_bytes(message) / BYTES_A_S
+        for identity, (message, patience) in zip(identities, waiting, strict=True):
             # Without an identity it was not taken, its node having gone: nobody will answer.
             until = deadline if identity else -math.inf
-            self._waiting[identity or uuid.uuid4().hex] = _Waiting(_without_arrays(message), until, patience)
+            self._waiting[identity or uuid.uuid4().hex] = _Waiting(message, until, patience)
 
     def receive(self, *, once: bool = False) -> Iterator[tuple[Message, Message]]:
         """Wait until something is there, then yield messages, without their arrays, with their replies, in the order of arrival.

@@ -1,7 +1,7 @@
 """Replies that wait on disk: many of them need no more memory than one."""
 
 from collections.abc import Mapping
-from io import BufferedReader, FileIO
+from io import FileIO
 from typing import NamedTuple
 
 from flwr.app import Array, ArrayRecord
@@ -25,7 +25,7 @@ class Shelf:
     """
 
     def __init__(self, file: FileIO) -> None:
-        self._file, self._reader, self._end = file, BufferedReader(file), 0
+        self._file, self._end = file, 0
 
     def put(self, arrays: ArrayRecord) -> Mapping[str, _Place] | ArrayRecord:
         """Put arrays down; what :meth:`take` takes them back by."""
@@ -48,5 +48,6 @@ class Shelf:
         return places if isinstance(places, ArrayRecord) else ArrayRecord({name: self._read(at) for name, at in places.items()})
 
     def _read(self, place: _Place) -> Array:
-        self._reader.seek(place.start)
-        return Array(place.dtype, place.shape, place.stype, self._reader.read(place.length))
+        with open(self._file.fileno(), "rb", closefd=False) as reader:  # which reads on until all is there
+            reader.seek(place.start)
+            return Array(place.dtype, place.shape, place.stype, reader.read(place.length))

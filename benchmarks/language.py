@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DiLoCo, H = 10": {"strategy": "diloco", "diloco.local-steps": 10},
     "DiLoCo, H = 50": {"strategy": "diloco", "diloco.local-steps": 50},
     "DiLoCo, H = 250": {"strategy": "diloco", "diloco.local-steps": 250},
-    "GSGM": {"strategy": "gsgm", **SGD},
+    "GSGM": {"strategy": "gsgm", "training.optimizer": "sgd"},
     "Delayed Nesterov, H = 10": {"strategy": "delayed-nesterov", "delayed-nesterov.local-steps": 10, **SGD},
     "DMSGD, ring": {"strategy": "dmsgd", "dmsgd.consensus-weight": 1.0},
     "NoLoCo, H = 10": {"strategy": "noloco", "noloco.local-steps": 10, "noloco.momentum": 0.9, "topology.name": "matching"},

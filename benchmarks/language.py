@@ -86,16 +86,16 @@ def measured(run: Run) -> dict[str, float]:
     return {"own topic": own.mean(), "all topics": table.mean(), "MB": last["megabytes"], "exchanges": last["round"]}
 
 
-def rows(path: str, methods: Mapping[str, Mapping[str, Any]], **keys: Any) -> dict[str, list[dict[str, float]]]:
+def rows(path: str, methods: Mapping[str, Mapping[str, Any]], seeds: list[int], **keys: Any) -> dict[str, list[dict[str, float]]]:
     """Of each method, a row a seed."""
-    shared = common(path)
+    shared = common(path) | keys
     jobs = {}
     for name, changes in methods.items():
         of_method = {
             key: value for key, value in shared.items() if not (of_peers(changes["strategy"]) and key == "training.optimizer")
         }
         jobs[name] = {**of_method, **changes}
-    return {name: list(map(measured, runs)) for name, runs in compare(jobs, **keys).runs.items()}
+    return {name: list(map(measured, runs)) for name, runs in compare(jobs, seeds=seeds).runs.items()}
 
 
 def search(path: str) -> None:
@@ -104,7 +104,7 @@ def search(path: str) -> None:
     for name, rate in list(RATES.items())[-4:]:
         for factor in (1 / 3, 1.0, 3.0):
             methods[f"{name} | {rate * factor:.2g}"] = METHODS[name] | {"training.lr": rate * factor}
-    for name, found in rows(path, methods, seeds=[7], epochs=1).items():
+    for name, found in rows(path, methods, [7], epochs=1).items():
         print(f"{name:36} {found[0]['own topic']:.3f} {found[0]['all topics']:.3f}", flush=True)
 
 
@@ -120,7 +120,7 @@ def main() -> None:
         return
     methods = {name: keys | {"training.lr": RATES[name]} for name, keys in METHODS.items()}
     print("| | rate | own topic | all topics | MB sent | exchanges |\n|---|---|---|---|---|---|")
-    for name, found in rows(arguments.path, methods, seeds=arguments.seeds).items():
+    for name, found in rows(arguments.path, methods, list(range(1, arguments.seeds + 1))).items():
         shown = []
         for column in ("own topic", "all topics"):
             values = np.array([each[column] for each in found])

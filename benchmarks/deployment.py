@@ -94,7 +94,7 @@ def deployed(folder: Path, name: str, heart: str) -> Iterator[Deployment]:
         tables = [{"source": "csv", "path": str(file.absolute()), "label": "target > 0"} for file in files]
         of_sites = {site: {"data": table} for site, table in enumerate(tables)}
     two = os.geteuid() == 0 and bool(as_user(CARRIER))
-    more = {"group": grp.getgrgid(CARRIER).gr_name} if two else {}
+    more: dict[str, Any] = {"group": grp.getgrgid(CARRIER).gr_name} if two else {}
     deployment = Deployment(folder)
     services = None
     if "without" not in name:

@@ -45,9 +45,9 @@ RATES = {
     "DiLoCo, H = 50": 0.003,
     "DiLoCo, H = 250": 0.003,
     "GSGM": 0.1,
-    "Delayed Nesterov, H = 10": 0.3,
-    "DMSGD, ring": 0.1,
-    "NoLoCo, H = 10": 0.1,
+    "Delayed Nesterov, H = 10": 0.9,
+    "DMSGD, ring": 0.03,
+    "NoLoCo, H = 10": 0.3,
 }
 
 
@@ -120,13 +120,16 @@ def main() -> None:
         return
     methods = {name: keys | {"training.lr": RATES[name]} for name, keys in METHODS.items()}
     print("| | rate | own topic | all topics | MB sent | exchanges |\n|---|---|---|---|---|---|")
-    for name, found in rows(arguments.path, methods, list(range(1, arguments.seeds + 1))).items():
+    for name, keys in methods.items():
+        found = rows(arguments.path, {name: keys}, list(range(1, arguments.seeds + 1)))[name]
         shown = []
         for column in ("own topic", "all topics"):
             values = np.array([each[column] for each in found])
             error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             shown.append(f"{values.mean():.3f} ± {error:.3f}")
-        print(f"| {name} | {RATES[name]:g} | {' | '.join(shown)} | {found[0]['MB']:,.0f} | {found[0]['exchanges']:,.0f} |")
+        print(
+            f"| {name} | {RATES[name]:g} | {' | '.join(shown)} | {found[0]['MB']:,.0f} | {found[0]['exchanges']:,.0f} |", flush=True
+        )
 
 
 if __name__ == "__main__":

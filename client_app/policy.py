@@ -34,6 +34,7 @@ from configuration.config import Config, flatten
 from configuration.sections import Data
 from datasets.names import fault
 from models.networks import NETWORKS
+from models.tasks import TASKS
 from strategies.method import ArrivalPlan, PeerPlan, Section
 from strategies.methods import METHODS
 from strategies.protocol import Order, PeerOrder
@@ -69,6 +70,8 @@ class Policy(Section):
     """methods by name; a method of somebody's own stands in import-paths too"""
     models: list[str] = Field(default=list(NETWORKS), min_length=1)
     """networks by name, such as "cnn" or "torchvision:resnet18"; one of somebody's own stands in import-paths too"""
+    tasks: list[str] = Field(default=list(TASKS), min_length=1)
+    """what networks are trained to do, by name; one of somebody's own stands in import-paths too"""
     import_paths: list[str] = Field(default=[])
     """package.module:NAME that runs may name; their code is this site's own, installed copy"""
     sealing: Literal["any", "keys"] = "any"
@@ -176,6 +179,8 @@ def read_site(path: Path) -> SiteFile:
         raise PolicyError(f"{path}: {error}") from None
     if wrong := [each for each in found.policy.strategies if each not in METHODS and each not in found.policy.import_paths]:
         raise PolicyError(f"{path}: policy.strategies: {wrong[0]!r} is no method; allowed: {', '.join(METHODS)}, import-paths")
+    if wrong := [each for each in found.policy.tasks if each not in TASKS and each not in found.policy.import_paths]:
+        raise PolicyError(f"{path}: policy.tasks: {wrong[0]!r} is no task; allowed: {', '.join(TASKS)}, import-paths")
     if bool(found.private_key) != bool(found.peer_keys):
         raise PolicyError(f"{path}: private-key and peer-keys belong together")
     if found.name and (wrong_name := fault([found.name])):
@@ -283,6 +288,8 @@ def check_run(policy: Policy, config: Config) -> None:
         refuse("strategies", policy.strategies, f"strategy = {config.strategy!r}")
     if config.model.name not in policy.models and config.model.name not in policy.import_paths:
         refuse("models", policy.models, f"model.name = {config.model.name!r}")
+    if training.task not in policy.tasks and training.task not in policy.import_paths:
+        refuse("tasks", policy.tasks, f"training.task = {training.task!r}")
     if policy.sealing == "keys" and config.wire.sealing != "keys":
         refuse("sealing", policy.sealing, f"wire.sealing = {config.wire.sealing!r}")
     if training.batch_size < policy.smallest_batch:

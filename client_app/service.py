@@ -46,9 +46,13 @@ from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
 from configuration.config import Config
+from configuration.config import task as find
 from configuration.network import parameters_of
 from datasets.cache import cache_folder
+from datasets.site import SiteData
+from datasets.sources import SOURCES
 from models.networks import NETWORKS
+from models.tasks import TASKS
 from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
@@ -419,9 +423,7 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         ValueError: something is wrong; the message says what.
     """
     policy.check_machine(site)
-    config = Config.read(site.run_config({"strategy": site.policy.strategies[0]}))
-    identity = SiteId(site.site, None, site.data.path)
-    data = raw_data(config, identity)
+    config, data = _read_for_some_task(site)
     policy.check_holdings(site, len(data.train.y))
     if site.private_key:
         keyring(Context(0, 0, site.node_config(), RecordDict(), {}), "keys", site.site, {}, {})
@@ -433,7 +435,7 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         f"site {site.site}{f' ({site.name})' if site.name else ''}",
         f"data: {site.data.source} {site.data.path}",
         f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
-        f"classes: {', '.join(data.classes)} (their names leave the site)",
+        f"to predict: {', '.join(data.classes)} ({config.training.task}; these names leave the site)",
         f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
@@ -444,8 +446,29 @@ def report(site: SiteFile, ranks: int = 1) -> str:
     return "\n".join(lines)
 
 
+def _read_for_some_task(site: SiteFile) -> tuple[Config, SiteData]:
+    """The site's data, for the first of the tasks that runs may ask for that they are good for.
+
+    Raises:
+        ValueError: they cannot be read for any of them; what is wrong with the first.
+    """
+    failures: list[ValueError] = []
+    for task in site.policy.tasks:
+        try:
+            config = Config.read(site.run_config({"strategy": site.policy.strategies[0], "training.task": task}))
+            return config, raw_data(config, SiteId(site.site, None, site.data.path))
+        except ValueError as error:
+            failures.append(error)
+    source = SOURCES.get(site.data.source)
+    # Of a task that the source knows: others say no more than that it does not.
+    known = (
+        error for task, error in zip(site.policy.tasks, failures, strict=True) if source and find(task).target in source.targets
+    )
+    raise next(known, failures[0])
+
+
 def _shown(key: str, value: object) -> str:
-    shipped = {"strategies": list(METHODS), "models": list(NETWORKS)}
+    shipped = {"strategies": list(METHODS), "models": list(NETWORKS), "tasks": list(TASKS)}
     return "all that come with this checkout" if value == shipped.get(key) else repr(value)
 
 

@@ -98,6 +98,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             flat("dmsgd", dmsgd={"local_steps": 2}) | {"training.batch-size": 16},
             "after 32 examples: this site's policy has smallest-examples",
         ),
+        (flat() | {"training.task": "os:path"}, "training.task = 'os:path': this site's policy has import-paths = []"),
         (flat() | {"strategy": "os:system"}, "strategy = 'os:system': this site's policy has import-paths = []"),
         (flat() | {"model.name": "this:x"}, "model.name = 'this:x': this site's policy has import-paths = []"),
         (flat("dmsgd") | {"wire.codec": "os:path"}, "wire.codec = 'os:path': this site's policy has import-paths = []"),

@@ -113,15 +113,23 @@ class Services:
         folder: for sockets; below it, ``private`` for all else.
         sealing: whether they have each other's keys.
         of_sites: what their ``site.toml`` say besides, by number.
+        processes: of sites that have several, under torchrun.
         keys: what all of them say besides.
     """
 
     def __init__(
-        self, folder: Path, *, sealing: bool = False, of_sites: Mapping[int, Mapping[str, Any]] | None = None, **keys: Any
+        self,
+        folder: Path,
+        *,
+        sealing: bool = False,
+        of_sites: Mapping[int, Mapping[str, Any]] | None = None,
+        processes: Mapping[int, int] | None = None,
+        **keys: Any,
     ) -> None:
         self.private, self._sockets = folder / "private", folder
         self.private.mkdir(mode=0o700)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._several = dict(processes or {})
         public = {}
         for site in range(SITES):
             command = [sys.executable, "-m", "client_app.sealing", str(self.private / f"{site}.seal")]
@@ -151,10 +159,13 @@ class Services:
         """Start a service, and wait until it listens."""
         self.socket(site).unlink(missing_ok=True)
         with (self.private / f"{site}.log").open("ab") as log:
-            command = [sys.executable, "-m", "client_app.service", str(self.private / f"{site}.site")]
+            several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self._several.get(site)}", "-m"]
+            service = [*(several if site in self._several else []), "client_app.service", str(self.private / f"{site}.site")]
+            command = [sys.executable, "-m", *service]
             env = {**os.environ, "OMP_NUM_THREADS": "1"}  # they share this machine
             self._processes[site] = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
-        wait_for(self.socket(site).exists, 300)
+        wait_for(lambda: self.socket(site).exists() or self._processes[site].poll() is not None, 300)
+        assert self.socket(site).exists(), (self.private / f"{site}.log").read_text()
 
     def kill(self, site: int) -> None:
         """End a service at once."""
@@ -168,8 +179,11 @@ class Services:
 
     def end(self) -> None:
         """End all."""
-        for process in self._processes.values():
-            process.kill()
+        for site, process in self._processes.items():
+            if site in self._several:  # torchrun ends its processes
+                process.terminate()
+            else:
+                process.kill()
             process.wait()
 
 

@@ -100,3 +100,36 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
     finally:
         deployment.end()
         services.end()
+
+
+def test_language_is_learnt_where_a_site_has_several_processes(folder: Path, tmp_path: Path) -> None:
+    """Each holds a shard of the network and of AdamW's moments; the other two sites have one process."""
+    texts = ("the cat sat on the mat. ", "buy low, sell high, hold on. ", "a goal in the last minute! ")
+    for site, text in enumerate(texts):
+        (folder / f"{site}.csv").write_text("text\n" + f'"{text}"\n' * 150)
+    of_sites = {
+        site: {"data": {"source": "text-bytes", "path": str(folder / f"{site}.csv"), "context": 16}, "sharding": site == 2}
+        for site in range(SITES)
+    }
+    services = Services(folder, of_sites=of_sites, processes={2: 2})
+    deployment = Deployment(folder)
+    try:
+        for site in range(SITES):
+            deployment.join(site, f'service="{services.socket(site)}"')
+        settings = (
+            f'results.folder="{tmp_path}" strategy="diloco" num-sites=3 epochs=8 diloco.local-steps=30 training.task="language" '
+            'training.optimizer="adamw" training.lr=0.01 data.source="text-bytes" data.context=16 model.name="gpt" '
+            "model.layers=1 model.width=32 model.heads=2"
+        )
+        with deployment.run(settings) as process:
+            log = process.communicate()[0]
+        (results,) = tmp_path.iterdir()
+        run = Run.load(results)
+        assert run.finished, log
+        assert run.summary["bits-per-byte"] < 5.5  # by chance 8
+        assert "test bits-per-byte" in log
+        for site in range(SITES):
+            assert not [letter for letter in services.letters(site) if "rule" in letter or "problem" in letter]
+    finally:
+        deployment.end()
+        services.end()

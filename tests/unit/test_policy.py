@@ -19,11 +19,13 @@ from client_app.policy import (
     check_machine,
     check_paths,
     check_processes,
+    check_run,
     read_site,
     withhold,
 )
 from client_app.site import SiteId, raw_data
-from configuration.config import configuration
+from configuration.config import Config, configuration
+from tests.data import write_numbers
 
 
 def site(folder: Path, **keys: Any) -> SiteFile:
@@ -99,6 +101,30 @@ def test_no_spelling_of_a_key_is_a_way_around_import_paths(asked: dict[str, Any]
     found = site(tmp_path)
     with pytest.raises(PolicyError, match="import-paths"):
         check_paths(found.policy, found.run_config(asked))
+
+
+def test_a_site_says_for_which_tasks_its_data_are(tmp_path: Path) -> None:
+    write_numbers(tmp_path / "table.csv")
+    data = {"source": "csv", "path": str(tmp_path / "table.csv"), "label": "pressure"}
+    found = site(tmp_path, data=data)
+    assert "to predict: pressure (regression; these names leave the site)" in service.report(found)
+    only = site(tmp_path, data=data, policy={"tasks": ["classification"]})
+    with pytest.raises(ValueError, match="240 different classes, at most 100 may leave a site"):
+        service.report(only)
+    with pytest.raises(PolicyError, match=r"training.task = 'regression': this site's policy has tasks = \['classification'\]"):
+        check_run(only.policy, Config.read(found.run_config({"training.task": "regression"})))
+
+
+def test_of_what_metrics_are_made_leaves_only_where_the_policy_has_it_and_rounded(tmp_path: Path) -> None:
+    record: dict[str, Any] = {"loss": 0.123456, "means": [0.123456, 12.3456], "num-examples": 100}
+    for metrics, left in ((["loss", "means"], {"loss": 0.123, "means": [0.123, 12.35], "num-examples": 100}), (["means"], None)):
+        found, policy = MetricRecord(record), site(tmp_path, policy={"metrics": metrics}).policy
+        withhold(policy, found, 100)
+        assert dict(found) == (left or {"means": [0.123, 12.35], "num-examples": 100})
+        withhold(policy, few := MetricRecord(record), 31)
+        assert dict(few) == {"num-examples": 100}
+    withhold(site(tmp_path).policy, found := MetricRecord(record), 100)
+    assert "means" not in found
 
 
 @pytest.mark.parametrize("asked", [{"data": {"path": "/etc"}}, {"data.image_size": 8}, {"data.path": "/etc"}], ids=str)

@@ -1,7 +1,7 @@
 """A small language model across four data centers, each with one topic: bits a byte on the own topic and on all, and bytes sent.
 
     python -m benchmarks.language AG_NEWS.csv             every method at equal tokens, means over seeds ± standard error
-    python -m benchmarks.language AG_NEWS.csv --search    learning rates of those with SGD: a third of the tokens, another seed
+    python -m benchmarks.language AG_NEWS.csv --search    learning rates of those with SGD: half the tokens, another seed
 
 ``conf/language.toml``, AG news as bytes. Sites are tested on texts of their own that nobody trains on.
 """

@@ -27,8 +27,14 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
 
 
 def test_strategies_are_compared_from_top_to_bottom() -> None:
-    notebook = execute_notebook("compare_strategies.ipynb")
+    notebook = execute_notebook("compare_strategies.ipynb", SEEDS="1")
     assert pictures(notebook) == 6
     # Committed with its outputs: who reads it without running it sees as many pictures.
     committed = nbformat.read(Path(ROOT / "notebooks" / "compare_strategies.ipynb"), as_version=4)
     assert pictures(committed) == 6
+
+
+def test_a_language_model_is_trained_from_top_to_bottom() -> None:
+    notebook = execute_notebook("language.ipynb")
+    committed = nbformat.read(Path(ROOT / "notebooks" / "language.ipynb"), as_version=4)
+    assert pictures(notebook) == pictures(committed) == 1

@@ -88,9 +88,15 @@ def _shipped(name: str, shape: tuple[int, ...], num_outputs: int, options: dict[
 
 
 def num_parameters(name: str, shape: tuple[int, ...], num_outputs: int, **options: Any) -> int:
-    """How many parameters :func:`build` would make, without the memory that they need; 0 for a network of one's own."""
-    with torch.device("meta"):
-        network = _shipped(name, shape, num_outputs, options)
+    """How many parameters :func:`build` would make, without the memory that they need; 0 where that takes the memory.
+
+    Which it does for a network of one's own, and for torchvision's RegNets, which compute with numbers while they are built.
+    """
+    try:
+        with torch.device("meta"):
+            network = _shipped(name, shape, num_outputs, options)
+    except NotImplementedError:
+        return 0
     return sum(parameter.numel() for parameter in network.parameters()) if network else 0
 
 

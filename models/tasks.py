@@ -89,10 +89,14 @@ class Task(NamedTuple):
         return self.means if details or not self.only_details else None
 
     def measured(self, found: Mapping[str, float], targets: Targets) -> dict[str, float]:
-        """What sites reported, or the mean over them, with the metrics in the place of the means that they are made of."""
+        """What sites reported, or the mean over them, with the metrics in the place of the means that they are made of.
+
+        Of these only such as are numbers: a site may keep the loss to itself, or report anything.
+        """
         means = [value for name, value in found.items() if name.startswith(MEAN)]
         known = {name: value for name, value in found.items() if not name.startswith(MEAN)}
-        return known | (self.metrics(known["loss"], means, targets) if "loss" in known else {})
+        made = self.metrics(known.get("loss", math.nan), means, targets) if "loss" in known or means else {}
+        return known | {name: value for name, value in made.items() if math.isfinite(value)}
 
 
 def numbers(found: Mapping[str, float | list[float]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from configuration.config import Config
+from datasets.errors import SourceError
 from datasets.site import Moments, merge
 from models.pretrained import digest
 from server_app.exchange import clock_of, exchange
@@ -190,12 +191,18 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
         for node, card in cards.items()
         if len(card.known or ()) != told[node]
     }
+    for node, card in cards.items():
+        if node not in found and card.known:
+            try:
+                Moments(*card.moments).check((*card.columns, *card.classes)[: len(card.known)])
+            except SourceError as error:
+                found[node] = printable(str(error), 240)
     kinds = {node: _kind(card, target) for node, card in cards.items() if node not in found}
-    usual, votes = Counter(kinds.values()).most_common(1)[0] if kinds else ("", 0)
+    usual, votes = Counter(kinds.values()).most_common(1)[0] if kinds else (None, 0)
     for node, kind in kinds.items():
         if 2 * votes <= len(kinds) or kind != usual:
-            others = ", ".join(sorted({*kinds.values()} - {kind}))
-            found[node] = printable(f"it has {kind}, others have {others}", 1000)
+            others = ", ".join(sorted({other.said for other in kinds.values() if other != kind}))
+            found[node] = printable(f"it has {kind.said}, others have {others}", 1000)
     if config.wire.sealing == "trust-on-first-use":
         keyless = {node: "it tells no public key (wire.sealing)" for node, card in cards.items() if card.public_key is None}
         found = keyless | found
@@ -214,10 +221,18 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     return found
 
 
-def _kind(card: SiteCard, target: str) -> str:
-    """What must be the same at all sites."""
+class _Kind(NamedTuple):
+    """What must be the same at all sites; ``said`` alone would not tell the names "a, b" from "a" and "b"."""
+
+    said: str
+    names: tuple[tuple[str, ...], ...]
+
+
+def _kind(card: SiteCard, target: str) -> _Kind:
     kind = f"the columns {', '.join(card.columns)}" if card.columns else f"examples of shape {card.shape}"
-    return f"{kind} and {', '.join(card.classes)} to predict" if target in ("labels", "numbers", "tokens") else kind
+    if target not in ("labels", "numbers", "tokens"):
+        return _Kind(kind, (tuple(card.columns),))
+    return _Kind(f"{kind} and {', '.join(card.classes)} to predict", (tuple(card.columns), tuple(card.classes)))
 
 
 def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:

@@ -167,8 +167,13 @@ class Report:
 
     def test(self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment) -> dict[str, float]:
         """Emit what each site found in a test, by node, and what all found together, which is returned; {} of nothing."""
-        of_sites = {node: self.measure.of_site(each) for node, each in found.items()}
-        together = self.measure.together([found[node] for node in self._sites if node in found])
+        of_sites = dict[int, dict[str, float]]()
+        for node, each in found.items():
+            try:
+                of_sites[node] = self.measure.of_site(each)
+            except Exception as error:  # metrics of one's own, of numbers that a site may have made up
+                self.refuse(node, number, "test", f"training.task makes no metrics of it: {type(error).__name__}: {error}")
+        together = self.measure.together([found[node] for node in self._sites if node in of_sites])
         if isinstance(self._config.plan, PeerPlan):
             together |= self.measure.extremes(list(of_sites.values()))
         self.write(number, "test", of_sites, together or None, moment)

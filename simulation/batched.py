@@ -189,7 +189,8 @@ class Peers:
         }
         measure, headline = self._measure, self._config.task.headline
         test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
-        test[f"{headline}-of-mean"] = measure.together(of_mean)[headline]
+        if headline in (found := measure.together(of_mean)):  # F1 of no label, for one, is no number
+            test[f"{headline}-of-mean"] = found[headline]
         self._write(number, seconds, train, test, losses.tolist(), own)
         epochs, sent = self._config.epochs, float(self._traffic.sum()) / 1e6
         done = number * epochs / self.exchanges

@@ -110,6 +110,7 @@ class Trained(nn.Module):
         """Write a program that needs none of this code, see :func:`write_program`."""
         raw = [len(self.description.columns)] if self.description.columns else list(self.description.shape)
         kind = torch.uint8 if len(raw) == 3 and self.description.data.source != "audio-folder" else torch.float32
+        kind = torch.int64 if self.task.target == "tokens" else kind
         write_program(self, torch.zeros(2, *raw, dtype=kind), file)
 
 

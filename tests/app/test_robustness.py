@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,21 @@ import pandas as pd
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from torch.nn import functional as F
 
 from client_app.app import app as client_app
+from configuration.config import Config
 from configuration.errors import ConfigError
+from models.tasks import Task
 from server_app.app import app as server_app
-from server_app.census import RunError
+from server_app.census import Federation, RunError, Site, _federation, _misfits
+from server_app.events import Event, Refused
+from server_app.exchange import clock_of
+from server_app.report import Report
 from simulation.grid import VirtualGrid, run_in_process
 from simulation.world import World
-from strategies.records import pack
+from strategies.protocol import SiteCard
+from strategies.records import code_version, pack
 from tests.conftest import RunApp, default_config, read_run
 
 Tamper = Callable[[int, Message, Message], Message | None]
@@ -239,6 +247,44 @@ MISFITS: list[tuple[str, Any, str]] = [
     ("columns", ["age"], r"site 1 \(node \d+\): it has the columns age, others have examples of shape \[1, 8, 8\]"),
     ("site", 0, r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; give each its own site="),
 ]
+
+
+def test_names_with_commas_and_moments_beyond_bounds_end_no_run() -> None:
+    """One site that tells them would, as no run can be made of what all tell together."""
+    keys = {"training.task": "regression", "data.source": "csv", "data.path": "table", "model.name": "mlp"}
+    config = Config.read(keys | {"num-sites": 4, "min-sites": 2})
+
+    def card(site: int, names: list[str], mean: float = 0.0) -> SiteCard:
+        moments = [1.0] * (1 + len(names))
+        told = {"classes": names, "columns": ["c"], "shape": [1], "known": moments, "mean": [mean] * len(moments)}
+        told |= {"site": site, "sites": 0, "name": f"site {site}", "train": 9, "test": 9, "notes": [], "code": code_version()}
+        return SiteCard.model_validate(told | {"variance": moments})
+
+    cards = {1: card(0, ["a", "b"]), 2: card(1, ["a", "b"]), 3: card(2, ["a, b"]), 4: card(3, ["a", "b"], 1e25)}
+    misfits = _misfits(cards, config)
+    assert set(misfits) == {3, 4}
+    assert "are no moments of values within" in misfits[4]
+    assert _federation({node: card for node, card in cards.items() if node not in misfits}, config).classes == ("a", "b")
+
+
+FRAGILE = Task(
+    "class",
+    partial(F.cross_entropy, reduction="none"),
+    means=lambda outputs, y: outputs.sum(0)[:1],
+    metrics=lambda loss, means, targets: {"inverse": 1 / means[0]},
+)
+
+
+def test_metrics_that_fail_with_what_a_site_reports_cost_the_site_its_test() -> None:
+    config = Config.read({"training.task": "tests.app.test_robustness:FRAGILE"})
+    sites = tuple(Site(number, number + 1, f"site {number}", 9, 9, (), b"", b"") for number in range(2))
+    events: list[Event] = []
+    report = Report(Federation(sites, ("a", "b"), (1, 8, 8), None, ()), config, events.append, clock_of(object()), "round")  # type: ignore[arg-type]
+    found: dict[int, dict[str, float | list[float]]]
+    found = {node: {"loss": 1.0, "means": [mean], "num-examples": 9.0} for node, mean in ((1, 0.0), (2, 0.5))}
+    assert report.test(1, found, report.moment())["inverse"] == 2
+    [refused] = [event for event in events if isinstance(event, Refused)]
+    assert refused.reason == "training.task makes no metrics of it: ZeroDivisionError: float division by zero"
 
 
 def misfit(key: str, value: Any) -> Tamper:

@@ -120,6 +120,16 @@ def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
             np.testing.assert_allclose(logits, network(x).numpy(), atol=1e-5)
 
 
+def test_export_of_language_takes_tokens(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("the cat sat on the mat. " * 40)
+    data = {"source": "text-bytes", "path": str(tmp_path / "texts.txt"), "context": 16}
+    keys = SHORT | {"data": data, "model": {"name": "gpt", "layers": 1, "width": 16}, "training": {"task": "language"}}
+    trained, tokens = load(simulate(**keys).save(tmp_path / "run")), torch.randint(256, (3, 16))
+    trained.export(tmp_path / "network.pt2")
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    torch.testing.assert_close(program(tokens), trained(tokens))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter
 def test_onnx_of_pictures_tables_and_tokens(pictures: Path, tmp_path: Path) -> None:

@@ -175,3 +175,14 @@ def test_models_together_predict_their_mean_probability(task: str) -> None:
 def test_models_together_predict_their_mean_number() -> None:
     outputs, _ = examples("regression")
     torch.testing.assert_close(TASKS["regression"].pooled(torch.stack([outputs, 3 * outputs])), 2 * outputs)
+
+
+def test_metrics_of_means_need_no_loss_and_are_numbers() -> None:
+    """A site's policy may withhold the loss alone; what another reports may make infinite metrics."""
+    found = numbers(reported("multi-label", *examples("multi-label")))
+    del found["loss"]
+    assert TASKS["multi-label"].measured(found, DETAILS)["f1-micro"] == measured("multi-label")["f1-micro"]
+    for task in ("multi-label", "regression", "segmentation"):
+        for value in (0.0, 1e30):
+            made_up = {name: value for name in numbers(reported(task, *examples(task))) if name != "loss"}
+            assert all(map(math.isfinite, TASKS[task].measured(made_up, DETAILS).values()))

@@ -110,6 +110,8 @@ class Trained(nn.Module):
         """Write a program that needs none of this code, see :func:`write_program`."""
         raw = [len(self.description.columns)] if self.description.columns else list(self.description.shape)
         kind = torch.uint8 if len(raw) == 3 and self.description.data.source != "audio-folder" else torch.float32
+        if self.task.target == "tokens":
+            kind = torch.int64
         write_program(self, torch.zeros(2, *raw, dtype=kind), file)
 
 
@@ -181,7 +183,8 @@ def main() -> None:
         if arguments.export:
             trained.export(arguments.export)
         if arguments.input:
-            trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format="%.4f")
+            digits = "%.6g" if trained.task.target == "numbers" else "%.4f"  # numbers have units of their own
+            trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format=digits)
     except ValueError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 

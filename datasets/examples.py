@@ -103,6 +103,8 @@ def _check_target(said: str, examples: Examples, target: str) -> None:
         )
         raise SourceError(f"{said}: training.task needs {TARGETS[target]}, the examples have {there}")
     if not isinstance(y, Tensor):  # looked at when it is read
+        if target == "numbers":  # whose mean and deviation are needed before
+            raise SourceError(f"{said}: numbers to predict come as a tensor y, not with each item")
         return
     match target:
         case "class":

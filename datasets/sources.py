@@ -90,7 +90,7 @@ class Source(NamedTuple):
     Attributes:
         read: takes some of the run configuration's keys and returns the examples.
         pictures: whether these are pictures.
-        official_test: whether they have an official test part.
+        official_test: whether they have an official test part, or may have one: files or folders named so.
         folder: of a data set of torchvision, below the root.
         kept: whether what was decoded is kept on disk.
         targets: what y can be (:data:`datasets.examples.TARGETS`).
@@ -130,13 +130,13 @@ SOURCES = {
     "fashion-mnist": Source(partial(torchvision_set, "FashionMNIST"), pictures=True, official_test=True, folder="FashionMNIST/raw"),
     "cifar10": Source(partial(torchvision_set, "CIFAR10"), pictures=True, official_test=True, folder="cifar-10-batches-py"),
     "cifar100": Source(partial(torchvision_set, "CIFAR100"), pictures=True, official_test=True, folder="cifar-100-python"),
-    "image-folder": Source(image_folder, pictures=True),
-    "audio-folder": Source(audio_folder),
+    "image-folder": Source(image_folder, pictures=True, official_test=True),
+    "audio-folder": Source(audio_folder, official_test=True),
     "csv": Source(csv, targets=("class", "labels", "numbers")),
     "parquet": Source(parquet, targets=("class", "labels", "numbers")),
     "text-csv": Source(text_csv),
-    "text-bytes": Source(text_bytes, kept=False, targets=("tokens",)),
-    "tokens": Source(tokens, kept=False, targets=("tokens",)),
+    "text-bytes": Source(text_bytes, official_test=True, kept=False, targets=("tokens",)),
+    "tokens": Source(tokens, official_test=True, kept=False, targets=("tokens",)),
 }
 
 

@@ -1,5 +1,6 @@
 """Tables in CSV and Parquet files: numbers with a label; and texts."""
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -247,7 +248,9 @@ def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str
     values, used = _column(table, label)
     codes, different = pd.factorize(values, sort=True)
     if wrong := too_many(len(different)) or fault(names := [str(name) for name in different]):
-        raise SourceError(f"data.label = {shown(label)} of {table.path}: {wrong}")
+        numbers = too_many(len(different)) and pd.api.types.is_numeric_dtype(values)
+        task = "; to predict a number: training.task = 'regression'" if numbers else ""
+        raise SourceError(f"data.label = {shown(label)} of {table.path}: {wrong}{task}")
     return torch.from_numpy(codes.astype(np.int64)), tuple(names), used
 
 
@@ -263,7 +266,11 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
     for name in names:
         values, of = _column(table, name)
         if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)):
-            raise SourceError(f"data.label = {shown(name)} of {table.path} is not numeric, as training.task needs it")
+            wrong = int(pd.to_numeric(values, errors="coerce").isna().sum())
+            said = f"is not numeric, as training.task needs it, in {wrong} of {len(values)} rows"
+            raise SourceError(f"data.label = {shown(name)} of {table.path} {said}")
+        if target == "labels" and not bool(values.isin([0, 1]).all()):
+            raise SourceError(f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, as training.task needs it")
         columns.append(values.to_numpy(np.float32))
         used += of
     y = torch.from_numpy(np.stack(columns, 1))
@@ -280,6 +287,9 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             values, used = evaluate(label, table.rows)
         except ExpressionError as error:
             wrong = f"{said} is no column of {table.path} and no expression of its columns"
+            if len(several := re.split(r"[\s,;]+", label.strip())) > 1 and all(name in table.rows for name in several):
+                how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
+                raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
     if missing := int(values.isna().sum()):
         raise SourceError(f"{said}: {missing} rows of {table.path} have none")

@@ -182,7 +182,8 @@ def main() -> None:
         if arguments.export:
             trained.export(arguments.export)
         if arguments.input:
-            trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format="%.4f")
+            digits = "%.6g" if trained.task.target == "numbers" else "%.4f"  # numbers have units of their own
+            trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format=digits)
     except ValueError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 

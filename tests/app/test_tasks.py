@@ -140,7 +140,14 @@ def test_what_does_not_fit_is_said_before_a_site_is_asked(keys: dict[str, Any], 
 
 
 def test_data_of_another_task_are_refused_by_the_sites(file: Path) -> None:
-    with pytest.raises(RunError, match=r"training.task needs y \[n, labels\] of 0 and 1; got y \(240, 1\) of torch.float32"):
+    with pytest.raises(RunError, match=r"data.label = 'pressure' of .* holds more than 0 and 1, as training.task needs it"):
         simulate(epochs=1, **table(file, "pressure", "multi-label"))
+    with pytest.raises(RunError, match=r"'pressure' of .*: 240 different classes, .*; to predict a number: training.task = 'regr"):
+        simulate(epochs=1, **table(file, "pressure", "classification"))
+    for label, task in (("pressure pulse", "regression"), ("pressure, pulse", "classification")):
+        with pytest.raises(RunError, match=r"to predict several columns: data.label = 'pressure, pulse' with training.task = 'm"):
+            simulate(epochs=1, **table(file, label, task))
+    with pytest.raises(RunError, match=r"numbers to predict come as a tensor y, not with each item"):
+        simulate(epochs=1, **QUIET | {"data": {"source": "tests.own_data:labelled"}, "training": {"task": "regression"}})
     with pytest.raises(RunError, match=r"training.task needs y \[n\] int64, a class each; got y \(60, 16, 16\)"):
         simulate(epochs=1, **QUIET | {"data": {"source": "tests.data:squares"}})

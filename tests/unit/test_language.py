@@ -70,6 +70,10 @@ def test_files_named_train_and_test_are_the_official_parts(tmp_path: Path) -> No
     texts = language("text-bytes", tmp_path)
     assert texts.test is not None
     assert [set(x) - {0} for x in windows(texts)[0]] == [{ord("b") if test else ord("a")} for test in texts.test.tolist()]
+    for source in ("tokens", "text-bytes"):
+        config = run(tmp_path, **{"data.source": source, "data.test-part": "official", "num-sites": 1, "min-sites": 1})
+        data = site_data(config, SiteId(0, 1, ""), TOKEN, None)
+        assert len(data.test.y) == (1 if source == "tokens" else int(texts.test.sum()))
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32"])

@@ -434,7 +434,8 @@ def test_sources_say_which_keys_they_take_and_what_they_hold() -> None:
     assert SOURCES["audio-folder"].keys == ("path", "group", "audio_seconds", "memory_gb")
     assert SOURCES["csv"].keys == ("path", "label", "group", "target")
     assert SOURCES["text-csv"].keys == ("path", "label", "group", "text_buckets")
-    official = ("mnist", "fashion-mnist", "cifar10", "cifar100")
+    torchvision = ("mnist", "fashion-mnist", "cifar10", "cifar100")
+    official = (*torchvision, "image-folder", "audio-folder", "text-bytes", "tokens")
     assert tuple(name for name, source in SOURCES.items() if source.official_test) == official
-    pictures = ("digits", *official, "image-folder")
+    pictures = ("digits", *torchvision, "image-folder")
     assert tuple(name for name, source in SOURCES.items() if source.pictures) == pictures

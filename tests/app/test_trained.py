@@ -111,16 +111,6 @@ def test_export_needs_nothing_of_this_program(tmp_path: Path) -> None:
     assert printed.equals(pd.read_csv(StringIO(trained.predict(file).to_csv(index=False, float_format="%.4f"))))
 
 
-def test_export_of_language_takes_tokens(tmp_path: Path) -> None:
-    write_texts(tmp_path / "text.csv")
-    data = {"source": "text-bytes", "path": str(tmp_path / "text.csv"), "context": 8}
-    model = {"name": "gpt", "layers": 1, "width": 8, "heads": 2}
-    run = simulate(**SHORT | {"model": model, "epochs": 2}, data=data, training={"task": "language"})
-    trained, tokens = load(run.save(tmp_path / "run")), torch.randint(256, (3, 8))
-    trained.export(tmp_path / "net.pt2")
-    torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(tokens), trained(tokens))
-
-
 def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
     """ONNX Runtime, with the file alone, says of one example and of several what the network says."""
     session = pytest.importorskip("onnxruntime").InferenceSession(file)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from datasets.errors import SourceError
-from datasets.lazy import Lazy, Values
+from datasets.lazy import IGNORED, Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
 TOKEN = ("token",)  # in the place of classes, where examples are windows of language: nothing to count
-IGNORED = -100  # a pixel of a map that does not count
 TARGETS = {
     "class": "y [n] int64, a class each",
     "labels": "y [n, labels] of 0 and 1",
@@ -103,6 +102,8 @@ def _check_target(said: str, examples: Examples, target: str) -> None:
         )
         raise SourceError(f"{said}: training.task needs {TARGETS[target]}, the examples have {there}")
     if not isinstance(y, Tensor):  # looked at when it is read
+        if target == "numbers":  # whose moments are told beforehand
+            raise SourceError(f"{said}: numbers to predict come as a tensor y, not with each item")
         return
     match target:
         case "class":

@@ -26,6 +26,7 @@ from datasets import lazy
 from datasets.errors import SourceError
 from datasets.lazy import Items, Lazy
 from datasets.site import Moments, Part, SiteData
+from datasets.tables import parquet
 from server_app.census import RunError
 from simulation.laboratory import simulate
 from tests.data import write_audio
@@ -253,6 +254,21 @@ def test_class_of_an_item_that_has_no_name_is_refused() -> None:
 def test_numbers_to_predict_come_as_a_tensor() -> None:
     with pytest.raises(RunError, match="numbers to predict come as a tensor y"):
         simulate(**OWN | {"data.source": "tests.own_data:labelled", "training.task": "regression"})
+
+
+def test_what_a_killed_process_decoded_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pd.DataFrame({"age": range(60), "ill": [0, 1] * 30}).to_parquet(file := tmp_path / "table.parquet")
+    parquet(file, "ill", "", 1e-9)
+    [decoded] = (tmp_path / "cache").rglob("*.float32")
+    decoded.unlink()
+    for name, age in (("old", 7200), ("young", 0)):
+        part = decoded.with_name(f"{decoded.name.rpartition('-')[0]}-{name}")
+        part.mkdir()
+        (part / "rows").touch()
+        os.utime(part / "rows", (time.time() - age,) * 2)
+    parquet(file, "ill", "", 1e-9)
+    assert [path.parent.name.rpartition("-")[2] for path in decoded.parent.glob("*/rows")] == ["young"]
 
 
 def test_parts_and_sites_of_a_table_have_one_reader(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from types import ModuleType
 from typing import Any, Protocol
+from weakref import WeakSet
 from zlib import crc32
 
 import torch
@@ -127,7 +128,9 @@ def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tens
 
 
 def close() -> None:
-    """End the processes that read."""
+    """End the processes that read; whoever still holds a stream may go on with it, and has others started."""
+    for pool in list(_pools):
+        pool.end()
     _pool.cache_clear()
 
 
@@ -182,7 +185,8 @@ class _Pool:
         context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])  # once, not in each
         self._asked, self.user = _Asked(), object()
         self.batches: Iterator[Found | str] = iter(())
-        self._loader = DataLoader(
+        self._load = partial(
+            DataLoader[Any],
             _Read(reader),
             batch_size=None,
             sampler=self._asked,
@@ -193,12 +197,21 @@ class _Pool:
             generator=torch.Generator(),  # not the global one, of which dropout draws
             persistent_workers=True,
         )
+        self._loader = self._load()
+        _pools.add(self)
+
+    def end(self) -> None:
+        """The processes end with what holds them."""
+        self.user, self.batches, self._loader = object(), iter(()), self._load()
 
     def begin(self, user: object, rows: Iterator[Tensor]) -> None:
         """From now on read these."""
         self.user, self._asked.rows = user, rows
         with _no_main():
             self.batches = iter(self._loader)
+
+
+_pools: WeakSet[_Pool] = WeakSet()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from datasets.tables import parquet
 from server_app.census import RunError
 from simulation.laboratory import simulate
 from tests.data import write_audio
-from tests.own_data import CLASSES, Stuck, read_ahead
+from tests.own_data import CLASSES, Numbers, Stuck, read_ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
 STREAMED = {"data.memory-gb": 1e-9}
@@ -192,6 +192,17 @@ def test_processes_that_read_end_with_a_parent_that_is_killed() -> None:
     parent.join()
     while any(psutil.pid_exists(reader) for reader in readers):
         time.sleep(0.05)
+
+
+def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
+    """As a peer does that reads one batch after the other, when its run is over."""
+    x = replace(lazy.whole(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=1)
+    batches = lazy.stream(x, torch.arange(60), torch.arange(60).split(4))
+    next(batches)
+    lazy.close()
+    assert not multiprocessing.active_children()
+    assert next(batches)[1].tolist() == [4, 5, 6, 7]
+    lazy.close()
 
 
 def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading_begins_with_others() -> None:

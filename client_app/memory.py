@@ -19,10 +19,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
-from flwr.common.serde import context_from_proto, context_to_proto
-from flwr.proto.message_pb2 import Context as SavedContext
 from torch import Tensor
 
+from client_app import letter
 from strategies.peer.state import PeerState
 from strategies.protocol import Agreed
 from strategies.records import config_of, pack, unpack
@@ -163,7 +162,7 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
     if message.metadata.message_type == "train.peer" and fields.get("last") and fields["server-round"] > 0:
         file.unlink(missing_ok=True)
     elif context.state:
-        write_whole(file, context_to_proto(context).SerializeToString())
+        write_whole(file, letter.to_bytes({}, context.state))  # of a protocol buffer 2 GiB are the most
     return reply
 
 
@@ -180,7 +179,7 @@ def restore_from_disk(context: Context) -> Path:
         if not os.access(folder, os.W_OK):
             raise PermissionError("this user must not write there")
         if not context.state and file.exists():
-            context.state = context_from_proto(SavedContext.FromString(file.read_bytes())).state
+            context.state = letter.from_bytes(file.read_bytes())[1]
             log(INFO, "this site goes on with what it remembers in %s", file)
     except Exception as error:
         raise ValueError(f"state = {str(folder)!r}: {file.name}: {error}") from None

@@ -76,6 +76,7 @@ class Network(NamedTuple):
         x, stats: the initial model; of peers, which start from it. Others train what they are sent, and ``x`` is as it comes.
         plain: the gradient of the mean loss over a batch.
         sharp: the same, sharpness-aware where the run is.
+        at_once: examples that are tested together.
     """
 
     task: Task
@@ -86,10 +87,12 @@ class Network(NamedTuple):
     stats: Tensor
     plain: training.Gradient
     sharp: training.Gradient
+    at_once: int = training.EVALUATION_BATCH
 
     def test(self, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float | list[float]]:
         """What the mean prediction of models [k, d] with their statistics [k, b] is worth (:func:`training.evaluate`)."""
-        return training.evaluate(self.task, self.predict, self.model, xs, statistics, part, details=self.details)
+        how: Any = {"details": self.details, "at_once": self.at_once}
+        return training.evaluate(self.task, self.predict, self.model, xs, statistics, part, **how)
 
 
 def config_of_site(context: Context) -> Config:
@@ -294,18 +297,19 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int, shardin
             logits: Tensor = compiled(x.contiguous(memory_format=layout))
         return logits
 
+    at_once = min(config.computing.micro_batch or training.EVALUATION_BATCH, training.EVALUATION_BATCH)
     plain = training.plain(model, lambda batch: task.losses(predict(batch[0]).float(), batch[1]).mean())
     if sharding:
         # Parts of the whole batch, not of a process's: all go through equally many.
         plain = training.accumulated(sharded(plain, shards), config.computing.micro_batch * shards.count)
         sharp = training.sharpness_aware(plain, _radius(config), model.norm)
-        return Network(task, config.results.details, model, predict, model.x, model.stats, plain, sharp)
+        return Network(task, config.results.details, model, predict, model.x, model.stats, plain, sharp, at_once)
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
         plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
     initial = model.x.clone() if isinstance(config.plan, PeerPlan) else model.x
     sharp = training.sharpness_aware(plain, _radius(config))
-    return Network(task, config.results.details, model, predict, initial, model.stats, plain, sharp)
+    return Network(task, config.results.details, model, predict, initial, model.stats, plain, sharp, at_once)
 
 
 def name_of(config: Config, site: SiteId, context: Context) -> str:

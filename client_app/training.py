@@ -172,9 +172,9 @@ def batches(
         yield prepare(augment(x, generator) if augment else x), y
 
 
-def chunks(part: Part) -> Iterator[Batch]:
+def chunks(part: Part, at_once: int = EVALUATION_BATCH) -> Iterator[Batch]:
     """All examples in their order, so many at once as a test takes, as the network takes them."""
-    for x, y in stream(*part, torch.arange(len(part.y)).split(EVALUATION_BATCH)):
+    for x, y in stream(*part, torch.arange(len(part.y)).split(at_once)):
         yield prepare(x), y
 
 
@@ -262,6 +262,7 @@ def evaluate(
     part: Part,
     *,
     details: bool = False,
+    at_once: int = EVALUATION_BATCH,
 ) -> dict[str, float | list[float]]:
     """What the mean prediction of one or several models is worth, as means over examples.
 
@@ -273,6 +274,7 @@ def evaluate(
         statistics: [k, b], their BatchNorm statistics.
         part: the examples to test on.
         details: whether what the metrics of each class are made of is wanted.
+        at_once: so many examples are computed together.
 
     Returns:
         ``loss``, where the task decides something ``accuracy``, and ``means``; of several models also
@@ -285,7 +287,7 @@ def evaluate(
         sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + values.cpu().double()
 
     model.network.eval()
-    for x, y in chunks(part):
+    for x, y in chunks(part, at_once):
         found = []
         for number, stats in zip(range(k), statistics, strict=True):
             if k > 1 or not sums:

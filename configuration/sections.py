@@ -227,7 +227,7 @@ class Computing(Section):
     checkpointing: bool = False
     """a network's blocks are computed twice, to save memory"""
     micro_batch: Annotated[int, Field(ge=0, le=10**9)] = 0
-    """a batch's gradient is summed over parts of so many examples, to save memory (BatchNorm sees the parts); 0: at once"""
+    """to save memory, a gradient is summed over parts of so many examples (BatchNorm sees these), and tests take as many; 0: all"""
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from datasets.errors import SourceError
-from datasets.lazy import Lazy, Values
+from datasets.lazy import IGNORED, Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
 TOKEN = ("token",)  # in the place of classes, where examples are windows of language: nothing to count
-IGNORED = -100  # a pixel of a map that does not count
 TARGETS = {
     "class": "y [n] int64, a class each",
     "labels": "y [n, labels] of 0 and 1",

@@ -8,7 +8,7 @@ import atexit
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -17,6 +17,7 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from types import ModuleType
 from typing import Any, Protocol
+from weakref import WeakSet
 from zlib import crc32
 
 import torch
@@ -28,9 +29,10 @@ from datasets.errors import SourceError
 Values = Any  # a tensor [n, ...], or a Lazy in its place
 Found = tuple[Tensor, Tensor | None]
 CPU = torch.device("cpu")
+IGNORED = -100  # a pixel of a map that does not count
 
 
-class Reader(Sized, Protocol):
+class Reader(Sized, Hashable, Protocol):
     """What reads examples: x [b, ...] of some ``rows`` [b], and their y [b, ...] unless that is in memory."""
 
     def __getitem__(self, rows: Tensor, /) -> Found: ...
@@ -126,7 +128,9 @@ def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tens
 
 
 def close() -> None:
-    """End the processes that read."""
+    """End the processes that read; whoever still holds a stream may go on with it, and has others started."""
+    for pool in list(_pools):
+        pool.end()
     _pool.cache_clear()
 
 
@@ -181,7 +185,8 @@ class _Pool:
         context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])  # once, not in each
         self._asked, self.user = _Asked(), object()
         self.batches: Iterator[Found | str] = iter(())
-        self._loader = DataLoader(
+        self._load = partial(
+            DataLoader[Any],
             _Read(reader),
             batch_size=None,
             sampler=self._asked,
@@ -192,12 +197,21 @@ class _Pool:
             generator=torch.Generator(),  # not the global one, of which dropout draws
             persistent_workers=True,
         )
+        self._loader = self._load()
+        _pools.add(self)
+
+    def end(self) -> None:
+        """The processes end with what holds them."""
+        self.user, self.batches, self._loader = object(), iter(()), self._load()
 
     def begin(self, user: object, rows: Iterator[Tensor]) -> None:
         """From now on read these."""
         self.user, self._asked.rows = user, rows
         with _no_main():
             self.batches = iter(self._loader)
+
+
+_pools: WeakSet[_Pool] = WeakSet()
 
 
 @contextmanager
@@ -239,10 +253,11 @@ class Items:
     Args:
         dataset: whatever one of its items raises ends the reading.
         labelled: whether y is taken from the items.
+        classes: whole numbers in y lie below; 0: nobody looks.
     """
 
-    def __init__(self, dataset: Any, labelled: bool) -> None:
-        self._dataset, self._labelled = dataset, labelled
+    def __init__(self, dataset: Any, labelled: bool, classes: int = 0) -> None:
+        self._dataset, self._labelled, self._classes = dataset, labelled, classes
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -251,7 +266,8 @@ class Items:
         with torch.random.fork_rng(devices=[]):
             # Random transforms follow from the batch, whoever reads it.
             torch.default_generator.manual_seed(crc32(rows.numpy().tobytes()))
-            return _stacked([_item(partial(self._dataset.__getitem__, row), row) for row in rows.tolist()], self._labelled)
+            items = [_item(partial(self._dataset.__getitem__, row), row) for row in rows.tolist()]
+            return _stacked(items, self._labelled, self._classes)
 
 
 class Streamed:
@@ -260,8 +276,8 @@ class Streamed:
     Who asks for an example before the last one has the first read from its beginning.
     """
 
-    def __init__(self, train: Any, test: Any) -> None:
-        self._train, self._test, self._tests = train, test, Items(test, labelled=True)
+    def __init__(self, train: Any, test: Any, classes: int) -> None:
+        self._train, self._tests, self._classes = train, Items(test, labelled=True, classes=classes), classes
         self._length, self._next = len(train), 0
         self._running: Iterator[Any] | None = None
 
@@ -271,7 +287,7 @@ class Streamed:
     def __getitem__(self, rows: Tensor) -> Found:
         if int(rows[0]) >= self._length:
             return self._tests[rows - self._length]
-        return _stacked([self._at(row) for row in rows.tolist()], labelled=True)
+        return _stacked([self._at(row) for row in rows.tolist()], labelled=True, classes=self._classes)
 
     def _at(self, row: int) -> Any:
         if self._running is None or row < self._next:
@@ -294,7 +310,7 @@ def _item(get: Callable[[], Any], row: int) -> Any:
         raise SourceError(f"example {row} of the data set cannot be read: {reason}") from error
 
 
-def _stacked(items: list[Any], labelled: bool) -> Found:
+def _stacked(items: list[Any], labelled: bool, classes: int) -> Found:
     pairs = [item if isinstance(item, tuple | list) else (item,) for item in items]
     try:
         x, *y = (torch.stack([torch.as_tensor(each) for each in side]) for side in zip(*pairs, strict=True))
@@ -302,11 +318,17 @@ def _stacked(items: list[Any], labelled: bool) -> Found:
         raise SourceError(f"items of the data set are no tensors of one shape: {str(error)[:200]}") from error
     if labelled and len(y) != 1:
         raise SourceError("items of the data set are not (x, y), and y is None")
+    if labelled and classes:  # on a GPU a class that there is not would end the process
+        beyond = y[0][(y[0] != IGNORED) & ((y[0] < 0) | (y[0] >= classes))]
+        if beyond.numel():
+            raise SourceError(f"items of the data set hold y = {beyond[0].item():g}; allowed: 0 to {classes - 1}")
     return x, y[0] if labelled else None
 
 
-def adopted(x: Any, y: Any, test: Any) -> dict[str, Any]:
+def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
     """x, y and test of somebody's own :class:`datasets.examples.Examples`, torch data sets among them as lazy examples.
+
+    ``classes``: whole numbers in y lie below; 0: nobody looks.
 
     Raises:
         SourceError: an IterableDataset without a length or without a test part, or an item that is not as it should be.
@@ -321,10 +343,10 @@ def adopted(x: Any, y: Any, test: Any) -> dict[str, Any]:
     if isinstance(x, IterableDataset):
         if y is not None or not isinstance(test, Dataset) or isinstance(test, IterableDataset):
             raise SourceError(f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a map-style Dataset")
-        reader = Streamed(x, test)
+        reader = Streamed(x, test, classes)
         test = torch.arange(len(reader)) >= length
     else:
-        reader = Items(x, y is None)
+        reader = Items(x, y is None, classes)
     first, label = reader[torch.tensor([0])]
     xs = whole(reader, tuple(first.shape[1:]))
     return {"x": xs, "y": y if label is None else replace(xs, example=tuple(label.shape[1:])), "test": test}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -243,13 +244,11 @@ def standardise(data: SiteData, common: Moments) -> SiteData:
         SourceError: the moments are not those of this table's columns, not finite, or too large.
     """
     common.check(data.columns)
-    mean, variance = torch.tensor(common.mean), torch.tensor(common.variance)
-    deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+    mean, deviation = _middle(common)
 
     def ready(part: Part) -> Part:
         if isinstance(part.x, Lazy):
-            reader = Standardised(part.x.reader, mean, deviation)
-            return part._replace(x=replace(part.x, reader=reader, example=(2 * len(data.columns),)))
+            return part._replace(x=replace(part.x, reader=_standardising(part.x.reader, common), example=(2 * len(data.columns),)))
         return part._replace(x=_standardised(part.x, mean, deviation))
 
     return data._replace(train=ready(data.train), test=ready(data.test))
@@ -275,6 +274,18 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
 def deviations(common: Moments) -> tuple[float, ...]:
     """Of each column; 1 where all values are the same."""
     return tuple(math.sqrt(each) if each > 0 else 1.0 for each in common.variance)
+
+
+def _middle(common: Moments) -> tuple[Tensor, Tensor]:
+    """The mean and the deviation of each column."""
+    mean, variance = torch.tensor(common.mean), torch.tensor(common.variance)
+    return mean, torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+
+
+@lru_cache(maxsize=4)
+def _standardising(reader: Reader, common: Moments) -> "Standardised":
+    """One for all parts and sites: with each reader other processes are started."""
+    return Standardised(reader, *_middle(common))
 
 
 def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -166,7 +166,9 @@ def load(
     """
     if ":" in source:
         own = called("data.source", source, SourceError, path)
-        return check(own._replace(**adopted(own.x, own.y, own.test)) if isinstance(own, Examples) else own, source, target)
+        if isinstance(own, Examples):
+            own = own._replace(**adopted(own.x, own.y, own.test, len(own.classes) if target in ("class", "map") else 0))
+        return check(own, source, target)
     if source not in SOURCES:
         raise SourceError(f"data.source = {shown(source)}: allowed: {', '.join(SOURCES)}, package.module:function")
     keys = {

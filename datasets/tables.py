@@ -1,9 +1,11 @@
 """Tables in CSV and Parquet files: numbers with a label; and texts."""
 
 import re
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from datasets.files import existing, naming, split_off
 from datasets.lazy import whole
 from datasets.names import fault, listed, shown, too_many
 from datasets.partitions import FEWEST
+
+ABANDONED_S = 3600.0  # since something was written into a file that is being made
 
 
 class Table(NamedTuple):
@@ -126,6 +130,9 @@ def _decoded(root: Path, files: list[Path], features: Sequence[str]) -> Path:
         folder.mkdir(0o700, parents=True, exist_ok=True)
         for old in folder.glob(f"{place}-*.float32"):
             old.unlink()
+        for old in folder.glob(f"{place}-*/rows"):  # of a process that was killed
+            if time.time() - old.stat().st_mtime > ABANDONED_S:
+                rmtree(old.parent)
         with TemporaryDirectory(prefix=f"{place}-", dir=folder) as partial:
             with Path(partial, "rows").open("wb") as written:
                 for file in files:

@@ -1,7 +1,8 @@
 """All peers at once: their models are the rows of one matrix [n, d], and one vectorised pass computes all their gradients.
 
 The algorithms, codecs and topologies of the app, without messages: for experiments of the size of a paper on one machine. Equal to
-the relay step for step, to rounding. There is no world: nobody is slow or away, and time is the machine's own.
+the relay step for step, to rounding; but there, with ``lr-warmup``, sites of other sizes begin with other rates. There is no
+world: nobody is slow or away, and time is the machine's own.
 """
 
 import time

@@ -61,8 +61,8 @@ Whole = Annotated[int, Field(ge=0, le=10**15)]
 Examples = Annotated[int, Field(ge=1, le=10**12)]
 Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Means = Annotated[list[Magnitude], Field(max_length=10**5)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
+Means = Annotated[list[Finite], Field(max_length=10**5)]  # below 0: of a task of one's own, such as a signed error
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]  # datasets.names makes no others
 Nonce = Annotated[bytes, Field(min_length=NONCE, max_length=NONCE)]
 Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]

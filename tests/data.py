@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from datasets.examples import IGNORED, Examples
+from datasets.examples import Examples
+from datasets.lazy import IGNORED
 
 
 def write_audio(folder: Path) -> None:

@@ -73,6 +73,11 @@ def with_labels(path: str) -> Examples:
     return Examples(Numbers(60, labelled=False), torch.arange(60) % 2, CLASSES)
 
 
+def beyond(path: str) -> Examples:
+    """There are classes that have no name."""
+    return Examples(Numbers(60, labelled=True), None, CLASSES[:1])
+
+
 def lost(path: str) -> Examples:
     """The last 20 cannot be read."""
     return Examples(Numbers(80, labelled=False), torch.arange(80) % 2, CLASSES)

@@ -25,13 +25,16 @@ from configuration.errors import ConfigError
 from datasets import lazy
 from datasets.errors import SourceError
 from datasets.lazy import Items, Lazy
-from datasets.site import Part, SiteData
+from datasets.site import Moments, Part, SiteData
+from datasets.tables import parquet
+from server_app.census import RunError
 from simulation.laboratory import simulate
 from tests.data import write_audio
-from tests.own_data import CLASSES, Stuck, read_ahead
+from tests.own_data import CLASSES, Numbers, Stuck, read_ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
 STREAMED = {"data.memory-gb": 1e-9}
+OWN: dict[str, Any] = {"model.name": "mlp", "num-sites": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +194,17 @@ def test_processes_that_read_end_with_a_parent_that_is_killed() -> None:
         time.sleep(0.05)
 
 
+def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
+    """As a peer does that reads one batch after the other, when its run is over."""
+    x = replace(lazy.whole(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=1)
+    batches = lazy.stream(x, torch.arange(60), torch.arange(60).split(4))
+    next(batches)
+    lazy.close()
+    assert not multiprocessing.active_children()
+    assert next(batches)[1].tolist() == [4, 5, 6, 7]
+    lazy.close()
+
+
 def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading_begins_with_others() -> None:
     def late(*_: object) -> None:
         raise TimeoutError
@@ -241,6 +255,40 @@ def test_own_data_set_without_labels_in_memory_cannot_be_dealt_by_class() -> Non
 def test_item_that_cannot_be_read_is_named() -> None:
     with pytest.raises(Exception, match=r"SourceError: example [67][0-9] of the data set cannot be read: KeyError: 'lost'"):
         simulate(**mine("lost", epochs=2))
+
+
+def test_class_of_an_item_that_has_no_name_is_refused() -> None:
+    with pytest.raises(RunError, match=r"items of the data set hold y = 1; allowed: 0 to 0"):
+        simulate(**OWN | {"data.source": "tests.own_data:beyond"})
+
+
+def test_numbers_to_predict_come_as_a_tensor() -> None:
+    with pytest.raises(RunError, match="numbers to predict come as a tensor y"):
+        simulate(**OWN | {"data.source": "tests.own_data:labelled", "training.task": "regression"})
+
+
+def test_what_a_killed_process_decoded_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pd.DataFrame({"age": range(60), "ill": [0, 1] * 30}).to_parquet(file := tmp_path / "table.parquet")
+    parquet(file, "ill", "", 1e-9)
+    [decoded] = (tmp_path / "cache").rglob("*.float32")
+    decoded.unlink()
+    for name, age in (("old", 7200), ("young", 0)):
+        part = decoded.with_name(f"{decoded.name.rpartition('-')[0]}-{name}")
+        part.mkdir()
+        (part / "rows").touch()
+        os.utime(part / "rows", (time.time() - age,) * 2)
+    parquet(file, "ill", "", 1e-9)
+    assert [path.parent.name.rpartition("-")[2] for path in decoded.parent.glob("*/rows")] == ["young"]
+
+
+def test_parts_and_sites_of_a_table_have_one_reader(tmp_path: Path) -> None:
+    """With each reader other processes would be started: two times a round and site."""
+    pd.DataFrame({"age": range(60), "ill": [0, 1] * 30}).to_parquet(tmp_path / "table.parquet")
+    keys: dict[str, Any] = {"data.source": "parquet", "data.path": str(tmp_path), "data.label": "ill", "model.name": "mlp"}
+    config, common = configuration(None, **keys | STREAMED | {"num-sites": 2}), Moments((60.0,), (29.5,), (300.0,))
+    parts = [part for site in range(2) for part in site_data(config, SiteId(site, 2, ""), ("0", "1"), common)[:2]]
+    assert len({part.x.reader for part in parts}) == 1
 
 
 def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:

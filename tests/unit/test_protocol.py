@@ -415,3 +415,8 @@ def test_text_of_a_site_is_shortened_to_one_printable_line() -> None:
     assert printable("a\nb\x1b[31m\u202e") == "a?b?[31m?"
     assert printable("x" * 100, 10) == "xxxxxxxxx…"
     assert printable("x" * 10, 10) == "x" * 10
+
+
+def test_means_of_a_task_of_ones_own_may_be_below_0() -> None:
+    metrics = TestMetrics(loss=1.0, means=[-0.5], num_examples=4)
+    assert read_tested(reply_with(write_tested(metrics)), 4, means=1) == metrics

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app import training
+from client_app.site import network_of
 from client_app.training import Batch, Gradient, accumulated, plain, proximal, sharpness_aware
+from configuration.config import Config
 from datasets.site import Part
 from models.flat import FlatModel
 from models.tasks import TASKS
@@ -229,6 +231,22 @@ def test_evaluation_of_one_model() -> None:
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, data.y).item(), rel=1e-5)
     assert result.keys() == {"loss", "accuracy"}
     assert model.network.training
+
+
+def test_evaluation_takes_no_more_examples_at_once_than_training() -> None:
+    """With 1024 windows of language and their logits in memory, micro-batch would save nothing."""
+    model, sizes = normed(), list[int]()
+    data, _ = predictor(model)
+
+    def predict(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        logits: Tensor = model.network(x)
+        return logits
+
+    network = network_of(Config.read({"computing.micro-batch": 20}), (1, 8, 8), 10)
+    tested = network._replace(model=model, predict=predict).test(model.x[None].clone(), model.stats[None], data)
+    assert tested["loss"] == pytest.approx(F.cross_entropy(predictor(model)[1], data.y).item(), rel=1e-5)
+    assert sizes == [20, 20, 10]
 
 
 def test_evaluation_of_an_ensemble_averages_probabilities() -> None:

@@ -50,7 +50,7 @@ def test_several_numbers_and_several_labels(file: Path, tmp_path: Path) -> None:
     run = simulate(epochs=8, results={"details": True}, **table(file, "pressure, pulse", "regression"))
     assert {"rmse", "rmse/pressure", "rmse/pulse", "mae/pulse", "r2"} <= set(run.history.columns)
     labels = simulate(epochs=24, **table(file, "old, tall", "multi-label"))
-    with pytest.raises(ValueError, match="training.task = 'multi-label': examples have no classes to count"):
+    with pytest.raises(ValueError, match=r"training.task = 'multi-label': examples have no classes to count"):
         labels.plot_sites()
     assert labels.summary["f1-micro"] > 0.85
     table_of_probabilities = load(labels.save(tmp_path / "run")).predict(file)

@@ -229,7 +229,9 @@ def _read(path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[st
             else:
                 tables.append(pd.read_parquet(file, columns=columns))
         if list(tables[-1].columns) != list(tables[0].columns):
-            raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}")
+            differing = set(map(str, tables[-1].columns)) ^ set(map(str, tables[0].columns))
+            said = listed(sorted(differing)) or "their order"
+            raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}")
         if tables[-1].empty:
             raise SourceError(f"{shown(str(file))} has no rows")
     rows = pd.concat(tables, ignore_index=True)

@@ -1,5 +1,6 @@
 """Every task in runs of the app, from files to a model that is used."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def test_several_numbers_and_several_labels(file: Path, tmp_path: Path) -> None:
     table_of_probabilities = load(labels.save(tmp_path / "run")).predict(file)
     frame = pd.read_csv(file)
     assert ((table_of_probabilities["old"] > 0.5) == frame["old"]).mean() > 0.9
+
+
+def test_one_class_is_said_to_be_nothing_to_learn(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    simulate(epochs=1, **table(file, "age > 0", "classification"))
+    assert "all examples are of the class True: there is nothing to tell apart" in caplog.text
 
 
 def test_pixels_are_classified(tmp_path: Path) -> None:

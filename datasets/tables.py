@@ -289,7 +289,7 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             values, used = evaluate(label, table.rows)
         except ExpressionError as error:
             wrong = f"{said} is no column of {table.path} and no expression of its columns"
-            if len(several := re.split(r"[\s,;]+", label.strip())) > 1 and all(name in table.rows for name in several):
+            if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(name in table.rows for name in several):
                 how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
                 raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error

@@ -431,11 +431,13 @@ def report(site: SiteFile, ranks: int = 1) -> str:
     shape = " x ".join(map(str, data.train.x.shape[1:]))
     processes = f"{ranks} process{'es' * (ranks > 1)} of {torch.get_num_threads()} threads"
     sharded = "; under torchrun each has its shard of the model" if site.sharding else ""
+    names = "the next token" if config.task.target == "tokens" else ", ".join(data.classes)
+    leave = "" if config.task.target == "tokens" else "; these names leave the site"
     lines = [
         f"site {site.site}{f' ({site.name})' if site.name else ''}",
         f"data: {site.data.source} {site.data.path}",
         f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
-        f"to predict: {', '.join(data.classes)} ({config.training.task}; these names leave the site)",
+        f"to predict: {names} ({config.training.task}{leave})",
         f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",

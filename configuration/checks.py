@@ -154,7 +154,10 @@ def _run(config: "Config") -> Iterator[str]:
             own(config.model.name)
         except ValueError as error:
             yield str(error)
-    if config.model.name == "mlp" and config.computing.channels_last:
+    model = config.model
+    if model.name == "gpt" and model.width % model.heads:
+        yield f"model.heads = {model.heads}: must divide model.width, which is {model.width}"
+    if model.name == "mlp" and config.computing.channels_last:
         yield "computing.channels-last = True: only for a convolutional model; allowed: False"
 
 

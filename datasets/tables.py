@@ -236,7 +236,9 @@ def _read(path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[st
             else:
                 tables.append(pd.read_parquet(file, columns=columns))
         if list(tables[-1].columns) != list(tables[0].columns):
-            raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}")
+            differing = set(map(str, tables[-1].columns)) ^ set(map(str, tables[0].columns))
+            said = listed(sorted(differing)) or "their order"
+            raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}")
         if tables[-1].empty:
             raise SourceError(f"{shown(str(file))} has no rows")
     rows = pd.concat(tables, ignore_index=True)
@@ -294,7 +296,7 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             values, used = evaluate(label, table.rows)
         except ExpressionError as error:
             wrong = f"{said} is no column of {table.path} and no expression of its columns"
-            if len(several := re.split(r"[\s,;]+", label.strip())) > 1 and all(name in table.rows for name in several):
+            if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(name in table.rows for name in several):
                 how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
                 raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error

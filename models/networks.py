@@ -50,18 +50,31 @@ def build(
         try:
             with torch.no_grad():
                 made = network(torch.zeros(2, *shape, dtype=torch.int64 if tokens else torch.float32))
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             raise ValueError(f"model.name = {name!r} cannot take examples of shape {shape}: {error}") from error
     if not isinstance(made, Tensor) or made.shape != (2, *expected):
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         wanted = ", ".join(map(str, ("batch", *expected)))
-        raise ValueError(f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, it returned {got}")
+        said = f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, it returned {got}"
+        raise ValueError(said + _hint(name, expected, made))
     return network.train()
+
+
+def _hint(name: str, expected: tuple[int, ...], made: Any) -> str:
+    """What a network of this program or of torchvision that does not fit to the task is for, or which do."""
+    if ":" in name and not name.startswith("torchvision:"):
+        return ""
+    if isinstance(made, Tensor) and made.dim() == 4:
+        return "; it is for training.task = 'segmentation'"
+    return (
+        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, or your own" if len(expected) == 3 else ""
+    )
 
 
 def _construct(name: str, shape: tuple[int, ...], num_outputs: int, tokens: bool, options: dict[str, Any]) -> nn.Module:
     takes = NETWORKS[name].takes if name in NETWORKS else "anything"
-    if takes not in ("anything", "tokens" if tokens else "pictures" if len(shape) == 3 else ""):
+    given = "tokens" if tokens else "pictures" if len(shape) == 3 else "numbers"
+    if takes != "anything" and given not in takes:
         there = f"tokens, of shape {shape}; allowed: 'gpt'" if tokens else f"of shape {shape}; allowed: 'mlp'"
         raise ValueError(f"model.name = {name!r} needs {takes}, the examples are {there} or your own")
     if (shipped := _shipped(name, shape, num_outputs, options)) is not None:
@@ -121,7 +134,7 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
         extra = {"weights_backbone": None}
     try:
         network: nn.Module = models.get_model(name, weights=None, num_classes=num_outputs, **extra)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise ValueError(f"model.name = 'torchvision:{name}' cannot take examples of shape {shape}: {error}") from error
     if "weights_backbone" in extra:
         # A hook, not a module around it: parameters keep torchvision's names, which a checkpoint has.
@@ -429,13 +442,13 @@ class Network(NamedTuple):
     """
 
     build: Callable[..., nn.Module]
-    takes: Literal["pictures", "tokens", "anything"] = "pictures"
+    takes: Literal["pictures", "tokens", "pictures or numbers"] = "pictures"
     keys: tuple[str, ...] = ()
 
 
 NETWORKS = {
     "cnn": Network(cnn),
-    "mlp": Network(mlp, "anything"),
+    "mlp": Network(mlp, "pictures or numbers"),
     "lenet5": Network(lenet5),
     "resnet20": Network(resnet20, keys=("norm",)),
     "vgg11": Network(vgg11, keys=("norm",)),

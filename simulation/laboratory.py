@@ -140,8 +140,10 @@ class Run:
         """Who has what: sites by classes.
 
         Raises:
-            ValueError: the sites of a deployment do not tell.
+            ValueError: the sites of a deployment do not tell; examples have no classes.
         """
+        if self.config.task.target != "class":
+            raise ValueError(f"training.task = {self.config.training.task!r}: examples have no classes to count; see .sites")
         if (counts := class_counts(self.sites)).empty:
             raise ValueError("these sites keep the number of their examples of each class to themselves")
         return who_has_what(counts)
@@ -222,8 +224,8 @@ def simulate(
     with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
 
         def watch(reached: Progress) -> None:
-            value = reached.test.get(reached.headline, math.nan)
-            bar.set_postfix({"round": reached.round_number, reached.headline: f"{value:.4f}"}, refresh=False)
+            tested = {reached.headline: f"{reached.test[reached.headline]:.4f}"} if reached.headline in reached.test else {}
+            bar.set_postfix({"round": reached.round_number} | tested, refresh=False)
             bar.update(round(reached.done) - bar.n)
 
         run = _simulate(config, world or World(), engine, threads, watch)

@@ -43,7 +43,7 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
                 continue
             x, mean, error = _mean_curve(used, column, metric)
             x = x / UNITS[unit] if column == "seconds" else x
-            axes.plot(x, mean, color=colour, lw=1.8)
+            axes.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) == 1 else "")  # one test is no line
             axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
             ends.append((float(mean[-1]), name, colour))
         style(axes, label, f"test {metric}" if column == "round" else "")

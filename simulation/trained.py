@@ -91,7 +91,7 @@ class Trained(nn.Module):
         known = self.description
         match known.data.source:
             case "csv" | "parquet" as source:
-                x = unlabelled(path, known.columns, f".{source}")
+                x = unlabelled(path, known.columns, path.suffix if path.suffix in (".csv", ".parquet") else f".{source}")
             case "text-csv":
                 x = unlabelled_text(path, known.data.text_buckets)
             case "audio-folder":

@@ -1,5 +1,6 @@
 """Every task in runs of the app, from files to a model that is used."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,18 @@ def test_several_numbers_and_several_labels(file: Path, tmp_path: Path) -> None:
     run = simulate(epochs=8, results={"details": True}, **table(file, "pressure, pulse", "regression"))
     assert {"rmse", "rmse/pressure", "rmse/pulse", "mae/pulse", "r2"} <= set(run.history.columns)
     labels = simulate(epochs=24, **table(file, "old, tall", "multi-label"))
+    with pytest.raises(ValueError, match=r"training.task = 'multi-label': examples have no classes to count"):
+        labels.plot_sites()
     assert labels.summary["f1-micro"] > 0.85
     table_of_probabilities = load(labels.save(tmp_path / "run")).predict(file)
     frame = pd.read_csv(file)
     assert ((table_of_probabilities["old"] > 0.5) == frame["old"]).mean() > 0.9
+
+
+def test_one_class_is_said_to_be_nothing_to_learn(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    simulate(epochs=1, **table(file, "age > 0", "classification"))
+    assert "all examples are of the class True: there is nothing to tell apart" in caplog.text
 
 
 def test_pixels_are_classified(tmp_path: Path) -> None:

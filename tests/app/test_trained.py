@@ -71,6 +71,8 @@ def test_tables_are_standardised_as_in_the_run_and_need_no_label(tmp_path: Path)
     frame[["height", "age"]].to_csv(tmp_path / "new.csv", index=False)  # in another order
     table = trained.predict(tmp_path / "new.csv")
     assert (table["class"] == frame["ill"]).mean() > 0.9
+    frame.to_parquet(tmp_path / "new.parquet")  # another kind of table
+    assert trained.predict(tmp_path / "new.parquet").equals(table)
     with pytest.raises(SourceError, match="there are no columns height"):
         trained.predict(_written(tmp_path / "less.csv", frame[["age"]]))
 

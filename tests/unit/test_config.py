@@ -112,6 +112,7 @@ def test_pairs_are_those_of_flower() -> None:
         ({"data.test-part": "official"}, "data.test-part = 'official': digits has no official test part; allowed: 'own'"),
         ({"data.source": "csv", "data.augment": "flip-crop"}, "data.augment = 'flip-crop': only pictures"),
         ({"model.name": "mlp", "computing.channels-last": True}, "computing.channels-last = True: only for a convolutional model"),
+        ({"model.name": "gpt", "model.heads": 5}, "model.heads = 5: must divide model.width, which is 128"),
         ({"computing.device": "gpu"}, "computing.device = 'gpu': String should match"),
         ({"seed": "a" * 1000}, r"seed = 'a{79}\.\.\. \(1002 characters\): must be a valid integer"),
     ],

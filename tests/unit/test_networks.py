@@ -166,7 +166,7 @@ def test_same_seed_same_network_and_nobody_elses_numbers_change() -> None:
         ("gpt", (3, 8, 8), False, r"'gpt' needs tokens, the examples are of shape \(3, 8, 8\); allowed: 'mlp' or your own"),
         ("cnn", (8,), True, r"'cnn' needs pictures, the examples are tokens, of shape \(8,\); allowed: 'gpt' or your own"),
         ("gpt", (8,), True, "model.heads = 3: must divide model.width, which is 8"),
-        ("mlp", (8,), True, "cannot take examples"),
+        ("mlp", (8,), True, r"'mlp' needs pictures or numbers, the examples are tokens, of shape \(8,\); allowed: 'gpt'"),
     ],
 )
 def test_tokens_are_for_networks_that_take_them(name: str, shape: tuple[int, ...], tokens: bool, message: str) -> None:
@@ -180,6 +180,12 @@ def test_tokens_are_for_networks_that_take_them(name: str, shape: tuple[int, ...
         ("cnn", (13,), "needs pictures"),
         ("lenet5", (1, 8, 8), "at least 12 x 12 pixels, these have 8 x 8"),
         ("vgg11", (3, 28, 28), "at least 32 x 32"),
+        ("unet", (1, 8, 8), r"it returned \(2, 10, 8, 8\); it is for training.task = 'segmentation'"),
+        (
+            "torchvision:vit_b_16",
+            (3, 20, 20),
+            r"cannot take examples of shape \(3, 20, 20\): Input shape indivisible by patch size",
+        ),
         ("torchvision:densenet121", (1, 8, 8), r"cannot take examples of shape \(1, 8, 8\)"),
         ("tests.unit.test_networks:wrong_output", (4,), r"must return \[batch, 10\] for 10 classes, it returned \(2, 11\)"),
         ("tests.unit.test_networks:no_network", (4,), "must return a torch.nn.Module, it returned str"),

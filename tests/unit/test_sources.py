@@ -200,6 +200,14 @@ def not_examples(path: str) -> Any:
     return torch.zeros(3)
 
 
+def test_files_with_other_columns_name_these(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("age,pulse,label\n1,2,0\n")
+    for columns, said in (("age,puls,label", "puls, pulse"), ("pulse,age,label", "their order")):
+        (tmp_path / "b.csv").write_text(f"{columns}\n1,2,1\n")
+        with pytest.raises(SourceError, match=rf"b.csv' has other columns than .*a.csv': {said}$"):
+            read("csv", tmp_path)
+
+
 def test_own_source_by_import_path() -> None:
     assert read("tests.unit.test_sources:my_own", "somewhere").classes == ("no", "yes")
 

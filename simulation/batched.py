@@ -190,12 +190,10 @@ class Peers:
         }
         measure, headline = self._measure, self._config.task.headline
         test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
-        if headline in (found := measure.together(of_mean)):  # F1 of no label, for one, is no number
-            test[f"{headline}-of-mean"] = found[headline]
+        test |= {f"{headline}-of-mean": value for name, value in measure.together(of_mean).items() if name == headline}
         self._write(number, seconds, train, test, losses.tolist(), own)
-        epochs, sent = self._config.epochs, float(self._traffic.sum()) / 1e6
-        done = number * epochs / self.exchanges
-        watch(Progress("exchange", number, None, done, epochs, seconds, sent, train, test, headline=headline))
+        done, epochs, sent = number / self.exchanges, self._config.epochs, float(self._traffic.sum()) / 1e6
+        watch(Progress("exchange", number, None, done * epochs, epochs, seconds, sent, train, test, headline=headline))
 
     def _tested(self, x: Tensor, data: SiteData) -> dict[str, float | list[float]]:
         found = self._network.test(x[None], x.new_empty(1, 0), data.test)

@@ -1,7 +1,7 @@
 """A network that no device of a site need hold: each process has its shard of every parameter, gradient and moment (FSDP2).
 
 Vectors [d] of the whole model are for the wire and for what a run made the site remember. Only rank 0 has them, on the CPU; they
-are dealt out and gathered parameter by parameter.
+are dealt out and gathered parameter by parameter. While a network is built, though, each process has it whole on its CPU.
 """
 
 import json

@@ -185,9 +185,6 @@ def optimizers(
 
     For ``muon`` there are two: Muon (Jordan et al. 2024, with Nesterov momentum) for the hidden matrices, scaled so that its
     updates are as large as AdamW's (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982), and AdamW for the rest.
-
-    Raises:
-        ValueError: nothing of it is for Muon.
     """
     whole = nn.Parameter(model.x)
     assert whole.data_ptr() == model.x.data_ptr()
@@ -198,8 +195,6 @@ def optimizers(
         return [torch.optim.SGD([whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)]
     trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     hidden = {id(parameter): parameter for parameter in hidden_matrices(model.network) if parameter.requires_grad}
-    if not hidden:
-        raise ValueError("training.optimizer = 'muon': no hidden matrix of this network is trained; allowed: 'sgd', 'adamw'")
     matrices = [nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()]  # kernels: a row for each output
     for matrix, parameter in zip(matrices, hidden.values(), strict=True):
         assert parameter.grad is not None  # a view into model.grad

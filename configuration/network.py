@@ -7,7 +7,7 @@ from torch import nn
 from configuration.config import Config
 from configuration.sections import Data, Model, Wire
 from models.checkpointing import checkpoint_blocks
-from models.networks import build, num_parameters
+from models.networks import build, hidden_matrices, num_parameters
 from models.pretrained import freeze, start_from
 from models.tasks import Task
 from strategies.codecs import Codec, codec
@@ -49,6 +49,8 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tupl
         said = start_from(network, model.initial)
     if model.trainable:
         freeze(network, model.trainable)
+    if config.training.optimizer == "muon" and not any(weight.requires_grad for weight in hidden_matrices(network)):
+        raise ValueError("training.optimizer = 'muon': no hidden matrix of this network is trained; allowed: 'sgd', 'adamw'")
     return network, said
 
 

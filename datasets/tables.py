@@ -239,7 +239,7 @@ def _read(path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[st
             differing = set(map(str, tables[-1].columns)) ^ set(map(str, tables[0].columns))
             said = listed(sorted(differing)) or "their order"
             raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}")
-        if tables[-1].empty:
+        if len(tables[-1]) == 0:
             raise SourceError(f"{shown(str(file))} has no rows")
     rows = pd.concat(tables, ignore_index=True)
     if len(rows) < fewest:
@@ -300,7 +300,8 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
                 how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
                 raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
-    if missing := int(values.isna().sum()):
+    # Of a missing value a comparison makes no: what is not known would be learnt as known.
+    if missing := int((values.isna() | table.rows[used].isna().any(axis=1)).sum()):
         raise SourceError(f"{said}: {missing} rows of {table.path} have none")
     return values, used
 

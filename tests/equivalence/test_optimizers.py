@@ -12,6 +12,7 @@ from client_app import training
 from client_app.site import SiteId, site_data
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError
+from configuration.network import network_of
 from models.flat import FlatModel
 from models.networks import build, hidden_matrices
 from simulation.laboratory import simulate
@@ -117,8 +118,9 @@ def test_muon_where_it_would_change_nothing_is_refused() -> None:
     for strategy in ("dmsgd", "scaffold"):
         with pytest.raises(ConfigError, match=r"training.optimizer = 'muon': has no effect"):
             configuration(strategy=strategy, training={"optimizer": "muon"})
+    config = configuration(training={"optimizer": "muon"}, model={"name": "mlp", "trainable": "3.*"})  # the head
     with pytest.raises(ValueError, match="no hidden matrix of this network is trained"):
-        training.optimizers("muon", FlatModel(nn.Linear(3, 2)), 0.1, 0.9, False, 0.0)
+        network_of(config, (8,), 3)
 
 
 def test_muon_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from scipy.io import wavfile
 from torchvision.io import write_png
 
 from datasets.sources import SOURCES, Examples, SourceError, check, load, log_mel
+from datasets.tables import csv
 
 
 def read(source: str, path: Path | str, **changes: Any) -> Examples:
@@ -145,6 +146,14 @@ def test_audio_folder_reads_any_rate_width_and_number_of_channels(tmp_path: Path
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_a_label_made_of_missing_values_is_refused(tmp_path: Path) -> None:
+    """A comparison would make no of them."""
+    (tmp_path / "table.csv").write_text("age,dose\n1,2\n2,\n3,4\n4,\n")
+    for label in ("dose", "dose > 3", "age > 2 or dose > 3"):
+        with pytest.raises(SourceError, match=f"data.label = '{label}': 2 rows of .* have none"):
+            csv(tmp_path / "table.csv", label, "")
 
 
 def test_csv_keeps_missing_values_for_the_site(tmp_path: Path) -> None:

@@ -535,7 +535,8 @@ def main() -> None:
         if not arguments.check:
             policy.check_processes(site, ranks.count)
             with _alone(site):
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the socket goes, too
+                for ending in (signal.SIGTERM, signal.SIGINT):  # the socket goes, too; a shell's & has Ctrl-C ignored
+                    signal.signal(ending, signal.default_int_handler)
                 _warm()
                 Service(site, ranks).serve()
     except (ValueError, OSError) as error:

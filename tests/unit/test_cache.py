@@ -168,7 +168,7 @@ def test_files_are_for_their_owner_alone(home: Path, tmp_path: Path) -> None:
     assert len(list(home.iterdir())) == 2  # the entry and its lock
     assert [path.stat().st_mode & 0o777 for path in home.iterdir()] == [0o600] * 2
     home.chmod(0o755)
-    read("csv", tmp_path / "data", label="b > 1")
+    read("csv", tmp_path / "data", label="a > 1")
     assert home.stat().st_mode & 0o777 == 0o700
 
 
@@ -447,11 +447,11 @@ from datasets.sources import SOURCES, load
 path, log, how = sys.argv[1:]
 real = SOURCES["csv"].read
 
-def counted(path, label, group):
+def counted(path, label, group, target):
     with open(log, "a") as file:
         file.write("decoded\\n")
     time.sleep(0.5)
-    return real(path, label, group)
+    return real(path, label, group, target)
 
 SOURCES["csv"] = SOURCES["csv"]._replace(read=counted)
 if how == "killed":

@@ -13,7 +13,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+from benchmarks.timing import in_turns
 from client_app import training
 from client_app.site import SiteId, site_data
 from configuration.config import configuration
@@ -103,13 +103,7 @@ def compare(count: int, repeats: int, workers: int) -> None:
     with TemporaryDirectory() as name:
         write_pictures(Path(name), count)
         runs = {"plain": plain_loop(Path(name), workers), "ours": our_loop(Path(name), workers)}
-        times: dict[str, list[float]] = {label: [] for label in runs}
-        for repeat in range(repeats + 1):  # in turns: a busy machine disturbs both
-            for label, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if repeat:
-                    times[label].append(time.perf_counter() - start)
+        times = in_turns(runs, repeats)
     plain, ours = (statistics.median(times[label]) for label in ("plain", "ours"))
     ratio = statistics.median(a / b for a, b in zip(times["ours"], times["plain"], strict=True))
     print(f"| {count} JPEGs, {workers} workers | {plain:.2f} s an epoch | {ours:.2f} s | {ratio:.3f} |", flush=True)

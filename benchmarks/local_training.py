@@ -9,13 +9,13 @@ is what a careful engineer writes: tensors on the device, ``set_to_none``, torch
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 from itertools import chain
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks.timing import in_turns
 from client_app import training
 from datasets.site import Part
 from datasets.sources import digits
@@ -85,13 +85,7 @@ def main() -> None:
         part = Part(part.x.to(device), part.y.to(device))
         loops = {"plain": plain_loop, "ours": our_loop}
         runs = {label: make(name, part, batch_size, epochs, device) for label, make in loops.items()}
-        times: dict[str, list[float]] = {label: [] for label in runs}
-        for repeat in range(arguments.repeats + 1):  # in turns: a busy machine disturbs both
-            for label, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if repeat:
-                    times[label].append(time.perf_counter() - start)
+        times = in_turns(runs, arguments.repeats)
         plain, ours = (statistics.median(times[label]) for label in ("plain", "ours"))
         batches = epochs * math.ceil(len(part.y) / batch_size)
         each = [1000 * seconds / batches for seconds in (plain, ours)]

@@ -91,8 +91,9 @@ class Network(NamedTuple):
 
     def test(self, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float | list[float]]:
         """What the mean prediction of models [k, d] with their statistics [k, b] is worth (:func:`training.evaluate`)."""
-        how: Any = {"details": self.details, "at_once": self.at_once}
-        return training.evaluate(self.task, self.predict, self.model, xs, statistics, part, **how)
+        return training.evaluate(
+            self.task, self.predict, self.model, xs, statistics, part, details=self.details, at_once=self.at_once
+        )
 
 
 def config_of_site(context: Context) -> Config:

@@ -284,9 +284,9 @@ def evaluate(
     model.network.eval()
     for x, y in chunks(part, at_once):
         found = []
-        for number, stats in zip(range(k), statistics, strict=True):
+        for row, stats in zip(xs, statistics, strict=True):
             if k > 1 or not sums:
-                model.load(xs[number], stats)
+                model.load(row, stats)
             found.append(predict(x).float())
         together = torch.stack(found)  # [k, chunk, ...]
         outputs = task.pooled(together) if k > 1 else together[0]

@@ -1,6 +1,7 @@
 """The network of a run, and the codec for vectors of its size, as its configuration describes them."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import nn
 
@@ -29,6 +30,7 @@ def initialised(model: Model, data: Data, task: Task, shape: tuple[int, ...], nu
     return build(model.name, shape, outputs, seed, output=task.output(shape, outputs), tokens=tokens, **model.options)
 
 
+@lru_cache(maxsize=4)  # a site's service asks with each letter
 def parameters_of(config: Config, shape: tuple[int, ...], num_classes: int) -> int:
     """How many parameters :func:`network_of` would make, without the memory for them; 0 for a network of one's own."""
     model = config.model

@@ -1,6 +1,5 @@
 """One site's examples: its training part and its test part, ready to compute with."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -263,7 +262,7 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
     common.check(data.classes)
     if not (isinstance(data.train.y, Tensor) and isinstance(data.test.y, Tensor)):
         raise SourceError("numbers to predict come as a tensor y, not with each item")
-    mean, deviation = torch.tensor(common.mean), torch.tensor(deviations(common))
+    mean, deviation = _middle(common)
 
     def ready(part: Part) -> Part:
         return Part(part.x, ((part.y - mean) / deviation).float())
@@ -273,7 +272,7 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
 
 def deviations(common: Moments) -> tuple[float, ...]:
     """Of each column; 1 where all values are the same."""
-    return tuple(math.sqrt(each) if each > 0 else 1.0 for each in common.variance)
+    return tuple(_middle(common)[1].tolist())
 
 
 def _middle(common: Moments) -> tuple[Tensor, Tensor]:

@@ -283,7 +283,7 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
         columns.append(values.to_numpy(np.float32))
         used += of
     y = torch.from_numpy(np.stack(columns, 1))
-    return y.to(torch.uint8) if target == "labels" and bool(((y == 0) | (y == 1)).all()) else y, tuple(names), used
+    return y.to(torch.uint8) if target == "labels" else y, tuple(names), used
 
 
 def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:

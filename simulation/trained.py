@@ -125,13 +125,14 @@ def write_program(network: nn.Module, examples: Tensor, file: str | Path) -> Non
     Raises:
         ValueError: what writes ONNX is not installed.
     """
+    onnx = Path(file).suffix == ".onnx"
+    if onnx and (missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
+        raise ValueError(f"--export {file}: {' and '.join(missing)} not installed: pip install onnx onnxscript; or FILE.pt2")
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network.eval(), (examples,), dynamic_shapes=({0: batch},))
-    if Path(file).suffix != ".onnx":
+    if not onnx:
         torch.export.save(program, file)
         return
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise ValueError(f"--export {file}: {' and '.join(missing)} not installed: pip install onnx onnxscript; or FILE.pt2")
     torch.onnx.export(program, (), file, input_names=["examples"], output_names=["logits"], external_data=False, verbose=False)
 
 

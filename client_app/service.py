@@ -39,14 +39,15 @@ from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Context, Message, M
 from client_app import letter, policy
 from client_app.handlers import app as handlers
 from client_app.letter import LetterError
-from client_app.memory import restore_from_disk, write_whole
+from client_app.memory import restore_from_disk
 from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
-from configuration.config import Config
+from configuration.config import Config, identity
 from configuration.config import task as find
+from configuration.files import write_whole
 from configuration.network import parameters_of
 from datasets.cache import cache_folder
 from datasets.site import SiteData
@@ -56,7 +57,7 @@ from models.tasks import TASKS
 from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
-from strategies.protocol import read_order, read_peer_order
+from strategies.protocol import Started, read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
@@ -188,7 +189,10 @@ class Service:
     def _answer(self, found: _Letter) -> tuple[Message, dict[str, object]]:
         """The answer, and what the audit log says of it."""
         head, site = found.head, self._site
-        asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
+        asked, node, kind = head["run-config"], int(head["node"]), str(head["kind"])
+        told = found.content.get(CONFIG)
+        started = Started.of(told) if isinstance(told, ConfigRecord) else None
+        run = started.run if started else int(head["run"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
         node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
         # Its state's file has the site's number, not the node's: a letter may name any node, and would leave a file for each.
@@ -201,7 +205,7 @@ class Service:
         memory = self._memory(run, asked)  # a run that is refused neither counts nor pushes out what another left
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
-            restore_from_disk(context)
+            restore_from_disk(message, context)
         if self._ranks.count > 1 and kind.startswith("train"):
             Noise.of(context)  # an epsilon that is spent is said before the others begin
         self._ranks.share(message, context)
@@ -219,7 +223,7 @@ class Service:
         return reply, more
 
     def _memory(self, run: int, asked: dict[str, Any]) -> _Memory:
-        text = json.dumps(asked, sort_keys=True)
+        text = json.dumps(identity(asked), sort_keys=True)
         if run in self._runs:
             if self._runs[run].asked != text:
                 raise PolicyError(f"run {run} has another configuration than in its first letter")
@@ -235,7 +239,7 @@ class Service:
     def _forget_old(self) -> None:
         """Only a peer's memory ends with its run: that of other runs is deleted when nothing was added for long."""
         if self._site.state:
-            for file in Path(self._site.state).glob("*.state"):
+            for file in Path(self._site.state).glob("*-*.*"):
                 with suppress(OSError):
                     if time.time() - file.stat().st_mtime > KEPT_S:
                         file.unlink()

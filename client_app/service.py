@@ -68,11 +68,16 @@ WAITING = 16  # letters
 
 
 class _Letter(NamedTuple):
-    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong."""
+    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong.
+
+    Attributes:
+        unwanted: set when whoever waited for the answer is gone.
+    """
 
     head: dict[str, Any]
     content: RecordDict
     answer: "Future[RecordDict | str]"
+    unwanted: Event
 
 
 class _Memory(NamedTuple):
@@ -102,6 +107,7 @@ class Service:
 
     def serve(self) -> None:
         """Answer letters until the process is ended."""
+        signal.signal(signal.SIGALRM, lambda *_: None)  # outside of _deadline one comes too late
         with _listening(self._site) as listener:
             Thread(target=self._accept, args=[listener], daemon=True).start()
             while True:
@@ -136,7 +142,7 @@ class Service:
                 kind, first = letter.receive(line)
                 if kind != letter.HEAD:
                     raise LetterError("no letter")
-                found = _Letter(*letter.read(line, first), Future())
+                found = _Letter(*letter.read(line, first), Future(), Event())
                 letter.check_head(found.head)
                 try:
                     self._letters.put_nowait(found)
@@ -145,7 +151,12 @@ class Service:
                     return
                 while not wait([found.answer], TELL_S).done:
                     doing, since = self._doing
-                    letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                    try:
+                        letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                    except OSError:  # a run was stopped, or its SuperNode; the next letter need not wait for its work
+                        found.unwanted.set()
+                        os.kill(os.getpid(), signal.SIGALRM)
+                        raise
                 answer = found.answer.result()
                 if isinstance(answer, str):
                     letter.say(line, letter.REFUSED, answer)
@@ -168,9 +179,11 @@ class Service:
         answer: RecordDict | str
         try:
             self._audit(found, "in", _bytes(found.content))
-            with _deadline(self._site.policy.seconds) as passed:
+            with _deadline(self._site.policy.seconds, found.unwanted) as passed:
                 reply, more = self._answer(found)
-            if passed.is_set():  # the handlers answer with an error, whatever goes wrong
+            if found.unwanted.is_set():  # the handlers answer with an error, whatever goes wrong
+                raise LetterError("nobody waits for the answer any more: its work was stopped")
+            if passed.is_set():
                 raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
             answer = str(reply.error.reason) if reply.has_error() else reply.content
         except PolicyError as error:
@@ -378,13 +391,22 @@ def _bytes(content: RecordDict) -> int:
 
 
 @contextmanager
-def _deadline(seconds: float) -> Iterator[Event]:
-    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was."""
-    passed = Event()
+def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
+    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was.
+
+    It is interrupted, too, by the alarm that comes with ``unwanted``.
+    """
+    passed, end = Event(), time.monotonic() + seconds
 
     def stop(*_: object) -> None:
-        passed.set()
-        raise TimeoutError("out of time")
+        if time.monotonic() >= end:
+            passed.set()
+        elif not unwanted.is_set():  # of a letter before this one
+            return
+        raise TimeoutError("out of time" if passed.is_set() else "nobody waits for the answer")
+
+    if unwanted.is_set():
+        raise LetterError("nobody waits for the answer any more")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

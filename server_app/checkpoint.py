@@ -126,13 +126,17 @@ class Writer:
             if file.stem not in used if file.suffix == ".safetensors" else file.name != LOCK and old:
                 file.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Another process may go on with the run."""
+        self._lock.release()
+
     def finish(self) -> None:
         """The run is over."""
         with suppress(FileNotFoundError):
             for file in self._folder.iterdir():
                 file.unlink()
             self._folder.rmdir()
-        self._lock.release()
+        self.close()
 
 
 def _number(file: Path) -> int:

@@ -32,7 +32,7 @@ class Links:
         self.delivered: dict[Link, int] = defaultdict(int)
 
     def waiting(self, sender: int, reader: int, step: int, *, rejoin: bool) -> list[int]:
-        """What is delivered with the message of a step, by keys for :meth:`take` and :meth:`drop`."""
+        """What is delivered with the message of a step, by keys for :meth:`take` and :meth:`deliver`."""
         waiting = self._waiting[sender][reader]
         # On a step of one kind, payloads of the other one are of no use.
         found = [s for s in waiting if self._messages == 1 or (step - s) % 2]
@@ -61,15 +61,20 @@ class Links:
                 self._waiting[sender][reader][at] = step
         self._forget(sender)
 
-    def drop(self, sender: int, reader: int, key: int) -> None:
-        """It was delivered, or will not be."""
-        self._waiting[sender][reader].pop(key, None)
+    def deliver(self, sender: int, reader: int, key: int) -> None:
+        """It was delivered."""
+        if key in self._waiting[sender][reader]:
+            self.delivered[sender, reader] += sum(len(array.data) for array in self.take(sender, reader, [key]).values())
+            self._drop(sender, reader, key)
+
+    def _drop(self, sender: int, reader: int, key: int) -> None:
+        del self._waiting[sender][reader][key]
         self._forget(sender)
 
     def drop_before(self, sender: int, reader: int, first: int) -> None:
         """What is older is of no use."""
         for key in [key for key in self._waiting[sender][reader] if key < first]:
-            self.drop(sender, reader, key)
+            self._drop(sender, reader, key)
 
     def clear(self, sender: int, reader: int) -> None:
         """Nothing is to be delivered."""

@@ -201,7 +201,6 @@ class Relay:
             self._given.setdefault(peer, []).extend((j, key) for key in keys)
             if arrays := self._links.take(j, peer, keys):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
-                self._links.delivered[j, peer] += sum(len(array.data) for array in arrays.values())
         return Message(RecordDict(records), self._sites[peer].node, "train.cross" if self._is_cross(step) else "train.peer")
 
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
@@ -233,7 +232,7 @@ class Relay:
                 self._courses[peer].step = step + 1
             return
         for j, key in given:
-            self._links.drop(j, peer, key)
+            self._links.deliver(j, peer, key)
         self._heed(peer, step, offer)
         self._advance(peer, step, offer)
         self._store(peer, step, offer.arrays)

@@ -238,6 +238,7 @@ class Checkpoints:
 
     def __init__(self, history: History, folder: Path, started: Started) -> None:
         self._history, self._folder, self._started, self._writer = history, folder, started, Writer(folder)
+        self.close = self._writer.close
 
     def __call__(self, event: Event) -> None:
         """Write or delete."""
@@ -421,6 +422,12 @@ class Folder(History):
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)
         if failures and isinstance(event, Ended):
             raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
+
+    def close(self) -> None:
+        """Another server may go on with the run, as when this process had ended."""
+        for sink in self._sinks:
+            if isinstance(sink, Checkpoints):
+                sink.close()
 
     def _describe(self, event: Event) -> None:
         """Also where somebody moved the folder away."""

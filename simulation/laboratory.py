@@ -10,6 +10,7 @@ What runs is the app itself, with the configuration, the checks and the numbers 
 
 import math
 import os
+import shutil
 import threading
 import tomllib
 import warnings
@@ -200,6 +201,12 @@ class _Watched(History):
         for sink in self._sinks:
             sink(event)
 
+    def close(self) -> None:
+        """Another process may go on with it."""
+        for sink in self._sinks:
+            if isinstance(sink, Checkpoints):
+                sink.close()
+
     def tell(self, progress: Progress) -> None:
         """Pass it on."""
         self._watch(progress)
@@ -296,6 +303,8 @@ def _simulate(
     folder: Path | None = None,
 ) -> Run:
     saved = checkpoint.read(folder) if folder and (folder / checkpoint.FOLDER).exists() else None
+    if folder and not saved:  # what sites remember of a run that was killed before its first checkpoint
+        shutil.rmtree(folder / SITES, ignore_errors=True)
     grid = VirtualGrid(
         client_app,
         world.sites(config.num_sites, config.seed),
@@ -315,10 +324,13 @@ def _simulate(
         finished = False
     finally:
         lazy.close()
+        history.close()
     description = history.description if history.models else None
     run = Run(config, history.metrics, history.models, history.sites, finished, description)
     if folder and history.models:
         run.save(folder)
+    if folder and finished:
+        shutil.rmtree(folder / SITES, ignore_errors=True)
     return run
 
 

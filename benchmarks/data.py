@@ -112,7 +112,7 @@ def compare(count: int, repeats: int, workers: int) -> None:
 def memory(file: str, how: str) -> None:
     """Print this process's peak memory, in MB, after 200 batches of windows of a token file."""
     if how == "site":  # all that a run does: split into parts, put into a random order
-        keys = {"data.source": "tokens", "data.path": file, "data.context": 1024, "num-sites": 2}
+        keys = {"training.task": "language", "data.source": "tokens", "data.path": file, "data.context": 1024, "num-sites": 2}
         data = site_data(configuration(None, **keys), SiteId(0, None, file), TOKEN, None)
         for _, _ in zip(range(200), training.batches(data.train, BATCH, torch.Generator().manual_seed(1), None), strict=False):
             pass

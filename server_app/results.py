@@ -365,7 +365,8 @@ class Printed:
         for site in sites:
             row(str(site.number), site.name, site.num_train, site.num_test)
         table.add_section()
-        row(EVERYBODY, "all", sum(site.num_train for site in sites), sum(site.num_test for site in sites), "bold")
+        tested = [site for site in sites if str(site.number) in values.index.get_level_values("site")]  # others were away
+        row(EVERYBODY, "all", sum(site.num_train for site in tested), sum(site.num_test for site in tested), "bold")
         return table
 
 

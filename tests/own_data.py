@@ -105,3 +105,12 @@ def read_ahead(pipe: Connection) -> None:
     next(batches)
     pipe.send([process.pid for process in multiprocessing.active_children()])
     pipe.recv()
+
+
+def few(path: str) -> Examples:
+    """96 small pictures of ten classes, each brightest in a place of its own."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(96) % 10
+    x = torch.randint(0, 128, (96, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    x.view(96, 64)[torch.arange(96), y] = 255
+    return Examples(x, y, tuple("0123456789"))

@@ -44,7 +44,8 @@ class Killed(BaseException):
 def small(folder: Path, **changes: Any) -> Config:
     strategy = changes["strategy"]
     short = {key.replace("_", "-"): value for key, value in own(strategy, local_epochs=1).items()}
-    base = {"num-sites": 3, "epochs": 3, "model.name": "mlp", "results.folder": str(folder), "data.test-fraction": 0.5}
+    data = {"data.source": "tests.own_data:few", "training.batch-size": 8}
+    base = {"num-sites": 3, "epochs": 3, "model.name": "mlp", "results.folder": str(folder), **data}
     return configuration(**base | short | MORE.get(strategy, {}) | changes)  # type: ignore[arg-type]
 
 

@@ -48,6 +48,8 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
         number,
         config.seed,
         loss_batches,
+        config.robust.rule,
+        config.max_change,
     )
 
 

@@ -24,6 +24,7 @@ from configuration.sections import (
     Model,
     Partition,
     Results,
+    RobustKeys,
     TopologyKeys,
     Training,
     Wire,
@@ -78,6 +79,7 @@ class Config(BaseModel):
     partition: Partition = Partition()
     topology: TopologyKeys = TopologyKeys()
     wire: Wire = Wire()
+    robust: RobustKeys = RobustKeys()
     results: Results = Results()
     computing: Computing = Computing()
 
@@ -132,7 +134,7 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
-        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites))
+        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule))
 
     def tables(self) -> dict[str, Any]:
         """The configuration as nested tables, without other methods' sections."""

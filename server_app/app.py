@@ -25,6 +25,7 @@ from strategies.averaging.shipped import Shipped
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, PeerPlan, RoundPlan
 from strategies.protocol import Layout
 from strategies.records import STATS, X, pack
+from strategies.robust import capped
 
 app = ServerApp()
 
@@ -78,7 +79,7 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
 def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink) -> None:
     """Execute the plan of the run."""
     # A function: held here, the initial model would stay in memory.
-    initial, layout, shares = lambda: pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
+    initial, layout, shares = lambda: pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation, config)
     if sends_updates(config.wire) and not isinstance(config.plan, PeerPlan):
         layout = layout.with_codec(codec_of(config.wire, model.sizes))
     rounds = partial(Rounds, grid, federation=federation, config=config, layout=layout, sink=emit)
@@ -89,20 +90,22 @@ def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel,
             relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
             report_consensus(grid, relay.run(), federation, config, relay.report, relay.exchanges)
         case RoundPlan() as plan:
-            planned = Planned(plan, shares(plan.weighting))
+            planned = Planned(plan, shares(plan.weighting), robust=config.robust.rule)
             rounds(planned, planned.instruct).run(initial(), plan.site.sends if plan.site else ())
         case AlonePlan(instruct=by_itself, ensemble=ensemble):
             alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
             rounds(alone, lambda moment, _: by_itself(moment)).run(initial())
         case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
-            rounds(Shipped(make(), shares(weighting)), lambda moment, _: foreign(moment)).run(initial())
+            shipped = Shipped(make(), shares(weighting), config.robust.max_share, config.robust.rule)
+            rounds(shipped, lambda moment, _: foreign(moment)).run(initial())
 
 
-def _shares(federation: Federation, weighting: str) -> dict[int, float]:
-    """Each node's share in a mean, in the order of the sites; together 1."""
+def _shares(federation: Federation, config: Config, weighting: str) -> dict[int, float]:
+    """Each node's share in a mean, in the order of the sites; together 1, and none above ``robust.max-share``."""
     sites = federation.sites
     total = sum(site.num_train for site in sites)
-    return {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
+    shares = {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
+    return capped(shares, config.robust.max_share)
 
 
 def layout_of(model: FlatModel) -> Layout:

@@ -228,7 +228,7 @@ class Asynchronous:
         cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
         rate = rates(local.lr, *cycle, steps=local.steps, epoch=site.batches(keys.batch_size), warmup=keys.lr_warmup)
         total = sum(map(rate, range(local.steps)))
-        return _Part(Update(found.vectors[X], flight.sent[X], total, 0), flight.version, local.steps, found.largest)
+        return _Part(Update(found.vectors[X], flight.sent[X], total, 0, site=node), flight.version, local.steps, found.largest)
 
     def _too_far(self, node: int, flight: _Flight, found: Trained, total: float) -> str | None:
         """Whether a site moves the model further than others do."""

@@ -18,11 +18,12 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
@@ -56,7 +57,7 @@ from models.tasks import TASKS
 from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
-from strategies.protocol import read_order, read_peer_order
+from strategies.protocol import printable, read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
@@ -71,6 +72,7 @@ class _Letter(NamedTuple):
 
     head: dict[str, Any]
     content: RecordDict
+    sender: dict[str, int]
     answer: "Future[RecordDict | str]"
 
 
@@ -131,11 +133,12 @@ class Service:
         """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
         with line, self._reading():
             line.settimeout(letter.SILENCE_S)
+            sender = _sender(line)
             try:
                 kind, first = letter.receive(line)
                 if kind != letter.HEAD:
                     raise LetterError("no letter")
-                found = _Letter(*letter.read(line, first), Future())
+                found = _Letter(*letter.read(line, first), sender, Future())
                 letter.check_head(found.head)
                 try:
                     self._letters.put_nowait(found)
@@ -151,7 +154,9 @@ class Service:
                 else:
                     letter.write(line, {}, answer)
             except (LetterError, OSError, ValueError, MemoryError) as error:
-                print(f"a letter that cannot be read, or an answer that is not taken: {error}", file=sys.stderr)
+                problem = f"a letter that cannot be read, or an answer that is not taken: {printable(str(error), 240)}"
+                with suppress(OSError):  # a full disk
+                    self._write({"way": "in", "sender": sender, "problem": problem})
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -262,22 +267,33 @@ class Service:
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
         """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         config = found.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
         line = {
-            "time": moment,
             "way": way,
+            "sender": found.sender,
             "run": found.head.get("run"),
             "round": number if isinstance(number, int) else None,
             "kind": found.head.get("kind"),
             "bytes": size,
             **more,
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        self._write(line)
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line})
+        print(text, file=sys.stderr, flush=True)
         if self._site.audit:
             with Path(self._site.audit).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(text + "\n")
+
+
+def _sender(line: socket.socket) -> dict[str, int]:
+    """The user and the process at the other end, where the operating system tells (Linux)."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return {}
+    process, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return {"user": user, "process": process}
 
 
 def _runs_file(site: SiteFile) -> Path | None:

@@ -207,7 +207,7 @@ class Asynchronous:
             self._refuse(node, UNSAFE)
             return
         if reason := self._too_far(node, flight, found, part.update.lr):
-            self._refuse(node, reason)
+            self._refuse(node, reason, "max-change")
             return
         self._roster.answer(node)
         if (elapsed := self._clock.now() - flight.at) > 0:
@@ -241,8 +241,8 @@ class Asynchronous:
             self._bounds[name].accept(node, change)
         return None
 
-    def _refuse(self, node: int, reason: str) -> None:
-        self._report.refuse(node, self._updates, "training", reason)
+    def _refuse(self, node: int, reason: str, rule: str = "") -> None:
+        self._report.refuse(node, self._updates, "training", reason, rule)
         self._lose(node, reason, failed=True)
 
     def _apply(self, nodes: list[int]) -> None:

@@ -325,6 +325,7 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
     check_named(lines, refused=bool(found.refused))
     assert {event.site.number for event in found.refused} <= {BAD}
     assert len(found.refused) <= 1
+    assert {event.by for event in found.refused_by} <= {f"site {BAD}"}
     of_test = [event for event in found.refused if event.phase == "test"]
     if kind == "train" and of_test:  # costs no more than the test
         assert found.model() == changed(name, kind, at, answers(name)[kind][at]).model()

@@ -172,10 +172,12 @@ class Service:
         answer: RecordDict | str
         try:
             self._audit(found, "in", _bytes(found.content))
-            with _deadline(self._site.policy.seconds) as passed:
-                reply, more = self._answer(found)
-            if passed.is_set():  # the handlers answer with an error, whatever goes wrong
-                raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
+            try:
+                with _deadline(self._site.policy.seconds) as passed:
+                    reply, more = self._answer(found)
+            finally:
+                if passed.is_set():  # the handlers answer with an error, whatever goes wrong
+                    raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
             answer = str(reply.error.reason) if reply.has_error() else reply.content
         except PolicyError as error:
             answer = rule = f"refused by this site's policy: {error}"

@@ -120,7 +120,7 @@ def clipped(own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, flo
     furthest = sorted(lengths, key=lambda j: lengths[j])[max(0, len(lengths) - faulty) :]
     delta = sum(weights[j] for j in furthest)
     inside = math.fsum(weights[j] * length**2 for j, length in lengths.items() if j not in furthest)
-    radius = math.sqrt(inside / delta) if delta else 0.0
+    radius = math.sqrt(inside / delta) if furthest else math.inf
     found = own.clone()
     for j, vector in theirs.items():
         scale = min(1.0, radius / lengths[j]) if lengths[j] else 1.0

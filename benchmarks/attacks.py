@@ -1,7 +1,7 @@
 """What hostile sites do to each method, and what each defence is worth: final test accuracy at the honest sites, a Markdown table.
 
     python -m benchmarks.attacks
-    python -m benchmarks.attacks --only asgd --attacks flip noise --seeds 1
+    python -m benchmarks.attacks --only asgd --attacks flip noise
 
 Digits, spread evenly, and a small network. The hostile sites are the last one of five, or two of ten; they know what all
 others sent. A run that stops counts as accuracy 0. With ``change`` for what a site would have sent beyond the model that it was
@@ -19,9 +19,10 @@ original computes at most how many deviations go unseen, which is 0 for one of f
 """
 
 import argparse
+import logging
 import math
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import joblib
@@ -141,21 +142,55 @@ def accuracy(config: Config, kind: str, hostile: int) -> float:
 def defences(method: str, sites: int) -> dict[str, dict[str, Any]]:
     """What is set, by the name of a column."""
     plan = configuration(strategy=method, num_sites=sites).plan
-    means = ("median", "trimmed-mean", "clipped") if isinstance(plan, PeerPlan) else ("median", "trimmed-mean", "krum")
+    means = ("median", "trimmed-mean", "clipped" if isinstance(plan, PeerPlan) else "krum")
     found: dict[str, dict[str, Any]] = {"max-change = 0": {"max-change": 0.0}, "defaults": {}}
-    if isinstance(plan, ArrivalPlan) and not plan.window:
-        return found
-    for mean in means:
+    for mean in means if not isinstance(plan, ArrivalPlan) or plan.window else ():
         faulty = {} if mean == "median" else {"robust.faulty": SITES[sites]}
         found[mean] = {"robust.mean": mean, **faulty, **({WINDOWS[method]: sites} if method in WINDOWS else {})}
-    return found
+    return found if sites == min(SITES) else {name: found[name] for name in ("defaults", "trimmed-mean") if name in found}
 
 
-def cells(methods: list[str], attacks: list[str], seeds: int) -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
-    """Method, attack, sites, defence and the keys, without the seed."""
-    for sites in SITES:
-        for method in methods:
-            common = {"num-sites": sites, "epochs": EPOCHS, "model.name": "mlp", "strategy": method, **METHODS[method]}
-            for name, keys in defences(method, sites).items():
-                for attack in attacks:
-                    yield method, attack, sites, name, common | keys
+def cell(method: str, sites: int, attack: str, defence: str, seed: int) -> tuple[int, str, str, str, float]:
+    """A run, and what it reached."""
+    keys = METHODS[method] | defences(method, sites)[defence]
+    common: dict[str, Any] = {"strategy": method, "num-sites": sites, "epochs": EPOCHS, "model.name": "mlp", "seed": seed}
+    logging.disable(logging.WARNING)  # each refusal is one
+    return sites, method, attack, defence, accuracy(configuration(**common | keys), attack, SITES[sites])
+
+
+def table(found: pd.DataFrame) -> str:
+    """Mean and standard error over the seeds, in Markdown."""
+    values = found.groupby(["sites", "method", "attack", "defence"], sort=False)["accuracy"].agg(["mean", "sem"])
+    columns = [*dict.fromkeys(found["defence"])]
+    lines = ["| sites | method | attack | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for row, each in values.groupby(level=[0, 1, 2], sort=False):
+        shown = {key[3]: f"{mean:.2f} ± {error:.2f}" for key, (mean, error) in zip(each.index, each.to_numpy(), strict=True)}
+        lines.append("| " + " | ".join([*map(str, row), *(shown.get(name, "") for name in columns)]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, metavar="ATTACK")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    jobs = [
+        joblib.delayed(cell)(method, sites, attack, defence, seed)
+        for seed in range(1, arguments.seeds + 1)
+        for sites in SITES
+        for method in arguments.only
+        for attack in arguments.attacks
+        for defence in defences(method, sites)
+    ]
+    found: list[tuple[int, str, str, str, float]] = []
+    with suppress(KeyboardInterrupt):  # what there is by then
+        found.extend(joblib.Parallel(n_jobs=-1, batch_size=1, return_as="generator")(jobs))
+    print(table(pd.DataFrame(found, columns=["sites", "method", "attack", "defence", "accuracy"])))
+    print(f"\n{len(found)} of {len(jobs)} runs, {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -224,7 +224,7 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
     said, allowed, rows, what = f"robust.mean = {robust.mean!r}", ("median", "trimmed-mean", "krum"), config.num_sites, "num-sites"
     match plan:
         case ArrivalPlan(window=0):
-            yield f"{said}: {name} takes one contribution at a time; allowed: 'mean', or strategy = 'gsgm' without dc-asgd, 'fedbuff'"
+            yield f"{said}: {name} takes one contribution at a time; allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
             return
         case ForeignPlan(averages=False):
             yield f"{said}: {name} is no mean of models; allowed: 'mean'"

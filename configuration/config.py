@@ -64,7 +64,7 @@ class Config(BaseModel):
     """in a simulation also: --federation-config "num-supernodes=5\""""
     min_sites: Positive = 2
     """the run stops when fewer sites than this answer"""
-    max_change: NotNegative = 10.0
+    max_change: NotNegative = 5.0
     """a contribution that moves the model by more than so many times the median over sites is refused; 0: no bound"""
     epochs: Positive = 32
     """local epochs of each site in the whole run"""

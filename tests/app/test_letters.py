@@ -1,4 +1,4 @@
-"""Whatever comes through the socket of a site's service, it goes on, remembers what it did, and writes down what came and from whom.
+"""Whatever comes through the socket of a site's service, it goes on, remembers what it did, and says what came and from whom.
 
 Honest letters with bytes, lengths, types or values changed, each from its own seed. ``LETTER_CASES=10000`` tries as many.
 """

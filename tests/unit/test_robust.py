@@ -256,7 +256,7 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
         ({"strategy": "gsgm", "robust.max-share": 0.3}, "robust.max-share = 0.3: has no effect with strategy = 'gsgm'"),
         ({"robust.faulty": 2}, "robust.faulty = 2: has no effect with robust.mean = 'mean'; only with trimmed-mean, krum, clipped"),
         ({"robust.mean": "mode"}, "robust.mean = 'mode': must be 'mean', 'median', 'trimmed-mean', 'krum' or 'clipped'"),
-        ({"strategy": "relaysgd", "topology.name": "path", "max-change": 5.0}, "max-change = 5: has no effect with strategy"),
+        ({"strategy": "relaysgd", "topology.name": "path", "max-change": 4.0}, "max-change = 4: has no effect with strategy"),
     ],
 )
 def test_what_cannot_work_is_named(keys: dict[str, Any], wrong: str) -> None:

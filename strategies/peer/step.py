@@ -187,11 +187,13 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
     vectors = tuple(peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before))
     for vector, wanted in zip(vectors, like, strict=True):
         _check(vector, wanted)
-        _check_distance(peer, state, vector, wanted)
+        _check_distance(peer, vector, wanted, state.x)
     model = Model(vectors, payload.get(STATS, state.stats), payload.get(SHIFT, state.x.new_empty(0)))
     _check(model.stats, state.stats)
+    _check_distance(peer, model.stats, state.stats, state.stats)
     if model.shift.numel():
         _check(model.shift, state.x)
+        _check_distance(peer, model.shift, torch.zeros_like(state.x), state.x)
     if peer.channel.chained:
         state = state._replace(hats={**state.hats, each.sender: Hat(each.step, vectors)})
     return state, model
@@ -200,6 +202,8 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
 def _decode_gradient(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Tensor]:
     gradient = peer.cross.decode(each.payload, state.x)
     _check(gradient, state.x)
+    if state.pending is not None:
+        _check_distance(peer, gradient, state.pending.gradient, state.x, state.pending.gradient)
     return state, gradient
 
 
@@ -211,15 +215,14 @@ def _check(vector: Tensor, wanted: Tensor) -> None:
         raise Refused(reason)
 
 
-def _check_distance(peer: Peer, state: PeerState, vector: Tensor, own: Tensor) -> None:
-    """The own model is the measure: of so few neighbours none can tell which of the others is wrong."""
+def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) -> None:
+    """Own vectors are the measure: of so few neighbours none can tell which of the others is wrong."""
     if isinstance(peer.plan.algorithm, LinkAlgorithm) or not peer.max_change:
         return
-    allowed = peer.max_change * float(torch.linalg.vector_norm(state.x))
-    if allowed and (distance := float(torch.dist(vector, own))) > allowed:
-        raise Refused(
-            f"it is {distance:.3g} from the own; at most {peer.max_change:g} times the own model's norm, {allowed:.3g} (max-change)"
-        )
+    size = max(float(torch.linalg.vector_norm(each)) for each in measures)
+    if size and (distance := float(torch.dist(vector, own))) > peer.max_change * size:
+        allowed = f"{peer.max_change:g} times the norm of the own, {peer.max_change * size:.3g}"
+        raise Refused(f"it is {distance:.3g} from the own; at most {allowed} (max-change)")
 
 
 def _part(payload: Payload, prefix: str) -> Payload:

@@ -45,6 +45,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "scaffold, bf16": {"wire": {"down_codec": "bf16"}},
     "FedMedian, sign": {"wire": {"codec": "sign", "error_feedback": "deep-squeeze"}},
     "fedbuff, top-k": {"wire": {"codec": "top-k", "error_feedback": "deep-squeeze"}},
+    "co-learning, median": {"robust": {"mean": "median"}},
+    "scaffold, krum": {"robust": {"mean": "krum"}},
+    "FedAdam, krum": {"robust": {"mean": "krum"}},
+    "fedbuff, trimmed": {"robust": {"mean": "trimmed-mean"}},
+    "gsgm, median": {"robust": {"mean": "median"}},
+    "d-psgd, clipped": {"robust": {"mean": "clipped"}},
     "dmsgd, sealed": {"strategy": "dmsgd", "wire": {"sealing": "trust-on-first-use"}},
 }
 

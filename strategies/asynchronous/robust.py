@@ -6,8 +6,8 @@
 ``g_hat`` stands where GSGM has the mean of its last p contributions, and FedBuff that of the K that it collected. Source: none;
 asynchronous robust methods of the literature keep a buffer a group of sites, such as Yang and Li, "BASGD: Buffered Asynchronous SGD
 for Byzantine Learning", ICML 2021. Differs from the methods: a site counts once, so that one that answers more often has no more to
-say; FedBuff waits for K different sites, and GSGM takes no step while it has fewer than f hostile ones could outvote. Adaptive
-optimizers divide by the newest contribution's learning rates instead of each one's own.
+say; and no step is taken while there are so few sites that f hostile ones could outvote the others. Adaptive optimizers divide by
+the newest contribution's learning rates instead of each one's own.
 Special case: f = 0 and contributions of different sites is the method itself.
 """
 
@@ -21,11 +21,12 @@ from strategies.robust import Robust, mean_of
 
 
 class Newest(NamedTuple):
-    """The rule's state, and the newest contributions [d] with their sites, in the order of arrival."""
+    """The rule's state, the newest contributions [d] with their sites, in the order of arrival, and how many came since a step."""
 
     inner: Any
     sites: tuple[int, ...] = ()
     vectors: tuple[Tensor, ...] = ()
+    collected: int = 0
 
     @property
     def x(self) -> Tensor:
@@ -48,7 +49,7 @@ def robust_window(rule: ServerRule[Any], *, size: int, weight: Weight, robust: R
         size: p or K, how many are averaged.
         weight: of a contribution by its staleness.
         robust: which mean.
-        collect: whether the rule waits until there are ``size``, and then forgets them.
+        collect: whether the rule waits until ``size`` came, and then forgets them.
     """
 
     def absorb(state: Newest, update: Update) -> Newest:
@@ -61,8 +62,9 @@ def robust_window(rule: ServerRule[Any], *, size: int, weight: Weight, robust: R
         newest = dict(arrived if collect else arrived[-size:])  # of a site the last one stays
         kept = tuple(newest.items()) if collect else tuple(arrived[-size:])
         sites, vectors = tuple(site for site, _ in kept), tuple(vector for _, vector in kept)
-        if len(newest) < (size if collect else min(size, robust.majority)):
-            return state._replace(sites=sites, vectors=vectors)
+        collected = state.collected + 1
+        if len(newest) < min(size, robust.majority) or (collect and collected < size):
+            return state._replace(sites=sites, vectors=vectors, collected=collected)
         together = update._replace(delta=mean_of(list(newest.values()), robust), staleness=0, earlier=())
         inner = rule.absorb(state.inner, together)
         return Newest(inner) if collect else Newest(inner, sites, vectors)

@@ -188,6 +188,15 @@ def test_site_that_answers_more_often_has_no_more_to_say() -> None:
     assert (state.version, state.sites) == (1, ())
 
 
+def test_fedbuff_goes_on_where_a_site_is_gone() -> None:
+    inner = fedbuff(eta=1.0, size=1, weight=constant)
+    rule = robust_window(inner, size=4, weight=constant, robust=Robust("trimmed-mean", 1), collect=True)
+    state = rule.init(torch.zeros(1))
+    for site in (0, 1, 2, 0, 1, 2, 0, 1):  # not 3
+        state = rule.absorb(state, update(site, torch.tensor([1.0 + site])))
+    assert (state.version, float(state.x)) == (2, -4.0)
+
+
 def test_window_forgets_who_is_gone_and_waits_for_a_majority() -> None:
     inner = fedbuff(eta=1.0, size=1, weight=constant)
     rule = robust_window(inner, size=4, weight=constant, robust=Robust("trimmed-mean", 1))

@@ -164,7 +164,10 @@ def table(found: pd.DataFrame) -> str:
     columns = [*dict.fromkeys(found["defence"])]
     lines = ["| sites | method | attack | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for row, each in values.groupby(level=[0, 1, 2], sort=False):
-        shown = {key[3]: f"{mean:.2f} ± {error:.2f}" for key, (mean, error) in zip(each.index, each.to_numpy(), strict=True)}
+        shown = {
+            key[3]: f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")  # of one seed there is none
+            for key, (mean, error) in zip(each.index, each.to_numpy(), strict=True)
+        }
         lines.append("| " + " | ".join([*map(str, row), *(shown.get(name, "") for name in columns)]) + " |")
     return "\n".join(lines)
 

@@ -48,6 +48,8 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
         number,
         config.seed,
         loss_batches,
+        config.robust.rule,
+        config.max_change,
     )
 
 
@@ -83,8 +85,7 @@ def take_step(message: Message, context: Context) -> Message:
     """
     config, site, data, network = open_site(message, context)
     asked, ring, loss_batches = read_peer_order(config_of(message)), None, 1
-    run = run_of(context, asked.agreed)
-    check_run(context, run)
+    check_run(context, run := run_of(context, asked.agreed))
     if config.wire.sealing != "off":
         ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys, asked.nonces)
         loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)  # half an epoch

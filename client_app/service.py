@@ -18,11 +18,12 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
@@ -57,7 +58,7 @@ from models.tasks import TASKS
 from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
-from strategies.protocol import Started, read_order, read_peer_order
+from strategies.protocol import Started, printable, read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
@@ -76,6 +77,7 @@ class _Letter(NamedTuple):
 
     head: dict[str, Any]
     content: RecordDict
+    sender: dict[str, int]
     answer: "Future[RecordDict | str]"
     unwanted: Event
 
@@ -138,11 +140,12 @@ class Service:
         """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
         with line, self._reading():
             line.settimeout(letter.SILENCE_S)
+            sender = _sender(line)
             try:
                 kind, first = letter.receive(line)
                 if kind != letter.HEAD:
                     raise LetterError("no letter")
-                found = _Letter(*letter.read(line, first), Future(), Event())
+                found = _Letter(*letter.read(line, first), sender, Future(), Event())
                 letter.check_head(found.head)
                 try:
                     self._letters.put_nowait(found)
@@ -163,7 +166,9 @@ class Service:
                 else:
                     letter.write(line, {}, answer)
             except (LetterError, OSError, ValueError, MemoryError) as error:
-                print(f"a letter that cannot be read, or an answer that is not taken: {error}", file=sys.stderr)
+                problem = f"a letter that cannot be read, or an answer that is not taken: {printable(str(error), 240)}"
+                with suppress(OSError):  # a full disk
+                    self._write({"way": "in", "sender": sender, "problem": problem})
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -179,12 +184,14 @@ class Service:
         answer: RecordDict | str
         try:
             self._audit(found, "in", _bytes(found.content))
-            with _deadline(self._site.policy.seconds, found.unwanted) as passed:
-                reply, more = self._answer(found)
-            if found.unwanted.is_set():  # the handlers answer with an error, whatever goes wrong
-                raise LetterError("nobody waits for the answer any more: its work was stopped")
-            if passed.is_set():
-                raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
+            try:
+                with _deadline(self._site.policy.seconds, found.unwanted) as passed:
+                    reply, more = self._answer(found)
+            finally:  # the handlers answer with an error, whatever goes wrong
+                if found.unwanted.is_set():
+                    raise LetterError("nobody waits for the answer any more: its work was stopped")
+                if passed.is_set():
+                    raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
             answer = str(reply.error.reason) if reply.has_error() else reply.content
         except PolicyError as error:
             answer = rule = f"refused by this site's policy: {error}"
@@ -279,22 +286,33 @@ class Service:
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
         """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         config = found.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
         line = {
-            "time": moment,
             "way": way,
+            "sender": found.sender,
             "run": found.head.get("run"),
             "round": number if isinstance(number, int) else None,
             "kind": found.head.get("kind"),
             "bytes": size,
             **more,
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        self._write(line)
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line})
+        print(text, file=sys.stderr, flush=True)
         if self._site.audit:
             with Path(self._site.audit).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(text + "\n")
+
+
+def _sender(line: socket.socket) -> dict[str, int]:
+    """The user and the process at the other end, where the operating system tells (Linux)."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return {}
+    process, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return {"user": user, "process": process}
 
 
 def _runs_file(site: SiteFile) -> Path | None:

@@ -30,9 +30,13 @@ ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 BETWEEN_PEERS = {"topology", "wire.cross-codec", "wire.sealing", "wire.collect-models"}
 UNUSED: dict[type, set[str]] = {
     **{kind: {*BETWEEN_PEERS, "results.evaluate-every"} for kind in ROUNDS},
-    AlonePlan: {"topology", "wire", "results.evaluate-every"},
-    ArrivalPlan: {*BETWEEN_PEERS, "training.lr-steps"},
-    PeerPlan: {"wire.down-codec", *(f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov"))},
+    AlonePlan: {"topology", "wire", "robust", "results.evaluate-every"},
+    ArrivalPlan: {*BETWEEN_PEERS, "robust.max-share", "training.lr-steps"},
+    PeerPlan: {
+        "wire.down-codec",
+        "robust.max-share",
+        *(f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov")),
+    },
 }
 
 
@@ -53,6 +57,7 @@ def together(config: "Config", method: Method[Any]) -> Iterator[str]:
     yield from _run(config)
     yield from _data(config)
     yield from _codecs(config)
+    yield from _robust(config, plan)
     if isinstance(plan, PeerPlan):
         yield from _peers(config, plan)
 
@@ -210,10 +215,45 @@ def _codecs(config: "Config") -> Iterator[str]:
             yield f"wire.{key} = {changed(wire)[key]}: has no effect with wire.codec = {wire.codec!r}; only with {only}"
 
 
+def _robust(config: "Config", plan: Plan) -> Iterator[str]:
+    robust, name, table = config.robust, config.strategy, config.method.table
+    if "max-share" in changed(robust) and getattr(plan, "weighting", "") == "equal" and isinstance(plan, RoundPlan):
+        yield f"robust.max-share = {robust.max_share:g}: has no effect with {table}.weighting = 'equal'"
+    if not robust.rule.on:
+        return
+    said, allowed, rows, what = f"robust.mean = {robust.mean!r}", ("median", "trimmed-mean", "krum"), config.num_sites, "num-sites"
+    match plan:
+        case ArrivalPlan(window=0):
+            yield f"{said}: {name} takes one contribution at a time; allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
+            return
+        case ForeignPlan(averages=False):
+            yield f"{said}: {name} is no mean of models; allowed: 'mean'"
+            return
+        case PeerPlan(algorithm=LinkAlgorithm()) | PeerPlan(exact=True):
+            yield f"{said}: {name} needs the sum of all that is sent; allowed: 'mean'"
+            return
+        case ArrivalPlan():
+            rows, what = plan.window, f"{table}.{'window' if hasattr(config.keys, 'window') else 'buffer-size'}"
+            if rows > config.num_sites:
+                yield f"{what} = {rows}: {said} takes one contribution a site; at most num-sites, which is {config.num_sites}"
+        case PeerPlan():
+            allowed = ("median", "trimmed-mean", "clipped")
+            if config.wire.error_feedback != "none":
+                yield f"{said}: not with wire.error-feedback = {config.wire.error_feedback!r}; allowed: 'none'"
+        case _ if "weighting" in changed(config.keys):
+            yield f"{table}.weighting = 'samples': has no effect with {said}: all sites count the same"
+    if robust.mean not in allowed:
+        yield f"{said}: not with strategy = {name!r}; allowed: 'mean', {', '.join(map(repr, allowed))}"
+    least = robust.rule.majority + 2 * (robust.mean == "krum")
+    if rows < least and not isinstance(plan, PeerPlan):
+        against = "" if robust.mean == "median" else f" against robust.faulty = {robust.faulty}"
+        yield f"{what} = {rows}: {said}{against} needs at least {least}"
+
+
 def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     wire, topology, name = config.wire, config.topology.name, config.strategy
-    if config.max_change != type(config).model_fields["max_change"].default:
-        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: the server sees no model"
+    if config.max_change != type(config).model_fields["max_change"].default and isinstance(plan.algorithm, LinkAlgorithm):
+        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: what neighbours send are no models"
     if config.num_sites < 2:
         yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
     if config.num_sites > MOST_PEERS:

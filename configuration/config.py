@@ -24,6 +24,7 @@ from configuration.sections import (
     Model,
     Partition,
     Results,
+    RobustKeys,
     TopologyKeys,
     Training,
     Wire,
@@ -63,7 +64,7 @@ class Config(BaseModel):
     """in a simulation also: --federation-config "num-supernodes=5\""""
     min_sites: Positive = 2
     """the run stops when fewer sites than this answer"""
-    max_change: NotNegative = 10.0
+    max_change: NotNegative = 5.0
     """a contribution that moves the model by more than so many times the median over sites is refused; 0: no bound"""
     epochs: Positive = 32
     """local epochs of each site in the whole run"""
@@ -80,6 +81,7 @@ class Config(BaseModel):
     partition: Partition = Partition()
     topology: TopologyKeys = TopologyKeys()
     wire: Wire = Wire()
+    robust: RobustKeys = RobustKeys()
     results: Results = Results()
     computing: Computing = Computing()
 
@@ -134,7 +136,7 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
-        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites))
+        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule))
 
     def tables(self) -> dict[str, Any]:
         """The configuration as nested tables, without other methods' sections."""

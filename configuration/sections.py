@@ -17,6 +17,7 @@ from models.tasks import TASKS
 from strategies.codecs import CODECS
 from strategies.keys import Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
+from strategies.robust import Kind, Robust
 from strategies.topology import TOPOLOGIES
 
 UNDIRECTED = tuple(name for name, kind in TOPOLOGIES.items() if not kind.directed)
@@ -200,6 +201,22 @@ class Wire(Section):
     """at the end the server gets every peer's model, saves it and tests their mean; never when sealed"""
 
 
+class RobustKeys(Section):
+    """Against broken and hostile sites, beside max-change."""
+
+    mean: Kind = "mean"
+    """of rounds and of gsgm and fedbuff: mean, median, trimmed-mean, krum; of peers: mean, median, trimmed-mean, clipped"""
+    faulty: Annotated[Positive, Only(mean=("trimmed-mean", "krum", "clipped"))] = 1
+    """so many sites, or of each peer so many neighbours, may be hostile"""
+    max_share: Share = 0.5
+    """no site's share in a mean that is weighted by examples is larger"""
+
+    @property
+    def rule(self) -> Robust:
+        """Which mean."""
+        return Robust(self.mean, self.faulty)
+
+
 class Results(Section):
     """What a run leaves."""
 
@@ -241,6 +258,7 @@ SECTIONS: dict[str, type[Section]] = {
     "partition": Partition,
     "topology": TopologyKeys,
     "wire": Wire,
+    "robust": RobustKeys,
     "results": Results,
     "computing": Computing,
 }

@@ -29,6 +29,7 @@ from strategies.averaging.shipped import Shipped
 from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Local, Moment, PeerPlan, RoundPlan
 from strategies.protocol import Layout
 from strategies.records import STATS, X, pack
+from strategies.robust import capped
 
 app = ServerApp()
 
@@ -84,7 +85,7 @@ def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel,
     """Execute the plan of the run."""
     first = saved.arrays if saved and saved.arrays else {X: model.x, STATS: model.stats}
     # A function: held here, the first model would stay in memory.
-    initial, layout, shares = lambda: pack(first), layout_of(model), partial(_shares, federation)
+    initial, layout, shares = lambda: pack(first), layout_of(model), partial(_shares, federation, config)
     if sends_updates(config.wire) and not isinstance(config.plan, PeerPlan):
         layout = layout.with_codec(codec_of(config.wire, model.sizes))
 
@@ -106,20 +107,22 @@ def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel,
                 relay.resume(saved.driver, saved.offers)
             report_consensus(grid, relay.run(), federation, config, relay.report, relay.exchanges)
         case RoundPlan() as plan:
-            planned = Planned(plan, shares(plan.weighting))
+            planned = Planned(plan, shares(plan.weighting), robust=config.robust.rule)
             rounds(planned, planned.instruct).run(initial(), plan.site.sends if plan.site else ())
         case AlonePlan(instruct=by_itself, ensemble=ensemble):
             alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
             rounds(alone, lambda moment, _: by_itself(moment)).run(initial())
         case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
-            rounds(Shipped(make(), shares(weighting)), lambda moment, _: foreign(moment)).run(initial())
+            shipped = Shipped(make(), shares(weighting), config.robust.max_share, config.robust.rule)
+            rounds(shipped, lambda moment, _: foreign(moment)).run(initial())
 
 
-def _shares(federation: Federation, weighting: str) -> dict[int, float]:
-    """Each node's share in a mean, in the order of the sites; together 1."""
+def _shares(federation: Federation, config: Config, weighting: str) -> dict[int, float]:
+    """Each node's share in a mean, in the order of the sites; together 1, and none above ``robust.max-share``."""
     sites = federation.sites
     total = sum(site.num_train for site in sites)
-    return {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
+    shares = {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
+    return capped(shares, config.robust.max_share)
 
 
 def layout_of(model: FlatModel) -> Layout:

@@ -245,7 +245,7 @@ class Asynchronous:
             self._refuse(node, UNSAFE)
             return
         if reason := self._too_far(node, flight, found, part.update.lr):
-            self._refuse(node, reason)
+            self._refuse(node, reason, "max-change")
             return
         self._roster.answer(node)
         if (elapsed := self._clock.now() - flight.at) > 0:
@@ -266,7 +266,7 @@ class Asynchronous:
         cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
         rate = rates(local.lr, *cycle, steps=local.steps, epoch=site.batches(keys.batch_size), warmup=keys.lr_warmup)
         total = sum(map(rate, range(local.steps)))
-        return _Part(Update(found.vectors[X], flight.sent[X], total, 0), flight.version, local.steps, found.largest)
+        return _Part(Update(found.vectors[X], flight.sent[X], total, 0, site=node), flight.version, local.steps, found.largest)
 
     def _too_far(self, node: int, flight: _Flight, found: Trained, total: float) -> str | None:
         """Whether a site moves the model further than others do."""
@@ -279,8 +279,8 @@ class Asynchronous:
             self._bounds[name].accept(node, change)
         return None
 
-    def _refuse(self, node: int, reason: str) -> None:
-        self._report.refuse(node, self._updates, "training", reason)
+    def _refuse(self, node: int, reason: str, rule: str = "") -> None:
+        self._report.refuse(node, self._updates, "training", reason, rule)
         self._lose(node, reason, failed=True)
 
     def _apply(self, nodes: list[int]) -> None:

@@ -7,7 +7,8 @@ learning rates of the site's steps. Both must be passed: sites with more data ta
 and not the newest: where a site has learned its part, its next batches move nothing, until one does.
 
 Half of the sites would have to be broken for the median to be. Until three sites answered, the model's own norm stands for
-``median_k a_k``; two cannot tell which of them is wrong.
+``median_k a_k``; two cannot tell which of them is wrong. Peers bound what neighbours send by their own model, too
+(:mod:`strategies.peer.step`).
 """
 
 from collections.abc import Mapping

@@ -48,14 +48,22 @@ class Refused(NamedTuple):
         site: whose it is.
         phase: what the site is left out of.
         reason: why.
+        rule: the key of the configuration by which it is refused; empty where it is no answer that can be read.
+        seconds: since the first round.
+        by: the peer that says so; empty where the server does.
     """
 
     when: str
     site: Site
     phase: str
     reason: str
+    rule: str = ""
+    seconds: float = 0.0
+    by: str = ""
 
     def __str__(self) -> str:
+        if self.by:
+            return f"{self.when}: {self.by} refuses what came from site {self.site.number}: {self.reason}"
         return f"{self.when}: {self.site.name} (site {self.site.number}) is left out of the {self.phase}: {self.reason}"
 
 

@@ -26,7 +26,7 @@ from server_app.report import Moment, Report
 from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
-from strategies.protocol import Layout, Offer, PeerOrder, Refusal, StepMetrics, printable, read_offer, write_peer_order
+from strategies.protocol import Layout, Offer, PeerOrder, Refusal, StepMetrics, read_offer, write_peer_order
 from strategies.records import CONFIG, FROM
 from strategies.topology import Topology
 
@@ -244,8 +244,7 @@ class Relay:
 
     def _heed(self, peer: int, step: int, offer: Offer) -> None:
         """What a peer says of what it was given, and of itself."""
-        for reason in offer.notes.refused:
-            log(WARNING, "step %d: site %d refuses what came from %s", step, peer, printable(reason, 240))
+        self.report.refused_by(self._sites[peer].node, step, offer.notes.refused)
         self._links.stale |= {(j, peer) for j in offer.notes.broken}
         if offer.notes.nonce is not None:  # another one than before if it lost its memory
             self._nonces[peer] = offer.notes.nonce

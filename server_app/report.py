@@ -1,5 +1,6 @@
 """What sites report on its way into the history: counted, read, timed."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -13,12 +14,12 @@ from datasets.site import deviations
 from models.tasks import Targets, Task, numbers
 from server_app.census import Federation
 from server_app.events import EVERYBODY, Away, Back, Event, Progress, Refused, Reported, Sink
-from server_app.exchange import Clock
+from server_app.exchange import TOO_LATE, Clock
 from server_app.roster import together
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
 from strategies.method import PeerPlan
-from strategies.protocol import Refusal
+from strategies.protocol import Refusal, printable
 from strategies.records import num_bytes
 
 T = TypeVar("T")
@@ -60,6 +61,10 @@ class Measure(NamedTuple):
         if not (values := sorted((each[name] for each in found if name in each), reverse=not self.task.larger)):
             return {}
         return {f"{name}-worst": values[0], f"{name}-best": values[-1]}
+
+
+LONGEST_REASON = 1000  # characters of what a peer says
+_BY_PEER = re.compile(r"site (\d{1,9}): (.*?(?:\(([a-z.-]+)\))?)", re.DOTALL)
 
 
 class Moment(NamedTuple):
@@ -141,7 +146,8 @@ class Report:
             if reply.metadata.src_node_id != node:
                 raise Refusal(f"it says that it comes from node {reply.metadata.src_node_id}")
         except Refusal as refusal:
-            self.refuse(node, number, phase, str(refusal))
+            silent = reply.has_error() and reply.error.code == TOO_LATE
+            self.refuse(node, number, phase, str(refusal), "timeout-s" if silent else "")
             return refusal
         finally:
             self.count(node, reply)
@@ -154,10 +160,20 @@ class Report:
         with suppress(Exception):  # what cannot be sent was refused
             self._traffic[number] = up + num_bytes(reply), down
 
-    def refuse(self, node: int, number: int, phase: str, reason: str) -> None:
-        """What a site sent cannot be used."""
+    def refuse(self, node: int, number: int, phase: str, reason: str, rule: str = "") -> None:
+        """What a site sent cannot be used; ``rule`` as in :class:`Refused`."""
         self._refused[node] = number, reason
-        self.emit(Refused(f"{self._unit} {number}", self._sites[node], phase, reason))
+        self.emit(Refused(f"{self._unit} {number}", self._sites[node], phase, reason, rule, self._clock.now() - self._start))
+
+    def refused_by(self, node: int, number: int, reasons: Sequence[str]) -> None:
+        """What a peer says that it refuses: of whom, why and, in brackets at the end, by which key."""
+        by, numbers = self._sites[node], {site.number: site for site in self._sites.values()}
+        for said in reasons:
+            found = _BY_PEER.fullmatch(said[:LONGEST_REASON])
+            site = numbers.get(int(found[1])) if found else None
+            reason, rule = (found[2], found[3] or "") if found and site else (said, "")
+            what = (f"{self._unit} {number}", site or by, "exchange", printable(reason, 240), rule)
+            self.emit(Refused(*what, self._clock.now() - self._start, f"site {by.number}"))
 
     def refusals(self, number: int) -> str:
         """What was refused in a round, update or step, and why."""

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -31,12 +32,14 @@ from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation, RunError
 from server_app.checkpoint import Saved, Writer
-from server_app.events import EVERYBODY, Began, Checkpoint, Ended, Event, Kept, Progress, Reported, Sink
+from server_app.events import EVERYBODY, Began, Checkpoint, Ended, Event, Kept, Progress, Refused, Reported, Sink
 from strategies.method import ArrivalPlan, PeerPlan
 from strategies.protocol import Started
 from strategies.records import STATS, X, pack, unpack
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
+REFUSED = ("when", "seconds", "site", "name", "phase", "rule", "reason", "by")
+REFUSALS, ALL_REFUSALS = 1000, 100_000  # rows of a site, or of a pair of peers, and of all
 DRAW_EVERY_S = 15.0
 
 
@@ -193,19 +196,48 @@ class Rows:
 
     def __call__(self, event: Event) -> None:
         """Append what is new, in one piece; all of it where the file is gone."""
-        if not isinstance(event, Began | Reported | Ended):
-            return
-        text = StringIO()
-        writer = csv.writer(text)
-        if not self._file.exists():
-            self._written = 0
-            writer.writerow(COLUMNS)
-        rows = self._history.rows
-        writer.writerows(rows[self._written :])
-        if text.tell():
-            with self._file.open("ab", buffering=0) as file:
-                file.write(text.getvalue().encode())
-        self._written = len(rows)
+        if isinstance(event, Began | Reported | Ended):
+            self._written = _append(self._file, COLUMNS, self._history.rows, self._written)
+
+
+def _append(path: Path, columns: Sequence[str], rows: Sequence[tuple[object, ...]], written: int) -> int:
+    """Append the rows that are not written yet, in one piece; all where the file is gone. How many are written now."""
+    text = StringIO()
+    writer = csv.writer(text)
+    if not path.exists():
+        written = 0
+        writer.writerow(columns)
+    writer.writerows(rows[written:])
+    if text.tell():
+        with path.open("ab", buffering=0) as file:
+            file.write(text.getvalue().encode())
+    return len(rows)
+
+
+class Refusals:
+    """The sink of ``refused.csv``: what could not be used, whose it was, and by which key; there where anything was refused.
+
+    Of each site, or of each pair of peers, so many and no more: whoever sends rubbish for days does not fill the disk.
+
+    Args:
+        folder: where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._written = folder / "refused.csv", 0
+        self._rows: list[tuple[object, ...]] = []
+        self._count: Counter[tuple[int, str]] = Counter()
+
+    def __call__(self, event: Event) -> None:
+        """Append what is refused."""
+        if isinstance(event, Refused):
+            self._count[key := (event.site.number, event.by)] += 1
+            if self._count[key] <= REFUSALS and len(self._rows) < ALL_REFUSALS:
+                said = event.reason if self._count[key] < REFUSALS else f"{event.reason}; more of these are not listed"
+                texts = (*map(_no_formula, (event.site.name, event.phase, event.rule, said, event.by)),)
+                self._rows.append((event.when, round(event.seconds, 3), event.site.number, *texts))
+        if self._rows and isinstance(event, Refused | Ended):
+            self._written = _append(self._file, REFUSED, self._rows, self._written)
 
 
 class Models:
@@ -374,7 +406,7 @@ class Folder(History):
     """Writes the folder of a run, besides keeping everything in memory.
 
     ``config.toml``: the whole configuration, which ``--run-config`` takes back. ``sites.csv``: who takes part. ``metrics.csv``:
-    tidy. ``model*.safetensors``: the newest model. ``*.png``: pictures.
+    tidy. ``refused.csv``: what was refused. ``model*.safetensors``: the newest model. ``*.png``: pictures.
 
     A disk that is full or a folder that is moved away does not stop a run: it goes on in memory, and what is missing is written
     as soon as that works, at the latest at the end.
@@ -416,8 +448,9 @@ class Folder(History):
                 self.resume(*self._before)
             else:
                 self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
+            written = (Printed, Rows, Models, Pictures)
             kept = Checkpoints(self, self.path, self._started)
-            self._sinks = [*(kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)), kept]
+            self._sinks = [*(kind(self, self.path) for kind in written), Refusals(self.path), kept]
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)

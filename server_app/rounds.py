@@ -384,7 +384,7 @@ class Rounds:
                     each = {node: found[name] for node, found in others.items()} if first else None
                     size = extent(sent.get(name, sent[X]))[1] if first else 0.0
                     if reason := self._bounds[name].refusal(change, size, each):
-                        self._report.refuse(answer.node, number, "training", f"{name}: {reason}")
+                        self._report.refuse(answer.node, number, "training", f"{name}: {reason}", "max-change")
                         break
                 else:
                     for name, change in changes.items():

@@ -277,6 +277,10 @@ def _check_engine(engine: str, config: Config, world: World | None) -> None:
         raise ConfigError("computing.checkpointing = True: not with engine = 'batched'; allowed: False, or engine = 'app'")
     if engine == "batched" and (size := config.computing.micro_batch):
         raise ConfigError(f"computing.micro-batch = {size}: has no effect with engine = 'batched'; allowed: 0, or engine = 'app'")
+    if engine == "batched" and config.max_change != (most := Config().max_change):
+        raise ConfigError(f"max-change = {config.max_change:g}: has no effect with engine = 'batched'; allowed: {most:g}")
+    if engine == "batched" and config.robust.mean != "mean":
+        raise ConfigError(f"robust.mean = {config.robust.mean!r}: not with engine = 'batched'; allowed: 'mean', or engine = 'app'")
     if engine == "batched" and world is not None:
         raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
 

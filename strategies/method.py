@@ -12,6 +12,7 @@ from torch import Tensor
 
 from strategies.asynchronous.rule import ServerRule
 from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm
+from strategies.robust import Robust
 from strategies.topology import Topology
 
 Vectors = Mapping[str, Tensor]
@@ -37,11 +38,13 @@ class Run(NamedTuple):
         lr: the learning rate at the start of the run.
         sam_radius: of sharpness-aware training of any method; 0: off.
         num_sites: how many take part.
+        robust: the mean of contributions.
     """
 
     lr: float
     sam_radius: float
     num_sites: int = 1
+    robust: Robust = Robust()
 
 
 class Local(NamedTuple):
@@ -167,12 +170,14 @@ class ForeignPlan(NamedTuple):
         instruct: what sites do in a round.
         weighting: as in :class:`RoundPlan`; of BatchNorm statistics, which that object never sees.
         by_loss: whether that object needs the sites' losses.
+        averages: whether that object looks at nothing but the mean of the models, so that it can be given another mean.
     """
 
     build: Callable[[], Any]
     instruct: Callable[[Moment], Local]
     weighting: Literal["equal", "samples"] = "equal"
     by_loss: bool = False
+    averages: bool = False
 
 
 # Arrivals.
@@ -202,6 +207,7 @@ class ArrivalPlan(NamedTuple):
         proximal: mu of the sites' pull towards the model that was sent.
         least: contributions without which the model never changes.
         by_speed: whether a site takes local steps in proportion to its speed.
+        window: of so many contributions a robust mean is taken; 0: the rule takes none.
     """
 
     rule: ServerRule[Any]
@@ -210,6 +216,7 @@ class ArrivalPlan(NamedTuple):
     proximal: float = 0.0
     least: int = 1
     by_speed: bool = False
+    window: int = 0
 
 
 # Peers.

@@ -9,12 +9,13 @@ descent at the server. The delta is against the model that the site was sent, an
 Special cases: K = number of sites, no staleness, eta = 1 is one round of model averaging; K = 1 is ASGD with weights.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from strategies.asynchronous.rule import ServerRule, Update, Weight, polynomial
+from strategies.asynchronous.robust import robust_window
+from strategies.asynchronous.rule import ServerRule, Update, Weight, constant, polynomial
 from strategies.keys import Above0, ArrivalKeys, NotNegative, Positive
 from strategies.method import ArrivalPlan, Method, Run
 
@@ -61,8 +62,13 @@ class Keys(ArrivalKeys):
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
     """Collect what arrives."""
     weight = polynomial(keys.staleness_exponent)
-    rule = fedbuff(eta=keys.server_lr, size=keys.buffer_size, weight=weight)
-    return ArrivalPlan(rule, steps=keys.local_steps, least=keys.buffer_size)
+    size = keys.buffer_size
+    if run.robust.on:
+        one = fedbuff(eta=keys.server_lr, size=1, weight=constant)
+        rule: ServerRule[Any] = robust_window(one, size=size, weight=weight, robust=run.robust, collect=True)
+    else:
+        rule = fedbuff(eta=keys.server_lr, size=size, weight=weight)
+    return ArrivalPlan(rule, steps=keys.local_steps, least=size, window=size)
 
 
 METHOD = Method("fedbuff", Keys, plan)

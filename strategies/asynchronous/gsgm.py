@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 from strategies.asynchronous.adaptive import adaptive
 from strategies.asynchronous.descent import descent
-from strategies.asynchronous.rule import ServerRule
+from strategies.asynchronous.robust import robust_window
+from strategies.asynchronous.rule import ServerRule, Weight, constant
 from strategies.keys import Decay, DescentKeys, NotNegative, Only, Positive
 from strategies.method import ArrivalPlan, Method, Run, Schedule
 
@@ -37,15 +38,14 @@ class Keys(DescentKeys):
     """lambda of dc-asgd-c (such as 0.04), lambda_0 of dc-asgd-a (such as 2)"""
 
 
-def _rule(keys: Keys) -> ServerRule[Any]:
-    weight = keys.weight()
+def _rule(keys: Keys, window: int, weight: Weight) -> ServerRule[Any]:
     match keys.base:
         case "adam":
             return adaptive(
                 eta=keys.server_lr,
                 beta=keys.momentum,
                 beta_2=0.999,
-                window=keys.window,
+                window=window,
                 weight=weight,
                 correct=True,
             )
@@ -54,7 +54,7 @@ def _rule(keys: Keys) -> ServerRule[Any]:
                 eta=keys.server_lr,
                 beta=0.0,
                 beta_2=0.99,
-                window=keys.window,
+                window=window,
                 weight=weight,
                 correct=False,
             )
@@ -62,7 +62,7 @@ def _rule(keys: Keys) -> ServerRule[Any]:
             return descent(
                 eta=keys.server_lr,
                 beta=keys.momentum,
-                window=keys.window,
+                window=window,
                 weight=weight,
                 compensation=0.0 if base == "asgd" else keys.compensation,
                 adaptive=base == "dc-asgd-a",
@@ -71,7 +71,12 @@ def _rule(keys: Keys) -> ServerRule[Any]:
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
     """The rule and its schedule."""
-    return ArrivalPlan(_rule(keys), Schedule(keys.schedule, keys.slack), steps=keys.local_steps)
+    rule = _rule(keys, keys.window, keys.weight())
+    compensated = keys.base.startswith("dc")  # by the model that each contribution was made of
+    if run.robust.on and not compensated:
+        rule = robust_window(_rule(keys, 1, constant), size=keys.window, weight=keys.weight(), robust=run.robust)
+    window = 0 if compensated else keys.window
+    return ArrivalPlan(rule, Schedule(keys.schedule, keys.slack), steps=keys.local_steps, window=window)
 
 
 METHOD = Method("gsgm", Keys, plan)

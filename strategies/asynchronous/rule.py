@@ -38,6 +38,7 @@ class Update(NamedTuple):
         staleness: by how many versions the model changed in the meantime.
         earlier: what the site sent before while it waited for its turn. One contribution is the mean of all these, each against
             the model that it was made of, as old as that is.
+        site: whose it is.
     """
 
     delta: Tensor
@@ -45,6 +46,7 @@ class Update(NamedTuple):
     lr: float
     staleness: int
     earlier: tuple["Update", ...] = ()
+    site: int = 0
 
     @property
     def parts(self) -> tuple["Update", ...]:

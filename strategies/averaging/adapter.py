@@ -4,10 +4,13 @@
     state  = absorb(state, x_mean)
 
 The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that was sent, of the sum (two
-models) and of a reply, however many sites there are.
+models) and of a reply, however many sites there are. A robust mean (:mod:`strategies.robust`) takes its place where one is asked
+for: replies wait for each other on disk (:mod:`strategies.averaging.collected`), and shares count for nothing.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -17,10 +20,12 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.averaging.average import CHANGE, NUM_EXAMPLES, weighted_metrics
+from strategies.averaging.collected import Collected
 from strategies.averaging.mean import StreamingMean, relative_change
 from strategies.method import Local, Mean, Moment, RoundPlan
 from strategies.protocol import write_local
 from strategies.records import METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
+from strategies.robust import PLAIN, Robust
 
 
 class Planned(FedAvg):
@@ -31,6 +36,7 @@ class Planned(FedAvg):
     Args:
         plan: what is done.
         shares: each node's share in the mean, together 1; by default all count the same.
+        robust: another mean.
         total: epochs a site in the whole run.
         an_epoch: batches an epoch, the mean over the sites.
 
@@ -43,6 +49,7 @@ class Planned(FedAvg):
         plan: RoundPlan[Any],
         shares: Mapping[int, float] | None = None,
         *,
+        robust: Robust = PLAIN,
         total: int = 1,
         an_epoch: float = 1.0,
     ) -> None:
@@ -54,7 +61,7 @@ class Planned(FedAvg):
             evaluate_metrics_aggr_fn=weighted_metrics,
         )
         self.state: Any = None
-        self._plan, self._shares = plan, shares
+        self._plan, self._shares, self._robust = plan, shares, robust
         self._total, self._an_epoch, self._done = total, an_epoch, 0.0
         self._sent: Mapping[str, Tensor] = {}
         self._equal = 1.0
@@ -94,17 +101,10 @@ class Planned(FedAvg):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The plan's next model, and the mean of the sites' metrics with ``model-change`` beside them."""
-        means: dict[str, StreamingMean] = {}
         metrics: list[RecordDict] = []
-        for reply in replies:
-            share = self._shares[reply.metadata.src_node_id] if self._shares else self._equal
-            _add(means, reply, share)
-            metrics.append(RecordDict({METRICS: metrics_of(reply)}))
-            del reply  # before the next one comes
+        mean, answered = (self._robustly if self._robust.on else self._streaming)(replies, metrics)
         if not metrics:
             return None, None
-        answered = means[X].share
-        mean = {name: means.pop(name).result() for name in list(means)}
         stats = mean.pop(STATS, torch.empty(0))
         before = self.state.x
         version = before._version  # torch's count of writes
@@ -119,6 +119,32 @@ class Planned(FedAvg):
         made = pack({X: self.state.x, STATS: stats})
         self.state, self._sent = self.state._replace(x=unpack(made[X])), {}  # one model, not two
         return made, summary
+
+    def _share(self, reply: Message) -> float:
+        return self._shares[reply.metadata.src_node_id] if self._shares else self._equal
+
+    def _streaming(self, replies: Iterable[Message], metrics: list[RecordDict]) -> tuple[dict[str, Tensor], float]:
+        """The mean of each vector, and the share of the sites that answered; what they report is added to ``metrics``."""
+        means: dict[str, StreamingMean] = {}
+        for reply in replies:
+            _add(means, reply, self._share(reply))
+            metrics.append(RecordDict({METRICS: metrics_of(reply)}))
+            del reply  # before the next one comes
+        answered = means[X].share if means else 0.0
+        return {name: means.pop(name).result() for name in list(means)}, answered
+
+    def _robustly(self, replies: Iterable[Message], metrics: list[RecordDict]) -> tuple[dict[str, Tensor], float]:
+        """The same with the robust mean."""
+        shares: list[float] = []
+        with TemporaryFile(buffering=0) as file:
+            found = Collected(self._robust, file)
+            for reply in replies:
+                vectors = {name: unpack(array) for name, array in arrays_of(reply).items()}
+                found.add({X: vectors.pop(X), **vectors}, reply.metadata.src_node_id)
+                shares.append(self._share(reply))
+                metrics.append(RecordDict({METRICS: metrics_of(reply)}))
+                del reply, vectors  # before the next one comes
+            return (found.result(), math.fsum(shares)) if shares else ({}, 0.0)
 
 
 def _add(means: dict[str, StreamingMean], reply: Message, share: float) -> None:

@@ -28,6 +28,10 @@ GIVEN = {
 }
 
 
+# These look at single models, or at what each says of its loss.
+NOT_AVERAGING = {"Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "QFedAvg"}
+
+
 class Keys(RoundKeys):
     """Of every strategy of Flower."""
 
@@ -82,7 +86,7 @@ def _plan(name: str, keys: Keys, run: Run) -> ForeignPlan:
         _ = keys.arguments and make()
     except (ValueError, TypeError) as error:
         raise ValueError(f"flower.arguments = {keys.arguments!r}: {name} refuses it: {error}") from error
-    return ForeignPlan(make, decaying(keys.local_epochs, run), keys.weighting, "train_loss_key" in given)
+    return ForeignPlan(make, decaying(keys.local_epochs, run), keys.weighting, "train_loss_key" in given, name not in NOT_AVERAGING)
 
 
 METHODS = tuple(Method(name, Keys, partial(_plan, name), section="flower") for name in _classes())

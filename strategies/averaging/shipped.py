@@ -7,21 +7,26 @@ report different metrics: what one keeps to itself, they are not told of the oth
 
 They are handed all replies at once: median, Krum and their like need them, and Flower's means are written so. The server's memory
 therefore grows by a model a site, where ours stays the same.
+
+They weigh models by the examples that sites say they have: where one of the sites that answered has more than its share may be,
+these numbers are changed so that it is that. Where a robust mean is asked for, a strategy that averages is handed this mean, as if
+one site had sent it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from strategies.averaging.average import CHANGE
+from strategies.averaging.average import CHANGE, NUM_EXAMPLES, weighted_metrics
 from strategies.averaging.mean import StreamingMean, relative_change
-from strategies.records import ARRAYS, STATS, X, arrays_of, metrics_of, pack, unpack
+from strategies.records import ARRAYS, METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
+from strategies.robust import PLAIN, Robust, capped, mean_of
 
 
 class Shipped(Strategy):
@@ -30,11 +35,13 @@ class Shipped(Strategy):
     Args:
         strategy: the one to run.
         shares: each node's share in the mean of the statistics, in the order of the sites.
+        most: of a site in the mean of the models.
+        robust: another mean of the models.
     """
 
-    def __init__(self, strategy: Strategy, shares: Mapping[int, float]) -> None:
+    def __init__(self, strategy: Strategy, shares: Mapping[int, float], most: float = 1.0, robust: Robust = PLAIN) -> None:
         self._strategy = strategy
-        self._shares = shares
+        self._shares, self._most, self._robust = shares, most, robust
         self._order = {node: place for place, node in enumerate(shares)}
         self._sent = ArrayRecord()
         self._stats: Tensor | None = None
@@ -81,6 +88,9 @@ class Shipped(Strategy):
         for record in records:
             for name in [name for name in record if not all(name in other for other in records)]:
                 del record[name]
+        _cap(records, self._most)
+        if self._robust.on and ordered:
+            ordered = [self._as_one(ordered, records)]
         arrays, metrics = self._strategy.aggregate_train(server_round, ordered)
         if arrays is None:
             return None, metrics
@@ -88,6 +98,16 @@ class Shipped(Strategy):
         if metrics is not None:
             metrics[CHANGE] = relative_change(x, unpack(self._sent[X]))
         return pack({X: x} | ({STATS: mean.result()} if mean else {})), metrics
+
+    def _as_one(self, replies: Sequence[Message], records: Sequence[MetricRecord]) -> Message:
+        """The first reply, with the robust mean of all models and the mean of what sites report."""
+        models = [unpack(arrays_of(reply)[X]) for reply in replies]
+        together = weighted_metrics([RecordDict({METRICS: record}) for record in records], NUM_EXAMPLES)
+        first = replies[0]
+        for name, record in ((ARRAYS, pack({X: mean_of(models, self._robust)})), (METRICS, together)):
+            first.content.pop(name)  # else Flower says that they are replaced
+            first.content[name] = record
+        return first
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The strategy's messages, with the statistics."""
@@ -128,3 +148,13 @@ def _theirs(value: Any) -> Any:
             return [each.numpy() for each in value]
         case _:
             return value
+
+
+def _cap(records: Sequence[MetricRecord], most: float) -> None:
+    """Change the examples that sites say they have so that none has more than its share."""
+    counts: list[Any] = [record[NUM_EXAMPLES] for record in records]
+    total = sum(counts)
+    shares = {k: count / total for k, count in enumerate(counts)}
+    if (allowed := capped(shares, most)) != shares:
+        for k, record in enumerate(records):
+            record[NUM_EXAMPLES] = allowed[k] * total

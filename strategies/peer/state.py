@@ -10,6 +10,7 @@ from strategies.method import PeerPlan
 from strategies.peer.algorithm import Vectors
 from strategies.peer.channel import Channel
 from strategies.peer.neighbourhood import Regular
+from strategies.robust import Robust
 
 Metrics = dict[str, float | int | list[float]]
 
@@ -26,6 +27,8 @@ class Peer(NamedTuple):
         number: counts from 0.
         seed: of the run; codecs draw from it.
         loss_batches: the loss is reported as a mean over at least so many batches.
+        robust: the mean of what neighbours send.
+        max_change: what is further from the own than so many times the own's norm is refused; 0: no bound.
     """
 
     plan: PeerPlan
@@ -36,6 +39,8 @@ class Peer(NamedTuple):
     number: int
     seed: int
     loss_batches: int = 1
+    robust: Robust = Robust()
+    max_change: float = 0.0
 
 
 class Pending(NamedTuple):

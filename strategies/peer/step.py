@@ -21,6 +21,7 @@ from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm, Vectors, exc
 from strategies.peer.neighbourhood import Gradients, disagreement, neighbourhood_gradients, owners_shift, weighted
 from strategies.peer.state import Hat, Metrics, Oracle, Order, Peer, PeerState, Pending, Received, Refusal, Result
 from strategies.randomness import derive
+from strategies.robust import neighbourhood_mean
 from strategies.saving import flatten
 
 STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"  # parts of a payload, beside those of the codec
@@ -80,7 +81,7 @@ def models_step(peer: Peer, state: PeerState, received: Iterable[Received], orde
 def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
     """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
-    state, mixed = _mix_stats(state, found, order), _mixed(peer, state, found, order)
+    state, mixed = _mix_stats(peer, state, found, order), _mixed(peer, state, found, order)
     metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
     state, taken = _gradients(peer, state, found, oracle)
     pending = Pending(taken.gradients[0], taken.losses[0], mixed)
@@ -186,10 +187,13 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
     vectors = tuple(peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before))
     for vector, wanted in zip(vectors, like, strict=True):
         _check(vector, wanted)
+        _check_distance(peer, vector, wanted, state.x)
     model = Model(vectors, payload.get(STATS, state.stats), payload.get(SHIFT, state.x.new_empty(0)))
     _check(model.stats, state.stats)
+    _check_distance(peer, model.stats, state.stats, state.stats)
     if model.shift.numel():
         _check(model.shift, state.x)
+        _check_distance(peer, model.shift, torch.zeros_like(state.x), state.x)
     if peer.channel.chained:
         state = state._replace(hats={**state.hats, each.sender: Hat(each.step, vectors)})
     return state, model
@@ -198,6 +202,8 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
 def _decode_gradient(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Tensor]:
     gradient = peer.cross.decode(each.payload, state.x)
     _check(gradient, state.x)
+    if state.pending is not None:
+        _check_distance(peer, gradient, state.pending.gradient, state.x, state.pending.gradient)
     return state, gradient
 
 
@@ -207,6 +213,16 @@ def _check(vector: Tensor, wanted: Tensor) -> None:
         raise Refused(f"a vector is {got}, {asked} is expected")
     if reason := refusal(vector):
         raise Refused(reason)
+
+
+def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) -> None:
+    """Own vectors are the measure: of so few neighbours none can tell which of the others is wrong."""
+    if isinstance(peer.plan.algorithm, LinkAlgorithm) or not peer.max_change:
+        return
+    size = max(float(torch.linalg.vector_norm(each)) for each in measures)
+    if size and (distance := float(torch.dist(vector, own))) > peer.max_change * size:
+        allowed = f"{peer.max_change:g} times the norm of the own, {peer.max_change * size:.3g}"
+        raise Refused(f"it is {distance:.3g} from the own; at most {allowed} (max-change)")
 
 
 def _part(payload: Payload, prefix: str) -> Payload:
@@ -233,13 +249,20 @@ def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Orde
     """Weighted means of every vector."""
     theirs = [{j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))]
     pairs = zip(_sent(peer, state), theirs, strict=True)
-    return tuple(weighted(own, other, order.neighbours) for own, other in pairs)
+    return tuple(_together(peer, own, other, order) for own, other in pairs)
 
 
-def _mix_stats(state: PeerState, found: Mapping[int, Model], order: Order) -> PeerState:
+def _together(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Order) -> Tensor:
+    """The mean of the neighbourhood of one vector."""
+    if peer.robust.on:
+        return neighbourhood_mean(own, theirs, order.neighbours, peer.robust)
+    return weighted(own, theirs, order.neighbours)
+
+
+def _mix_stats(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> PeerState:
     if not state.stats.numel():
         return state
-    return state._replace(stats=weighted(state.stats, {j: model.stats for j, model in found.items()}, order.neighbours))
+    return state._replace(stats=_together(peer, state.stats, {j: model.stats for j, model in found.items()}, order))
 
 
 def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
@@ -262,7 +285,7 @@ def _meet(
 ) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
     """The neighbours' models: mix them; in the model variant, descend along the own gradients there too."""
     state, found, refused = _models(peer, state, received, order)
-    state, algorithm, metrics = _mix_stats(state, found, order), peer.plan.algorithm, Metrics()
+    state, algorithm, metrics = _mix_stats(peer, state, found, order), peer.plan.algorithm, Metrics()
     if isinstance(algorithm, LinkAlgorithm):
         vectors = {j: model.vectors for j, model in found.items()}
         return state._replace(algorithm=algorithm.mix(state.algorithm, vectors)), metrics, refused
@@ -286,7 +309,7 @@ def _finish(
     if pending is None:
         raise ValueError(f"step {order.step} ends an exchange that this site does not remember to have begun")
     state, found, refused = _usable(peer, state, received, order, _decode_gradient)
-    state = _descend(peer, state, weighted(pending.gradient, found, order.neighbours), order)
+    state = _descend(peer, state, _together(peer, pending.gradient, found, order), order)
     state = _exchange(peer, state, sent, pending.mixed)._replace(pending=None)
     return *_trained(peer, state, float(pending.loss), order), refused
 

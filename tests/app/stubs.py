@@ -160,7 +160,8 @@ class Outcome(History):
     """What a run left behind.
 
     Attributes:
-        refused: what was refused.
+        refused: what was refused by the server.
+        refused_by: what peers say they refused.
         kept: the models, as they came.
         error: the error that ended it, if one did.
         seconds: how long it took, the census included.
@@ -170,6 +171,7 @@ class Outcome(History):
         super().__init__(config)
         self.seconds = 0.0
         self.refused: list[Refused] = []
+        self.refused_by: list[Refused] = []
         self.kept: list[dict[str, torch.Tensor]] = []
         self.error: Exception | None = None
 
@@ -177,7 +179,7 @@ class Outcome(History):
         """Keep it."""
         super().__call__(event)
         if isinstance(event, Refused):
-            self.refused.append(event)
+            (self.refused_by if event.by else self.refused).append(event)
         if isinstance(event, Kept):
             self.kept.append({name: unpack(array) for name, array in event.arrays.items()})
 

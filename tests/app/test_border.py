@@ -45,6 +45,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "scaffold, bf16": {"wire": {"down_codec": "bf16"}},
     "FedMedian, sign": {"wire": {"codec": "sign", "error_feedback": "deep-squeeze"}},
     "fedbuff, top-k": {"wire": {"codec": "top-k", "error_feedback": "deep-squeeze"}},
+    "co-learning, median": {"robust": {"mean": "median"}},
+    "scaffold, krum": {"robust": {"mean": "krum"}},
+    "FedAdam, krum": {"robust": {"mean": "krum"}},
+    "fedbuff, trimmed": {"robust": {"mean": "trimmed-mean"}},
+    "gsgm, median": {"robust": {"mean": "median"}},
+    "d-psgd, clipped": {"robust": {"mean": "clipped"}},
     "dmsgd, sealed": {"strategy": "dmsgd", "wire": {"sealing": "trust-on-first-use"}},
 }
 
@@ -325,6 +331,7 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
     check_named(lines, refused=bool(found.refused))
     assert {event.site.number for event in found.refused} <= {BAD}
     assert len(found.refused) <= 1
+    assert {event.by for event in found.refused_by} <= {f"site {BAD}"}
     of_test = [event for event in found.refused if event.phase == "test"]
     if kind == "train" and of_test:  # costs no more than the test
         assert found.model() == changed(name, kind, at, answers(name)[kind][at]).model()

@@ -99,7 +99,7 @@ SPOILED: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "NaN loss": (with_metric("loss", float("nan")), "loss is nan: must be a finite number"),
     "whole number as text": (with_metric("samples", [1]), "samples is [1]: must be a valid integer"),
     "unknown metric": (with_metric("weight", 1.0), "'weight' is unknown"),
-    "far": (with_value(1e6), "x: it moves the model by 1e+06; at most 10 times the median over the sites, "),
+    "far": (with_value(1e6), "x: it moves the model by 1e+06; at most 5 times the median over the sites, "),
 }
 
 

@@ -45,6 +45,7 @@ from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
+from client_app.status import Status
 from configuration.config import Config
 from configuration.config import task as find
 from configuration.network import parameters_of
@@ -56,7 +57,7 @@ from models.tasks import TASKS
 from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
-from strategies.protocol import read_order, read_peer_order
+from strategies.protocol import printable, read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
@@ -96,12 +97,29 @@ class Service:
         self._runs: OrderedDict[int, _Memory] = OrderedDict()
         self._begun = _Begun(_runs_file(site))
         self._doing = ("starting", time.monotonic())
+        self._status: Status | None = None
 
     # Letters.
+
+    def show(self) -> None:
+        """Serve the page of this site.
+
+        Raises:
+            PolicyError: nobody can listen there.
+        """
+        _, data = _read_for_some_task(self._site)
+        self._status = Status(self._site, (len(data.train.y), len(data.test.y)), _rules(self._site), self._now)
+        self._status.serve()
+
+    def _now(self) -> tuple[str, float]:
+        doing, since = self._doing
+        return doing, time.monotonic() - since
 
     def serve(self) -> None:
         """Answer letters until the process is ended."""
         with _listening(self._site) as listener:
+            if self._site.page:
+                self.show()
             Thread(target=self._accept, args=[listener], daemon=True).start()
             while True:
                 self._work(self._letters.get())
@@ -143,8 +161,8 @@ class Service:
                     letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {WAITING} letters wait")
                     return
                 while not wait([found.answer], TELL_S).done:
-                    doing, since = self._doing
-                    letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                    doing, seconds = self._now()
+                    letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(seconds)}))
                 answer = found.answer.result()
                 if isinstance(answer, str):
                     letter.say(line, letter.REFUSED, answer)
@@ -265,12 +283,14 @@ class Service:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         config = found.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
+        strategy = found.head["run-config"].get("strategy")
         line = {
             "time": moment,
             "way": way,
             "run": found.head.get("run"),
             "round": number if isinstance(number, int) else None,
             "kind": found.head.get("kind"),
+            "strategy": printable(strategy) if isinstance(strategy, str) else None,
             "bytes": size,
             **more,
         }
@@ -278,6 +298,8 @@ class Service:
         if self._site.audit:
             with Path(self._site.audit).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        if self._status:
+            self._status.add(line)
 
 
 def _runs_file(site: SiteFile) -> Path | None:
@@ -441,9 +463,10 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
+        f"page: {f'http://{site.page}' if site.page else 'none'}",
         f"privacy: {_spent(site)}",
         "policy:",
-        *(f"  {key} = {_shown(key, value)}" for key, value in site.policy.model_dump(by_alias=True).items()),
+        *(f"  {key} = {shown}" for key, shown in _rules(site).items()),
     ]
     return "\n".join(lines)
 
@@ -467,6 +490,11 @@ def _read_for_some_task(site: SiteFile) -> tuple[Config, SiteData]:
         error for task, error in zip(site.policy.tasks, failures, strict=True) if source and find(task).target in source.targets
     )
     raise next(known, failures[0])
+
+
+def _rules(site: SiteFile) -> dict[str, str]:
+    """Of the policy, in words."""
+    return {key: _shown(key, value) for key, value in site.policy.model_dump(by_alias=True).items()}
 
 
 def _shown(key: str, value: object) -> str:

@@ -19,6 +19,7 @@ from strategies.keys import Decay, NotNegative, Only, Positive, Share
 from strategies.method import Section
 from strategies.topology import TOPOLOGIES
 
+TRACKERS = ("tensorboard", "mlflow")
 UNDIRECTED = tuple(name for name, kind in TOPOLOGIES.items() if not kind.directed)
 
 
@@ -46,6 +47,17 @@ def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> After
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
         kinds = (*allowed, *(("torchvision:NAME",) if more is not tuple else ()), "package.module:NAME")
         raise ValueError(f"allowed: {', '.join(kinds)}{hint}")
+
+    return AfterValidator(check)
+
+
+def _names(*allowed: str) -> AfterValidator:
+    """Names of ``allowed`` ones, with blanks between them."""
+
+    def check(names: str) -> str:
+        if any(name not in allowed for name in names.split()):
+            raise ValueError(f"allowed: {', '.join(allowed)}, with blanks between them, or nothing")
+        return names
 
     return AfterValidator(check)
 
@@ -209,6 +221,10 @@ class Results(Section):
     """tests also tell the metrics of each class and, of a classification, how well probabilities are calibrated"""
     evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
+    log: Literal["text", "json"] = "text"
+    """of the console: text, or json: events and log as lines of JSON with run, round and site"""
+    trackers: Annotated[str, _names(*TRACKERS)] = ""
+    """experiment trackers that get the metrics, such as "tensorboard mlflow"; each is an extra to install"""
 
 
 class Computing(Section):

@@ -27,9 +27,13 @@ from configuration.description import Description
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from models.flat import FlatModel
+from page import document
 from server_app import plots
 from server_app.census import Federation, RunError
 from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported, Sink
+from server_app.journal import Journal, Logged
+from server_app.overview import overview
+from server_app.trackers import Trackers
 from strategies.method import ArrivalPlan, PeerPlan
 from strategies.records import STATS, X, unpack
 
@@ -158,12 +162,6 @@ def _no_formula(name: str) -> str:
     return f"'{name}" if re.match(r"[=+@-](?![\d.]+$)", name) else name
 
 
-def read_metrics(file: Path) -> pd.DataFrame:
-    """``metrics.csv``, without a last row that was cut off."""
-    text = file.read_text()
-    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str})
-
-
 class Rows:
     """The sink of ``metrics.csv``: a killed run leaves whole rows.
 
@@ -254,6 +252,27 @@ class Pictures:
         self._drawn = time.monotonic()
 
 
+class Report:
+    """The sink of ``report.html``: the page to watch, with what it shows of this run in it; every few seconds and at the end.
+
+    Args:
+        folder: where, and of what.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._due = folder, 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Write it, and take no more than a hundredth of the time."""
+        start = time.monotonic()
+        if isinstance(event, Ended) or (isinstance(event, Began | Progress) and start >= self._due):
+            partial = self._folder / "report.partial"
+            partial.write_text(document({"run": overview(self._folder)}))
+            partial.replace(self._folder / "report.html")
+            end = time.monotonic()
+            self._due = end + max(DRAW_EVERY_S, 100 * (end - start))
+
+
 class Printed:
     """The sink of the console: what is about to run, a line of progress a round, a table at the end.
 
@@ -329,7 +348,8 @@ class Folder(History):
     """Writes the folder of a run, besides keeping everything in memory.
 
     ``config.toml``: the whole configuration, which ``--run-config`` takes back. ``sites.csv``: who takes part. ``metrics.csv``:
-    tidy. ``model*.safetensors``: the newest model. ``*.png``: pictures.
+    tidy. ``model*.safetensors``: the newest model. ``*.png``: pictures. ``events.jsonl``: what happened. ``report.html``: a page of
+    all that.
 
     A disk that is full or a folder that is moved away does not stop a run: it goes on in memory, and what is missing is written
     as soon as that works, at the latest at the end.
@@ -351,6 +371,8 @@ class Folder(History):
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
             raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
         self._sinks: list[Sink] = []
+        self._trackers = Trackers(config)
+        self._logged = Logged(config) if config.results.log == "json" else None
 
     def __call__(self, event: Event) -> None:
         """Keep it, then write and print it.
@@ -361,7 +383,11 @@ class Folder(History):
         super().__call__(event)
         if isinstance(event, Began):
             self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
-            self._sinks = [kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)]
+            if self._logged:
+                self._logged.lines.run = self.path.name
+            console = self._logged or Printed(self, self.path)
+            files = Rows(self, self.path), Models(self, self.path), Pictures(self, self.path), Journal(self.config, self.path)
+            self._sinks = [console, *files, Report(self.path), self._trackers.begin(self.path)]
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)

@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.loopback and name not in LOOPBACK:  # a page elsewhere whose name points here (DNS rebinding)
             self._send(403, Answer("text/plain", b"ask for it by 127.0.0.1 or localhost\n"))
             return
-        query = {key: values[-1] for key, values in parse_qs(address.query, max_num_fields=20).items()}
+        query = {key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
         route = self.server.routes.get(address.path)
         found = route(query) if route else None
         self._send(200 if found else 404, found or Answer("text/plain", b"there is no such page\n"))

@@ -70,7 +70,6 @@ class Lines:
 
     def _start(self, began: Began) -> dict[str, Any]:
         config, sites = self._config, began.federation.sites
-        keys = ("site", "name", "train", "test")
         self._sites = len(sites)
         edges = [list(edge) for edge in graph_of(config).graph.edges] if isinstance(config.plan, PeerPlan) else []
         return {

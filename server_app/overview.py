@@ -106,7 +106,7 @@ def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]
         "now": {split: _newest_of(everybody[everybody["split"] == split]) for split in ("train", "test", "consensus")},
         "bytes": _traffic(everybody),
         "curves": {split: _curves(metrics[metrics["split"] == split], split, headline) for split in ("train", "test")},
-        "sites": _sites(folder, began, lines, metrics, config, state),
+        "sites": _sites(folder, began, lines, metrics, config, headline, state in ("finished", "failed")),
         "links": _links(metrics),
         "edges": began.get("edges", []),
         "config": config,
@@ -217,12 +217,13 @@ def _sites(
     lines: list[dict[str, Any]],
     metrics: pd.DataFrame,
     config: Mapping[str, Any],
-    state: str,
+    headline: str,
+    over: bool,
 ) -> list[dict[str, Any]]:
     """A row a site."""
     known = began.get("sites") or _sites_file(folder / SITES)
     rows = {int(each["site"]): dict(each) | {"does": "", "seen": None, "refused": {}, "why": None} for each in known}
-    _follow(rows, lines, state in ("finished", "failed"))
+    _follow(rows, lines, over)
     own = metrics[metrics["site"] != EVERYBODY]
     newest = own.drop_duplicates(["site", "split", "metric"], keep="last")
     values: dict[int, dict[str, float]] = {}
@@ -234,7 +235,7 @@ def _sites(
         found = values.get(number, {})
         key = str(number)
         row |= {
-            "metrics": {name: found[name] for name in found if name.startswith("test ") or name == "train loss"},
+            "metrics": {name: found[name] for name in (f"test {headline}", "test loss") if name in found},
             "up": int(traffic["bytes_up"].get(key, 0)),
             "down": int(traffic["bytes_down"].get(key, 0)),
             "speed": speeds.get(number),
@@ -277,16 +278,17 @@ def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: 
 
 
 def _speeds(own: pd.DataFrame, config: Mapping[str, Any]) -> dict[int, float]:
-    """Samples a second that each site trained on, from its last report but one to the last, with whatever it waited for."""
-    rows = own[(own["split"] == "train") & own["metric"].isin(["samples", "updates"])]
+    """Samples a second that each site trained on, from its last report but one to the last, with whatever it waited for.
+
+    Where sites do not tell samples: of its updates or, of a peer, of the exchanges that there were.
+    """
+    of_update = float(config.get(f"{config.get('strategy')}.local-steps", 1)) * float(config.get("training.batch-size", 1))
     found = {}
-    for site, each in rows.groupby("site"):
-        each = each.drop_duplicates("round", keep="last")
-        before = float(each["seconds"].iloc[-2]) if len(each) > 1 else 0.0
-        last = each.iloc[-1]
-        count = float(last["value"])
-        if last["metric"] == "updates":
-            count *= float(config.get(f"{config.get('strategy')}.local-steps", 1)) * float(config.get("training.batch-size", 1))
-        if (elapsed := float(last["seconds"]) - before) > 0:
-            found[int(str(site))] = count / elapsed
+    for site, each in own[own["split"] == "train"].groupby("site"):
+        moments = each.drop_duplicates("round", keep="last")[["round", "seconds"]].to_numpy(float)
+        before, last = (moments[-2] if len(moments) > 1 else np.zeros(2)), moments[-1]
+        told = each[each["round"] == last[0]].set_index("metric")["value"].to_dict()
+        count = told.get("samples", told.get("updates", last[0] - before[0]) * of_update)
+        if last[1] > before[1]:
+            found[int(str(site))] = float(count / (last[1] - before[1]))
     return found

@@ -18,13 +18,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from client_app.policy import PolicyError, SiteFile
+from client_app.policy import Policy, PolicyError, SiteFile
 from client_app.privacy import Account
 from page import address_of, server
 
 NEWEST = 100  # letters on the page
 TAIL = 2**17  # bytes at the end of the audit log, of letters before this service started
-RULE = re.compile(r"this site's policy has ([a-z-]+) = |refused by this site's policy: ([a-z-]+) = ")
+RULES = {field.alias for field in Policy.model_fields.values()}
 
 
 class Status(Collector):
@@ -127,8 +127,8 @@ def rule_of(refusal: str) -> str:
     """The policy's key that an answer names; of few different ones, for whoever counts."""
     if "BudgetError" in refusal:
         return "epsilon"
-    found = RULE.search(refusal)
-    return next(filter(None, found.groups())) if found else "other"
+    named = re.findall(r"this site's policy has ([a-z-]+) = ", refusal) or re.findall(r"policy: ([a-z-]+) = ", refusal)
+    return named[-1] if named and named[-1] in RULES else "other"
 
 
 def _tail(audit: str) -> list[dict[str, Any]]:

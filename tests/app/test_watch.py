@@ -48,7 +48,7 @@ def spoiled(site: int, message: Message, content: RecordDict) -> Answer:
     return RecordDict() if kind == "train" and site == 2 else content
 
 
-CONFIG = configuration(**{"strategy": "fedavg", "num_sites": 3, "epochs": 4, "fedavg.local-epochs": 1, "model.name": NETWORK})
+CONFIG = configuration(strategy="fedavg", num_sites=3, model={"name": NETWORK})
 
 
 def folder_of(root: Path, spoil: Spoil = honest, **changes: Any) -> Path:

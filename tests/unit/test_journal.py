@@ -15,7 +15,7 @@ from configuration.config import Config, configuration
 from models.flat import FlatModel
 from server_app import journal
 from server_app.census import Federation, RunError, Site
-from server_app.events import EVERYBODY, Began, Ended, Kept, Progress, Refused, Reported
+from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Refused, Reported
 from server_app.journal import Journal, Lines, Logged, goes_on
 
 SITES = tuple(Site(number, 10 + number, f"site {number}", 8, 4, (), b"", b"") for number in range(3))
@@ -45,7 +45,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def test_lines_say_time_run_round_site_and_what_happened(config: Config, tmp_path: Path) -> None:
     sink = Journal(config, tmp_path)
-    for event in (
+    events: tuple[Event, ...] = (
         began(),
         reported(1, 0),
         reported(1, 2),
@@ -56,7 +56,8 @@ def test_lines_say_time_run_round_site_and_what_happened(config: Config, tmp_pat
         *(reported(2, site) for site in range(3)),
         progress(2),
         Ended(RunError("too few")),
-    ):
+    )
+    for event in events:
         sink(event)
     first, refused, one, two, ended = lines(tmp_path / "events.jsonl")
     assert {line["run"] for line in (first, refused, one, two, ended)} == {tmp_path.name}

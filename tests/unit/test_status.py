@@ -49,7 +49,7 @@ def test_letters_bytes_and_refusals_are_counted() -> None:
     registry = CollectorRegistry()
     registry.register(page)
     found = {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(generate_latest(registry).decode())
         for sample in family.samples
     }

@@ -85,7 +85,9 @@ class Status(Collector):
     def collect(self) -> Iterable[Metric]:
         """Prometheus' metrics."""
         site = str(self._site.site)
-        yield GaugeMetricFamily("archipelago_site_up", "1 while the service answers letters", 1.0)
+        up = GaugeMetricFamily("archipelago_site_up", "1 while the service answers letters", labels=["site"])
+        up.add_metric([site], 1.0)
+        yield up
         with self._lock:
             letters, sent, refused, last = dict(self._letters), dict(self._bytes), dict(self._refused), self._last
         for name, help, values in (

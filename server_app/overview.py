@@ -75,7 +75,7 @@ def brief(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]:
     """Of files as they are now; read again when one has changed."""
     config = _flat(_config(folder / CONFIG))

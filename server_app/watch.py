@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from page import address_of, server
 from server_app.overview import brief, overview, runs
 
-NEWEST = 200  # runs in the list
+NEWEST = 100  # runs in the list
 
 
 def data(root: Path, query: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """What the page shows of runs: from the files of their folders, whatever names sites chose; and the server of it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPResponse
@@ -13,6 +14,8 @@ from flwr.app import Message, RecordDict
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from client_app.policy import SiteFile
+from client_app.status import Status
 from configuration.config import configuration
 from page import as_json, document, policy, server
 from server_app import plots
@@ -23,7 +26,9 @@ from server_app.results import Folder, Pictures
 from server_app.watch import Runs, data
 from strategies.protocol import write_card
 from tests.app.stubs import NETWORK, Answer, Sites, Spoil, card
+from tests.conftest import ROOT
 
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text())
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -282,3 +287,23 @@ def test_journal_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, mo
     folder = folder_of(tmp_path, spoil)
     kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
     assert kinds == ["began", *["progress"] * 4, "ended"]
+
+
+def test_every_metric_of_the_dashboard_is_exported(root: Path, tmp_path: Path) -> None:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Runs(root))
+    site = SiteFile.model_validate(
+        {
+            "site": 0,
+            "socket": "s",
+            "data": {"source": "digits"},
+            "state": str(tmp_path),
+            "privacy": {"clip-norm": 1.0, "noise-multiplier": 8.0, "epsilon": 8.0},
+        }
+    )
+    registry.register(Status(site, (1, 1), {}, lambda: ("", 0.0)))
+    exported = set(re.findall(r"^# HELP (\w+)", generate_latest(registry).decode(), re.MULTILINE))
+    expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    used = {name for each in expressions for name in re.findall(r"archipelago_\w+", each)}
+    assert used
+    assert used <= exported

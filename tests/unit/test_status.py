@@ -55,7 +55,7 @@ def test_letters_bytes_and_refusals_are_counted() -> None:
     }
     assert found["archipelago_bytes_total", "1", "in"] == 10 * NEWEST
     assert found["archipelago_refused_total", "1", "strategies"] == 1
-    assert (found["archipelago_site_up",], found["archipelago_round",], found["archipelago_train_examples",]) == (1, 2, 100)
+    assert (found["archipelago_site_up", "1"], found["archipelago_round",], found["archipelago_train_examples",]) == (1, 2, 100)
 
 
 def test_privacy_that_is_spent(tmp_path: Path) -> None:

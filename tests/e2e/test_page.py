@@ -114,7 +114,7 @@ def test_runs_their_values_and_their_comparison(page: "Page", address: str, root
     expected = overview(root / first)
     sites = cells(page, "3 sites")
     assert sites[1][0] == HOSTILE
-    assert [float(row[6]) for row in sites] == pytest.approx(
+    assert [float(row[7]) for row in sites] == pytest.approx(
         [each["metrics"]["test accuracy"] for each in expected["sites"]], rel=1e-3
     )
     assert page.locator("figure canvas").count() >= 4

@@ -73,7 +73,7 @@ class Status(Collector):
         privacy = self.spent()
         with self._lock:
             told = {
-                "newest": list(reversed(self._newest)),
+                "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],  # too large for JavaScript
                 "letters": self._letters["in"],
                 "bytes": {way: self._bytes[way] for way in ("in", "out")},
                 "refused": dict(self._refused),

@@ -120,10 +120,10 @@ class Journal:
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
+        self._file: int | None = None
         self._path, self._lines_of = folder / FILE, Lines(config, folder.name)
         self._lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else list[str]()
         self._written, self._size = len(self._lines), sum(map(len, self._lines))
-        self._file: int | None = None
 
     def __call__(self, event: Event) -> None:
         """Append a line; all of them where the file is gone."""

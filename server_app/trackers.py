@@ -43,7 +43,7 @@ class Trackers:
             if find_spec(name) is None:
                 raise ConfigError(
                     f"results.trackers = {config.results.trackers!r}: {name} is not installed; it is the extra {name!r} of this "
-                    f"project: python -m uv sync --inexact --extra {name}"
+                    f"project: python -m uv sync --inexact --python .venv/bin/python --extra {name}"
                 )
         self._events: Queue[Event] = Queue(WAITING)
 

@@ -2,7 +2,8 @@
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -12,6 +13,8 @@ import pytest
 from flwr.app import Message
 
 from client_app.app import app as client_app
+from client_app.policy import SiteFile
+from client_app.status import Status
 from page import server
 from server_app import plots
 from server_app.app import app as server_app
@@ -64,7 +67,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def address(root: Path) -> Iterator[str]:
-    served = server(("127.0.0.1", 0), partial(data, root), lambda: b"")
+    with serving(partial(data, root)) as found:
+        yield found
+
+
+@contextmanager
+def serving(told: Callable[[Mapping[str, str]], object]) -> Iterator[str]:
+    """The page of some data; its address."""
+    served = server(("127.0.0.1", 0), told, lambda: b"")
     thread = Thread(target=served.serve_forever, args=[0.01])
     thread.start()
     yield served.address
@@ -170,6 +180,23 @@ def test_report_needs_no_server_and_no_network(page: "Page", root: Path) -> None
     assert page.locator("main script").count() == 0
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert fits(page)
+
+
+def test_page_of_a_site(page: "Page") -> None:
+    site = SiteFile.model_validate({"site": 1, "name": "clinic A", "socket": "s", "data": {"source": "digits"}})
+    status = Status(site, (1200, 300), {"smallest-batch": "8"}, lambda: ("nothing", 1.0))
+    line = {"time": "2026-11-27T00:00:00Z", "run": 2**60 + 1, "round": 4, "kind": "train", "strategy": HOSTILE}
+    status.add({**line, "way": "in", "bytes": 1000})
+    status.add({**line, "way": "out", "bytes": 900, "seconds": 2.0, "norms": {"x": 0.5}})
+    with serving(status.data) as address:
+        page.goto(address)
+        page.get_by_role("heading", name="clinic A").wait_for()
+        answered, asked = cells(page, "as the audit log has them")
+        assert (asked[1], answered[1]) == ("asked", "answered")
+        assert (asked[2], asked[5]) == (str(2**60 + 1), HOSTILE)
+        assert answered[6:9] == ["900 B", "2.0 s", "x 0.5"]
+        assert cells(page, "[policy]") == [["smallest-batch", "8"]]
+        assert fits(page)
 
 
 def test_every_text_has_enough_contrast(page: "Page", address: str, root: Path) -> None:

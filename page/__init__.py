@@ -124,7 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         query = {key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
         route = self.server.routes.get(address.path)
-        found = route(query) if route else None
+        try:
+            found = route(query) if route else None
+        except Exception as error:  # such as a file that is damaged
+            self._send(500, Answer("text/plain; charset=utf-8", f"{type(error).__name__}: {error}\n".encode()))
+            return
         self._send(200 if found else 404, found or Answer("text/plain", b"there is no such page\n"))
 
     do_HEAD = do_GET

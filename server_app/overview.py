@@ -230,7 +230,7 @@ def _sites(
     for site, split, metric, value in zip(newest["site"], newest["split"], newest["metric"], newest["value"], strict=True):
         values.setdefault(int(site), {})[f"{split} {metric}"] = float(value)
     traffic = own.groupby("site")[["bytes_up", "bytes_down"]].max()
-    speeds = _speeds(own, config)
+    speeds = _speeds(own, values, config)
     for number, row in rows.items():
         found = values.get(number, {})
         key = str(number)
@@ -277,18 +277,20 @@ def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: 
         row["does"] = "" if over and row["does"] == "works" else row["does"]
 
 
-def _speeds(own: pd.DataFrame, config: Mapping[str, Any]) -> dict[int, float]:
+def _speeds(own: pd.DataFrame, values: Mapping[int, Mapping[str, float]], config: Mapping[str, Any]) -> dict[int, float]:
     """Samples a second that each site trained on, from its last report but one to the last, with whatever it waited for.
 
     Where sites do not tell samples: of its updates or, of a peer, of the exchanges that there were.
     """
     of_update = float(config.get(f"{config.get('strategy')}.local-steps", 1)) * float(config.get("training.batch-size", 1))
+    reports = own[own["split"] == "train"].drop_duplicates(["site", "round"], keep="last")
+    moments: dict[int, list[tuple[float, float]]] = {}
+    for site, number, seconds in zip(reports["site"], reports["round"], reports["seconds"], strict=True):
+        moments[int(site)] = [*moments.get(int(site), [(0.0, 0.0)])[-1:], (float(number), float(seconds))]
     found = {}
-    for site, each in own[own["split"] == "train"].groupby("site"):
-        moments = each.drop_duplicates("round", keep="last")[["round", "seconds"]].to_numpy(float)
-        before, last = (moments[-2] if len(moments) > 1 else np.zeros(2)), moments[-1]
-        told = each[each["round"] == last[0]].set_index("metric")["value"].to_dict()
-        count = told.get("samples", told.get("updates", last[0] - before[0]) * of_update)
-        if last[1] > before[1]:
-            found[int(str(site))] = float(count / (last[1] - before[1]))
+    for site, ((before, start), (last, end)) in moments.items():
+        told = values.get(site, {})
+        count = told.get("train samples", told.get("train updates", last - before) * of_update)
+        if end > start:
+            found[site] = count / (end - start)
     return found

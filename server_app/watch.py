@@ -8,8 +8,10 @@ on, and the newest one, for Prometheus. Whoever reaches the address sees all: it
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,17 @@ NEWEST = 100  # runs in the list
 
 def data(root: Path, query: Mapping[str, str]) -> dict[str, Any] | None:
     """What the page asks for: a run by its name in the list, or the list."""
-    found = runs(root)
     if "run" not in query:
-        return {"runs": [brief(folder, name) for name, folder in list(found.items())[:NEWEST]]}
-    name = query["run"]
-    return {"run": overview(found[name], name)} if name in found else None
+        return {"runs": list(newest(root, brief))}
+    folder = runs(root).get(query["run"])
+    return {"run": overview(folder, query["run"])} if folder else None
+
+
+def newest(root: Path, read: Callable[[Path, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The newest runs of a folder."""
+    for name, folder in islice(runs(root).items(), NEWEST):
+        with suppress(Exception):  # its files are not those of a run: the others are shown
+            yield read(folder, name)
 
 
 class Runs(Collector):
@@ -44,7 +52,7 @@ class Runs(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Read when they are asked for."""
-        found = [overview(folder, name) for name, folder in list(runs(self._root).items())[:NEWEST]]
+        found = list(newest(self._root, overview))
         return _metrics([run for run in found if run["live"]] or found[:1])
 
 

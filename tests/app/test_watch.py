@@ -230,6 +230,19 @@ def test_nothing_but_runs_is_told(ask: Ask, path: str) -> None:
     assert (answer.status, body) == (404, b"there is no such page\n")
 
 
+def test_folder_that_is_no_runs_does_not_hide_the_others(ask: Ask, root: Path) -> None:
+    other = root / "other"
+    other.mkdir()
+    (other / "metrics.csv").write_text("epoch,value\n1,2\n")
+    try:
+        assert [each["name"] for each in json.loads(ask("/data")[1])["runs"]] == [name for name in runs(root) if name != "other"]
+        answer, body = ask("/data?run=other")
+        assert (answer.status, body) == (500, b"KeyError: 'split'\n")
+        assert ask("/metrics")[0].status == 200
+    finally:
+        shutil.rmtree(other)
+
+
 def test_links_lead_nowhere(root: Path, tmp_path: Path) -> None:
     inside = tmp_path / "runs"
     inside.mkdir()

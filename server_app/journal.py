@@ -41,7 +41,7 @@ class Lines:
         self._sites = 0
 
     def of(self, event: Event) -> dict[str, Any] | None:
-        """What happened; None of what other files hold: metrics and models.
+        """What happened; None of what other files hold: metrics, models, and what is still to be computed.
 
         Every line has time, run, kind and round; one of a site its number and name. What else it has, are the event's fields.
         """
@@ -49,7 +49,7 @@ class Lines:
             if event.split in ("train", "test") and event.site != EVERYBODY:
                 self._heard.add(int(event.site))
             self.number = max(self.number, event.number)
-        if isinstance(event, Reported | Kept):
+        if isinstance(event, Reported | Kept) or any(map(callable, event)):
             return None
         line: dict[str, Any] = {"time": now(), "run": self.run, "round": self.number, "kind": type(event).__name__.lower()}
         match event:

@@ -130,6 +130,17 @@ def test_folders_of_killed_and_older_runs(root: Path, tmp_path: Path) -> None:
     assert overview(older)["config"] == {}
 
 
+def test_sites_that_are_away_and_back(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(next(folder for name, folder in runs(root).items() if "fedavg" in name), tmp_path / "one")
+    line = {"time": "2026-11-27T00:00:00Z", "run": "one", "round": 4, "site": 0}
+    with (folder / "events.jsonl").open("a") as file:
+        for kind in ("away", "back", "away"):
+            file.write(json.dumps({**line, "kind": kind}) + "\n")
+            file.flush()
+            found = overview(folder)["sites"][0]
+            assert found["does"] == ("away" if kind == "away" else "")  # of a run that is over
+
+
 def test_run_that_goes_on_is_live(tmp_path: Path) -> None:
     seen = []
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +96,13 @@ def test_events_that_nobody_knows_yet_are_written_too(config: Config) -> None:
         "since": 3.5,
         "other": None,
     }
+
+
+def test_what_is_still_to_be_computed_is_no_line(config: Config) -> None:
+    class Checkpoint(NamedTuple):
+        state: Callable[[], dict[str, Any]]
+
+    assert Lines(config).of(Checkpoint(dict)) is None  # type: ignore[arg-type]
 
 
 def test_journal_is_bounded_and_keeps_how_the_run_began(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

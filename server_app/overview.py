@@ -30,7 +30,7 @@ TRAINING = ("loss", "lr-first", "lr-last", "local-epochs", "staleness", "model-c
 def read_metrics(file: Path) -> pd.DataFrame:
     """``metrics.csv``, without a last row that was cut off."""
     text = file.read_text()
-    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str})
+    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str}, float_precision="round_trip")
 
 
 def runs(root: Path) -> dict[str, Path]:

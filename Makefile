@@ -1,6 +1,7 @@
 # make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='training.lr=0.1 seed=2' other values
 # make test   the tests; make test-fast: those that start no process of their own; make check: linters and types; make fix: mend
 #             what the linter can; make docs: what is generated; make bench: the benchmarks
+# make watch  a page that shows the runs: http://127.0.0.1:8080
 # make predict RUN=runs/... INPUT=file-or-folder   what a run's model says of it, as CSV
 # make notebook   Jupyter on notebooks/
 # make stop   end the SuperLink that stays for the next `make run`
@@ -23,7 +24,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 # Python keeps its compiled modules, whatever the environment says: torch alone takes 20 seconds to compile.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run predict test test-fast check fix docs bench notebook stop
+.PHONY: run watch predict test test-fast check fix docs bench notebook stop
 .DEFAULT_GOAL := run
 
 # flwr comes first since it brings the version of uv that it installs each run's packages with: one cache for both.
@@ -68,6 +69,9 @@ check: .venv/installed
 
 fix: .venv/installed
 	ruff check --fix . && ruff format .
+
+watch: .venv/installed
+	@mkdir -p '$(RESULTS)' && python -m server_app.watch '$(RESULTS)'
 
 predict: .venv/installed
 	@python -m simulation.trained '$(RUN)' '$(INPUT)'

@@ -35,6 +35,7 @@ from configuration.sections import Data
 from datasets.names import fault
 from models.networks import NETWORKS
 from models.tasks import TASKS
+from page import address_of
 from strategies.method import ArrivalPlan, PeerPlan, Section
 from strategies.methods import METHODS
 from strategies.protocol import Order, PeerOrder
@@ -132,6 +133,8 @@ class SiteFile(Section):
     """file of the site's own key, for sealed runs"""
     peer_keys: str = ""
     """file of its neighbours' public keys"""
+    page: str = ""
+    """host:port at which the site's own page is served, such as "127.0.0.1:8081"; it asks for no password; empty: none is"""
     policy: Policy = Policy()
     sharding: bool = False
     """for models that do not fit one device: each process of torchrun has its shard of parameters, gradients and moments (FSDP2)"""
@@ -185,6 +188,11 @@ def read_site(path: Path) -> SiteFile:
         raise PolicyError(f"{path}: private-key and peer-keys belong together")
     if found.name and (wrong_name := fault([found.name])):
         raise PolicyError(f"{path}: name: {wrong_name}")
+    if found.page:
+        try:
+            address_of(found.page)
+        except ValueError as error:
+            raise PolicyError(f"{path}: page: {error}") from None
     if found.privacy and not found.state:
         raise PolicyError(f"{path}: privacy needs state, a folder in which it is written down what is spent")
     if found.privacy and found.policy.metrics:

@@ -46,6 +46,7 @@ from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
+from client_app.status import Status
 from configuration.config import Config, identity
 from configuration.config import task as find
 from configuration.files import write_whole
@@ -104,13 +105,30 @@ class Service:
         self._runs: OrderedDict[int, _Memory] = OrderedDict()
         self._begun = _Begun(_runs_file(site))
         self._doing = ("starting", time.monotonic())
+        self._status: Status | None = None
 
     # Letters.
+
+    def show(self) -> None:
+        """Serve the page of this site.
+
+        Raises:
+            PolicyError: nobody can listen there.
+        """
+        _, data = _read_for_some_task(self._site)
+        self._status = Status(self._site, (len(data.train.y), len(data.test.y)), _rules(self._site), self._now)
+        self._status.serve()
+
+    def _now(self) -> tuple[str, float]:
+        doing, since = self._doing
+        return doing, time.monotonic() - since
 
     def serve(self) -> None:
         """Answer letters until the process is ended."""
         signal.signal(signal.SIGALRM, lambda *_: None)  # outside of _deadline one comes too late
         with _listening(self._site) as listener:
+            if self._site.page:
+                self.show()
             Thread(target=self._accept, args=[listener], daemon=True).start()
             while True:
                 self._work(self._letters.get())
@@ -153,9 +171,9 @@ class Service:
                     letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {WAITING} letters wait")
                     return
                 while not wait([found.answer], TELL_S).done:
-                    doing, since = self._doing
+                    doing, seconds = self._now()
                     try:
-                        letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                        letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(seconds)}))
                     except OSError:  # a run was stopped, or its SuperNode; the next letter need not wait for its work
                         found.unwanted.set()
                         os.kill(os.getpid(), signal.SIGALRM)
@@ -288,23 +306,28 @@ class Service:
         """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
         config = found.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
+        strategy = found.head["run-config"].get("strategy")
         line = {
             "way": way,
             "sender": found.sender,
             "run": found.head.get("run"),
             "round": number if isinstance(number, int) else None,
             "kind": found.head.get("kind"),
+            "strategy": printable(strategy) if isinstance(strategy, str) else None,
             "bytes": size,
             **more,
         }
         self._write(line)
 
     def _write(self, line: Mapping[str, object]) -> None:
-        text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line})
+        stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line}
+        text = json.dumps(stamped)
         print(text, file=sys.stderr, flush=True)
         if self._site.audit:
             with Path(self._site.audit).open("a") as file:
                 file.write(text + "\n")
+        if self._status:
+            self._status.add(stamped)
 
 
 def _sender(line: socket.socket) -> dict[str, int]:
@@ -485,9 +508,10 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
         f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
         f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
+        f"page: {f'http://{site.page}' if site.page else 'none'}",
         f"privacy: {_spent(site)}",
         "policy:",
-        *(f"  {key} = {_shown(key, value)}" for key, value in site.policy.model_dump(by_alias=True).items()),
+        *(f"  {key} = {shown}" for key, shown in _rules(site).items()),
     ]
     return "\n".join(lines)
 
@@ -511,6 +535,11 @@ def _read_for_some_task(site: SiteFile) -> tuple[Config, SiteData]:
         error for task, error in zip(site.policy.tasks, failures, strict=True) if source and find(task).target in source.targets
     )
     raise next(known, failures[0])
+
+
+def _rules(site: SiteFile) -> dict[str, str]:
+    """Of the policy, in words."""
+    return {key: _shown(key, value) for key, value in site.policy.model_dump(by_alias=True).items()}
 
 
 def _shown(key: str, value: object) -> str:

@@ -20,6 +20,7 @@ from strategies.method import Section
 from strategies.robust import Kind, Robust
 from strategies.topology import TOPOLOGIES
 
+TRACKERS = ("tensorboard", "mlflow")
 UNDIRECTED = tuple(name for name, kind in TOPOLOGIES.items() if not kind.directed)
 
 
@@ -47,6 +48,17 @@ def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> After
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
         kinds = (*allowed, *(("torchvision:NAME",) if more is not tuple else ()), "package.module:NAME")
         raise ValueError(f"allowed: {', '.join(kinds)}{hint}")
+
+    return AfterValidator(check)
+
+
+def _names(*allowed: str) -> AfterValidator:
+    """Names of ``allowed`` ones, with blanks between them."""
+
+    def check(names: str) -> str:
+        if any(name not in allowed for name in names.split()):
+            raise ValueError(f"allowed: {', '.join(allowed)}, with blanks between them, or nothing")
+        return names
 
     return AfterValidator(check)
 
@@ -230,6 +242,10 @@ class Results(Section):
     """a run can go on from every round or test, and asynchronous ones at least from so many minutes ago; 0: never"""
     resume: str = ""
     """go on with a run that was killed: its folder, or auto for the newest of this configuration, or a new one"""
+    log: Literal["text", "json"] = "text"
+    """of the console: text, or json: events and log as lines of JSON with run, round and site"""
+    trackers: Annotated[str, _names(*TRACKERS)] = ""
+    """experiment trackers that get the metrics, such as "tensorboard mlflow"; each is an extra to install"""
 
 
 class Computing(Section):

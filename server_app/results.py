@@ -29,10 +29,14 @@ from configuration.errors import ConfigError
 from configuration.files import SITES, write_whole
 from configuration.graph import graph_of
 from models.flat import FlatModel
+from page import document
 from server_app import plots
 from server_app.census import Federation, RunError
 from server_app.checkpoint import Saved, Writer
 from server_app.events import EVERYBODY, Began, Checkpoint, Ended, Event, Kept, Progress, Refused, Reported, Sink
+from server_app.journal import Journal, Logged
+from server_app.overview import overview, read_metrics
+from server_app.trackers import Trackers
 from strategies.method import ArrivalPlan, PeerPlan
 from strategies.protocol import Started
 from strategies.records import STATS, X, pack, unpack
@@ -175,12 +179,6 @@ def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None
 def _no_formula(name: str) -> str:
     """A name that a site chose so that a spreadsheet does not compute it; but for a number with a sign."""
     return f"'{name}" if re.match(r"[=+@-](?![\d.]+$)", name) else name
-
-
-def read_metrics(file: Path) -> pd.DataFrame:
-    """``metrics.csv``, without a last row that was cut off."""
-    text = file.read_text()
-    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str}, float_precision="round_trip")
 
 
 class Rows:
@@ -330,6 +328,27 @@ class Pictures:
         self._drawn = time.monotonic()
 
 
+class Report:
+    """The sink of ``report.html``: the page to watch, with what it shows of this run in it; every few seconds and at the end.
+
+    Args:
+        folder: where, and of what.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._due = folder, 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Write it, and take no more than a hundredth of the time."""
+        start = time.monotonic()
+        if isinstance(event, Ended) or (isinstance(event, Began | Progress) and start >= self._due):
+            partial = self._folder / "report.partial"
+            partial.write_text(document({"run": overview(self._folder)}))
+            partial.replace(self._folder / "report.html")
+            end = time.monotonic()
+            self._due = end + max(DRAW_EVERY_S, 100 * (end - start))
+
+
 class Printed:
     """The sink of the console: what is about to run, a line of progress a round, a table at the end.
 
@@ -406,7 +425,8 @@ class Folder(History):
     """Writes the folder of a run, besides keeping everything in memory.
 
     ``config.toml``: the whole configuration, which ``--run-config`` takes back. ``sites.csv``: who takes part. ``metrics.csv``:
-    tidy. ``refused.csv``: what was refused. ``model*.safetensors``: the newest model. ``*.png``: pictures.
+    tidy. ``refused.csv``: what was refused. ``model*.safetensors``: the newest model. ``*.png``: pictures. ``events.jsonl``: what
+    happened. ``report.html``: a page of all that.
 
     A disk that is full or a folder that is moved away does not stop a run: it goes on in memory, and what is missing is written
     as soon as that works, at the latest at the end.
@@ -434,6 +454,8 @@ class Folder(History):
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
             raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
         self._sinks: list[Sink] = []
+        self._trackers = Trackers(config)
+        self._logged = Logged(config) if config.results.log == "json" else None
 
     def __call__(self, event: Event) -> None:
         """Keep it, then write and print it.
@@ -448,9 +470,12 @@ class Folder(History):
                 self.resume(*self._before)
             else:
                 self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
-            written = (Printed, Rows, Models, Pictures)
+            if self._logged:
+                self._logged.lines.run = self.path.name
+            console, drawn = self._logged or Printed(self, self.path), Pictures(self, self.path)
+            files = Rows(self, self.path), Models(self, self.path), Refusals(self.path), Journal(self.config, self.path)
             kept = Checkpoints(self, self.path, self._started)
-            self._sinks = [*(kind(self, self.path) for kind in written), Refusals(self.path), kept]
+            self._sinks = [console, *files, drawn, Report(self.path), self._trackers.begin(self.path), kept]
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)

@@ -40,8 +40,9 @@ from server_app.app import run as run_server
 from server_app.census import RunError, take_census
 from server_app.checkpoint import Saved
 from server_app.events import EVERYBODY, Began, Event, Progress, Sink
+from server_app.overview import read_metrics
 from server_app.plots import who_has_what
-from server_app.results import Checkpoints, History, Rows, class_counts, read_metrics, write_description, write_models
+from server_app.results import Checkpoints, History, Rows, class_counts, write_description, write_models
 from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid

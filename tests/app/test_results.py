@@ -18,7 +18,8 @@ from configuration.errors import ConfigError
 from server_app.app import run
 from server_app.census import RunError
 from server_app.events import EVERYBODY, Ended, Event
-from server_app.results import Folder, History, class_counts, read_metrics
+from server_app.overview import read_metrics
+from server_app.results import Folder, History, class_counts
 from tests.app.stubs import NETWORK, Answer, Sites, Spoil, card
 from tests.app.stubs import outcome as in_memory
 

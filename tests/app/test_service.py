@@ -2,6 +2,7 @@
 
 import contextlib
 import grp
+import json
 import math
 import os
 import resource
@@ -12,8 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -30,6 +32,7 @@ from client_app.site import SiteId, network_of, raw_data
 from configuration.config import Config
 from strategies.records import metrics_of, pack
 from tests.app.services import RUN_IDS, Service, answer_to, config_of, deployed, flat, order, said
+from tests.e2e.processes import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -556,3 +559,31 @@ def test_process_that_is_killed_is_heard_of_and_all_begin_anew(rank: int, shardi
     while answer_to(service, flat()).has_error():
         time.sleep(0.2)
     service.end()
+
+
+# --- its own page -----------------------------------------------------------------------------------------------------
+
+
+def test_page_of_the_site_says_what_was_asked_and_what_left(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    service = Service(tmp_path, page=address, policy={"strategies": ["fedavg"]})
+    try:
+        assert not said(answer_to(service, flat(), "query.site"))
+        assert "strategies" in said(answer_to(service, flat("gsgm")))
+        with urlopen(f"http://{address}/data", timeout=30) as answer:
+            found = json.load(answer)["site"]
+        assert [(each["way"], each["kind"], each["strategy"]) for each in found["newest"]] == [
+            ("out", "query.site", "gsgm"),
+            ("in", "query.site", "gsgm"),
+            ("out", "query.site", "fedavg"),
+            ("in", "query.site", "fedavg"),
+        ]
+        assert found["refused"] == {"strategies": 1}
+        assert found["policy"]["strategies"] == "['fedavg']"
+        assert found["train"] + found["test"] == 1797
+        with urlopen(f"http://{address}/metrics", timeout=30) as answer:
+            assert 'archipelago_refused_total{rule="strategies",site="1"} 1.0' in answer.read().decode()
+        with pytest.raises(AssertionError, match=f"page = '{address}': .*in use"):
+            Service(Path(mkdtemp(dir=tmp_path)), page=address)
+    finally:
+        service.end()

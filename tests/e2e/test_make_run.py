@@ -40,7 +40,9 @@ def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_pa
     (folder,) = (tmp_path / "ray").iterdir()
     assert {file.name for file in folder.iterdir()} == {
         "config.toml",
+        "events.jsonl",
         "metrics.csv",
+        "report.html",  # of files that Flower's bundle carries
         "sites.csv",
         "model.safetensors",
         "curves.png",

@@ -44,15 +44,10 @@ run: .venv/installed
 		--database state.db --log-file superlink.log >/dev/null 2>&1 & \
 	for try in $$(seq 120); do there && break; sleep 0.5; done; }
 	@# A file and pairs, checked, as the pairs that Flower takes; each site's share of a GPU, 0 on a machine without one.
-	@eval "$$(python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)')" && cd $(FLWR_HOME) && \
-	share=$${GPU_SHARE:-$$(awk "BEGIN { share = $(GPUS) / $$SITES; print (share > 1 ? 1 : int(share * 100) / 100) }")} && set -x && \
-	flwr run $(CURDIR) --stream --run-config "$$RUN_CONFIG" \
+	@eval "$$(python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)')" && \
+	share=$${GPU_SHARE:-$$(awk "BEGIN { share = $(GPUS) / $$SITES; print (share > 1 ? 1 : int(share * 100) / 100) }")} && \
+	python -m deploy.run -- --run-config "$$RUN_CONFIG" \
 		--federation-config "num-supernodes=$$SITES client-resources-num-cpus=1 client-resources-num-gpus=$$share"
-	@# `flwr run` ends with success even if the run failed, and its log ends a moment before the run does: ask how it went.
-	@cd $(FLWR_HOME) && for second in $$(seq 60); do \
-		status=$$(flwr ls --limit 1 --format json | grep -o 'finished:[a-z]*'); \
-		case "$$status" in finished:completed) exit 0;; finished:*) break;; esac; sleep 1; \
-	done; echo 'The run failed: see above.' >&2; exit 1
 
 test: .venv/installed
 	python -m pytest --numprocesses 2

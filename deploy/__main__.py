@@ -20,7 +20,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from base64 import b64decode
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -141,12 +140,10 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
         public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         _renew(kit, f"hand-over/site-{number}.pub", public + b"\n")
     if not kit.has("sealing.key"):
-        with tempfile.TemporaryDirectory() as scratch:
-            made = Path(scratch) / "key"
-            command = [sys.executable, "-m", "client_app.sealing", str(made)]
-            shown = subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True, text=True).stdout.strip()
-            kit.write("sealing.key", made.read_bytes(), 0o600, "archipelago")
-        assert len(b64decode(shown)) == 32
+        from client_app.sealing import new_key  # with PyTorch, for which nothing else waits
+
+        private, shown = new_key()
+        kit.write("sealing.key", private, 0o600, "archipelago")
         _renew(kit, f"hand-over/site-{number}.sealing", f'{number} = "{shown}"\n'.encode())
     if not kit.has("peers.toml"):
         kit.write("peers.toml", b"# Neighbours' public keys, a line of their .sealing file each.\n")

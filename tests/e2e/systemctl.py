@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from grp import getgrnam
 from pathlib import Path
 from pwd import getpwnam
@@ -55,13 +56,10 @@ class Unit:
     def supervise(self) -> NoReturn:
         """Start it, and again when it ended; the file has the numbers of this process and of the unit's."""
 
-        def end(*_: object) -> None:
-            process.terminate()
-            process.wait()
-            self._end_rest(process.pid)
-            self.pid.unlink()
-            sys.exit()
+        def end(*_: object) -> NoReturn:
+            raise SystemExit
 
+        signal.signal(signal.SIGTERM, end)
         while True:
             for line in self.of["ExecStartPre"]:
                 if code := self._run(line).wait():
@@ -69,17 +67,21 @@ class Unit:
             process = self._run(self.of["ExecStart"][0])
             if self.of["Type"] == ["oneshot"]:
                 sys.exit(process.wait())
-            signal.signal(signal.SIGTERM, end)
             self.pid.write_text(f"{os.getpid()} {process.pid}")
-            print(f"{self.name} ended with {process.wait()}", flush=True)
-            self._end_rest(process.pid)
-            time.sleep(float(self.of["RestartSec"][0]))
+            try:
+                print(f"{self.name} ended with {process.wait()}", flush=True)
+                self._end_rest(process.pid)
+                time.sleep(float(self.of["RestartSec"][0]))
+            except SystemExit:
+                process.terminate()
+                process.wait()
+                self._end_rest(process.pid)
+                self.pid.unlink()
+                raise
 
     def _end_rest(self, group: int) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def _run(self, line: str) -> "subprocess.Popen[bytes]":
         user = getpwnam((self.of["User"] or ["root"])[0])
@@ -129,4 +131,4 @@ def main(verb: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(["journal"] if Path(sys.argv[0]).name == "journalctl" else []), *sys.argv[1:])
+    main(*sys.argv[1:])

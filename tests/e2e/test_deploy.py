@@ -34,7 +34,7 @@ mkdir -p /var/lib/nginx /var/log/nginx /etc/systemd/system /mnt/bin
 rm -f /etc/nginx/sites-enabled/* /etc/nginx/conf.d/*
 echo '127.0.0.1 server.example.org' >> /etc/hosts
 for name in systemctl journalctl; do
-    printf '#!/bin/sh\\nexec -a %s {python} {shim} %s "$@"\\n' $name "$(test $name = journalctl && echo journal)" > /mnt/bin/$name
+    printf '#!/bin/sh\\nexec {python} {shim} %s "$@"\\n' "$(test $name = systemctl || echo journal)" > /mnt/bin/$name
     chmod +x /mnt/bin/$name
 done
 ip link set lo up
@@ -65,6 +65,11 @@ class Shell:
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
         return text
 
+    def end(self) -> None:
+        """Close it."""
+        self._process.kill()
+        self._process.communicate()
+
     def wait(self, text: str, until: str = END) -> str:
         """What the commands that were begun print, until a line has a text."""
         lines = list[str]()
@@ -93,14 +98,15 @@ class Machine:
         said = self._outside.stdout.readline()
         assert said == "settled\n", said
         (child,) = Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children").read_text().split()
-        self.process = int(child)
+        self.process: int = int(child)
         self.etc = Path(f"/proc/{child}/root/etc/archipelago")
         self.shell = Shell(self.process)
 
     def end(self) -> None:
         """End it with all that runs there."""
+        self.shell.end()
         self._outside.kill()
-        self._outside.wait()
+        self._outside.communicate()
 
 
 def blocks() -> list[tuple[set[str], str]]:

@@ -1,16 +1,21 @@
-"""The guide docs/how-to/deploy.md, typed as it stands: a server and two sites, machines of their own but for the network."""
+"""The guide docs/how-to/deploy.md, typed as it stands: a server and two sites, machines of their own but for the network; and
+what becomes of its runs."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import pytest
 import torch
 
+from configuration.config import Config
+from deploy import run as start
+from deploy.run import Exit
 from tests.conftest import ROOT
 from tests.e2e.processes import as_anybody, as_user
 
@@ -57,28 +62,31 @@ class Shell:
 
     def type(self, text: str) -> str:
         """What commands print; the first that fails fails the test."""
-        return self.wait(self.begin(text))
+        self.begin(text)
+        return self.wait()
 
-    def begin(self, text: str) -> str:
+    def begin(self, text: str) -> None:
         """Do not wait for the end."""
+        self._begun = text
         assert self._process.stdin is not None
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
-        return text
+
+    def wait(self, until: str = END) -> str:
+        """What the commands that were begun print from now on, to their end or until a line has a text."""
+        lines = list[str]()
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line == f"{END}\n":
+                return "".join(lines)
+            lines.append(line)
+            if until in line:
+                return "".join(lines)
+        raise AssertionError(f"{self._begun}\n{''.join(lines)}")
 
     def end(self) -> None:
         """Close it."""
         self._process.kill()
         self._process.communicate()
-
-    def wait(self, text: str, until: str = END) -> str:
-        """What the commands that were begun print, until a line has a text."""
-        lines = list[str]()
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line == f"{END}\n" or until in line:
-                return "".join(lines) + line.removesuffix(f"{END}\n")
-            lines.append(line)
-        raise AssertionError(f"{text}\n{''.join(lines)}")
 
 
 class Machine:
@@ -109,9 +117,10 @@ class Machine:
         self._outside.communicate()
 
 
-def blocks() -> list[tuple[set[str], str]]:
-    """The guide's blocks: on which machines they are typed, and what."""
-    found = re.findall(r"^```bash (.+?)\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(first: int, last: int) -> list[tuple[set[str], str]]:
+    """The blocks of the guide's sections: on which machines they are typed, and what."""
+    sections = re.split(r"^## \d+\. ", GUIDE.read_text(), flags=re.MULTILINE)[first : last + 1]
+    found = re.findall(r"^```bash (.+?)\n(.*?)^```", "".join(sections), re.DOTALL | re.MULTILINE)
     return [(set(kind.split()), text) for kind, text in found]
 
 
@@ -120,42 +129,154 @@ def of_site(text: str, number: int) -> str:
     return text.replace('0 "clinic A"', f'{number} "clinic {"AB"[number]}"').replace("site-0", f"site-{number}")
 
 
-def hand_over(server: Machine, sites: list[Machine]) -> None:
-    """What operators give each other, as soon as it is there."""
+class Deployment:
+    """A server and two sites, and their operators, who read the guide."""
 
-    def give(source: Path, target: Path) -> None:
-        if source.exists() and target.parent.exists() and not target.exists():
-            target.write_bytes(source.read_bytes())
-
-    for number, site in enumerate(sites):
-        give(server.etc / "ca.crt", site.etc / "ca.crt")
-        for folder in (server.etc / "sites", site.etc / "neighbours"):
-            if folder.parent.exists():
-                folder.mkdir(exist_ok=True)
-        give(site.etc / f"hand-over/site-{number}.pub", server.etc / f"sites/site-{number}.pub")
-        for other in sites:
-            if other is not site:
-                give(site.etc / f"hand-over/site-{number}.sealing", other.etc / f"neighbours/site-{number}.sealing")
-
-
-def test_guide() -> None:
-    """Every block of it, by the operators of a server and of two sites."""
-    machines = [server := Machine(), *(sites := [Machine(server) for _ in range(2)])]
-    generator = torch.Generator().manual_seed(1)
-    try:
-        for site in sites:
-            rows = torch.randn(200, 4, generator=generator)
-            lines = [",".join(f"{value:.4f}" for value in row) + f",{int(sum(row) > 0)}" for row in rows.tolist()]
+    def __init__(self) -> None:
+        self.server = Machine()
+        self.sites = [Machine(self.server) for _ in range(2)]
+        generator = torch.Generator().manual_seed(1)
+        for site in self.sites:
+            rows = torch.randn(200, 4, generator=generator).tolist()
+            lines = [",".join(f"{value:.4f}" for value in row) + f",{int(sum(row) > 0)}" for row in rows]
             Path(f"/proc/{site.process}/root/srv/data.csv").write_text("age,bp,chol,rate,target\n" + "\n".join(lines))
+
+    def type(self, kind: set[str], text: str) -> str:
+        """A block, on the machines on which it is typed."""
         said = list[str]()
-        for kind, text in blocks():
-            if "server" in kind:
-                for number in range(len(sites) if "site-0" in text else 1):
-                    said.append(server.shell.type(of_site(text, number)))
-            if "site" in kind:
-                said += [site.shell.type(of_site(text, number)) for number, site in enumerate(sites)]
-            hand_over(server, sites)
-        print("\n=====\n".join(said))
-    finally:
-        for machine in machines:
+        if "server" in kind:
+            said += [self.server.shell.type(of_site(text, number)) for number in range(2 if "site-0" in text else 1)]
+        for number, site in enumerate(self.sites):
+            if kind & {"site", f"site-{number}"}:
+                said.append(site.shell.type(of_site(text, number)))
+        self.hand_over()
+        return "".join(said)
+
+    def hand_over(self) -> None:
+        """What operators give each other, as soon as it is there."""
+
+        def give(source: Path, target: Path) -> None:
+            if source.exists() and target.parent.parent.exists():
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(source.read_bytes())
+
+        for number, site in enumerate(self.sites):
+            give(self.server.etc / "ca.crt", site.etc / "ca.crt")
+            give(site.etc / f"hand-over/site-{number}.pub", self.server.etc / f"sites/site-{number}.pub")
+            for other in self.sites:
+                if other is not site:
+                    give(site.etc / f"hand-over/site-{number}.sealing", other.etc / f"neighbours/site-{number}.sealing")
+
+    def start(self, settings: str) -> Shell:
+        """Start a run in a shell of its own, which ends with its exit code."""
+        shell = Shell(self.server.process)
+        shell.type("cd /opt/archipelago; export PATH=$PWD/.venv/bin:$PATH FLWR_HOME=/etc/archipelago/flwr")
+        common = 'model.name="mlp" data.source="csv" data.label="target" results.folder="/var/lib/archipelago/runs"'
+        shell.begin(f"code=0; python -m deploy.run -- --run-config '{common} {settings}' || code=$?; echo exit code $code")
+        return shell
+
+    def end(self) -> None:
+        """End all machines."""
+        for machine in (*self.sites, self.server):
             machine.end()
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[Deployment]:
+    """As it is after the guide's first run."""
+    deployment = Deployment()
+    try:
+        for kind, text in blocks(1, 6):
+            said = deployment.type(kind, text)
+        assert "co-learning after" in said
+        yield deployment
+    finally:
+        deployment.end()
+
+
+GOING = "num-sites=2 epochs=24 co-learning.epsilon=0.0"  # twelve rounds
+
+
+@pytest.mark.parametrize(
+    "path", ["control/list-runs", "runtime/acquire-task", "fleet/../control/list-runs", "fleet/..%2fcontrol/list-runs"]
+)
+def test_sites_reach_the_fleet_api_only(deployed: Deployment, path: str) -> None:
+    ask = "curl --silent --path-as-is --cacert /etc/archipelago/ca.crt --output /dev/null --write-out '%{http_code}\\n' -X POST"
+    shell = deployed.sites[0].shell
+    assert shell.type(f"{ask} https://server.example.org:8000/v1/{path}") == "404\n"
+    assert shell.type(f"{ask} https://server.example.org:8000/v1/fleet/pull-messages") != "404\n"
+
+
+def test_units_are_right_and_harden(deployed: Deployment) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("not installed: systemd-analyze")
+    for machine in (deployed.server, deployed.sites[0]):
+        assert machine.shell.type("systemd-analyze verify /etc/archipelago/archipelago-*.{service,timer}") == ""
+        # In tenths: 10 is a service that may do everything.
+        machine.shell.type("systemd-analyze security --offline=true --threshold=50 /etc/archipelago/archipelago-s*.service")
+
+
+def test_compose_file_is_right(deployed: Deployment) -> None:
+    if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("not installed: docker compose")
+    for machine in (deployed.server, deployed.sites[0]):
+        machine.shell.type("docker compose -f /etc/archipelago/compose.yaml config --quiet")
+
+
+def test_run_goes_on_when_the_superlink_is_killed(deployed: Deployment) -> None:
+    run = deployed.start(GOING)
+    run.wait("round   1")
+    deployed.server.shell.type("kill -KILL $(cut -d' ' -f2 /run/archipelago-superlink.service.pid)")
+    log = run.wait()
+    assert "exit code 0" in log
+    assert log.count("round  12") == 1
+    run.end()
+
+
+def test_run_is_stopped(deployed: Deployment) -> None:
+    run = deployed.start(GOING)
+    log = run.wait("round   1")
+    (number,) = re.findall(r"Successfully started run (\d+)", log)
+    deployed.server.shell.type(f"flwr stop {number}")
+    assert run.wait().endswith("the run was stopped\nexit code 5\n")
+    run.end()
+
+
+def test_serverapp_is_killed(deployed: Deployment) -> None:
+    run = deployed.start(GOING)
+    run.wait("round   1")
+    deployed.server.shell.type("pkill -KILL -f flwr-serverapp")
+    code = Exit.CRASHED if start.RESUME.keys() - Config().flat().keys() else Exit.FINISHED
+    assert run.wait().endswith(f"exit code {code}\n")
+    run.end()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "code"),
+    [
+        ("num-sites=0", "num-sites = 0: must be greater than or equal to 1", Exit.REFUSED),
+        ("num-sites=1", "num-sites = 1, but 2 sites are connected: set num-sites to their number", Exit.ENDED),
+    ],
+)
+def test_run_that_cannot_be_says_why(deployed: Deployment, settings: str, said: str, code: Exit) -> None:
+    run = deployed.start(settings)
+    log = run.wait()
+    assert log.endswith(f"{said}\nexit code {code}\n")
+    assert "Traceback" not in log
+    run.end()
+
+
+def test_rest_of_the_guide(deployed: Deployment) -> None:
+    """A site is removed and changes its key while a run goes, and takes part in the next."""
+    run = deployed.start(f"{GOING} min-sites=1")
+    run.wait("round   1")
+    for kind, text in blocks(7, 7):
+        deployed.type(kind, text)
+    log = run.wait()
+    assert "clinic B (site 1) is left out" in log
+    assert "exit code 0" in log
+    run.end()
+    for kind, text in blocks(8, 9):
+        said = deployed.type(kind, text)
+        if "dmsgd" in text:
+            assert "dmsgd after" in said

@@ -37,7 +37,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # The SuperLink that `flwr run` would start by itself makes a copy of the environment for each run, which costs half a minute; deleting
 # it takes more than the five seconds that Flower waits at the end of a run on a slow disk, and the run is then called failed.
 run: .venv/installed
-	@python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)' > /dev/null
+	@python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)' > /dev/null || exit 2
 	@mkdir -p $(FLWR_HOME)
 	@cd $(FLWR_HOME) && there() { python -c 'import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)' 2>/dev/null; }; \
 	there || { nohup flower-superlink --insecure --simulation --host 127.0.0.1 --port $(PORT) --disable-runtime-dependency-installation \

@@ -33,7 +33,8 @@ RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting anew
 STEADY_S = 3600.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
 ASK_S = 1.0  # from one question to the SuperLink to the next
-KILLED = ("No heartbeat received", "Task failed with unknown error")  # Flower's words for a ServerApp that was ended
+LOST = "Run ID not found"  # Flower's words where a SuperLink came back without its database,
+KILLED = (LOST, "No heartbeat received", "Task failed with unknown error")  # and where a ServerApp was ended
 OURS = re.compile(r"(configuration|server_app|strategies|datasets|models)\.[\w.]+Error")
 OF_COMMAND = re.compile(r"(Starting|Exiting) logstream")  # lines of the command, not of the run
 STARTED = re.compile(r"Successfully started run (\d+)")
@@ -114,7 +115,7 @@ class Run:
             return _said(Exit.STOPPED, "the run was stopped")
         if ended.details.startswith(KILLED):
             self._release()
-            return _said(Exit.CRASHED, f"the ServerApp of run {self.id} was killed: {ended.details}")
+            return _said(Exit.CRASHED, f"run {self.id} was killed: {ended.details}")
         message = ended.details.partition("failed with exception: ")[2] or ended.details
         first = re.escape(message.partition("\n")[0])
         kinds = [found[1] for line in self._held if (found := re.match(rf"([\w.]+): {first}", COLOURS.sub("", line)))]
@@ -153,6 +154,8 @@ class Run:
         """None where there is no answer."""
         command = ["flwr", "list", *self._superlink, "--run-id", self.id, "--format", "json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if LOST in done.stdout + done.stderr:
+            return Ended("finished:failed", LOST)
         try:
             (run,) = json.loads(done.stdout)["runs"]
             return Ended(run["status"], run["status-details"])

@@ -180,6 +180,8 @@ asked = sum(call[0] == verb for call in calls[max(at for at, call in enumerate(c
 if verb == "list":
     if asked <= run.get("away", 0):
         sys.exit("Error: connection refused")
+    if "lost" in run:
+        sys.exit("Error: [code: 16] Run ID not found.")
     print(json.dumps({{"success": True, "runs": [{{"status": run["status"], "status-details": run.get("details", "")}}]}}))
 else:
     if verb == "run":
@@ -260,13 +262,15 @@ def test_log_goes_on_where_it_was_when_the_superlink_was_away(flower: Any, capfd
     assert err.count("the SuperLink does not answer") == 1
 
 
-@pytest.mark.parametrize("details", ["No heartbeat received from the task", "Task failed with unknown error."])
+@pytest.mark.parametrize(
+    "end", [{"details": "No heartbeat received from the task"}, {"details": "Task failed with unknown error."}, {"lost": True}]
+)
 def test_killed_run_is_started_again_from_its_checkpoint(
-    flower: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, details: str
+    flower: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, end: dict[str, Any]
 ) -> None:
     """``seed`` stands in for a key that says so."""
     monkeypatch.setattr(start, "RESUME", {"seed": 17})
-    killed = {"log": ["round 1\n"], "status": "finished:failed", "details": details}
+    killed = {"log": ["round 1\n"], "status": "finished:failed", **end}
     flower(killed, killed, {"log": ["round 2\n"], "status": "finished:completed"})
     assert start.main(["-c", "epochs=3", "-c", 'model.name="mlp"']) == Exit.FINISHED
     configurations = [call[-1] for call in flower.calls("run")]

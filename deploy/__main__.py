@@ -63,11 +63,14 @@ class Kit:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            self._owner = {name: pwd.getpwnam(name).pw_uid for name in ("archipelago", "flower")} | {"root": os.geteuid()}
-            self._group = {name: pwd.getpwnam(name).pw_gid for name in ("archipelago", "flower")} | {"root": os.getegid()}
-            self.ids = {**{name: self._owner[name] for name in self._group}, "letters": grp.getgrnam("letters").gr_gid}
+            users = {name: pwd.getpwnam(name) for name in ("archipelago", "flower")}
+            letters = grp.getgrnam("letters").gr_gid
         except KeyError as error:
             raise DeployError(f"{error.args[0]}: docs/how-to/deploy.md says how to make users and groups") from None
+        self._owner = {name: user.pw_uid for name, user in users.items()} | {"root": os.geteuid()}
+        self._group = {name: user.pw_gid for name, user in users.items()} | {"root": os.getegid()}
+        ids = {name: f"{user.pw_uid}:{user.pw_gid}" for name, user in users.items()}
+        self.ids = {**ids, "uid": self._owner["archipelago"], "letters": letters}
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:

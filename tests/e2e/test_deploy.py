@@ -217,10 +217,16 @@ def test_units_are_right_and_harden(deployed: Deployment) -> None:
 
 
 def test_compose_file_is_right(deployed: Deployment) -> None:
-    if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
+    commands = [["docker", "compose"], ["docker-compose"]]
+    there = [
+        each
+        for each in commands
+        if shutil.which(each[0]) and not subprocess.run([*each, "version"], capture_output=True).returncode
+    ]
+    if not there:
         pytest.skip("not installed: docker compose")
     for machine in (deployed.server, deployed.sites[0]):
-        machine.shell.type("docker compose -f /etc/archipelago/compose.yaml config --quiet")
+        machine.shell.type(f"{' '.join(there[0])} -f /etc/archipelago/compose.yaml config --quiet")
 
 
 def test_run_goes_on_when_the_superlink_is_killed(deployed: Deployment) -> None:

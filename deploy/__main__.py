@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def back_up(folder: Path) -> Path:
         if DATABASE.exists():
             copy = Path(scratch) / DATABASE.relative_to("/")
             copy.parent.mkdir(parents=True)
-            with sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True) as source, sqlite3.connect(copy) as found:
+            with closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True)) as source, closing(sqlite3.connect(copy)) as found:
                 source.backup(found)
             parts += [f"--directory={scratch}", str(DATABASE.relative_to("/"))]
         made = Path(scratch) / "tar"

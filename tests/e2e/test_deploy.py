@@ -278,6 +278,8 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
     run.wait("round   1")
     for kind, text in blocks(7, 7):
         deployed.type(kind, text)
+        if "unregister" in text:  # its key is never taken again
+            assert "already in use" in deployed.server.shell.type("! flwr supernode register /etc/archipelago/sites/site-1.pub")
     log = run.wait()
     assert "clinic B (site 1) is left out" in log
     assert "exit code 0" in log
@@ -286,3 +288,7 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         said = deployed.type(kind, text)
         if "dmsgd" in text:
             assert "dmsgd after" in said
+    nodes = deployed.server.shell.type("flwr supernode list --format json")  # of the database that came back
+    for site in range(2):
+        (node,) = re.findall(r"\d{9,}", (deployed.server.etc / f"sites/site-{site}.json").read_text())
+        assert node in nodes

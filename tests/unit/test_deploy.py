@@ -5,8 +5,11 @@ import json
 import os
 import pwd
 import re
+import sqlite3
 import sys
+import tarfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +168,47 @@ def test_containers_reach_no_more_than_units(folder: Path) -> None:
     assert site["service"]["network_mode"] == "none"
     seen = {volume.partition(":")[0] for volume in site["supernode"]["volumes"]}
     assert seen == {"/etc/archipelago/ca.crt", "/etc/archipelago/node", "/var/lib/flower", "socket"}
+
+
+def test_back_up_has_the_database_as_it_is_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"FOLDER": tmp_path / "etc", "STATE": tmp_path / "state", "DATABASE": tmp_path / "flower/state.db"}
+    for name, place in places.items():
+        monkeypatch.setattr(kit, name, place)
+        place.parent.mkdir(exist_ok=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/node").write_text("key")
+    (tmp_path / "etc/node").chmod(0o600)
+    with closing(sqlite3.connect(places["DATABASE"])) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE nodes (id)")
+        database.execute("INSERT INTO nodes VALUES (7)")
+        database.commit()  # in the write-ahead log only
+        database.execute("INSERT INTO nodes VALUES (8)")  # not in the database yet
+        before = os.umask(0o022)
+        try:
+            found = kit.back_up(tmp_path / "backups")
+        finally:
+            os.umask(before)
+    assert found.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(found) as tar:
+        tar.extractall(tmp_path / "back", filter="tar")
+    back = tmp_path / "back" / tmp_path.relative_to("/")
+    assert (back / "etc/node").read_text() == "key"
+    assert (back / "etc/node").stat().st_mode & 0o777 == 0o600
+    with closing(sqlite3.connect(back / "flower/state.db")) as database:
+        assert database.execute("SELECT id FROM nodes").fetchall() == [(7,)]
+
+
+def test_the_newest_back_ups_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FOLDER", "STATE", "DATABASE"):
+        monkeypatch.setattr(kit, name, tmp_path / name)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "backups").mkdir()
+    old = [tmp_path / f"backups/archipelago-2025010{day}-000000.tar.gz" for day in range(1, 9)]
+    for file in old:
+        file.touch()
+    found = kit.back_up(tmp_path / "backups")
+    assert set((tmp_path / "backups").iterdir()) == {*old[-6:], found}
 
 
 # The start command.

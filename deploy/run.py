@@ -37,6 +37,7 @@ LOST = "Run ID not found"  # Flower's words where a SuperLink came back without 
 KILLED = (LOST, "No heartbeat received", "Task failed with unknown error")  # and where a ServerApp was ended
 OURS = re.compile(r"(configuration|server_app|strategies|datasets|models)\.[\w.]+Error")
 OF_COMMAND = re.compile(r"(Starting|Exiting) logstream")  # lines of the command, not of the run
+FAILED = re.compile(r"ERROR\s*:\s*(ServerApp|Simulation) raised an exception")
 STARTED = re.compile(r"Successfully started run (\d+)")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
@@ -141,7 +142,7 @@ class Run:
                 seen += 1
                 if seen <= self._shown:
                     continue
-                if self._held or "raised an exception" in plain:
+                if self._held or FAILED.match(plain):
                     self._held.append(line)
                 else:
                     print(line, end="", flush=True)

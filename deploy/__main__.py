@@ -16,6 +16,7 @@ import os
 import pwd
 import re
 import secrets
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -173,6 +174,8 @@ def back_up(folder: Path) -> Path:
             copy.parent.mkdir(parents=True)
             with closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True)) as source, closing(sqlite3.connect(copy)) as found:
                 source.backup(found)
+            shutil.copystat(DATABASE, copy)
+            os.chown(copy, DATABASE.stat().st_uid, DATABASE.stat().st_gid)
             parts += [f"--directory={scratch}", str(DATABASE.relative_to("/"))]
         made = Path(scratch) / "tar"
         # 1: a file changed while it was read; all that is to be whole is written beside its place and moved there.

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
@@ -83,8 +84,8 @@ class Shell:
                 return "".join(lines)
         raise AssertionError(f"{self._begun}\n{''.join(lines)}")
 
-    def end(self) -> None:
-        """Close it."""
+    def close(self) -> None:
+        """End it."""
         self._process.kill()
         self._process.communicate()
 
@@ -112,7 +113,7 @@ class Machine:
 
     def end(self) -> None:
         """End it with all that runs there."""
-        self.shell.end()
+        self.shell.close()
         self._outside.kill()
         self._outside.communicate()
 
@@ -194,7 +195,7 @@ def deployed() -> Iterator[Deployment]:
         deployment.end()
 
 
-GOING = "num-sites=2 epochs=24 co-learning.epsilon=0.0"  # twelve rounds
+GOING = "num-sites=2 epochs=12 co-learning.epsilon=0.0"  # six rounds
 
 
 @pytest.mark.parametrize(
@@ -230,60 +231,55 @@ def test_compose_file_is_right(deployed: Deployment) -> None:
 
 
 def test_run_goes_on_when_the_superlink_is_killed(deployed: Deployment) -> None:
-    run = deployed.start(GOING)
-    run.wait("round   1")
-    deployed.server.shell.type("kill -KILL $(cut -d' ' -f2 /run/archipelago-superlink.service.pid)")
-    log = run.wait()
-    assert "exit code 0" in log
-    assert log.count("round  12") == 1
-    run.end()
+    with closing(deployed.start(GOING)) as run:
+        run.wait("round   1")
+        deployed.server.shell.type("kill -KILL $(cut -d' ' -f2 /run/archipelago-superlink.service.pid)")
+        log = run.wait()
+    assert log.endswith("exit code 0\n")
+    assert [log.count(f"round   {number} ") for number in range(2, 7)] == [1] * 5
 
 
 def test_run_is_stopped(deployed: Deployment) -> None:
-    run = deployed.start(GOING)
-    log = run.wait("round   1")
-    (number,) = re.findall(r"Successfully started run (\d+)", log)
-    deployed.server.shell.type(f"flwr stop {number}")
-    assert run.wait().endswith("the run was stopped\nexit code 5\n")
-    run.end()
+    with closing(deployed.start(GOING)) as run:
+        (number,) = re.findall(r"Successfully started run (\d+)", run.wait("round   1"))
+        deployed.server.shell.type(f"flwr stop {number}")
+        assert run.wait().endswith("the run was stopped\nexit code 5\n")
 
 
 def test_serverapp_is_killed(deployed: Deployment) -> None:
-    run = deployed.start(GOING)
-    run.wait("round   1")
-    deployed.server.shell.type("pkill -KILL -f flwr-serverapp")
     code = Exit.CRASHED if start.RESUME.keys() - Config().flat().keys() else Exit.FINISHED
-    assert run.wait().endswith(f"exit code {code}\n")
-    run.end()
+    with closing(deployed.start(GOING)) as run:
+        run.wait("round   1")
+        deployed.server.shell.type("pkill -KILL -f flwr-serverapp")
+        assert run.wait().endswith(f"exit code {code}\n")
 
 
 @pytest.mark.parametrize(
     ("settings", "said", "code"),
     [
         ("num-sites=0", "num-sites = 0: must be greater than or equal to 1", Exit.REFUSED),
-        ("num-sites=1", "num-sites = 1, but 2 sites are connected: set num-sites to their number", Exit.ENDED),
+        ("num-sites=1 min-sites=1", "num-sites = 1, but 2 sites are connected: set num-sites to their number", Exit.ENDED),
     ],
 )
 def test_run_that_cannot_be_says_why(deployed: Deployment, settings: str, said: str, code: Exit) -> None:
-    run = deployed.start(settings)
-    log = run.wait()
+    with closing(deployed.start(settings)) as run:
+        log = run.wait()
     assert log.endswith(f"{said}\nexit code {code}\n")
     assert "Traceback" not in log
-    run.end()
 
 
 def test_rest_of_the_guide(deployed: Deployment) -> None:
     """A site is removed and changes its key while a run goes, and takes part in the next."""
-    run = deployed.start(f"{GOING} min-sites=1")
-    run.wait("round   1")
-    for kind, text in blocks(7, 7):
-        deployed.type(kind, text)
-        if "unregister" in text:  # its key is never taken again
-            assert "already in use" in deployed.server.shell.type("! flwr supernode register /etc/archipelago/sites/site-1.pub")
-    log = run.wait()
+    with closing(deployed.start(f"{GOING} min-sites=1")) as run:
+        run.wait("round   1")
+        for kind, text in blocks(7, 7):
+            deployed.type(kind, text)
+            if "unregister" in text:  # its key is never taken again
+                said = deployed.server.shell.type("! flwr supernode register /etc/archipelago/sites/site-1.pub")
+                assert "already in use" in said
+        log = run.wait()
     assert "clinic B (site 1) is left out" in log
-    assert "exit code 0" in log
-    run.end()
+    assert log.endswith("exit code 0\n")
     for kind, text in blocks(8, 9):
         said = deployed.type(kind, text)
         if "dmsgd" in text:

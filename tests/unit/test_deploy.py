@@ -234,6 +234,7 @@ else:
         if "refused" in run:
             sys.exit(run["refused"])
         print(f"Successfully started run {{number + 7}}")
+    print("\\x1b[34mUsing SuperLink: clinics (server:1)\\x1b[0m")
     print("\\x1b[92mINFO \\x1b[0m:      Starting logstream for run_id `7`")
     print("".join(run["log"][: run.get("cut") if verb == "run" else None]), end="")
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from client_app import training
 from client_app.letter import RAISED
-from client_app.memory import LOST, RULE, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.memory import LOST, RULE, go_on, keep, keep_on_disk, recall_moments, remember_moments, remembered
 from client_app.peer import take_step
 from client_app.privacy import BudgetError
 from client_app.sealing import SealError, keyring, nonce_of, public_key
@@ -65,7 +65,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-app = ClientApp(mods=[answer_always, keep_on_disk])
+app = ClientApp(mods=[answer_always, go_on, keep_on_disk])
 
 
 @app.query("site")

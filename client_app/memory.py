@@ -2,13 +2,15 @@
 
 Flower keeps ``context.state`` in the SuperNode's memory alone. Where ``--node-config 'state="/srv/state"'`` names a folder, what a
 run made this site remember is written there before the site answers, read where Flower remembers nothing of that run, and deleted
-after the run's last step: a SuperNode that is restarted goes on where the one before it was killed. It is as secret as the site's
-model and, with ``trust-on-first-use``, holds its private key.
+with the next run, or a month, after the run's last step: a SuperNode that is restarted goes on where the one before it was killed.
+What was remembered before the last message is kept, too, for a server that is killed before it wrote the answer down. All this is
+as secret as the site's model and, with ``trust-on-first-use``, holds its private key.
 """
 
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from logging import INFO
@@ -16,19 +18,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 from torch import Tensor
 
 from client_app import letter
+from client_app.site import SiteId, config_of_site
+from configuration.config import identity
+from configuration.files import SITES, write_whole
 from strategies.peer.state import PeerState
-from strategies.protocol import Agreed
+from strategies.protocol import Agreed, Started
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
 TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"  # the records in the context's state
-RULE, MOMENTS, LOST = "rule", "moments", "lost"
+RULE, MOMENTS, LOST, DONE = "rule", "moments", "lost", "done"
+# What the names of files end with: the newest memory, that before the last message, that after a peer's last step.
+STATE, BEFORE, ENDED = ".state", ".before", ".ended"
 T = TypeVar("T", bound=tuple[Any, ...])
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Deal = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -38,8 +45,8 @@ def run_of(context: Context, agreed: Agreed) -> dict[str, str]:
     """What must be the same in all messages of a run: the run itself, its configuration, and what the sites agreed on."""
     return {
         "run id": str(context.run_id),
-        "run configuration": _digest(context.run_config),
-        "classes and moments": _digest(agreed._asdict()),
+        "run configuration": _digest(identity(context.run_config)),
+        "classes and moments": _digest({"classes": agreed.classes, "moments": agreed.moments}),
     }
 
 
@@ -148,54 +155,99 @@ def _states(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[dict[str,
     ]
 
 
+def go_on(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower mod: a run that goes on after it was killed is the run that this site remembers."""
+    if (started := Started.of(config_of(message))) is None:
+        return call_next(message, context)
+    own, context.run_id = context.run_id, started.run
+    try:
+        return call_next(message, context)
+    finally:
+        context.run_id = own
+
+
 def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Flower mod: ``context.state`` outlives the SuperNode.
 
     Raises:
         ValueError: the folder cannot be written, or a file in it not be read.
     """
-    if "state" not in context.node_config:
+    if (file := restore_from_disk(message, context)) is None:
         return call_next(message, context)
-    file = restore_from_disk(context)
     reply = call_next(message, context)
     fields: Any = config_of(message)
-    if message.metadata.message_type == "train.peer" and fields.get("last") and fields["server-round"] > 0:
-        file.unlink(missing_ok=True)
-    elif context.state:
-        write_whole(file, letter.to_bytes({}, context.state))  # of a protocol buffer 2 GiB are the most
+    told = "server-round" not in fields and DONE in context.state  # in a census, who it is
+    if reply.has_error() or not context.state or told or message.metadata.message_type.startswith("evaluate"):
+        return reply  # nothing new is remembered
+    context.state[DONE] = ConfigRecord({"number": fields.get("server-round", -1), "started": fields.get("started", 0)})
+    with suppress(FileNotFoundError):
+        file.replace(file.with_suffix(BEFORE))
+    write_whole(file, letter.to_bytes({}, context.state))  # of a protocol buffer 2 GiB are the most
+    if fields.get("last") and fields["server-round"] > 0:
+        file.replace(file.with_suffix(ENDED))
     return reply
 
 
-def restore_from_disk(context: Context) -> Path:
-    """The file in which a run's memory is kept; what is there is put into an empty ``context.state``.
+def restore_from_disk(message: Message, context: Context) -> Path | None:
+    """The file in which a run's memory is kept, None for none; what is there is put into an empty ``context.state``.
+
+    A server that was killed asks again for what it had not written down: a site that has done that goes back to what it remembered
+    before, and does it once more.
 
     Raises:
         ValueError: the folder cannot be written, or a file in it not be read.
     """
-    folder = Path(str(context.node_config["state"]))
-    file = folder / f"{context.run_id}-{context.node_id}.state"
+    if (folder := _folder(context)) is None:
+        return None
+    file = folder / f"{context.run_id}-{SiteId.of(context).number}{STATE}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("this user must not write there")
-        if not context.state and file.exists():
-            context.state = letter.from_bytes(file.read_bytes())[1]
-            log(INFO, "this site goes on with what it remembers in %s", file)
+        ended, before = file.with_suffix(ENDED), file.with_suffix(BEFORE)
+        if not context.state:
+            _delete_ended(folder, file)
+            # Where there is only the last one, this process was killed while it wrote.
+            known = next((each for each in (ended, file, before) if each.exists()), None)
+            context.state = _read(known) if known else RecordDict()
+        if _was_done(context.state, message):
+            context.state = _read(before) if before.exists() else RecordDict()
+            for each in (ended, file):
+                each.unlink(missing_ok=True)
+            if before.exists():
+                before.replace(file)
     except Exception as error:
         raise ValueError(f"state = {str(folder)!r}: {file.name}: {error}") from None
     return file
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file for its owner only, whole or not at all."""
-    partial = file.with_suffix(".partial")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
-    partial.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too, outlives a power cut
-    finally:
-        os.close(folder)
+def _folder(context: Context) -> Path | None:
+    """Where a run's memory is kept: in a simulation beside the results, if these are anywhere."""
+    if "state" in context.node_config:
+        return Path(str(context.node_config["state"]))
+    config = config_of_site(context)
+    if SiteId.of(context).num_sites is None or not config.results.checkpoint_minutes:
+        return None
+    return Path(config.results.folder).expanduser() / SITES
+
+
+def _read(file: Path) -> RecordDict:
+    log(INFO, "this site goes on with what it remembers in %s", file)
+    return letter.from_bytes(file.read_bytes())[1]
+
+
+def _was_done(state: RecordDict, message: Message) -> bool:
+    """Whether a server that was started again asks for what this site did before that."""
+    done, asked = state.get(DONE), config_of(message)
+    number, started = asked.get("server-round"), asked.get("started")
+    if not (isinstance(done, ConfigRecord) and isinstance(number, int) and isinstance(started, int)):
+        return False
+    return int(done["started"]) < started and number <= int(done["number"])  # type: ignore[arg-type]
+
+
+def _delete_ended(folder: Path, file: Path) -> None:
+    """Of other runs, what nobody will ask for any more: while the last answer was on its way somebody might have."""
+    for ended in folder.glob(f"*-{file.stem.partition('-')[2]}{ENDED}"):
+        if ended.stem != file.stem:
+            ended.unlink(missing_ok=True)
+            ended.with_suffix(BEFORE).unlink(missing_ok=True)

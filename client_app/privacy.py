@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from flwr.app import Context
 from torch import Tensor
 
-from client_app.memory import write_whole
+from configuration.files import write_whole
 
 CLIP, MULTIPLIER, DELTA, EPSILON = "privacy.clip-norm", "privacy.noise-multiplier", "privacy.delta", "privacy.epsilon"
 SEED = "privacy.seed"  # 64 hexadecimal digits, where several processes must draw the same noise

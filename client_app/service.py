@@ -39,14 +39,15 @@ from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Context, Message, M
 from client_app import letter, policy
 from client_app.handlers import app as handlers
 from client_app.letter import LetterError
-from client_app.memory import restore_from_disk, write_whole
+from client_app.memory import restore_from_disk
 from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
 from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
-from configuration.config import Config
+from configuration.config import Config, identity
 from configuration.config import task as find
+from configuration.files import write_whole
 from configuration.network import parameters_of
 from datasets.cache import cache_folder
 from datasets.site import SiteData
@@ -56,7 +57,7 @@ from models.tasks import TASKS
 from strategies.averaging.mean import extent
 from strategies.method import PeerPlan
 from strategies.methods import METHODS
-from strategies.protocol import read_order, read_peer_order
+from strategies.protocol import Started, read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
@@ -67,11 +68,16 @@ WAITING = 16  # letters
 
 
 class _Letter(NamedTuple):
-    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong."""
+    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong.
+
+    Attributes:
+        unwanted: set when whoever waited for the answer is gone.
+    """
 
     head: dict[str, Any]
     content: RecordDict
     answer: "Future[RecordDict | str]"
+    unwanted: Event
 
 
 class _Memory(NamedTuple):
@@ -101,6 +107,7 @@ class Service:
 
     def serve(self) -> None:
         """Answer letters until the process is ended."""
+        signal.signal(signal.SIGALRM, lambda *_: None)  # outside of _deadline one comes too late
         with _listening(self._site) as listener:
             Thread(target=self._accept, args=[listener], daemon=True).start()
             while True:
@@ -135,7 +142,7 @@ class Service:
                 kind, first = letter.receive(line)
                 if kind != letter.HEAD:
                     raise LetterError("no letter")
-                found = _Letter(*letter.read(line, first), Future())
+                found = _Letter(*letter.read(line, first), Future(), Event())
                 letter.check_head(found.head)
                 try:
                     self._letters.put_nowait(found)
@@ -144,7 +151,12 @@ class Service:
                     return
                 while not wait([found.answer], TELL_S).done:
                     doing, since = self._doing
-                    letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                    try:
+                        letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(time.monotonic() - since)}))
+                    except OSError:  # a run was stopped, or its SuperNode; the next letter need not wait for its work
+                        found.unwanted.set()
+                        os.kill(os.getpid(), signal.SIGALRM)
+                        raise
                 answer = found.answer.result()
                 if isinstance(answer, str):
                     letter.say(line, letter.REFUSED, answer)
@@ -167,9 +179,11 @@ class Service:
         answer: RecordDict | str
         try:
             self._audit(found, "in", _bytes(found.content))
-            with _deadline(self._site.policy.seconds) as passed:
+            with _deadline(self._site.policy.seconds, found.unwanted) as passed:
                 reply, more = self._answer(found)
-            if passed.is_set():  # the handlers answer with an error, whatever goes wrong
+            if found.unwanted.is_set():  # the handlers answer with an error, whatever goes wrong
+                raise LetterError("nobody waits for the answer any more: its work was stopped")
+            if passed.is_set():
                 raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
             answer = str(reply.error.reason) if reply.has_error() else reply.content
         except PolicyError as error:
@@ -188,7 +202,10 @@ class Service:
     def _answer(self, found: _Letter) -> tuple[Message, dict[str, object]]:
         """The answer, and what the audit log says of it."""
         head, site = found.head, self._site
-        asked, run, node, kind = head["run-config"], int(head["run"]), int(head["node"]), str(head["kind"])
+        asked, node, kind = head["run-config"], int(head["node"]), str(head["kind"])
+        told = found.content.get(CONFIG)
+        started = Started.of(told) if isinstance(told, ConfigRecord) else None
+        run = started.run if started else int(head["run"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
         node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
         # Its state's file has the site's number, not the node's: a letter may name any node, and would leave a file for each.
@@ -201,7 +218,7 @@ class Service:
         memory = self._memory(run, asked)  # a run that is refused neither counts nor pushes out what another left
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
-            restore_from_disk(context)
+            restore_from_disk(message, context)
         if self._ranks.count > 1 and kind.startswith("train"):
             Noise.of(context)  # an epsilon that is spent is said before the others begin
         self._ranks.share(message, context)
@@ -219,7 +236,7 @@ class Service:
         return reply, more
 
     def _memory(self, run: int, asked: dict[str, Any]) -> _Memory:
-        text = json.dumps(asked, sort_keys=True)
+        text = json.dumps(identity(asked), sort_keys=True)
         if run in self._runs:
             if self._runs[run].asked != text:
                 raise PolicyError(f"run {run} has another configuration than in its first letter")
@@ -235,7 +252,7 @@ class Service:
     def _forget_old(self) -> None:
         """Only a peer's memory ends with its run: that of other runs is deleted when nothing was added for long."""
         if self._site.state:
-            for file in Path(self._site.state).glob("*.state"):
+            for file in Path(self._site.state).glob("*-*.*"):
                 with suppress(OSError):
                     if time.time() - file.stat().st_mtime > KEPT_S:
                         file.unlink()
@@ -374,13 +391,22 @@ def _bytes(content: RecordDict) -> int:
 
 
 @contextmanager
-def _deadline(seconds: float) -> Iterator[Event]:
-    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was."""
-    passed = Event()
+def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
+    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was.
+
+    It is interrupted, too, by the alarm that comes with ``unwanted``.
+    """
+    passed, end = Event(), time.monotonic() + seconds
 
     def stop(*_: object) -> None:
-        passed.set()
-        raise TimeoutError("out of time")
+        if time.monotonic() >= end:
+            passed.set()
+        elif not unwanted.is_set():  # of a letter before this one
+            return
+        raise TimeoutError("out of time" if passed.is_set() else "nobody waits for the answer")
+
+    if unwanted.is_set():
+        raise LetterError("nobody waits for the answer any more")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

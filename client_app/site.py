@@ -327,8 +327,8 @@ def name_of(config: Config, site: SiteId, context: Context) -> str:
 def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteData, Network]:
     """Everything that a message is answered with, besides what it holds itself."""
     config, site = config_of_site(context), SiteId.of(context)
-    classes, moments = Agreed.of(config_of(message))
-    common = Moments(*moments) if moments else None
+    agreed = Agreed.of(config_of(message))
+    classes, common = agreed.classes, Moments(*agreed.moments) if agreed.moments else None
     data = site_data(config, site, classes, common)
     sharding = bool(context.node_config.get(SHARDING))
     return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes), sharding)

@@ -71,6 +71,8 @@ class Config(BaseModel):
     """of everything random"""
     timeout_s: Annotated[float, Field(ge=1, le=1e7)] = 3600.0
     """seconds a site has to answer"""
+    patience_s: Annotated[float, Field(ge=0, le=1e7)] = 21_600.0
+    """seconds that a run waits for sites where fewer than min-sites are there, or when it begins, fewer than num-sites"""
     keys: SerializeAsAny[Section] = Section()
     training: Training = Training()
     model: Model = Model()
@@ -147,6 +149,15 @@ class Config(BaseModel):
     def unit(self) -> str:
         """What the run counts: round, update of the server, or exchange of peers."""
         return {ArrivalPlan: "update", PeerPlan: "exchange"}.get(type(self.plan), "round")
+
+
+# What may change when a run goes on that was killed.
+FREE = ("min-sites", "timeout-s", "patience-s", "results.folder", "results.resume", "results.checkpoint-minutes")
+
+
+def identity(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run configuration, with keys with dots, that of a certain run."""
+    return {key: value for key, value in run_config.items() if key not in FREE}
 
 
 def task(name: str) -> Task:

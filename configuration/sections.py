@@ -209,6 +209,10 @@ class Results(Section):
     """tests also tell the metrics of each class and, of a classification, how well probabilities are calibrated"""
     evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 10.0
+    """a run can go on from every round or test, and asynchronous ones at least from so many minutes ago; 0: never"""
+    resume: str = ""
+    """go on with a run that was killed: its folder, or auto for the newest of this configuration, or a new one"""
 
 
 class Computing(Section):

@@ -1,11 +1,14 @@
 """The server: reads the configuration, counts the sites, builds the strategy, runs it, writes the results."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from configuration.config import Config
 from configuration.graph import graph_of
@@ -14,15 +17,16 @@ from models.flat import FlatModel
 from models.pretrained import digest
 from server_app.asynchronous import Asynchronous
 from server_app.census import Federation, RunError, take_census
+from server_app.checkpoint import Saved, find
 from server_app.consensus import report_consensus
-from server_app.events import Began, Ended, Event, Refused, Sink
+from server_app.events import Away, Back, Began, Ended, Event, Refused, Sink
 from server_app.relay import Relay
 from server_app.results import Folder
 from server_app.rounds import Rounds
 from strategies.averaging.adapter import Planned
 from strategies.averaging.alone import Alone
 from strategies.averaging.shipped import Shipped
-from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, PeerPlan, RoundPlan
+from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Local, Moment, PeerPlan, RoundPlan
 from strategies.protocol import Layout
 from strategies.records import STATS, X, pack
 
@@ -33,11 +37,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the run configuration to the results folder."""
     config = Config.read(context.run_config)
-    run(grid, config, Folder(config))
+    before = find(config)
+    run(grid, config, Folder(config, context.run_id, before), before[1] if before else None)
 
 
-def run(grid: Grid, config: Config, sink: Sink) -> None:
-    """Everything that the server does, reported to ``sink``.
+def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> None:
+    """Everything that the server does, reported to ``sink``; what was ``saved`` of a run that was killed is gone on with.
 
     Raises:
         RunError: the run cannot start or go on; what it reached was reported.
@@ -46,7 +51,7 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
     def emit(event: Event) -> None:
-        if isinstance(event, Refused):
+        if isinstance(event, Refused | Away | Back):
             log(logging.WARNING, "%s", event)
         sink(event)
 
@@ -54,7 +59,7 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
     topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None
     if config.model.initial:
         digest(config.model.initial)
-    federation = take_census(grid, config)
+    federation = take_census(grid, config, saved.federation._replace(started=saved.next_start()) if saved else None)
     if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
         raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
     for note in federation.notes:
@@ -65,7 +70,7 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
     model = FlatModel(network)
     emit(Began(federation, model))
     try:
-        _drive(grid, config, federation, model, emit)
+        _drive(grid, config, federation, model, emit, saved)
     except BaseException as error:
         try:
             emit(Ended(error))
@@ -75,18 +80,30 @@ def run(grid: Grid, config: Config, sink: Sink) -> None:
     emit(Ended(None))
 
 
-def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink) -> None:
+def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink, saved: Saved | None) -> None:
     """Execute the plan of the run."""
-    # A function: held here, the initial model would stay in memory.
-    initial, layout, shares = lambda: pack({X: model.x, STATS: model.stats}), layout_of(model), partial(_shares, federation)
+    first = saved.arrays if saved and saved.arrays else {X: model.x, STATS: model.stats}
+    # A function: held here, the first model would stay in memory.
+    initial, layout, shares = lambda: pack(first), layout_of(model), partial(_shares, federation)
     if sends_updates(config.wire) and not isinstance(config.plan, PeerPlan):
         layout = layout.with_codec(codec_of(config.wire, model.sizes))
-    rounds = partial(Rounds, grid, federation=federation, config=config, layout=layout, sink=emit)
+
+    def rounds(strategy: Strategy, instruct: Callable[[Moment, Tensor], Local]) -> Rounds:
+        driver = Rounds(grid, strategy, instruct, federation, config, layout, emit)
+        if saved:
+            driver.resume(saved.driver)
+        return driver
+
     match config.plan:
         case ArrivalPlan() as plan:
-            Asynchronous(grid, plan, federation, config, layout, emit).run(initial())
+            arrivals = Asynchronous(grid, plan, federation, config, layout, emit)
+            if saved:
+                arrivals.resume(saved.driver)
+            arrivals.run(initial())
         case PeerPlan() as plan:
             relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
+            if saved:
+                relay.resume(saved.driver, saved.offers)
             report_consensus(grid, relay.run(), federation, config, relay.report, relay.exchanges)
         case RoundPlan() as plan:
             planned = Planned(plan, shares(plan.weighting))

@@ -6,9 +6,10 @@ it does to the model the rule's. Tests go out after every so many updates, on th
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
@@ -19,10 +20,10 @@ from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
 from server_app.census import Federation, RunError, an_epoch, budget
-from server_app.events import Kept, Sink
+from server_app.events import Checkpoint, Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
-from server_app.report import Report
+from server_app.report import Moment, Report
 from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
@@ -86,10 +87,10 @@ class Asynchronous:
         self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
         self._layout, self._clock = layout, clock_of(grid)
         self._report = Report(federation, config, sink, self._clock, "update")
-        self._mailbox = Mailbox(grid, config.timeout_s)
+        self._mailbox = Mailbox(grid, config.timeout_s, self._report.see)
         self._sites = {site.node: site for site in federation.sites}
         names = {site.node: f"site {site.number}" for site in federation.sites}
-        self._roster = Roster(names, config.min_sites, config.timeout_s)
+        self._roster = Roster(names, config.min_sites, config.patience_s)
         self._list = WhiteList(self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack)
         self._flying: dict[int, _Flight] = {}
         self._waiting: dict[int, list[_Part]] = defaultdict(list)
@@ -103,17 +104,53 @@ class Asynchronous:
         self._period = Period(0.0)
         self._tests: dict[int, PendingTest] = {}
         self._blind = False  # whether nobody could take the last test
+        self._saved, self._tested_since = self._clock.now(), False  # the last checkpoint, and whether there was a test since
+        self._resumed: Mapping[str, Any] = {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; what sites did since then is lost: they are sent the newest model anew."""
+        self._resumed = state
+        self._report.resume(Moment(*state["now"]))
+        self._extremes, self._updates, self._tested, self._done, start = state["counts"]
+        self._period = Period(start)
+        nodes = {site.number: site.node for site in self._sites.values()}
+        self._list.counts |= {nodes[number]: count for number, count in state["list"].items()}
+        self._speeds = {nodes[number]: speed for number, speed in state["speeds"].items()}
+        for name, changes in state["bounds"].items():
+            self._bounds[name].largest |= {nodes[number]: change for number, change in changes.items()}
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What :meth:`resume` takes."""
+        number = {node: site.number for node, site in self._sites.items()}
+        return {
+            "now": tuple(self._report.moment()),
+            "rule": self._state,
+            "stats": self._stats,
+            "counts": (self._extremes, self._updates, self._tested, self._done, self._period.start),
+            "list": {number[node]: count for node, count in self._list.counts.items()},
+            "speeds": {number[node]: speed for node, speed in self._speeds.items()},
+            "bounds": {name: {number[node]: each for node, each in bound.largest.items()} for name, bound in self._bounds.items()},
+        }
+
+    def _save(self) -> None:
+        """Offer a checkpoint after a test, and when the last one is old; what is tested must be reported first."""
+        minutes = self._config.results.checkpoint_minutes
+        if not self._tests and (self._tested_since or self._clock.now() - self._saved > 60 * minutes > 0):
+            self._saved, self._tested_since = self._clock.now(), False
+            self._report.emit(Checkpoint(self._checkpoint))
 
     def run(self, arrays: ArrayRecord) -> ArrayRecord:
-        """From the initial model to the last one.
+        """From the initial model, or where a checkpoint was, to the last one.
 
         Raises:
             RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what was reached so far was
                 emitted.
         """
-        self._state = self._plan.rule.init(unpack(arrays[X]))
-        self._stats = unpack(arrays[STATS]).clone() if STATS in arrays else torch.empty(0)
+        known, stats = self._resumed, unpack(arrays[STATS]).clone() if STATS in arrays else torch.empty(0)
+        self._state = known["rule"] if known else self._plan.rule.init(unpack(arrays[X]))
+        self._stats: Tensor = known["stats"] if known else stats
         del arrays
+        self._resumed = {}
         self._dispatch(list(self._sites))
         while self._done < self._total or self._tests:
             away = self._readmit()
@@ -124,6 +161,7 @@ class Asynchronous:
                 else:
                     self._arrived(node, reply)
                 del reply  # a model: before the next one comes
+            self._save()
         if self._blind:
             raise RunError(f"update {self._updates}: no site could test the model: it is of no use")
         return self._model()
@@ -318,6 +356,7 @@ class Asynchronous:
         if test.waiting:
             return
         del self._tests[number]
+        self._tested_since = True
         self._blind = not test.answers
         mean = self._report.test(number, test.answers, test.moment)
         self._report.progress(number, None, test.done * self._config.epochs / self._total, test.moment, test.train, mean)

@@ -30,16 +30,19 @@ class Bound:
 
     Args:
         multiple: c; 0 for no bound.
+
+    Attributes:
+        largest: of each site, norms and norms over rates.
     """
 
     def __init__(self, multiple: float) -> None:
         self._multiple = multiple
-        self._largest: dict[int, Change] = {}  # of each site: norms, and norms over rates
+        self.largest: dict[int, Change] = {}
 
     @property
     def few(self) -> bool:
         """Whether there is no median yet."""
-        return len(self._largest) < FEW
+        return len(self.largest) < FEW
 
     def refusal(self, change: Change, size: float, others: Mapping[int, Change] | None = None) -> str | None:
         """Why a contribution is refused, or None.
@@ -49,7 +52,7 @@ class Bound:
             size: norm of the model.
             others: what each site sent, this one too, where none was taken yet.
         """
-        known = list(self._largest.values()) if others is None else [_relative(each) for each in others.values()]
+        known = list(self.largest.values()) if others is None else [_relative(each) for each in others.values()]
         reference = median(each.norm for each in known) if len(known) >= FEW else 0.0
         allowed = self._multiple * (reference or size)
         if not allowed or change.norm <= allowed:  # also of no bound
@@ -64,8 +67,8 @@ class Bound:
 
     def accept(self, site: int, change: Change) -> None:
         """A site's contribution is taken."""
-        old, new = self._largest.get(site, Change(0.0, 0.0)), _relative(change)
-        self._largest[site] = Change(max(old.norm, new.norm), max(old.rates, new.rates))
+        old, new = self.largest.get(site, Change(0.0, 0.0)), _relative(change)
+        self.largest[site] = Change(max(old.norm, new.norm), max(old.rates, new.rates))
 
 
 def _relative(change: Change) -> Change:

@@ -6,7 +6,7 @@ from logging import WARNING
 from statistics import median
 from typing import NamedTuple
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -17,9 +17,11 @@ from models.pretrained import digest
 from server_app.exchange import clock_of, exchange
 from server_app.roster import together
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
-from strategies.protocol import Agreed, Refusal, SiteCard, printable, read_card
-from strategies.records import code_version
+from strategies.protocol import Agreed, Refusal, SiteCard, Started, printable, read_card
+from strategies.records import CONFIG, code_version
 
+TELL_EVERY_S = 60.0
+RETURN_S = 120.0  # in which Flower has all sites again after a server was away
 MOST = 1000  # times the median of the sites' examples: they say how long a run is, and weigh
 OTHER_CODE = (
     "it runs other code than the server. In a simulation the SuperLink was started in a folder with packages of the same "
@@ -83,6 +85,7 @@ class Federation(NamedTuple):
         moments: over all sites, of the columns of a table and of numbers to predict; None where there are none.
         notes: what sites say about their data, each with the site's name before it.
         columns: of a table; empty for other data.
+        started: of a run that goes on, when that was.
     """
 
     sites: tuple[Site, ...]
@@ -91,10 +94,11 @@ class Federation(NamedTuple):
     moments: Moments | None
     notes: tuple[str, ...]
     columns: tuple[str, ...] = ()
+    started: Started | None = None
 
     def agreed(self) -> Agreed:
         """What every message tells the sites about each other."""
-        return Agreed(self.classes, () if self.moments is None else tuple(self.moments))
+        return Agreed(self.classes, () if self.moments is None else tuple(self.moments), self.started)
 
 
 def an_epoch(federation: Federation, batch_size: int) -> float:
@@ -102,21 +106,23 @@ def an_epoch(federation: Federation, batch_size: int) -> float:
     return sum(site.batches(batch_size) for site in federation.sites) / len(federation.sites)
 
 
-def take_census(grid: Grid, config: Config) -> Federation:
+def take_census(grid: Grid, config: Config, before: Federation | None = None) -> Federation:
     """Wait for the sites, ask each what it holds, and make sure that they fit together.
 
     A site that cannot answer, whose answer cannot be used, or that does not fit to the others is left out with a warning as long
-    as ``min-sites`` remain.
+    as ``min-sites`` remain. In a run that goes on, ``before`` are its sites, with when it was started: one that is not there now
+    may come back.
 
     Raises:
         RunError: more sites than ``num-sites``, or fewer than ``min-sites`` that can take part.
     """
-    nodes = _wait_for(grid, config)
+    nodes = _wait_for(grid, config, before)
     if len(nodes) > config.num_sites:
         raise RunError(f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number")
     cards: dict[int, SiteCard] = {}
     failures: list[str] = []
-    for node, reply in exchange(grid, [Message(RecordDict(), node, "query.site") for node in nodes], config.timeout_s):
+    told = RecordDict({CONFIG: ConfigRecord(before.started.config())} if before and before.started else {})
+    for node, reply in exchange(grid, [Message(told, node, "query.site") for node in nodes], config.timeout_s):
         try:
             cards[node] = read_card(reply)
         except Refusal as refusal:
@@ -130,31 +136,48 @@ def take_census(grid: Grid, config: Config) -> Federation:
     fitting = {node: card for node, card in cards.items() if node not in misfits}
     if len(fitting) < config.min_sites:
         raise RunError(f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. {'; '.join(reasons)}")
-    return _federation(fitting, config)
+    found = _federation(fitting, config)
+    return found if before is None else _again(before, found)
 
 
-def _wait_for(grid: Grid, config: Config) -> list[int]:
-    clock = clock_of(grid)
-    start, said, asked = clock.now(), -1, False
-    while len(nodes := list(grid.get_node_ids())) < config.num_sites:
+def _again(before: Federation, now: Federation) -> Federation:
+    """The sites of a run that goes on: who is there says where to find it, and how to seal for it."""
+    there = {site.number: site for site in now.sites}
+    for site in now.sites:
+        if site.number not in {old.number for old in before.sites}:
+            log(WARNING, "%s (site %d) was not part of this run before: it is left out", site.name, site.number)
+    sites = []
+    for old in before.sites:
+        new = there.get(old.number)
+        if new and (new.num_train, new.num_test) != (old.num_train, old.num_test):
+            log(WARNING, "%s (site %d) has other data than before", new.name, new.number)
+        sites.append(old._replace(node=new.node, key=new.key, nonce=new.nonce) if new else old)
+    return before._replace(sites=tuple(sites))
+
+
+def _wait_for(grid: Grid, config: Config, before: Federation | None) -> list[int]:
+    clock, wanted = clock_of(grid), len(before.sites) if before else config.num_sites
+    start, said, asked, again = clock.now(), -1, False, 0.0
+    while len(nodes := list(grid.get_node_ids())) < wanted:
         waited = clock.now() - start
         # A simulation of too few sites will never have more: say so soon.
-        if nodes and not asked and waited > min(config.timeout_s, 15):
+        if nodes and not asked and waited > min(config.patience_s, 15):
             asked = True
             if 0 < (there := _simulated_sites(grid, nodes[0], config)) < config.num_sites:
                 raise RunError(
                     f"num-sites = {config.num_sites}, but the simulation has {there} sites: "
                     f'add --federation-config "num-supernodes={config.num_sites}"'
                 )
-        if waited >= config.timeout_s:
-            if len(nodes) >= config.min_sites:
-                log(WARNING, "%d of %d sites are connected after %g s: going on", len(nodes), config.num_sites, config.timeout_s)
+        enough = len(nodes) >= config.min_sites
+        if waited >= (min(config.patience_s, RETURN_S) if before and enough else config.patience_s):
+            if enough:
+                log(WARNING, "%d of %d sites are connected after %.0f s: going on", len(nodes), wanted, waited)
                 break
-            raise RunError(f"{len(nodes)} of {config.num_sites} sites are connected after timeout-s = {config.timeout_s:g}")
-        if len(nodes) != said:
-            said = len(nodes)
-            log(WARNING, "waiting for sites: %d of %d are connected", said, config.num_sites)
-        clock.wait(0.5, config.timeout_s - waited)
+            raise RunError(f"{len(nodes)} of {wanted} sites are connected after patience-s = {config.patience_s:g}")
+        if len(nodes) != said or clock.now() >= again:
+            said, again = len(nodes), clock.now() + TELL_EVERY_S
+            log(WARNING, "waiting for sites: %d of %d are connected", said, wanted)
+        clock.wait(0.5, config.patience_s - waited)
     return nodes
 
 

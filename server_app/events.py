@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 
 from models.flat import FlatModel
 from server_app.census import Federation, Site
@@ -65,6 +65,36 @@ class Kept(NamedTuple):
     arrays: ArrayRecord
 
 
+class Checkpoint(NamedTuple):
+    """The run could go on from here.
+
+    Attributes:
+        state: the driver's own, plain values and tensors; called at once, or not at all, as the other one is.
+        offers: what peers offered and is not delivered yet, by name.
+    """
+
+    state: Callable[[], dict[str, Any]]
+    offers: Callable[[], Mapping[str, Mapping[str, Array]]] = dict
+
+
+class Away(NamedTuple):
+    """A site is not connected any more; printed, it is a line."""
+
+    site: Site
+
+    def __str__(self) -> str:
+        return f"{self.site.name} (site {self.site.number}) is not connected"
+
+
+class Back(NamedTuple):
+    """A site is connected again; printed, it is a line."""
+
+    site: Site
+
+    def __str__(self) -> str:
+        return f"{self.site.name} (site {self.site.number}) is connected again"
+
+
 class Progress(NamedTuple):
     """How far a run is after a round; printed, it is a line.
 
@@ -119,5 +149,5 @@ class Ended(NamedTuple):
     error: BaseException | None
 
 
-Event = Began | Reported | Refused | Kept | Progress | Ended
+Event = Began | Reported | Refused | Kept | Checkpoint | Away | Back | Progress | Ended
 Sink = Callable[[Event], None]

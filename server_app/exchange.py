@@ -3,7 +3,7 @@
 import math
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from threading import Thread
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
 PATIENCE_S = 0.5  # with a reply, before others are looked for while it comes,
 BYTES_A_S = 10e6  # and the time that one as large as its message takes from the SuperLink: Flower needs three times its memory
 AT_ONCE = 8  # replies that come: as many models may be in memory
+LOOK_EVERY_S = 10.0
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
 # not connected, a ClientApp that stopped. Other errors would come again at once.
@@ -69,14 +70,15 @@ class Mailbox:
     Args:
         grid: the way to the sites.
         timeout_s: seconds a site has to answer.
+        see: told every now and then which nodes are connected, while somebody waits.
     """
 
-    def __init__(self, grid: Grid, timeout_s: float) -> None:
-        self._grid, self._timeout_s = grid, timeout_s
+    def __init__(self, grid: Grid, timeout_s: float, see: Callable[[set[int]], None] = lambda connected: None) -> None:
+        self._grid, self._timeout_s, self._see = grid, timeout_s, see
         self._clock = clock_of(grid)
         self._waiting: dict[str, _Waiting] = {}
         self._coming: dict[str, Future[list[Message]]] = {}
-        self._poll = FIRST_WAIT_S
+        self._poll, self._looked = FIRST_WAIT_S, -math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -120,6 +122,9 @@ class Mailbox:
                 yield message, Message(Error(TOO_LATE, reason), reply_to=message)
             if late:
                 return
+            if now >= self._looked + LOOK_EVERY_S:
+                self._looked = now
+                self._see(set(self._grid.get_node_ids()))
             self._clock.wait(self._poll, min(waiting.deadline for waiting in self._waiting.values()) - now)
             self._poll = min(2 * self._poll, LONGEST_WAIT_S)
             if once:

@@ -7,7 +7,6 @@ again once it answered.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +19,15 @@ from flwr.serverapp import Grid
 
 from configuration.config import Config
 from server_app.census import Federation, RunError, an_epoch, budget
-from server_app.events import Sink
+from server_app.events import Checkpoint, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
-from server_app.report import Report
+from server_app.links import Links
+from server_app.report import Moment, Report
 from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
 from strategies.protocol import Layout, Offer, PeerOrder, Refusal, StepMetrics, printable, read_offer, write_peer_order
-from strategies.records import CONFIG, FROM, OFFER, TO
+from strategies.records import CONFIG, FROM
 from strategies.topology import Topology
 
 
@@ -69,27 +69,43 @@ class Relay:
         self._grid, self._topology, self._config, self._layout = grid, topology, config, layout
         self._federation, self._clock = federation, clock_of(grid)
         self.report = Report(federation, config, sink, self._clock, "step")
-        self._mailbox = Mailbox(grid, config.timeout_s)
+        self._mailbox = Mailbox(grid, config.timeout_s, self.report.see)
         self._sites = {site.number: site for site in federation.sites}
         self._numbers = {site.node: site.number for site in federation.sites}
         names = {number: f"site {number}" for number in self._sites}
-        self._roster = Roster(names, config.min_sites, config.timeout_s)
+        self._roster = Roster(names, config.min_sites, config.patience_s)
         self._courses = {number: _Course() for number in self._sites}
         self._flying: dict[int, PeerOrder] = {}
-        # What was offered on a link and not yet delivered: by sender and reader, the arrays of each step.
-        self._links: dict[tuple[int, int], dict[int, dict[str, Array]]] = defaultdict(dict)
-        # What a message under way delivers, and links on which a difference is missing (CHOCO): nothing more goes over such a link
-        # until its sender starts anew.
-        self._given: dict[int, list[tuple[int, int]]] = {}
-        self._stale: set[tuple[int, int]] = set()
+        self._given: dict[int, list[tuple[int, int]]] = {}  # what a message under way delivers
         self._choco = config.wire.error_feedback == "choco"
         self._plan, self._messages = plan, plan.gradient.messages
+        self._links = Links(chained=self._choco, messages=self._messages)
         self._nonces = {site.number: site.nonce for site in federation.sites if site.nonce}
         self.exchanges, self._every = budget(config, plan, an_epoch(federation, config.training.batch_size))
         self._last = self.exchanges * self._messages  # the last step
         self._tally, self._written = Tally(before=plan.gradient.at != "own"), 0  # the exchange of the last test that was reported
         self._models: dict[int, Vectors] = {}
-        self._links_bytes: dict[tuple[int, int], int] = defaultdict(int)
+
+    def resume(self, state: Mapping[str, Any], offers: Mapping[str, Mapping[str, Array]]) -> None:
+        """Go on from a checkpoint: a peer whose answer is not in it is asked for the same step again, and gives the same."""
+        self.report.resume(Moment(*state["now"]))
+        self._courses = {number: _Course(*course) for number, course in state["courses"].items()}
+        self._roster.load_state_dict(state["roster"], self._clock.now())
+        self._links.load_state_dict(state["links"], offers)
+        self._tally.load_state_dict(state["tally"])
+        self._models, self._written = state["models"], state["written"]
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What :meth:`resume` takes beside what was offered."""
+        return {
+            "now": tuple(self.report.moment()),
+            "courses": {number: (course.step, course.joined) for number, course in self._courses.items()},
+            "roster": self._roster.state_dict(),
+            "links": self._links.state_dict(),
+            "tally": self._tally.state_dict(),
+            "models": self._models,
+            "written": self._written,
+        }
 
     def run(self) -> dict[int, Vectors]:
         """All exchanges.
@@ -105,8 +121,9 @@ class Relay:
             self._enough()
             for message, reply in self._mailbox.receive(once=len(self._present()) < len(self._sites)):
                 self._answered(self._numbers[message.metadata.dst_node_id], reply)
+                self.report.emit(Checkpoint(self._checkpoint, self._links.offers))  # before it is asked for more
         self._report_tests(finished=True)
-        for (sender, reader), count in sorted(self._links_bytes.items()):
+        for (sender, reader), count in sorted(self._links.delivered.items()):
             node = self._sites[sender].node
             self.report.write(self.exchanges, "links", {node: {f"bytes-to-{reader}": float(count)}}, None)
         return self._models
@@ -172,7 +189,7 @@ class Relay:
             test=not self._is_cross(step) and (last or (step > 0 and (number + 1) % self._every == 0)),
             last=last,
             rejoin=rejoin,
-            fresh=any(sender == peer and not self._roster.away(reader) for sender, reader in self._stale),
+            fresh=any(sender == peer and not self._roster.away(reader) for sender, reader in self._links.stale),
             done=self._plan.done(step, self.exchanges),
             listeners=listeners,
             keys={site.number: site.key for site in self._federation.sites if trusting and site.number != peer},
@@ -180,9 +197,10 @@ class Relay:
         )
         records: dict[str, Any] = {CONFIG: write_peer_order(order)}
         for j in order.neighbours:
-            if arrays := self._delivery(j, peer, step, rejoin):
+            keys = self._links.waiting(j, peer, step, rejoin=rejoin)
+            self._given.setdefault(peer, []).extend((j, key) for key in keys)
+            if arrays := self._links.take(j, peer, keys):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
-                self._links_bytes[j, peer] += sum(len(array.data) for array in arrays.values())
         return Message(RecordDict(records), self._sites[peer].node, "train.cross" if self._is_cross(step) else "train.peer")
 
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
@@ -190,17 +208,6 @@ class Relay:
         exchanges = range(len(self._topology.matrices)) if rejoin else [self._plan.exchange(step + 1)]
         of = self._topology.neighbours
         return tuple(reader for reader in self._sites if any(peer in of(each, reader) for each in exchanges))
-
-    def _delivery(self, sender: int, reader: int, step: int, rejoin: bool) -> dict[str, Array]:
-        """What a neighbour offered and a peer is given with its next message."""
-        # On a step of one kind, payloads of the other one are of no use.
-        waiting = {s: arrays for s, arrays in self._links[sender, reader].items() if self._messages == 1 or (step - s) % 2}
-        if self._choco:  # differences must all arrive
-            steps = [s for s in waiting if s < step]
-        else:  # of anything else the newest is enough; who comes back may find an older one
-            steps = [max(waiting)] if rejoin and waiting else [s for s in waiting if s == step - 1]
-        self._given.setdefault(reader, []).extend((sender, s) for s in steps)
-        return {name: array for s in steps for name, array in waiting[s].items()}
 
     # Answers.
 
@@ -224,8 +231,8 @@ class Relay:
             if sealed and step < self._last:  # it may have done it, and takes a sealed step once only
                 self._courses[peer].step = step + 1
             return
-        for j, s in given:
-            self._links[j, peer].pop(s, None)
+        for j, key in given:
+            self._links.deliver(j, peer, key)
         self._heed(peer, step, offer)
         self._advance(peer, step, offer)
         self._store(peer, step, offer.arrays)
@@ -239,13 +246,13 @@ class Relay:
         """What a peer says of what it was given, and of itself."""
         for reason in offer.notes.refused:
             log(WARNING, "step %d: site %d refuses what came from %s", step, peer, printable(reason, 240))
-        self._stale |= {(j, peer) for j in offer.notes.broken}
+        self._links.stale |= {(j, peer) for j in offer.notes.broken}
         if offer.notes.nonce is not None:  # another one than before if it lost its memory
             self._nonces[peer] = offer.notes.nonce
         if offer.notes.fresh:
-            self._stale -= {(peer, reader) for reader in self._present()}
+            self._links.stale -= {(peer, reader) for reader in self._present()}
             for reader in self._sites:
-                self._links[peer, reader].clear()
+                self._links.clear(peer, reader)
 
     def _advance(self, peer: int, step: int, offer: Offer) -> None:
         """The next step of a peer; who is back goes on where the others are."""
@@ -264,26 +271,17 @@ class Relay:
     def _store(self, peer: int, step: int, arrays: Mapping[str, Array]) -> None:
         """Put what a peer offers on the links to those who hear it next."""
         at = self._courses[peer].step
-        for reader in self._sites:
-            if reader == peer or peer not in self._neighbours(at, reader):
-                continue
-            own, all_ = f"{TO}{reader}/", f"{OFFER}/"
-            parts = {f"{step}/{name.partition('/')[2]}": array for name, array in arrays.items() if name.startswith((own, all_))}
-            if not parts or (peer, reader) in self._stale:
-                continue
-            self._links[peer, reader][at - 1] = parts
-            if not self._choco:  # a reader that is away finds the newest; on a directed graph one may be far behind
+        readers = [reader for reader in self._sites if reader != peer and peer in self._neighbours(at, reader)]
+        self._links.put(peer, readers, at - 1, step, arrays)
+        if not self._choco:  # a reader that is away finds the newest; on a directed graph one may be far behind
+            for reader in readers:
                 first = at - 2 if self._roster.away(reader) else self._courses[reader].step - 1
-                for old in [s for s in self._links[peer, reader] if s < first]:
-                    del self._links[peer, reader][old]
+                self._links.drop_before(peer, reader, first)
 
     def _lose(self, peer: int, reason: str, *, failed: bool = False) -> None:
         self._given.pop(peer, None)
         if self._choco:  # it will miss differences, and may have missed these
-            for sender, reader in list(self._links):
-                if reader == peer:
-                    self._links[sender, peer].clear()
-                    self._stale.add((sender, peer))
+            self._links.miss(peer)
         # Who fails again and again is called ever less often.
         again = max(other.step for other in self._courses.values()) + self._roster.pause(peer)
         self._roster.lose(peer, reason, self._clock.now(), failed=failed, again=again)

@@ -1,6 +1,7 @@
 """What sites report on its way into the history: counted, read, timed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
@@ -11,7 +12,7 @@ from configuration.network import num_outputs
 from datasets.site import deviations
 from models.tasks import Targets, Task, numbers
 from server_app.census import Federation
-from server_app.events import EVERYBODY, Event, Progress, Refused, Reported, Sink
+from server_app.events import EVERYBODY, Away, Back, Event, Progress, Refused, Reported, Sink
 from server_app.exchange import Clock
 from server_app.roster import together
 from strategies.averaging.average import NUM_EXAMPLES
@@ -66,7 +67,7 @@ class Moment(NamedTuple):
 
     Attributes:
         seconds: since the first round.
-        traffic: of each node, bytes up and down.
+        traffic: of each site by its number, bytes up and down.
     """
 
     seconds: float
@@ -95,7 +96,8 @@ class Report:
         self.measure, self._config, self._unit = Measure.of(config, federation), config, unit
         self._sites = {site.node: site for site in federation.sites}
         self._sink, self._clock, self._start = sink, clock, clock.now()
-        self._traffic = dict.fromkeys(self._sites, (0, 0))  # bytes up, bytes down
+        self._traffic = {site.number: (0, 0) for site in federation.sites}  # bytes up, bytes down
+        self._connected = set(self._sites)
         self._refused: dict[int, tuple[int, str]] = {}  # when something of a node was refused last, and why
 
     def emit(self, event: Event) -> None:
@@ -106,11 +108,23 @@ class Report:
         """Now."""
         return Moment(self._clock.now() - self._start, dict(self._traffic))
 
+    def resume(self, moment: Moment) -> None:
+        """Go on counting from a moment."""
+        self._start, self._traffic = self._clock.now() - moment.seconds, dict(moment.traffic)
+
+    def see(self, connected: AbstractSet[int]) -> None:
+        """Tell whose connection was lost, and who is back."""
+        for node, site in self._sites.items():
+            if (node in connected) != (node in self._connected):
+                self.emit(Back(site) if node in connected else Away(site))
+        self._connected = self._sites.keys() & connected
+
     def sent(self, messages: Sequence[Message]) -> None:
         """Messages go out."""
         for message in messages:
-            up, down = self._traffic[message.metadata.dst_node_id]
-            self._traffic[message.metadata.dst_node_id] = up, down + num_bytes(message)
+            number = self._sites[message.metadata.dst_node_id].number
+            up, down = self._traffic[number]
+            self._traffic[number] = up, down + num_bytes(message)
 
     def receive(self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]) -> T | Refusal:
         """A reply is there: what ``read`` makes of it, or why it cannot be used, which a warning says, too.
@@ -135,9 +149,10 @@ class Report:
 
     def count(self, node: int, reply: Message) -> None:
         """The bytes of a reply."""
-        up, down = self._traffic[node]
+        number = self._sites[node].number
+        up, down = self._traffic[number]
         with suppress(Exception):  # what cannot be sent was refused
-            self._traffic[node] = up + num_bytes(reply), down
+            self._traffic[number] = up + num_bytes(reply), down
 
     def refuse(self, node: int, number: int, phase: str, reason: str) -> None:
         """What a site sent cannot be used."""
@@ -160,7 +175,7 @@ class Report:
         seconds, traffic = moment or self.moment()
         for node, site in self._sites.items():
             if node in of_sites:
-                self.emit(Reported(number, seconds, site.number, split, of_sites[node], *traffic[node]))
+                self.emit(Reported(number, seconds, site.number, split, of_sites[node], *traffic[site.number]))
         if together is not None:
             up, down = (sum(column) for column in zip(*traffic.values(), strict=True))
             self.emit(Reported(number, seconds, EVERYBODY, split, together, up, down))

@@ -22,16 +22,19 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configuration.config import Config
+from configuration.config import Config, identity
 from configuration.description import Description
 from configuration.errors import ConfigError
+from configuration.files import SITES, write_whole
 from configuration.graph import graph_of
 from models.flat import FlatModel
 from server_app import plots
 from server_app.census import Federation, RunError
-from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported, Sink
+from server_app.checkpoint import Saved, Writer
+from server_app.events import EVERYBODY, Began, Checkpoint, Ended, Event, Kept, Progress, Reported, Sink
 from strategies.method import ArrivalPlan, PeerPlan
-from strategies.records import STATS, X, unpack
+from strategies.protocol import Started
+from strategies.records import STATS, X, pack, unpack
 
 COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 DRAW_EVERY_S = 15.0
@@ -51,6 +54,19 @@ class History:
         self.federation = Federation((), (), (), None, ())
         self.arrays = ArrayRecord()
         self._rows: list[tuple[object, ...]] = []
+
+    def resume(self, folder: Path, saved: Saved) -> None:
+        """Go on after what a run that was killed had written into a folder.
+
+        Raises:
+            ConfigError: rows of its metrics are missing.
+        """
+        rows = read_metrics(folder / "metrics.csv").head(saved.rows)
+        if len(rows) < saved.rows:
+            raise ConfigError(f"{folder / 'metrics.csv'}: {saved.rows} rows are expected, {len(rows)} are there")
+        self._rows, self.arrays = list(rows.itertuples(index=False, name=None)), pack(saved.arrays)
+        lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)[: saved.rows + 1]
+        write_whole(folder / "metrics.csv", "".join(lines).encode())
 
     def __call__(self, event: Event) -> None:
         """Something happened."""
@@ -161,7 +177,7 @@ def _no_formula(name: str) -> str:
 def read_metrics(file: Path) -> pd.DataFrame:
     """``metrics.csv``, without a last row that was cut off."""
     text = file.read_text()
-    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str})
+    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str}, float_precision="round_trip")
 
 
 class Rows:
@@ -173,7 +189,7 @@ class Rows:
     """
 
     def __init__(self, history: History, folder: Path) -> None:
-        self._history, self._file, self._written = history, folder / "metrics.csv", 0
+        self._history, self._file, self._written = history, folder / "metrics.csv", len(history.rows)
 
     def __call__(self, event: Event) -> None:
         """Append what is new, in one piece; all of it where the file is gone."""
@@ -209,6 +225,34 @@ class Models:
         if self._behind and isinstance(event, Kept | Ended):
             write_models(self._folder, self._history.models, self._history.description)
             self._behind = False
+
+
+class Checkpoints:
+    """The sink of ``checkpoints``; a run that ended well has none.
+
+    Args:
+        history: what was reported so far.
+        folder: where.
+        started: by what the sites know this run.
+    """
+
+    def __init__(self, history: History, folder: Path, started: Started) -> None:
+        self._history, self._folder, self._started, self._writer = history, folder, started, Writer(folder)
+        self.close = self._writer.close
+
+    def __call__(self, event: Event) -> None:
+        """Write or delete."""
+        history = self._history
+        match event:
+            case Checkpoint() if history.config.results.checkpoint_minutes:
+                arrays = {name: unpack(array) for name, array in history.arrays.items()}
+                config, rows = identity(history.config.flat()), len(history.rows)
+                saved = Saved(config, *self._started, history.federation, rows, arrays, event.state(), event.offers())
+                self._writer.write(saved)
+            case Ended(None):
+                self._writer.finish()
+                for file in (self._folder.parent / SITES).glob(f"{self._started.run}-*"):
+                    file.unlink(missing_ok=True)
 
 
 class Pictures:
@@ -334,6 +378,11 @@ class Folder(History):
     A disk that is full or a folder that is moved away does not stop a run: it goes on in memory, and what is missing is written
     as soon as that works, at the latest at the end.
 
+    Args:
+        config: the run.
+        run: Flower's number of it.
+        before: a run that was killed and goes on, and its folder.
+
     Attributes:
         path: absolute.
 
@@ -341,8 +390,9 @@ class Folder(History):
         ConfigError: nothing can be written where it should be.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, run: int = 0, before: tuple[Path, Saved] | None = None) -> None:
         super().__init__(config)
+        self._before, self._started = before, before[1].next_start() if before else Started(run, 0)
         try:
             wanted = Path(config.results.folder).expanduser().absolute()
             with suppress(FileNotFoundError):
@@ -360,13 +410,24 @@ class Folder(History):
         """
         super().__call__(event)
         if isinstance(event, Began):
-            self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
-            self._sinks = [kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)]
+            if self._before:
+                self.path = self._before[0]
+                self.resume(*self._before)
+            else:
+                self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
+            kept = Checkpoints(self, self.path, self._started)
+            self._sinks = [*(kind(self, self.path) for kind in (Printed, Rows, Models, Pictures)), kept]
         failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
         for error in failures:
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)
         if failures and isinstance(event, Ended):
             raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
+
+    def close(self) -> None:
+        """Another server may go on with the run, as when this process had ended."""
+        for sink in self._sinks:
+            if isinstance(sink, Checkpoints):
+                sink.close()
 
     def _describe(self, event: Event) -> None:
         """Also where somebody moved the folder away."""

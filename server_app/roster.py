@@ -9,7 +9,7 @@ here again.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 LONGEST_PAUSE = 64
@@ -47,14 +47,25 @@ class Roster:
     Args:
         sites: by whatever the driver knows them, what they are called in an error.
         least: with fewer here the run stops.
-        timeout_s: after so many seconds.
+        patience_s: after so many seconds.
     """
 
-    def __init__(self, sites: Mapping[int, str], least: int, timeout_s: float) -> None:
+    def __init__(self, sites: Mapping[int, str], least: int, patience_s: float) -> None:
         self._names = sites
         self._sites = {site: Standing() for site in sites}
         self.least = min(least, len(self._sites))
-        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[int, Standing]:
+        """Where each site stands."""
+        return dict(self._sites)
+
+    def load_state_dict(self, state: Mapping[int, Standing], now: float) -> None:
+        """Go on from there; who is away has been for no time, and may be back."""
+        for site, standing in state.items():
+            self._sites[site] = replace(standing, since=now, connected=True)
 
     # What happened.
 
@@ -131,11 +142,11 @@ class Roster:
         spare = len(self._sites) - self.least
         if len(gone) <= spare:
             return math.inf
-        return gone[spare] + self._timeout_s - now if self.hope else 0.0
+        return gone[spare] + self._patience_s - now if self.hope else 0.0
 
     def shortage(self, who: str = "sites") -> str:
         """Why a run stops whose time is over."""
-        when = f"after timeout-s = {self._timeout_s:g}" if self.hope else "and no others will"
+        when = f"after patience-s = {self._patience_s:g}" if self.hope else "and no others will"
         reasons = {self._names[site]: each.reason for site, each in self._sites.items() if each.state != "here"}
         return f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. {together(reasons)}"
 

@@ -5,12 +5,12 @@ answer. Only the last model, and models of sites that learn alone for a common p
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from logging import WARNING
 from tempfile import TemporaryFile
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.common.logger import log
@@ -21,8 +21,8 @@ from torch import Tensor
 from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
-from server_app.census import Federation, RunError, an_epoch
-from server_app.events import Kept, Sink
+from server_app.census import TELL_EVERY_S, Federation, RunError, an_epoch
+from server_app.events import Checkpoint, Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Moment as Reached
 from server_app.report import Report
@@ -60,12 +60,28 @@ class Answer(NamedTuple, Generic[T]):
     found: T
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A strategy that remembers more than the model from round to round."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from them."""
+
+
+class _TooFew(RuntimeError):
+    """A round's answers are not enough: nothing was made of them."""
+
+
 class Rounds:
     """Drives a strategy over the sites of a federation.
 
     Where Flower's ``Strategy.start`` waits for all replies and stops at the first that does not fit, this hands each reply to the
     strategy when it arrives, leaves out a site whose reply cannot be used, and reports what every site says. A site that is
-    silent is waited for once: from then on it is called, but not waited for, until it answers.
+    silent is waited for once: from then on it is called, but not waited for, until it answers. A round that too few answer since
+    they are away is tried again when they are back.
 
     Args:
         grid: the way to the sites.
@@ -90,59 +106,108 @@ class Rounds:
         self._grid, self._strategy, self._instruct, self._config = grid, strategy, instruct, config
         self._federation, self._layout = federation, layout
         self._an_epoch = an_epoch(federation, config.training.batch_size)
-        self._clock, self._mailbox = clock_of(grid), Mailbox(grid, config.timeout_s)
+        self._clock = clock_of(grid)
         self._sites = {site.node: site for site in federation.sites}
         self._report = Report(federation, config, sink, self._clock, "round")
+        self._mailbox = Mailbox(grid, config.timeout_s, self._report.see)
         names = {site.node: f"site {site.number}" for site in federation.sites}
-        self._roster = Roster(names, config.min_sites, config.timeout_s)
+        self._roster = Roster(names, config.min_sites, config.patience_s)
         self._latest: dict[int, Metadata] = {}  # of the message to each site
         self._sent: dict[int, dict[str, Tensor]] = {}  # the model that each trains, before the codec
         self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
         self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)  # whether a test comes with training
+        self._number, self._done = 0, 0.0  # rounds and epochs that are over
+        self._reached, self._tested = self._report.moment(), dict[str, float]()  # the last model, and the last test
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on after the round of a checkpoint."""
+        self._number, self._done, self._tested = state["number"], state["done"], state["tested"]
+        self._report.resume(Reached(*state["now"]))
+        self._reached = Reached(*state["reached"])
+        nodes = {site.number: site.node for site in self._sites.values()}
+        for name, changes in state["bounds"].items():
+            for number, change in changes.items():
+                self._bounds[name].largest[nodes[number]] = change
+        if isinstance(self._strategy, Remembers):
+            self._strategy.load_state_dict(state["strategy"])
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What :meth:`resume` takes."""
+        numbers = {node: site.number for node, site in self._sites.items()}
+        return {
+            "number": self._number,
+            "done": self._done,
+            "tested": self._tested,
+            "now": tuple(self._report.moment()),
+            "reached": tuple(self._reached),
+            "bounds": {name: {numbers[node]: each for node, each in bound.largest.items()} for name, bound in self._bounds.items()},
+            "strategy": self._strategy.state_dict() if isinstance(self._strategy, Remembers) else {},
+        }
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
-        """From the initial model to the last one.
+        """From the initial model, or that of a checkpoint, to the last one.
 
         Args:
-            arrays: the initial model.
+            arrays: the model.
             beside: vectors of the model's size that sites send beside theirs.
 
         Raises:
             RunError: fewer than ``min-sites`` sites answered, or no site can test the last model; what was reached so far was
                 emitted.
         """
-        total, done, number = self._config.epochs, 0.0, 0
-        reached, test = self._report.moment(), dict[str, float]()
+        total = self._config.epochs
         sizes = dict(self._layout.sizes)
         self._layout = self._layout._replace(sizes=sizes | dict.fromkeys(beside, sizes[X]))
-        while done < total - 1e-9:
-            number += 1
-            local = self._instruct(Moment(number, done, total, self._an_epoch), unpack(arrays[X]))
+        short: float | None = None  # since when too few sites answer
+        while self._done < total - 1e-9:
+            number = self._number + 1
+            local = self._instruct(Moment(number, self._done, total, self._an_epoch), unpack(arrays[X]))
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
             tested: dict[int, TestMetrics] = {}
             with_test = self._beside and number > 1
-            newest, metrics = self._aggregate(number, arrays, local, trained, tested if with_test else None)
+            try:
+                newest, metrics = self._aggregate(number, arrays, local, trained, tested if with_test else None)
+            except _TooFew as error:
+                short = self._clock.now() if short is None else short
+                self._wait_for_more(number, len(trained), short, error)
+                continue
+            short = None
             if with_test:
-                test = self._report_test(number - 1, tested, reached)
-            if len(trained) < self._roster.least or newest is None:
-                few = f"{len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}"
-                raise RunError(f"round {number}: {few}: stopped. {self._report.refusals(number)}")
-            arrays, done = newest, done + epochs
-            reached = self._report.moment()
+                self._tested = self._report_test(number - 1, tested, self._reached)
+            if newest is None:
+                raise RunError(f"round {number}: {self._config.strategy} makes no model of {len(trained)} answers")
+            arrays, self._number, self._done = newest, number, self._done + epochs
+            self._reached = self._report.moment()
             self._report.emit(Kept(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}
             self._report.write(number, "train", _named(trained), train)
-            at_once = not self._beside or done >= total - 1e-9
+            at_once = not self._beside or self._done >= total - 1e-9
             if at_once:
                 tested = self._test(number, arrays)
-                reached = self._report.moment()
-                test = self._report_test(number, tested, reached)
-            self._report.progress(number, epochs, done, reached, train, test, None if at_once else number - 1)
-        if not test:
-            raise RunError(f"round {number}: no site could test the model: it is of no use")
+                self._reached = self._report.moment()
+                self._tested = self._report_test(number, tested, self._reached)
+            before = None if at_once else number - 1
+            self._report.progress(number, epochs, self._done, self._reached, train, self._tested, before)
+            self._report.emit(Checkpoint(self._checkpoint))
+        if not self._tested:
+            raise RunError(f"round {self._number}: no site could test the model: it is of no use")
         return arrays
+
+    def _wait_for_more(self, number: int, usable: int, since: float, error: _TooFew) -> None:
+        """Sites that are away may come back.
+
+        Raises:
+            RunError: those that are here would fail again, or this lasts for too long already.
+        """
+        connected = set(self._grid.get_node_ids())
+        away = [node for node in self._sites if node not in connected or self._roster.away(node)]
+        left = since + self._config.patience_s - self._clock.now()
+        if usable + len(away) < self._roster.least or left <= 0:
+            raise RunError(f"{error}: stopped. {self._report.refusals(number)}") from None
+        log(WARNING, "%s: tried again when sites are back", error)
+        self._clock.wait(LONGEST_WAIT_S, left)
 
     def _aggregate(
         self,
@@ -170,9 +235,14 @@ class Rounds:
                     answer.found.vectors.clear()
                 yield answer.reply
                 del answer  # a model: before the next one comes
+            if len(trained) < self._roster.least:  # before anything is made of them
+                few = f"{len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}"
+                raise _TooFew(f"round {number}: {few}")
 
         try:
             newest, metrics = self._strategy.aggregate_train(number, replies())
+        except _TooFew:
+            raise
         except Exception as error:
             raise RunError(f"round {number}: {self._config.strategy} fails: {type(error).__name__}: {error}") from error
         for vector in map(unpack, (newest or {}).values()):
@@ -221,21 +291,22 @@ class Rounds:
 
     def _wait_for_enough(self, number: int) -> None:
         """A round that cannot succeed is not begun: sites that went may come back."""
-        deadline, said, least = self._clock.now() + self._config.timeout_s, -1, self._roster.least
+        patience, least, said, again = self._config.patience_s, self._roster.least, -1, 0.0
+        deadline = self._clock.now() + patience
         while (there := self._look()) < least:
             if self._clock.now() >= deadline:
                 raise RunError(
-                    f"round {number}: {there} sites are connected after timeout-s = {self._config.timeout_s:g}, "
-                    f"min-sites = {least}: stopped"
+                    f"round {number}: {there} sites are connected after patience-s = {patience:g}, min-sites = {least}: stopped"
                 )
-            if there != said:
-                said = there
+            if there != said or self._clock.now() >= again:
+                said, again = there, self._clock.now() + TELL_EVERY_S
                 log(WARNING, "round %d: waiting for sites: %d are connected, min-sites = %d", number, there, least)
             self._clock.wait(LONGEST_WAIT_S, deadline - self._clock.now())
 
     def _look(self) -> int:
         """How many sites are connected; those that are again are waited for again."""
         connected = set(self._grid.get_node_ids())
+        self._report.see(connected)
         for node in self._roster.see(connected, self._clock.now()):
             self._roster.answer(node)
         return len(connected & self._sites.keys())

@@ -1,8 +1,9 @@
 """What peers report from test to test."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from server_app.report import Moment
 from strategies.averaging.average import NUM_EXAMPLES
@@ -41,6 +42,18 @@ class Tally:
         self._before = before
         self._tests: dict[int, PeerTest] = {}
         self._train: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        tests = {number: (tuple(test.moment), test.answers, test.train) for number, test in self._tests.items()}
+        return {"tests": tests, "train": {peer: dict(found) for peer, found in self._train.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from them."""
+        for number, (moment, answers, train) in state["tests"].items():
+            self._tests[number] = PeerTest(Moment(*moment), answers, train)
+        for peer, found in state["train"].items():
+            self._train[peer].update(found)
 
     def add(self, peer: int, metrics: StepMetrics, number: int | None, moment: Moment) -> None:
         """A peer took a step, in which it tested after the exchange ``number``, or not."""

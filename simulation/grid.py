@@ -10,6 +10,7 @@ import heapq
 import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
@@ -49,6 +50,8 @@ class VirtualGrid(Grid):
         client_app: called directly with each message.
         sites: what each site lives in.
         run_config: the run configuration of every site.
+        state: the folder in which sites keep what they remember; None for memory only.
+        start_s: the time.
         tamper: called with a site's number, the message and the reply; what it returns is delivered instead, None is lost.
 
     Attributes:
@@ -56,25 +59,33 @@ class VirtualGrid(Grid):
     """
 
     def __init__(
-        self, client_app: ClientApp, sites: list[SiteWorld], run_config: Mapping[str, Any], tamper: Tamper | None = None
+        self,
+        client_app: ClientApp,
+        sites: list[SiteWorld],
+        run_config: Mapping[str, Any],
+        tamper: Tamper | None = None,
+        state: Path | None = None,
+        start_s: float = 0.0,
     ) -> None:
         # A Message asks the running task for its identity; there is no task here, so this one is made up.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._run = Run.create_empty(run_id=1)
         self._client_app, self._tamper = client_app, tamper
-        self._now = 0.0
+        self._now = start_s
         self._coming: list[_Event] = []
         self._there: dict[str, Message] = {}
         self._count = 0
         self._sites = {FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._busy_until = dict.fromkeys(self._sites, 0.0)
+        kept: dict[str, Any] = {"state": str(state)} if state else {}
         self.contexts = {
             node: Context(
                 run_id=1,
                 node_id=node,
-                node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(sites)},
+                node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(sites)} | kept,
                 state=RecordDict(),
-                run_config=dict(run_config),
+                # Else sites of a simulation keep what they remember among the results.
+                run_config=dict(run_config) | {"results.checkpoint-minutes": 0.0},
             )
             for node in self._sites
         }

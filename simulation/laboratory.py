@@ -10,6 +10,8 @@ What runs is the app itself, with the configuration, the checks and the numbers 
 
 import math
 import os
+import shutil
+import threading
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event, Thread
 from typing import Any
 
 import joblib
@@ -29,21 +30,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
-from configuration.config import Config, configuration, flatten
+from configuration.config import Config, configuration, flatten, identity
 from configuration.description import Description, is_described
 from configuration.errors import ConfigError
+from configuration.files import SITES
 from datasets import lazy
+from server_app import checkpoint
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
-from server_app.events import EVERYBODY, Progress
+from server_app.checkpoint import Saved
+from server_app.events import EVERYBODY, Began, Event, Progress, Sink
 from server_app.plots import who_has_what
-from server_app.results import History, class_counts, read_metrics, write_description, write_models
+from server_app.results import Checkpoints, History, Rows, class_counts, read_metrics, write_description, write_models
 from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.world import World
 from strategies.method import PeerPlan
 from strategies.methods import METHODS, find
+from strategies.protocol import Started
 
 
 @dataclass(frozen=True, repr=False)
@@ -172,11 +177,35 @@ class Run:
 
 
 class _Watched(History):
-    """Calls ``watch`` with the progress of each round."""
+    """Calls ``watch`` with the progress of each round; where there is a folder, the run can go on from there."""
 
-    def __init__(self, config: Config, watch: Callable[[Progress], None]) -> None:
+    def __init__(
+        self, config: Config, watch: Callable[[Progress], None], folder: Path | None = None, saved: Saved | None = None
+    ) -> None:
         super().__init__(config)
-        self._watch = watch
+        self._watch, self._folder, self._saved = watch, folder, saved
+        self._sinks: list[Sink] = []
+
+    def __call__(self, event: Event) -> None:
+        """Keep it, and write it."""
+        super().__call__(event)
+        if isinstance(event, Began) and self._folder:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._saved:
+                self.resume(self._folder, self._saved)
+            else:
+                write_description(self._folder, self.config, self.sites)
+                (self._folder / "metrics.csv").unlink(missing_ok=True)
+            started = self._saved.next_start() if self._saved else Started(1, 0)
+            self._sinks = [Rows(self, self._folder), Checkpoints(self, self._folder, started)]
+        for sink in self._sinks:
+            sink(event)
+
+    def close(self) -> None:
+        """Another process may go on with it."""
+        for sink in self._sinks:
+            if isinstance(sink, Checkpoints):
+                sink.close()
 
     def tell(self, progress: Progress) -> None:
         """Pass it on."""
@@ -199,11 +228,12 @@ def simulate(
     *,
     engine: str = "app",
     world: World | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
     threads: int = 1,
     **changes: Any,
 ) -> Run:
-    """Run the app in this process, in virtual time. Nothing is written; see :meth:`Run.save`.
+    """Run the app in this process, in virtual time. Without a ``folder`` nothing is written; see :meth:`Run.save`.
 
     Interrupted (by the stop button of a notebook, or Ctrl-C), it returns what was reached.
 
@@ -211,16 +241,20 @@ def simulate(
         conf: a file of ``conf/``.
         engine: ``app``; or ``batched``, for peers: all of them in one vectorised pass, without messages and without a world.
         world: speed, links and presence of the sites; by default all alike.
+        folder: of this run, saved as it goes: called again after it was interrupted or killed, it goes on, and a finished run is
+            only read. The batched engine begins again.
         progress: show a bar.
         threads: of torch; ``flwr run`` gives each site one.
         **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``, ``training={"lr": 0.1}``.
 
     Raises:
-        ConfigError: names the key, its value and what is allowed.
+        ConfigError: names the key, its value and what is allowed; the folder holds another run.
         RunError: too few sites could take part, or remained.
     """
     config = configuration(conf, **changes)
     _check_engine(engine, config, world)
+    if folder is not None and (known := _finished(config, Path(folder))):
+        return known
     with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
 
         def watch(reached: Progress) -> None:
@@ -228,7 +262,7 @@ def simulate(
             bar.set_postfix({"round": reached.round_number} | tested, refresh=False)
             bar.update(round(reached.done) - bar.n)
 
-        run = _simulate(config, world or World(), engine, threads, watch)
+        run = _simulate(config, world or World(), engine, threads, watch, None if folder is None else Path(folder))
     if not run.finished:
         warnings.warn(f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=2)
     return run
@@ -247,22 +281,57 @@ def _check_engine(engine: str, config: Config, world: World | None) -> None:
         raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
 
 
-def _simulate(config: Config, world: World, engine: str, threads: int, watch: Callable[[Progress], None]) -> Run:
-    grid = VirtualGrid(client_app, world.sites(config.num_sites, config.seed), config.flat())
-    history = _Watched(config, watch)
+def _finished(config: Config, folder: Path) -> Run | None:
+    """The run that a folder holds, if it is over.
+
+    Raises:
+        ConfigError: it holds another one.
+    """
+    if not (folder / "config.toml").exists():
+        return None
+    known = Config.read(tomllib.loads((folder / "config.toml").read_text()))
+    checkpoint.check(config, identity(known.flat()), folder)
+    return None if (folder / checkpoint.FOLDER).exists() or not (run := Run.load(folder)).finished else run
+
+
+def _simulate(
+    config: Config,
+    world: World,
+    engine: str,
+    threads: int,
+    watch: Callable[[Progress], None],
+    folder: Path | None = None,
+) -> Run:
+    saved = checkpoint.read(folder) if folder and (folder / checkpoint.FOLDER).exists() else None
+    if folder and not saved:  # what sites remember of a run that was killed before its first checkpoint
+        shutil.rmtree(folder / SITES, ignore_errors=True)
+    grid = VirtualGrid(
+        client_app,
+        world.sites(config.num_sites, config.seed),
+        config.flat(),
+        state=folder and folder / SITES,
+        start_s=saved.driver["now"][0] if saved else 0.0,
+    )
+    history = _Watched(config, watch, folder, saved)
     finished = True
     try:
         with _threads(threads):
             if engine == "batched":
                 Peers(config, take_census(grid, config), history).run(history.tell)
             else:
-                run_server(grid, config, history)
+                run_server(grid, config, history, saved)
     except KeyboardInterrupt:
         finished = False
     finally:
         lazy.close()
+        history.close()
     description = history.description if history.models else None
-    return Run(config, history.metrics, history.models, history.sites, finished, description)
+    run = Run(config, history.metrics, history.models, history.sites, finished, description)
+    if folder and history.models:
+        run.save(folder)
+    if folder and finished:
+        shutil.rmtree(folder / SITES, ignore_errors=True)
+    return run
 
 
 @dataclass(frozen=True, repr=False)
@@ -332,7 +401,7 @@ class Comparison:
         folder = Path(folder)
         for name, runs in self.runs.items():
             for run in runs:
-                run.save(folder / name.replace("/", "_") / f"seed-{run.config.seed}")
+                run.save(_place(folder, name, run.config.seed))
         return folder
 
     @classmethod
@@ -348,6 +417,11 @@ class Comparison:
         if not found:
             raise FileNotFoundError(f"{folder}: no STRATEGY/RUN/config.toml in it")
         return cls(found)
+
+
+def _place(folder: Path, name: str, seed: int) -> Path:
+    """A run's folder in that of a comparison."""
+    return folder / name.replace("/", "_") / f"seed-{seed}"
 
 
 def _plus_minus(mean: float, error: float) -> str:
@@ -368,6 +442,7 @@ def compare(
     seeds: int | Sequence[int] = 3,
     engine: str = "app",
     world: World | None = None,
+    folder: str | Path | None = None,
     processes: int | None = None,
     progress: bool = True,
     **common: Any,
@@ -381,6 +456,8 @@ def compare(
         seeds: so many, from 1 on, or which.
         engine: as in :func:`simulate`.
         world: that all live in; what is random in it follows from the seed.
+        folder: all runs are saved in it as they go, as by :meth:`Comparison.save`: called again after it was interrupted or
+            killed, the comparison goes on with those that are not finished.
         processes: by default one a GPU, or one a core where there is none.
         progress: show a bar.
         **common: run configuration of all; a method's own section counts where that method runs.
@@ -394,7 +471,7 @@ def compare(
         raise ConfigError(f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed")
     if not isinstance(world, World | None):
         raise ConfigError(f"world = {world!r}: a World(...) is expected")
-    jobs = []
+    jobs: list[tuple[str, Config, Path | None]] = []
     for name, changes in strategies.items():
         if not isinstance(changes, Mapping) or "seed" in changes:
             raise ConfigError(f"{name}: {changes!r}: a dictionary of the run configuration is expected, without seed (see seeds)")
@@ -405,27 +482,31 @@ def compare(
             for config in configs:
                 _check_engine(engine, config, world)
                 (world or World()).sites(config.num_sites, config.seed)
+            places = [_place(Path(folder), name, seed) if folder else None for seed in chosen]
+            for config, place in zip(configs, places, strict=True):
+                if place:
+                    _finished(config, place)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-        jobs += [(name, config) for config in configs]
+        jobs += [(name, config, place) for config, place in zip(configs, places, strict=True)]
 
     gpus = torch.cuda.device_count()
     workers = min(len(jobs), processes or gpus or os.cpu_count() or 1)
     runs: dict[str, dict[int, Run]] = {name: {} for name in strategies}
-    total = sum(config.epochs for _, config in jobs)
+    total = sum(config.epochs for _, config, _ in jobs)
     failures: list[str] = []
     with (
-        TemporaryDirectory() as folder,
+        TemporaryDirectory() as bars,
         tqdm(total=total, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
-        _watching(Path(folder), bar),
+        _watching(Path(bars), bar),
     ):
         # loky starts fresh processes (torch, once used, does not survive a fork); for one worker there is none.
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
         calls = (
             joblib.delayed(_run_one)(
-                name, config, world or World(), engine, index % gpus if gpus else None, Path(folder) / str(index)
+                name, config, world or World(), engine, index % gpus if gpus else None, Path(bars) / str(index), place
             )
-            for index, (name, config) in enumerate(jobs)
+            for index, (name, config, place) in enumerate(jobs)
         )
         try:
             for name, seed, run in parallel(calls):
@@ -452,7 +533,9 @@ def _shared(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return {key: value for key, value in flat.items() if key.partition(".")[0] not in others or "." not in key}
 
 
-def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | None, file: Path) -> tuple[str, int, Run | str]:
+def _run_one(
+    name: str, config: Config, world: World, engine: str, gpu: int | None, file: Path, folder: Path | None
+) -> tuple[str, int, Run | str]:
     """The run, or why there is none: one that fails does not take the others with it."""
     if gpu is not None:
         torch.cuda.set_device(gpu)  # what device = "auto" means in this process
@@ -462,7 +545,8 @@ def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | No
         file.write_text(f"{round(reached.done)} {name}, seed {config.seed}: {reached.headline} {value:.4f}")
 
     try:
-        return name, config.seed, _simulate(config, world, engine, 1, watch)
+        known = _finished(config, folder) if folder else None
+        return name, config.seed, known or _simulate(config, world, engine, 1, watch, folder)
     except (RunError, ValueError) as error:
         return name, config.seed, str(error)
 
@@ -470,7 +554,7 @@ def _run_one(name: str, config: Config, world: World, engine: str, gpu: int | No
 @contextmanager
 def _watching(folder: Path, bar: "tqdm[Any]") -> Iterator[None]:
     """Show on the bar what the runs, in whatever process, write into files of the folder."""
-    over = Event()
+    over = threading.Event()
 
     def look() -> None:
         while not over.wait(0.5):
@@ -483,7 +567,7 @@ def _watching(folder: Path, bar: "tqdm[Any]") -> Iterator[None]:
         bar.set_postfix_str(max(states)[1][2], refresh=False)
         bar.update(sum(int(done or 0) for _, (done, _, _) in states) - bar.n)
 
-    watcher = Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
     try:
         yield

@@ -223,19 +223,46 @@ class Agreed(NamedTuple):
         classes: of all sites.
         moments: ``known``, ``mean`` and ``variance`` over all sites, of a table's columns and of numbers to predict; empty where
             there are none.
+        started: of a run that goes on, what its messages tell of that.
     """
 
     classes: tuple[str, ...]
     moments: tuple[tuple[float, ...], ...] = ()
+    started: "Started | None" = None
 
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
-        return {"classes": list(self.classes)} | dict(zip(MOMENTS, map(list, self.moments), strict=False))
+        told = dict(zip(MOMENTS, map(list, self.moments), strict=False))
+        return {"classes": list(self.classes)} | told | (self.started.config() if self.started else {})
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Agreed":
         """What a message tells."""
-        return cls(tuple(config["classes"]), tuple(tuple(config[key]) for key in MOMENTS if key in config))
+        moments = tuple(tuple(config[key]) for key in MOMENTS if key in config)
+        return cls(tuple(config["classes"]), moments, Started.of(config))
+
+
+class Started(NamedTuple):
+    """A run that was killed and goes on, which Flower takes for another run.
+
+    Attributes:
+        run: Flower's number of its first start: sites remember it by that.
+        times: how often it was started again.
+    """
+
+    run: int
+    times: int
+
+    def config(self) -> dict[str, Any]:
+        """As a message tells it."""
+        return {"run": self.run, "started": self.times}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Started | None":
+        """What a message tells; None of a run that was never killed, and of what cannot be."""
+        run, times = config.get("run"), config.get("started")
+        known = isinstance(run, int) and isinstance(times, int) and min(run, times) >= 0
+        return cls(run, times) if known else None  # type: ignore[arg-type]
 
 
 class Order(NamedTuple):

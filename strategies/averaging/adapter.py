@@ -63,7 +63,17 @@ class Planned(FedAvg):
         """What sites do in a round that begins with the model ``x`` [d]."""
         if self.state is None:
             self.state = self._plan.init(x)
+        elif not self.state.x.numel():  # of a checkpoint
+            self.state = self.state._replace(x=x)
         return self._plan.instruct(self.state, moment)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan's state without the model, which whoever saves it has."""
+        return {} if self.state is None else {"state": self.state._replace(x=self.state.x[:0])}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from it with the model of the next round."""
+        self.state = state.get("state")
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The same model, what the plan sends beside it and the same order for every site."""

@@ -10,7 +10,10 @@ therefore grows by a model a site, where ours stays the same.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -35,6 +38,16 @@ class Shipped(Strategy):
         self._order = {node: place for place, node in enumerate(shares)}
         self._sent = ArrayRecord()
         self._stats: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The attributes of Flower's object that are numbers or hold arrays."""
+        found = {name: _plain(value) for name, value in vars(self._strategy).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set them."""
+        for name, value in state.items():
+            setattr(self._strategy, name, _theirs(value))
 
     def summary(self) -> None:
         """The strategy's own."""
@@ -84,3 +97,34 @@ class Shipped(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The strategy's mean of the sites' metrics."""
         return self._strategy.aggregate_evaluate(server_round, replies)
+
+
+def _plain(value: object) -> Any:
+    """Numbers, and arrays as tensors; None for anything else."""
+    match value:
+        case bool() | int() | float():
+            return value
+        case np.ndarray():
+            return torch.from_numpy(value)
+        case ArrayRecord():
+            return {"record": {name: unpack(array) for name, array in value.items()}}
+        case dict() if value and all(isinstance(each, np.ndarray) for each in value.values()):
+            return {"arrays": {name: torch.from_numpy(each) for name, each in value.items()}}
+        case list() if value and all(isinstance(each, np.ndarray) for each in value):
+            return [torch.from_numpy(each) for each in value]
+        case _:
+            return None
+
+
+def _theirs(value: Any) -> Any:
+    match value:
+        case Tensor():
+            return value.numpy()
+        case {"record": found}:
+            return pack(found)
+        case {"arrays": found}:
+            return {name: each.numpy() for name, each in found.items()}
+        case list():
+            return [each.numpy() for each in value]
+        case _:
+            return value

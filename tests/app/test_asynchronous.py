@@ -172,13 +172,13 @@ def test_site_that_died_at_work_is_missed_even_where_sites_come_and_go() -> None
 
 def test_everybody_dead_ends_the_run_with_what_was_reached() -> None:
     dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in range(4)})
-    with pytest.raises(RunError, match=r"0 sites go on after timeout-s = 3600, min-sites = 2: stopped"):
+    with pytest.raises(RunError, match=r"0 sites go on after patience-s = 21600, min-sites = 2: stopped"):
         run(dead, strategy="gsgm")
 
 
 def test_everybody_too_slow_ends_the_run() -> None:
-    with pytest.raises(RunError, match=r"0 sites go on after timeout-s = 5, min-sites = 2: stopped"):
-        run(World(samples_per_s=1), strategy="gsgm", timeout_s=5.0)
+    with pytest.raises(RunError, match=r"0 sites go on after patience-s = 5, min-sites = 2: stopped"):
+        run(World(samples_per_s=1), strategy="gsgm", timeout_s=5.0, patience_s=5.0)
 
 
 def test_site_that_fails_and_then_is_gone_counts_once() -> None:

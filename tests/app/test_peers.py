@@ -453,8 +453,8 @@ def test_peers_that_all_fail_stop_the_run_at_once() -> None:
 
 def test_too_few_peers_stop_the_run_after_the_timeout() -> None:
     dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in (0, 1, 2)})
-    with pytest.raises(RunError, match="1 peers go on after timeout-s = 50, min-sites = 2: stopped"):
-        run(dead, strategy="dmsgd", epochs=30, timeout_s=50.0)
+    with pytest.raises(RunError, match="1 peers go on after patience-s = 50, min-sites = 2: stopped"):
+        run(dead, strategy="dmsgd", epochs=30, timeout_s=50.0, patience_s=50.0)
 
 
 def test_silent_neighbours_weight_goes_to_the_peer_itself() -> None:

@@ -223,6 +223,22 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
     service.end()
 
 
+def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
+    """A run was stopped, or its SuperNode: the next one's letter is answered, though the work would have taken days."""
+    service = Service(tmp_path)
+    try:
+        head = {"kind": "train", "run": next(RUN_IDS), "node": 5, "run-config": flat()}
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(service.socket)
+            letter.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
+            assert letter.receive(line)[0] == letter.WORKING
+        assert not answer_to(service, flat()).has_error()
+        [stopped] = [line for line in service.lines() if "problem" in line]
+        assert (stopped["run"], "nobody waits for the answer any more" in stopped["problem"]) == (head["run"], True)
+    finally:
+        service.end()
+
+
 def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
     """Whoever may open the socket may write anything into it."""
     for rubbish in (

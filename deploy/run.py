@@ -26,8 +26,7 @@ from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-# The one place that says how a run that was killed goes on: what is set in its configuration when it is started again. Where
-# the configuration has no such key, such a run is not started again.
+# The one place that says how a run that was killed goes on: what is set in its configuration when it is started again.
 RESUME: dict[str, Any] = {"results.resume": "auto"}
 RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting anew
 STEADY_S = 3600.0
@@ -53,7 +52,7 @@ class Exit(IntEnum):
     ENDED = 3
     """it could not start or go on: too few sites, a model that is not finite, a full disk; the message says what"""
     CRASHED = 4
-    """the ServerApp was killed, and the run could not be continued"""
+    """the ServerApp was killed again and again"""
     STOPPED = 5
     """by ``flwr stop``"""
     INTERRUPTED = 130
@@ -197,7 +196,7 @@ def main(arguments: list[str]) -> Exit:
         code = run.conclude(run.follow())
         if time.monotonic() - begun > STEADY_S:
             wait, restarts = FIRST_WAIT_S, 0
-        if code != Exit.CRASHED or RESUME.keys() - config.flat().keys() or restarts == RESTARTS:
+        if code != Exit.CRASHED or restarts == RESTARTS:
             return code
         _say(f"it is started again in {wait:g} s, from its checkpoint")
         time.sleep(wait)

@@ -230,11 +230,11 @@ if verb == "list":
         sys.exit("Error: [code: 16] Run ID not found.")
     print(json.dumps({{"success": True, "runs": [{{"status": run["status"], "status-details": run.get("details", "")}}]}}))
 else:
+    print("\\x1b[34mUsing SuperLink: clinics (server:1)\\x1b[0m")
     if verb == "run":
         if "refused" in run:
             sys.exit(run["refused"])
         print(f"Successfully started run {{number + 7}}")
-    print("\\x1b[34mUsing SuperLink: clinics (server:1)\\x1b[0m")
     print("\\x1b[92mINFO \\x1b[0m:      Starting logstream for run_id `7`")
     print("".join(run["log"][: run.get("cut") if verb == "run" else None]), end="")
 """
@@ -313,31 +313,18 @@ def test_log_goes_on_where_it_was_when_the_superlink_was_away(flower: Any, capfd
     "end", [{"details": "No heartbeat received from the task"}, {"details": "Task failed with unknown error."}, {"lost": True}]
 )
 def test_killed_run_is_started_again_from_its_checkpoint(
-    flower: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, end: dict[str, Any]
+    flower: Any, capfd: pytest.CaptureFixture[str], end: dict[str, Any]
 ) -> None:
-    """``seed`` stands in for a key that says so."""
-    monkeypatch.setattr(start, "RESUME", {"seed": 17})
     killed = {"log": ["round 1\n"], "status": "finished:failed", **end}
     flower(killed, killed, {"log": ["round 2\n"], "status": "finished:completed"})
     assert start.main(["-c", "epochs=3", "-c", 'model.name="mlp"']) == Exit.FINISHED
     configurations = [call[-1] for call in flower.calls("run")]
-    assert ["seed=17" in each for each in configurations] == [False, True, True]
+    assert ['results.resume="auto"' in each for each in configurations] == [False, True, True]
     assert all("epochs=3" in each and 'model.name="mlp"' in each for each in configurations)
     assert [wait for wait in flower.waits() if wait > start.ASK_S] == [5.0, 10.0]
 
 
-def test_killed_run_that_cannot_go_on_is_not_started_again(
-    flower: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(start, "RESUME", {"results.no-such-key": "auto"})
-    flower({"log": [], "status": "finished:failed", "details": "No heartbeat received from the task"})
-    assert start.main([]) == Exit.CRASHED
-    assert len(flower.calls("run")) == 1
-    assert "was killed" in capfd.readouterr().err
-
-
-def test_it_is_not_started_again_for_ever(flower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "RESUME", {"seed": 17})
+def test_it_is_not_started_again_for_ever(flower: Any) -> None:
     killed = {"log": [], "status": "finished:failed", "details": "No heartbeat received from the task"}
     flower(*[killed] * (start.RESTARTS + 1))
     assert start.main([]) == Exit.CRASHED

@@ -109,11 +109,11 @@ class Unit:
 def main(verb: str, *arguments: str) -> None:
     """The command line."""
     names = [each for each in arguments if not each.startswith("-")]
-    if names == ["nginx"]:
-        subprocess.run(["nginx", "-s", "stop"], stderr=subprocess.DEVNULL, check=False)
-        subprocess.run(["nginx"], check=True)
-        return
     for name in names:
+        if name == "nginx":  # Debian's unit, of a kind that is not run here
+            running = Path("/run/nginx.pid").exists() and Path("/run/nginx.pid").read_text()
+            subprocess.run(["nginx", "-s", "reload"] if running else ["nginx"], check=True)
+            continue
         if verb in ("link", "enable") and name.startswith("/"):
             (LINKED / Path(name).name).symlink_to(name)
         unit = Unit(Path(name).name)

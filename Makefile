@@ -38,22 +38,17 @@ export PYTHONDONTWRITEBYTECODE :=
 # The SuperLink that `flwr run` would start by itself makes a copy of the environment for each run, which costs half a minute; deleting
 # it takes more than the five seconds that Flower waits at the end of a run on a slow disk, and the run is then called failed.
 run: .venv/installed
-	@python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)' > /dev/null
+	@python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)' > /dev/null || exit 2
 	@mkdir -p $(FLWR_HOME)
 	@cd $(FLWR_HOME) && there() { python -c 'import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)' 2>/dev/null; }; \
 	there || { nohup flower-superlink --insecure --simulation --host 127.0.0.1 --port $(PORT) --disable-runtime-dependency-installation \
 		--database state.db --log-file superlink.log >/dev/null 2>&1 & \
 	for try in $$(seq 120); do there && break; sleep 0.5; done; }
 	@# A file and pairs, checked, as the pairs that Flower takes; each site's share of a GPU, 0 on a machine without one.
-	@eval "$$(python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)')" && cd $(FLWR_HOME) && \
-	share=$${GPU_SHARE:-$$(awk "BEGIN { share = $(GPUS) / $$SITES; print (share > 1 ? 1 : int(share * 100) / 100) }")} && set -x && \
-	flwr run $(CURDIR) --stream --run-config "$$RUN_CONFIG" \
+	@eval "$$(python -m configuration '$(CONF)' 'results.folder="$(RESULTS)"' '$(SET)')" && \
+	share=$${GPU_SHARE:-$$(awk "BEGIN { share = $(GPUS) / $$SITES; print (share > 1 ? 1 : int(share * 100) / 100) }")} && \
+	python -m deploy.run -- --run-config "$$RUN_CONFIG" \
 		--federation-config "num-supernodes=$$SITES client-resources-num-cpus=1 client-resources-num-gpus=$$share"
-	@# `flwr run` ends with success even if the run failed, and its log ends a moment before the run does: ask how it went.
-	@cd $(FLWR_HOME) && for second in $$(seq 60); do \
-		status=$$(flwr ls --limit 1 --format json | grep -o 'finished:[a-z]*'); \
-		case "$$status" in finished:completed) exit 0;; finished:*) break;; esac; sleep 1; \
-	done; echo 'The run failed: see above.' >&2; exit 1
 
 test: .venv/installed
 	python -m pytest --numprocesses 2

@@ -228,17 +228,25 @@ def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> K
     return Keyring(number, private, public, nonces)
 
 
+def new_key() -> tuple[bytes, str]:
+    """A private key as its file holds it, and the public one as others list it, both in base64."""
+    private = X25519PrivateKey.generate()
+    return b64encode(private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())), b64encode(
+        _public_of(private)
+    ).decode()
+
+
 def main() -> None:
     """Write a new private key into the file named on the command line, for its owner only; print the public one."""
     import sys
 
     if len(sys.argv) != 2:
         raise SystemExit("python -m client_app.sealing PRIVATE-KEY-FILE")
-    private = X25519PrivateKey.generate()
+    private, public = new_key()
     descriptor = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(b64encode(private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())))
-    print(b64encode(_public_of(private)).decode())
+        file.write(private)
+    print(public)
 
 
 if __name__ == "__main__":

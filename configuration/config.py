@@ -154,7 +154,9 @@ class Config(BaseModel):
 
 
 # What may change when a run goes on that was killed.
-FREE = ("min-sites", "timeout-s", "patience-s", "results.folder", "results.resume", "results.checkpoint-minutes")
+FREE = ("min-sites", "timeout-s", "patience-s") + tuple(
+    f"results.{key}" for key in ("folder", "resume", "checkpoint-minutes", "log", "trackers")
+)
 
 
 def identity(run_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,24 +189,28 @@ class Services:
 
 @cache
 def as_user(user: int) -> tuple[str, ...]:
-    """What to put before a command that another user is to run, with this Python, wherever it is; empty where that cannot be.
+    """What to put before a command that another user is to run, with this Python, wherever it is; empty where that cannot be."""
+    become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    found = (*as_anybody(), *become)
+    try:
+        subprocess.run([*found, sys.executable, "-c", ""], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    return found
+
+
+def as_anybody() -> tuple[str, ...]:
+    """What to put before a command of root's whose users are to have this Python.
 
     A Python below a folder that is its owner's alone (``/root``) is shown to the command at its place, and nothing beside it.
     """
-    become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
     python = Path(sys.base_prefix)
     closed = next((path for path in (*reversed(python.parents), python) if not path.stat().st_mode & 0o001), None)
     show = (
         'set -e; mount --bind "$1" "$2"; mount -t tmpfs -o mode=755 none "$3"; mkdir -p "$1"; mount --move "$2" "$1"; '
         'shift 3; exec "$@"'
     )
-    middle = tempfile.mkdtemp()
-    found = ("unshare", "--mount", "sh", "-c", show, "sh", str(python), middle, str(closed), *become) if closed else become
-    try:
-        subprocess.run([*found, sys.executable, "-c", ""], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ()
-    return found
+    return ("unshare", "--mount", "sh", "-c", show, "sh", str(python), tempfile.mkdtemp(), str(closed)) if closed else ()
 
 
 def certify(folder: Path) -> None:

@@ -87,5 +87,7 @@ def test_wrong_configuration_is_named_and_nothing_is_started(make: Make, argumen
 def test_run_that_fails_fails_the_command(make: Make, tmp_path: Path) -> None:
     failed = make("run", f"RESULTS={tmp_path / 'none'}", 'SET=data.source="csv" data.path="/nowhere"')
     assert failed.returncode != 0
-    assert "data.path = '/nowhere'" in failed.stdout
-    assert "The run failed: see above." in failed.stderr
+    reason = "0 sites can take part, min-sites = 2. SourceError: data.path = '/nowhere': there is no such file or folder\n"
+    assert failed.stderr.partition("make: ***")[0].endswith(reason)
+    assert "Error 3" in failed.stderr
+    assert "Traceback" not in failed.stdout + failed.stderr

@@ -176,14 +176,16 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
         return call_next(message, context)
     reply = call_next(message, context)
     fields: Any = config_of(message)
-    told = "server-round" not in fields and DONE in context.state  # in a census, who it is
-    if reply.has_error() or not context.state or told or message.metadata.message_type.startswith("evaluate"):
-        return reply  # nothing new is remembered
-    context.state[DONE] = ConfigRecord({"number": fields.get("server-round", -1), "started": fields.get("started", 0)})
+    kind = message.metadata.message_type
+    trained = kind.startswith("train")
+    if reply.has_error() or not context.state or (DONE in context.state and not trained):
+        return reply  # nothing new is remembered: in a census, keys are made the first time
+    number, started = (fields["server-round"], fields.get("started", 0)) if trained else (-1, 0)
+    context.state[DONE] = ConfigRecord({"number": number, "started": started})
     with suppress(FileNotFoundError):
         file.replace(file.with_suffix(BEFORE))
     write_whole(file, letter.to_bytes({}, context.state))  # of a protocol buffer 2 GiB are the most
-    if fields.get("last") and fields["server-round"] > 0:
+    if kind == "train.peer" and fields.get("last") and number > 0:
         file.replace(file.with_suffix(ENDED))
     return reply
 
@@ -222,13 +224,12 @@ def restore_from_disk(message: Message, context: Context) -> Path | None:
 
 
 def _folder(context: Context) -> Path | None:
-    """Where a run's memory is kept: in a simulation beside the results, if these are anywhere."""
+    """Where a run's memory is kept: in a simulation among the results, if it is told where on this machine that is."""
     if "state" in context.node_config:
         return Path(str(context.node_config["state"]))
-    config = config_of_site(context)
-    if SiteId.of(context).num_sites is None or not config.results.checkpoint_minutes:
-        return None
-    return Path(config.results.folder).expanduser() / SITES
+    results = config_of_site(context).results
+    folder = Path(results.folder).expanduser()
+    return folder / SITES if SiteId.of(context).num_sites and results.checkpoint_minutes and folder.is_absolute() else None
 
 
 def _read(file: Path) -> RecordDict:

@@ -154,9 +154,8 @@ class Config(BaseModel):
 
 
 # What may change when a run goes on that was killed.
-FREE = ("min-sites", "timeout-s", "patience-s") + tuple(
-    f"results.{key}" for key in ("folder", "resume", "checkpoint-minutes", "log", "trackers")
-)
+RESULTS = ("folder", "resume", "checkpoint-minutes", "log", "trackers")
+FREE = ("min-sites", "timeout-s", "patience-s", *(f"results.{key}" for key in RESULTS))
 
 
 def identity(run_config: Mapping[str, Any]) -> dict[str, Any]:

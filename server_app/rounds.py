@@ -171,7 +171,11 @@ class Rounds:
                 newest, metrics = self._aggregate(number, arrays, local, trained, tested if with_test else None)
             except _TooFew as error:
                 short = self._clock.now() if short is None else short
-                self._wait_for_more(number, len(trained), short, error)
+                if reason := self._wait_for_more(number, len(trained), short):
+                    if with_test:
+                        self._report_test(number - 1, tested, self._reached)
+                    raise RunError(f"{error}: {reason}") from None
+                log(WARNING, "%s: tried again when sites are back", error)
                 continue
             short = None
             if with_test:
@@ -195,19 +199,15 @@ class Rounds:
             raise RunError(f"round {self._number}: no site could test the model: it is of no use")
         return arrays
 
-    def _wait_for_more(self, number: int, usable: int, since: float, error: _TooFew) -> None:
-        """Sites that are away may come back.
-
-        Raises:
-            RunError: those that are here would fail again, or this lasts for too long already.
-        """
+    def _wait_for_more(self, number: int, usable: int, since: float) -> str | None:
+        """Sites that are away may come back; or why not: the others would fail again, or this lasts for too long already."""
         connected = set(self._grid.get_node_ids())
         away = [node for node in self._sites if node not in connected or self._roster.away(node)]
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:
-            raise RunError(f"{error}: stopped. {self._report.refusals(number)}") from None
-        log(WARNING, "%s: tried again when sites are back", error)
+            return f"stopped. {self._report.refusals(number)}"
         self._clock.wait(LONGEST_WAIT_S, left)
+        return None
 
     def _aggregate(
         self,

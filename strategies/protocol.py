@@ -255,14 +255,15 @@ class Started(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
-        return {"run": self.run, "started": self.times}
+        return {"run": str(self.run), "started": self.times}  # Flower's numbers are too large for a message's
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Started | None":
         """What a message tells; None of a run that was never killed, and of what cannot be."""
         run, times = config.get("run"), config.get("started")
-        known = isinstance(run, int) and isinstance(times, int) and min(run, times) >= 0
-        return cls(run, times) if known else None  # type: ignore[arg-type]
+        if not (isinstance(run, str) and re.fullmatch("[0-9]{1,20}", run) and isinstance(times, int) and times >= 0):
+            return None
+        return cls(int(run), times)
 
 
 class Order(NamedTuple):

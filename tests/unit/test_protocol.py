@@ -19,6 +19,7 @@ from strategies.protocol import (
     PeerOrder,
     Refusal,
     SiteCard,
+    Started,
     StepMetrics,
     StepNotes,
     TestMetrics,
@@ -116,7 +117,12 @@ def test_test_and_card_survive() -> None:
 
 
 numbers = st.floats(0, 1, allow_nan=False)
-agreed = st.builds(Agreed, st.tuples(st.text(), st.text()), st.sampled_from([(), ((1.0, 2.0), (0.0, -1.0), (3.0, 1.0))]))
+agreed = st.builds(
+    Agreed,
+    st.tuples(st.text(), st.text()),
+    st.sampled_from([(), ((1.0, 2.0), (0.0, -1.0), (3.0, 1.0))]),
+    st.none() | st.builds(Started, st.integers(0, 2**64 - 1), st.integers(0, 99)),
+)
 locals_ = st.builds(
     lambda lr, cycle, amount, proximal, *switches: Local(
         lr, cycle, amount.get("epochs", 0), amount.get("steps", 0), proximal, *switches

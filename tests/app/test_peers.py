@@ -227,7 +227,7 @@ def test_state_that_cannot_be_used_is_named_before_any_work(wrong: str, tmp_path
         folder.mkdir()
     config = small(strategy="dmsgd", min_sites=4)
     grid = VirtualGrid(client_app, World().sites(4, 1), config.flat())
-    node, context = list(grid.contexts.items())[1]
+    context = list(grid.contexts.values())[1]
     context.node_config["state"] = str(folder)
     if wrong == "no state":
         (folder / "1-1.state").write_bytes(b"no state")

@@ -4,6 +4,7 @@ import datetime
 import ipaddress
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -33,10 +35,12 @@ class Deployment:
     Args:
         home: the folder.
         app: the Flower app that is run.
+        durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its own.
     """
 
-    def __init__(self, home: Path, app: Path = ROOT) -> None:
+    def __init__(self, home: Path, app: Path = ROOT, *, durable: bool = False) -> None:
         self._home, self._app = home, app
+        self._commands: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self._address = f"127.0.0.1:{free_port()}"
         clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
         quiet = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -53,11 +57,26 @@ class Deployment:
         host, port = self._address.split(":")
         files = "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
         arguments = f"--host {host} --port {port} {files} --disable-runtime-dependency-installation"
-        self._processes = {"superlink": self._start("superlink", arguments)}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        if durable:
+            (home / "superexec.secret").write_text(secrets.token_hex(32))
+            (home / "superexec.secret").chmod(0o600)
+            secret = "--superexec-auth-secret-file superexec.secret"
+            arguments += f" --database state.db --isolation process {secret}"
+            self._begin("superexec", f"--runtime-api-address {self._address} --root-certificates server.crt {secret}")
+        self._begin("superlink", arguments)
         wait_for(lambda: answers(int(port)), 60)
         for site in range(SITES):
             make_node_key(home / f"node-{site}")
             self._flwr("supernode", "register", str(home / f"node-{site}.pub"), "here").check_returncode()
+
+    def _begin(self, name: str, arguments: str, *more: str, user: int | None = None) -> None:
+        self._commands[name] = lambda: self._start(name, arguments, *more, user=user)
+        self.restart(name)
+
+    def restart(self, name: str) -> None:
+        """Start a process, with the command by which it was started before."""
+        self._processes[name] = self._commands[name]()
 
     def _start(self, name: str, arguments: str, *more: str, user: int | None = None) -> "subprocess.Popen[bytes]":
         command = [f"flower-{name.split('-')[0]}", *arguments.split(), *more]
@@ -81,11 +100,12 @@ class Deployment:
         keys = f"--root-certificates {self._home / 'server.crt'} --auth-supernode-private-key {key}"
         node = node_config or f"partition-id={site} num-partitions={SITES}"
         name, arguments = f"supernode-{site}", f"--superlink {self._address} --port {free_port()} {keys}"
-        self._processes[name] = self._start(name, arguments, "--node-config", node, user=user)
+        self._begin(name, arguments, "--node-config", node, user=user)
 
-    def run(self, settings: str) -> "subprocess.Popen[str]":
-        """``flwr run``, its log on standard output."""
-        command = ["flwr", "run", str(self._app), "here", "--stream", "--run-config", settings]
+    def run(self, settings: str, *, followed: bool = False) -> "subprocess.Popen[str]":
+        """``flwr run``, or with ``followed`` the start command of ``deploy/``; its log on standard output."""
+        command = [sys.executable, str(ROOT / "deploy/run.py"), "--"] if followed else ["flwr", "run"]
+        command += [str(self._app), "here", "--stream", "--run-config", settings]
         return subprocess.Popen(
             command, cwd=self._home, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
         )
@@ -93,6 +113,15 @@ class Deployment:
     def running(self, name: str) -> bool:
         """Whether a process is there."""
         return self._processes[name].poll() is None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all processes that were started here."""
+        return list(self._processes)
+
+    def process(self, name: str) -> psutil.Process:
+        """One of them."""
+        return psutil.Process(self._processes[name].pid)
 
     def kill(self, name: str) -> None:
         """End a process (``superlink``, ``supernode-0``, ...) and what it started, at once."""
@@ -166,6 +195,10 @@ class Services:
             self._processes[site] = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
         wait_for(lambda: self.socket(site).exists() or self._processes[site].poll() is not None, 300)
         assert self.socket(site).exists(), (self.private / f"{site}.log").read_text()
+
+    def running(self, site: int) -> bool:
+        """Whether a service is there."""
+        return self._processes[site].poll() is None
 
     def kill(self, site: int) -> None:
         """End a service at once."""

@@ -267,6 +267,7 @@ def test_run_that_cannot_be_says_why(deployed: Deployment, settings: str, said: 
     assert "Traceback" not in log
 
 
+@pytest.mark.long
 def test_rest_of_the_guide(deployed: Deployment) -> None:
     """A site is removed and changes its key while a run goes, and takes part in the next."""
     with closing(deployed.start(f"{GOING} min-sites=1")) as run:

@@ -23,9 +23,15 @@ from strategies.method import ArrivalPlan
 from strategies.methods import METHODS
 from tests.conftest import own
 
-MORE: dict[str, dict[str, Any]] = {"relaysgd": {"topology.name": "path"}, "diloco": {"diloco.local-steps": 5}}
+MORE: dict[str, dict[str, Any]] = {
+    "relaysgd": {"topology.name": "path"},
+    "diloco": {"diloco.local-steps": 5},
+    "QFedAvg": {"flower.arguments": "client_learning_rate=0.05"},
+}
 VARIANTS: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in METHODS} | {
-    "sealed": {"strategy": "dmsgd", "wire.sealing": "trust-on-first-use"},
+    "sealed": {"strategy": "dmsgd", "wire.sealing": "trust-on-first-use", "data.test-fraction": 0.5},
+    "robust": {"strategy": "co-learning", "robust.mean": "median"},
+    "robust window": {"strategy": "gsgm", "robust.mean": "median"},
     "choco": {"strategy": "q-saddle", "wire.codec": "top-k", "wire.error-feedback": "choco"},
     "deep-squeeze": {"strategy": "d-psgd", "wire.codec": "qsgd", "wire.error-feedback": "deep-squeeze"},
     "cross-gradients": {"strategy": "n-saddle", "wire.cross-codec": "qsgd"},
@@ -35,6 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in METH
 
 
 RUNS = count_up(7)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and pages take longer than these runs."""
+    for sink in ("Pictures", "Report"):
+        monkeypatch.setattr(f"server_app.results.{sink}.__call__", lambda self, event: None)
 
 
 class Killed(BaseException):

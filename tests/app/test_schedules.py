@@ -141,7 +141,7 @@ def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() ->
 def test_statistics_are_a_running_mean_over_the_sites() -> None:
     """Each arrival moves them by one of three parts, also where the contribution still waits."""
     values = {0: [3.0, 9.0, 5.0, 0.0], 1: [6.0, 12.0, 0.0], 2: [1.5, 4.5, 0.0]}
-    config = gsgm(3, 2, {"schedule": "list"}, results={"evaluate_every": 1})
+    config = gsgm(3, 2, {"schedule": "list"}, results={"evaluate_every": 1}, max_change=10.0)
     found = outcome(config, Numbered(lambda site, number: values[site][number]), seconds=seconds(1.0, 1.5, 2.2))
     arrived = [values[0][0], values[1][0], values[0][1], values[2][0], values[1][1], values[0][2], values[2][1]]
     stats = [torch.tensor([0.0, 0.0, 1.0, 1.0])]

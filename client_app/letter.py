@@ -25,7 +25,8 @@ LARGEST_HEAD = 2**26  # bytes of one that is JSON
 LARGEST_NUMBER = 2**64  # of a run or a node
 LONGEST_KIND = 64  # characters
 SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
-RAISED = 2  # Flower's code for a ClientApp that raised an exception
+RAISED, STOPPED = 2, 8  # Flower's codes for a ClientApp that raised an exception, and for one that may be back any time
+TEMPORARY = "ServiceError"  # what the service's words begin with where it could answer another time
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
@@ -149,21 +150,22 @@ def ask(path: str, message: Message, context: Context) -> Message:
             while (frame := receive(line))[0] == WORKING:
                 working = json.loads(frame[1])
             if frame[0] == REFUSED:
-                return _failed(message, frame[1].decode(errors="replace"))
+                said = frame[1].decode(errors="replace")
+                return _failed(message, said, STOPPED if said.startswith(TEMPORARY) else RAISED)
             return Message(read(line, frame[1])[1], reply_to=message)
     except TimeoutError:
         doing = f", after {working['seconds']} s of {working['doing']}" if working else ""
-        return _failed(message, f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs")
+        return _failed(message, f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs", STOPPED)
     except (FileNotFoundError, ConnectionRefusedError):
-        return _failed(message, f"ServiceError: the site's service is away: nobody listens at {path}")
+        return _failed(message, f"ServiceError: the site's service is away: nobody listens at {path}", STOPPED)
     except PermissionError:
         return _failed(message, f"ServiceError: this user must not open {path}: see group in the service's site.toml")
     except (LetterError, OSError, ValueError) as error:
-        return _failed(message, f"ServiceError: the site's service died at work or was restarted: {error}")
+        return _failed(message, f"ServiceError: the site's service died at work or was restarted: {error}", STOPPED)
 
 
-def _failed(message: Message, reason: str) -> Message:
-    return Message(Error(RAISED, reason), reply_to=message)
+def _failed(message: Message, reason: str, code: int = RAISED) -> Message:
+    return Message(Error(code, reason), reply_to=message)
 
 
 def _send(line: Line, kind: bytes, data: bytes) -> None:

@@ -218,7 +218,8 @@ class Asynchronous:
         """
         if len(self._roster.here()) == len(self._sites):
             return False
-        self._roster.see(set(self._grid.get_node_ids()), self._clock.now())
+        self._report.see(connected := set(self._grid.get_node_ids()))
+        self._roster.see(connected, self._clock.now())
         self._dispatch(self._roster.due(self._tested))
         left = self._roster.left_s(self._clock.now())
         if left == math.inf or self._done >= self._total:

@@ -1,7 +1,7 @@
 """The sites of a run: who is there, what they hold, and whether it fits together."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from logging import WARNING
 from statistics import median
 from typing import NamedTuple
@@ -14,13 +14,14 @@ from configuration.config import Config
 from datasets.errors import SourceError
 from datasets.site import Moments, merge
 from models.pretrained import digest
-from server_app.exchange import clock_of, exchange
+from server_app.exchange import clock_of, exchange, gone
 from server_app.roster import together
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.protocol import Agreed, Refusal, SiteCard, Started, printable, read_card
 from strategies.records import CONFIG, code_version
 
 TELL_EVERY_S = 60.0
+AGAIN_S = 5.0
 RETURN_S = 120.0  # in which Flower has all sites again after a server was away
 MOST = 1000  # times the median of the sites' examples: they say how long a run is, and weigh
 OTHER_CODE = (
@@ -122,7 +123,7 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
     cards: dict[int, SiteCard] = {}
     failures: list[str] = []
     told = RecordDict({CONFIG: ConfigRecord(before.started.config())} if before and before.started else {})
-    for node, reply in exchange(grid, [Message(told, node, "query.site") for node in nodes], config.timeout_s):
+    for node, reply in _ask(grid, nodes, told, config):
         try:
             cards[node] = read_card(reply)
         except Refusal as refusal:
@@ -138,6 +139,22 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
         raise RunError(f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. {'; '.join(reasons)}")
     found = _federation(fitting, config)
     return found if before is None else _again(before, found)
+
+
+def _ask(grid: Grid, nodes: list[int], told: RecordDict, config: Config) -> Iterator[tuple[int, Message]]:
+    """Each node's last answer; one that is silent, such as a service that starts, is asked again for a while."""
+    clock = clock_of(grid)
+    deadline = clock.now() + min(config.patience_s, RETURN_S)
+    while nodes:
+        silent = []
+        for node, reply in exchange(grid, [Message(told, node, "query.site") for node in nodes], config.timeout_s):
+            if gone(reply) and clock.now() < deadline and node in set(grid.get_node_ids()):
+                silent.append(node)
+            else:
+                yield node, reply
+        if silent:
+            clock.wait(AGAIN_S, max(0.0, deadline - clock.now()))
+        nodes = silent
 
 
 def _again(before: Federation, now: Federation) -> Federation:

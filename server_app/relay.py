@@ -150,7 +150,7 @@ class Relay:
 
     def _send(self) -> None:
         """Call every peer whose next step can be taken, and those that are away and may be back."""
-        connected = set(self._grid.get_node_ids())
+        self.report.see(connected := set(self._grid.get_node_ids()))
         self._roster.see({number for number, site in self._sites.items() if site.node in connected}, self._clock.now())
         front = self._front()
         due = self._roster.due(front) if front <= self._last else []

@@ -202,6 +202,7 @@ class Rounds:
     def _wait_for_more(self, number: int, usable: int, since: float) -> str | None:
         """Sites that are away may come back; or why not: the others would fail again, or this lasts for too long already."""
         connected = set(self._grid.get_node_ids())
+        self._report.see(connected)
         away = [node for node in self._sites if node not in connected or self._roster.away(node)]
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:

@@ -74,7 +74,8 @@ class Writer:
         if self._folder.exists():
             self._acquire()
         self._number = max(map(_number, self._folder.glob("*.pt")), default=0)
-        self._kept: dict[int, frozenset[str]] = {}  # the offers of each
+        # The offers of each; of one of a run that goes on, all that are there.
+        self._kept = {self._number: frozenset(file.stem for file in self._folder.glob("*.safetensors"))}
         self._synced = 0.0
 
     def _acquire(self) -> None:
@@ -84,8 +85,8 @@ class Writer:
         except Timeout:
             raise ConfigError(f"results.resume: {shown(str(self._folder.parent))}: {RUNNING}") from None
 
-    def write(self, saved: Saved) -> None:
-        """Write one, then delete what it replaces.
+    def write(self, saved: Saved, metrics: Path) -> None:
+        """Write one, which counts on the rows of ``metrics``, then delete what it replaces.
 
         A power cut, unlike the end of a process, may cost what was written in the last second.
 
@@ -102,6 +103,9 @@ class Writer:
         final = self._folder / f"{self._number:09}.pt"
         partial = final.with_suffix(".partial")
         sync = time.monotonic() - self._synced > SYNC_EVERY_S
+        if sync and metrics.exists():
+            with metrics.open("rb") as rows:
+                os.fsync(rows.fileno())
         try:
             with partial.open("wb") as target:
                 torch.save(saved._replace(offers={name: {} for name in saved.offers})._asdict(), target)

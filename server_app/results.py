@@ -63,17 +63,16 @@ class History:
         self._rows: list[tuple[object, ...]] = []
 
     def resume(self, folder: Path, saved: Saved) -> None:
-        """Go on after what a run that was killed had written into a folder.
-
-        Raises:
-            ConfigError: rows of its metrics are missing.
-        """
-        rows = read_metrics(folder / "metrics.csv").head(saved.rows)
-        if len(rows) < saved.rows:
-            raise ConfigError(f"{folder / 'metrics.csv'}: {saved.rows} rows are expected, {len(rows)} are there")
-        self._rows, self.arrays = list(rows.itertuples(index=False, name=None)), pack(saved.arrays)
-        lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)[: saved.rows + 1]
-        write_whole(folder / "metrics.csv", "".join(lines).encode())
+        """Go on after what a run that was killed had written into a folder."""
+        self.arrays, file = pack(saved.arrays), folder / "metrics.csv"
+        if file.exists():
+            self._rows = list(read_metrics(file).head(saved.rows).itertuples(index=False, name=None))
+            lines = file.read_text().splitlines(keepends=True)[: len(self._rows) + 1]
+            mode = file.stat().st_mode
+            write_whole(file, "".join(lines).encode())
+            file.chmod(mode)
+        if len(self._rows) < saved.rows:  # somebody changed it, or a disk lost it
+            log(WARNING, "%s: %d rows are expected, %d are there", file, saved.rows, len(self._rows))
 
     def __call__(self, event: Event) -> None:
         """Something happened."""
@@ -278,7 +277,7 @@ class Checkpoints:
                 arrays = {name: unpack(array) for name, array in history.arrays.items()}
                 config, rows = identity(history.config.flat()), len(history.rows)
                 saved = Saved(config, *self._started, history.federation, rows, arrays, event.state(), event.offers())
-                self._writer.write(saved)
+                self._writer.write(saved, self._folder / "metrics.csv")
             case Ended(None):
                 self._writer.finish()
                 for file in (self._folder.parent / SITES).glob(f"{self._started.run}-*"):

@@ -86,6 +86,8 @@ def digest(path: str) -> str:
     try:
         file = Path(path).expanduser()
         found = file.stat()
+        if not file.is_file():  # some devices never end
+            raise OSError("no file")
         return _digest(file, found.st_size, found.st_mtime_ns)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model.initial = {path!r}: {error}") from None

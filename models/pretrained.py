@@ -89,7 +89,7 @@ def digest(path: str) -> str:
         if not file.is_file():  # some devices never end
             raise OSError("no file")
         return _digest(file, found.st_size, found.st_mtime_ns)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # also a zero byte
         raise ValueError(f"model.initial = {path!r}: {error}") from None
 
 

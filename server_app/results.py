@@ -282,6 +282,8 @@ class Checkpoints:
                 self._writer.finish()
                 for file in (self._folder.parent / SITES).glob(f"{self._started.run}-*"):
                     file.unlink(missing_ok=True)
+                with suppress(OSError):  # it is not there, or has more in it
+                    (self._folder.parent / SITES).rmdir()
 
 
 class Pictures:

@@ -224,11 +224,14 @@ def find(config: Config) -> tuple[Path, Saved] | None:
         ConfigError: there is none, or it has another configuration.
     """
     wanted, own = config.results.resume, identity(config.flat())
-    parent = Path(config.results.folder).expanduser().absolute()
     if not wanted:
         return None
+    try:
+        parent, named = (Path(each).expanduser().absolute() for each in (config.results.folder, wanted))
+    except RuntimeError as error:  # a user who is not there
+        raise ConfigError(f"results.resume = {shown(wanted)}, results.folder = {shown(config.results.folder)}: {error}") from None
     if wanted != "auto":
-        folder = next((path for path in (parent / wanted, Path(wanted).expanduser().absolute()) if path.is_dir()), None)
+        folder = next((path for path in (parent / wanted, named) if path.is_dir()), None)
         if folder is None:
             raise ConfigError(f"results.resume = {shown(wanted)}: no folder; allowed: auto, or the folder of a run")
         saved = read(folder)

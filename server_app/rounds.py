@@ -207,7 +207,8 @@ class Rounds:
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:
             return f"stopped. {self._report.refusals(number)}"
-        self._clock.wait(LONGEST_WAIT_S, left)
+        # As long as it lasts already: whoever is here would train the same round again and again.
+        self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), TELL_EVERY_S), left)
         return None
 
     def _aggregate(

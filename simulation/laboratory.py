@@ -292,7 +292,7 @@ def _finished(config: Config, folder: Path) -> Run | None:
     Raises:
         ConfigError: it holds another one.
     """
-    if not (folder / "config.toml").exists():
+    if not (folder / "metrics.csv").exists():  # the last of the files that a run begins with
         return None
     known = Config.read(tomllib.loads((folder / "config.toml").read_text()))
     checkpoint.check(config, identity(known.flat()), folder)

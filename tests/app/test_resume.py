@@ -141,6 +141,8 @@ def test_other_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
             checkpoint.find(small(tmp_path, strategy="fedavg", **changes, **{"results.resume": history.path.name}))
     with pytest.raises(ConfigError, match=r"results.resume = 'nowhere': no folder; allowed: auto, or the folder of a run"):
         checkpoint.find(small(tmp_path, strategy="fedavg", **{"results.resume": "nowhere"}))
+    with pytest.raises(ConfigError, match=r"results.resume = '~nobodyhere/x'"):
+        checkpoint.find(small(tmp_path, strategy="fedavg", **{"results.resume": "~nobodyhere/x"}))
     free = {"min-sites": 1, "timeout-s": 5.0, "results.resume": str(history.path)}
     found = checkpoint.find(small(tmp_path, strategy="fedavg", **free))
     assert found is not None
@@ -210,6 +212,13 @@ def test_simulation_goes_on_and_a_finished_one_is_only_read(tmp_path: Path, monk
     assert again.summary["accuracy"] == found.summary["accuracy"]
     with pytest.raises(ConfigError, match="seed = 5: 1 is that of the run in"):
         simulate(**keys, seed=5, folder=tmp_path / "run")
+
+
+def test_simulation_that_was_killed_while_it_began_begins_again(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"strategy": "fedavg", "num_sites": 2, "epochs": 1, "model": {"name": "mlp"}, "progress": False}
+    simulate(**keys, folder=tmp_path)
+    (tmp_path / "metrics.csv").unlink()
+    assert simulate(**keys, folder=tmp_path).finished
 
 
 def test_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

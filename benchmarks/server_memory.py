@@ -8,6 +8,7 @@ a moment, is not counted here (``benchmarks.deployment`` counts it).
 """
 
 import argparse
+import ctypes
 import gc
 import re
 from collections.abc import Iterable
@@ -119,6 +120,7 @@ def peak(config: Config, sizes: tuple[int, ...]) -> float:
     """The most memory that the server held during a run, in models of ``sizes``, above what this process held before."""
     grid = Ready(config, sizes)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free, but still counted as this process's, would serve the run uncounted
     Path("/proc/self/clear_refs").write_text("5")  # begin anew
     before = _status("VmRSS")
     run(grid, config, History(config))

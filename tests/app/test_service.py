@@ -5,15 +5,18 @@ import grp
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import urlopen
 
@@ -32,6 +35,7 @@ from client_app.site import SiteId, network_of, raw_data
 from configuration.config import Config
 from strategies.records import metrics_of, pack
 from tests.app.services import RUN_IDS, Service, answer_to, config_of, deployed, flat, order, said
+from tests.conftest import ROOT
 from tests.e2e.processes import free_port
 
 pytestmark = pytest.mark.slow
@@ -583,7 +587,9 @@ def test_page_of_the_site_says_what_was_asked_and_what_left(tmp_path: Path) -> N
         assert found["train"] + found["test"] == 1797
         with urlopen(f"http://{address}/metrics", timeout=30) as answer:
             assert 'archipelago_refused_total{rule="strategies",site="1"} 1.0' in answer.read().decode()
-        with pytest.raises(AssertionError, match=f"page = '{address}': .*in use"):
-            Service(Path(mkdtemp(dir=tmp_path)), page=address)
+        second = tmp_path / "second.toml"
+        second.write_text(service.file.read_text().replace(service.socket, str(tmp_path / "second.sock")))
+        ended = subprocess.run([sys.executable, "-m", "client_app.service", str(second)], cwd=ROOT, capture_output=True, text=True)
+        assert re.search(f"page = '{address}': .*in use", ended.stderr)
     finally:
         service.end()

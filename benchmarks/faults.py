@@ -1,30 +1,35 @@
-"""Faults on real processes: everything is killed at random moments; does the run end, with the right model, and what did it cost?
+"""Faults on real processes at random moments: does the run end, with the right model, and what did it cost?
 
-    python -m benchmarks.faults [--trials 10] [--seed 1] [--only serverapp superlink ...]
+    python -m benchmarks.faults [--trials 13] [--seed 1] [--only serverapp superlink ...]
 
-A SuperLink with its database and a SuperExec, as the units of ``deploy/server`` start them, three SuperNodes with site services,
-and the start command of ``deploy/``. A supervisor starts what died again, as systemd would. Trials take turns through the faults;
-each kills once, at a moment drawn from the time that an undisturbed run takes, and is compared with that run: Co-learning, with
-``min-sites`` = 3, must end with the same model, bit for bit.
+A SuperLink with its database and a SuperExec, as the units of ``deploy/server`` start them, three SuperNodes with site services
+that reach the SuperLink through a TCP proxy, and the start command of ``deploy/``. A supervisor starts what died again, as systemd
+would. Trials take turns through the faults; in each, one happens, at a moment drawn from the time that an undisturbed run takes,
+and the run is compared with that run: Co-learning, with ``min-sites`` = 3, must end with the same model, bit for bit.
+
+A full disk needs root (a file system of its own for results and sites), a clock that jumps ``apt install faketime``.
 """
 
 import argparse
+import asyncio
+import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread, Timer
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from benchmarks.deployment import FREE
 from simulation.laboratory import Run
-from tests.e2e.processes import SITES, Deployment, Services
+from tests.e2e.processes import SITES, Deployment, Services, free_port
 
 ROUNDS = 6
 SETTINGS = (
@@ -32,7 +37,11 @@ SETTINGS = (
     f"num-sites={SITES} min-sites={SITES}"
 )
 BACK_OFF_S = 2.0
+LASTS_S = 60.0  # what does not kill
+JUMP_S = 3600
 LONGEST_S = 900.0  # of a trial
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+SERVER = ("superlink", "superexec")
 
 
 class Supervisor(Thread):
@@ -66,26 +75,152 @@ def named(program: str) -> list[psutil.Process]:
     return found
 
 
+class Link(Thread):
+    """A TCP proxy on the way to an address.
+
+    Args:
+        target: host:port.
+
+    Attributes:
+        address: its own.
+    """
+
+    def __init__(self, target: str) -> None:
+        super().__init__(daemon=True)
+        self._host, self._port = target.split(":")
+        self._own = free_port()
+        self.address = f"127.0.0.1:{self._own}"
+        self._loop, self._writers = asyncio.new_event_loop(), set[asyncio.StreamWriter]()
+        self._flows, self._up = asyncio.Event(), True
+        self._flows.set()
+
+    def run(self) -> None:
+        """Forward."""
+        self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", self._own))
+        self._loop.run_forever()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            if self._up:
+                there, back = await asyncio.open_connection(self._host, int(self._port))
+                await asyncio.gather(self._forward(reader, back), self._forward(there, writer))
+        writer.close()
+
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        self._writers.add(sink)
+        with suppress(OSError):
+            while data := await source.read(2**16):
+                await self._flows.wait()
+                sink.write(data)
+                await sink.drain()
+        self._writers.discard(sink)
+        sink.close()
+
+    def hang(self) -> None:
+        """Connections stay, and nothing comes through for a minute."""
+        self._loop.call_soon_threadsafe(self._flows.clear)
+        time.sleep(LASTS_S)
+        self._loop.call_soon_threadsafe(self._flows.set)
+
+    def cut(self) -> None:
+        """Connections end, and none is taken for a minute."""
+        self._up = False
+        self._loop.call_soon_threadsafe(self._abort)
+        time.sleep(LASTS_S)
+        self._up = True
+
+    def _abort(self) -> None:
+        for each in self._writers:
+            each.transport.abort()
+
+
+class Disk:
+    """A small file system.
+
+    Args:
+        path: where; without root, a folder as any other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=755", "none", str(path)]
+        self.own = os.getuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+    def fill(self) -> None:
+        """Full for a minute."""
+        with (self.path / "fill").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(2**12)):
+                pass
+        time.sleep(LASTS_S)
+        (self.path / "fill").unlink()
+
+    def end(self) -> None:
+        """Take it away."""
+        if self.own:
+            subprocess.run(["umount", "--lazy", str(self.path)], check=False)
+
+
+class Clock:
+    """The clock of a machine, for those of its processes that have :attr:`env` in their environment.
+
+    Args:
+        file: by which they are told how wrong it is.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.env = {
+            "LD_PRELOAD": str(FAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+        file.write_text("+0")
+
+    def jump(self, seconds: int) -> None:
+        """It is wrong for a minute."""
+        self._file.write_text(f"{seconds:+}")
+        time.sleep(LASTS_S)
+        self._file.write_text("+0")
+
+
 class Faults:
     """What can happen.
 
     Args:
         deployment, services: to whom.
+        links, disk, clocks: of the sites; of the server's results and the sites; of the server and one site.
         choose: draws.
     """
 
-    def __init__(self, deployment: Deployment, services: Services, choose: random.Random) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        services: Services,
+        links: Sequence[Link],
+        disk: Disk,
+        clocks: Sequence[Clock],
+        choose: random.Random,
+    ) -> None:
         self._deployment, self._services, self._choose = deployment, services, choose
         self.kinds: dict[str, Callable[[], None]] = {
-            "service": lambda: services.kill(choose.randrange(SITES)),
-            "clientapp": lambda: self._kill("flwr-clientapp"),
-            "supernode": lambda: deployment.kill(f"supernode-{choose.randrange(SITES)}"),
-            "all supernodes": self._all_supernodes,
-            "serverapp": lambda: self._kill("flwr-serverapp"),
-            "superlink": lambda: deployment.kill("superlink"),
-            "all": self._all,
-            "hang": self._hang,
+            "service killed": lambda: services.kill(choose.randrange(SITES)),
+            "ClientApp killed": lambda: self._kill("flwr-clientapp"),
+            "SuperNode killed": lambda: deployment.kill(f"supernode-{choose.randrange(SITES)}"),
+            "all SuperNodes killed": self._all_supernodes,
+            "ServerApp killed": lambda: self._kill("flwr-serverapp"),
+            "SuperExec killed": lambda: deployment.kill("superexec"),
+            "SuperLink killed": lambda: deployment.kill("superlink"),
+            "all killed": self._all,
+            "SuperNode stopped": self._stop,
+            "link hangs": lambda: choose.choice(links).hang(),
+            "link cut": lambda: choose.choice(links).cut(),
         }
+        if disk.own:
+            self.kinds["disks full"] = disk.fill
+        if clocks:
+            self.kinds["clock jumps"] = lambda: choose.choice(clocks).jump(choose.choice((-JUMP_S, JUMP_S)))
 
     def _kill(self, program: str) -> None:
         while not (found := named(program)):  # a ClientApp lives as long as its message
@@ -103,12 +238,12 @@ class Faults:
             if self._deployment.running(name):
                 self._deployment.kill(name)
 
-    def _hang(self) -> None:
+    def _stop(self) -> None:
         """A SuperNode, and its ClientApp with it, does nothing for a minute."""
         stopped = self._deployment.process(f"supernode-{self._choose.randrange(SITES)}")
         for process in (stopped, *stopped.children(recursive=True)):
             process.send_signal(signal.SIGSTOP)
-        time.sleep(60)
+        time.sleep(LASTS_S)
         for process in (*stopped.children(recursive=True), stopped):
             process.send_signal(signal.SIGCONT)
 
@@ -142,10 +277,11 @@ def run(deployment: Deployment, folder: Path, fault: Callable[[], None] | None =
             killer = Timer(after_s, fault)
             killer.daemon = True
             killer.start()
-    code = process.wait()
+    code, seconds = process.wait(), time.monotonic() - start
+    if killer:
+        killer.join()  # what it does is over
     folders = sorted(path.parent for path in folder.glob("*/config.toml"))
-    late = time.monotonic() - start > LONGEST_S
-    return Trial(None if late else code, time.monotonic() - start, folders[-1] if folders else None, "".join(lines))
+    return Trial(None if seconds > LONGEST_S else code, seconds, folders[-1] if folders else None, "".join(lines))
 
 
 def _end_late(process: "subprocess.Popen[str]") -> None:
@@ -170,40 +306,47 @@ def outcome(trial: Trial, reference: Run) -> str:
 def main() -> None:
     """Print a row a trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=13)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     with TemporaryDirectory() as name:
-        home = Path(name)
-        deployment = Deployment(home, durable=True)
-        services = Services(home, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"})
+        home, disk = Path(name), Disk(Path(name) / "disk")
+        clocks = [Clock(home / f"clock-{machine}") for machine in ("server", "site")] if FAKETIME.exists() else []
+        env = dict.fromkeys(SERVER, clocks[0].env) | {"supernode-0": clocks[1].env} if clocks else {}
+        deployment = Deployment(home, durable=True, env=env)
+        services = Services(disk.path, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"})
         supervisor = Supervisor(deployment, services)
+        links = [Link(deployment.address) for _ in range(SITES)]
         try:
-            for site in range(SITES):
-                deployment.join(site, f'service="{services.socket(site)}"')
-            whole = run(deployment, home / "undisturbed")
+            for site, link in enumerate(links):
+                link.start()
+                deployment.join(site, f'service="{services.socket(site)}"', address=link.address)
+            whole = run(deployment, disk.path / "undisturbed")
             assert whole.folder is not None, whole.log
             reference = Run.load(whole.folder)
             supervisor.start()
-            faults = Faults(deployment, services, choose)
-            kinds: list[Any] = arguments.only or list(faults.kinds)
+            faults = Faults(deployment, services, links, disk, clocks, choose)
+            kinds = arguments.only or list(faults.kinds)
             print(f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, {outcome(whole, reference)}\n")
             print("| | what | after s | ended | s more |\n|---|---|---|---|---|", flush=True)
             good = 0
             for number in range(arguments.trials):
                 kind, moment = kinds[number % len(kinds)], choose.uniform(0, 0.6 * whole.seconds)
-                trial = run(deployment, home / f"trial-{number}", faults.kinds[kind], moment)
+                trial = run(deployment, disk.path / f"trial-{number}", faults.kinds[kind], moment)
                 said = outcome(trial, reference)
                 good += said == "same model"
                 more = trial.seconds - whole.seconds
                 print(f"| {number + 1} | {kind} | {moment:.0f} | {said} | {more:.0f} |", flush=True)
+                if said != "same model":
+                    Path(f"fault-{number + 1}.log").write_text(trial.log)
             print(f"\n{good} of {arguments.trials} with the same model")
         finally:
             supervisor.over.set()
             deployment.end()
             services.end()
+            disk.end()
 
 
 if __name__ == "__main__":

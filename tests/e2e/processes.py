@@ -36,12 +36,15 @@ class Deployment:
         home: the folder.
         app: the Flower app that is run.
         durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its own.
+        env: what processes have besides in their environment, by name.
     """
 
-    def __init__(self, home: Path, app: Path = ROOT, *, durable: bool = False) -> None:
-        self._home, self._app = home, app
+    def __init__(
+        self, home: Path, app: Path = ROOT, *, durable: bool = False, env: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        self._home, self._app, self._more = home, app, env or {}
         self._commands: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
-        self._address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
         quiet = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         self._env = (
@@ -51,10 +54,10 @@ class Deployment:
         )
         certify(home)
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self._address}"\n'
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.address}"\n'
             f'root-certificates = "{home / "server.crt"}"\n'
         )
-        host, port = self._address.split(":")
+        host, port = self.address.split(":")
         files = "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
         arguments = f"--host {host} --port {port} {files} --disable-runtime-dependency-installation"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -63,7 +66,7 @@ class Deployment:
             (home / "superexec.secret").chmod(0o600)
             secret = "--superexec-auth-secret-file superexec.secret"
             arguments += f" --database state.db --isolation process {secret}"
-            self._begin("superexec", f"--runtime-api-address {self._address} --root-certificates server.crt {secret}")
+            self._begin("superexec", f"--runtime-api-address {self.address} --root-certificates server.crt {secret}")
         self._begin("superlink", arguments)
         wait_for(lambda: answers(int(port)), 60)
         for site in range(SITES):
@@ -80,7 +83,7 @@ class Deployment:
 
     def _start(self, name: str, arguments: str, *more: str, user: int | None = None) -> "subprocess.Popen[bytes]":
         command = [f"flower-{name.split('-')[0]}", *arguments.split(), *more]
-        home, env = self._home, self._env
+        home, env = self._home, self._env | dict(self._more.get(name, {}))
         if user is not None:
             home = self._home / name
             home.mkdir(exist_ok=True)
@@ -92,14 +95,14 @@ class Deployment:
     def _flwr(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["flwr", *arguments], cwd=self._home, env=self._env, capture_output=True, text=True, check=False)
 
-    def join(self, site: int, node_config: str = "", user: int | None = None) -> None:
-        """Start a site's SuperNode, as another user if one is named."""
+    def join(self, site: int, node_config: str = "", user: int | None = None, address: str = "") -> None:
+        """Start a site's SuperNode, as another user if one is named; it knows the SuperLink by another address if there is one."""
         key = self._home / f"node-{site}"
         if user is not None:
             os.chown(key, user, user)
         keys = f"--root-certificates {self._home / 'server.crt'} --auth-supernode-private-key {key}"
         node = node_config or f"partition-id={site} num-partitions={SITES}"
-        name, arguments = f"supernode-{site}", f"--superlink {self._address} --port {free_port()} {keys}"
+        name, arguments = f"supernode-{site}", f"--superlink {address or self.address} --port {free_port()} {keys}"
         self._begin(name, arguments, "--node-config", node, user=user)
 
     def run(self, settings: str, *, followed: bool = False) -> "subprocess.Popen[str]":

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from client_app import letter
 from client_app.site import SiteId, config_of_site
-from configuration.config import identity
+from configuration.config import Config, identity
 from configuration.files import SITES, write_whole
+from strategies.method import ArrivalPlan
 from strategies.peer.state import PeerState
 from strategies.protocol import Agreed, Started
 from strategies.records import config_of, pack, unpack
@@ -193,8 +194,8 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
 def restore_from_disk(message: Message, context: Context) -> Path | None:
     """The file in which a run's memory is kept, None for none; what is there is put into an empty ``context.state``.
 
-    A server that was killed asks again for what it had not written down: a site that has done that goes back to what it remembered
-    before, and does it once more.
+    A server asks again for what it had not written down when it was killed, and for a round that too few others answered: a site
+    that has done that goes back to what it remembered before, and does it once more.
 
     Raises:
         ValueError: the folder cannot be written, or a file in it not be read.
@@ -212,7 +213,7 @@ def restore_from_disk(message: Message, context: Context) -> Path | None:
             # Where there is only the last one, this process was killed while it wrote.
             known = next((each for each in (ended, file, before) if each.exists()), None)
             context.state = _read(known) if known else RecordDict()
-        if _was_done(context.state, message):
+        if _was_done(context.state, message, config_of_site(context)):
             context.state = _read(before) if before.exists() else RecordDict()
             for each in (ended, file):
                 each.unlink(missing_ok=True)
@@ -237,13 +238,16 @@ def _read(file: Path) -> RecordDict:
     return letter.from_bytes(file.read_bytes())[1]
 
 
-def _was_done(state: RecordDict, message: Message) -> bool:
-    """Whether a server that was started again asks for what this site did before that."""
+def _was_done(state: RecordDict, message: Message, config: Config) -> bool:
+    """Whether a server asks for what this site has done."""
     done, asked = state.get(DONE), config_of(message)
-    number, started = asked.get("server-round"), asked.get("started")
+    number, started = asked.get("server-round"), asked.get("started", 0)
     if not (isinstance(done, ConfigRecord) and isinstance(number, int) and isinstance(started, int)):
         return False
-    return int(done["started"]) < started and number <= int(done["number"])  # type: ignore[arg-type]
+    last, before = int(done["number"]), int(done["started"])  # type: ignore[arg-type]
+    if before == started:  # the same round twice; of an asynchronous run, a site trains a model as often as nothing newer is there
+        return number == last and message.metadata.message_type == "train" and not isinstance(config.plan, ArrivalPlan)
+    return before < started and number <= last
 
 
 def _delete_ended(folder: Path, file: Path) -> None:

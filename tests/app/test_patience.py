@@ -1,6 +1,7 @@
 """All sites go and come back after hours: a run waits for them, and says so."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ def test_run_goes_on_when_all_sites_are_back(method: dict[str, Any], caplog: pyt
         assert f"(site {site}) is connected again" in caplog.text
     if isinstance(found.config.plan, RoundPlan):  # a round that was lost is taken again, from the same model
         assert all(torch.equal(found.model[name], value) for name, value in undisturbed.model.items())
+
+
+def test_site_that_stayed_forgets_the_round_that_is_taken_again(tmp_path: Path) -> None:
+    common = COMMON | {"strategy": "scaffold", "scaffold": {"local_epochs": 1}}
+    undisturbed = simulate(**common, world=World(samples_per_s=SLOW), folder=tmp_path / "undisturbed")
+    periods = {site: [(4.0, 4.0 + HOURS)] for site in (1, 2)}
+    found = simulate(**common, world=World(samples_per_s=SLOW, offline=periods), folder=tmp_path / "found")
+    assert all(torch.equal(found.model[name], value) for name, value in undisturbed.model.items())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method["strategy"]))

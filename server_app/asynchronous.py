@@ -103,6 +103,7 @@ class Asynchronous:
         self._done = 0.0  # updates, each as a part of a whole one where sites take fewer batches
         self._period = Period(0.0)
         self._tests: dict[int, PendingTest] = {}
+        self._later: dict[int, float] = {}  # when sites whose service is away are called again
         self._blind = False  # whether nobody could take the last test
         self._saved, self._tested_since = self._clock.now(), False  # the last checkpoint, and whether there was a test since
         self._resumed: Mapping[str, Any] = {}
@@ -220,7 +221,7 @@ class Asynchronous:
             return False
         self._report.see(connected := set(self._grid.get_node_ids()))
         self._roster.see(connected, self._clock.now())
-        self._dispatch(self._roster.due(self._tested))
+        self._dispatch([node for node in self._roster.due(self._tested) if self._later.get(node, 0.0) <= self._clock.now()])
         left = self._roster.left_s(self._clock.now())
         if left == math.inf or self._done >= self._total:
             return True
@@ -239,6 +240,7 @@ class Asynchronous:
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
         found = self._report.receive(node, reply, self._updates, "training", read)
         if isinstance(found, Refusal):
+            self._later[node] = self._clock.now() + self._roster.pause(node)
             self._lose(node, str(found), failed=not gone(reply))
             return
         part = self._part(node, flight, found)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from flwr.app import Error, Message
 from matplotlib.image import imread
 
 from client_app.app import app as client_app
+from client_app.letter import STOPPED
 from configuration.config import configuration
 from server_app.app import run as run_server
 from server_app.census import RunError
@@ -193,6 +195,22 @@ def test_site_that_fails_and_then_is_gone_counts_once() -> None:
     sites = World(samples_per_s=100, offline={3: [(2.0, math.inf)]}).sites(4, 1)
     run_server(VirtualGrid(client_app, sites, config.flat(), fail), config, history)
     assert sum(history.metrics.query("metric == 'updates' and site == 'all'")["value"]) == 8 * 48
+
+
+def test_service_that_is_away_is_called_ever_less_often() -> None:
+    calls = []
+
+    def away(number: int, message: Message, reply: Message) -> Message:
+        if number == 3 and message.metadata.message_type == "train":
+            calls.append(grid.now())
+            return reply if len(calls) > 9 else Message(Error(STOPPED, "nobody listens"), reply_to=message)
+        return reply
+
+    config = configuration(strategy="asgd", num_sites=4, epochs=8, model={"name": "mlp"})
+    grid = VirtualGrid(client_app, World(samples_per_s=50).sites(4, 1), config.flat(), away)
+    run_server(grid, config, History(config))
+    between = [later - earlier for earlier, later in pairwise(calls[:8])]
+    assert all(longer > 1.5 * shorter for shorter, longer in pairwise(between))
 
 
 def test_budget_that_holds_no_update_is_refused() -> None:

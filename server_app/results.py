@@ -61,6 +61,13 @@ class History:
         self.federation = Federation((), (), (), None, ())
         self.arrays = ArrayRecord()
         self._rows: list[tuple[object, ...]] = []
+        self._sinks: list[Sink] = []  # who writes it
+
+    def close(self) -> None:
+        """Another process may go on with the run."""
+        for sink in self._sinks:
+            if isinstance(sink, Checkpoints):
+                sink.close()
 
     def resume(self, folder: Path, saved: Saved) -> None:
         """Go on after what a run that was killed had written into a folder."""
@@ -454,7 +461,6 @@ class Folder(History):
             TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
             raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
-        self._sinks: list[Sink] = []
         self._trackers = Trackers(config)
         self._logged = Logged(config) if config.results.log == "json" else None
 
@@ -482,12 +488,6 @@ class Folder(History):
             log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)
         if failures and isinstance(event, Ended):
             raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
-
-    def close(self) -> None:
-        """Another server may go on with the run, as when this process had ended."""
-        for sink in self._sinks:
-            if isinstance(sink, Checkpoints):
-                sink.close()
 
     def _describe(self, event: Event) -> None:
         """Also where somebody moved the folder away."""

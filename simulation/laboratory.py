@@ -39,7 +39,7 @@ from server_app import checkpoint
 from server_app.app import run as run_server
 from server_app.census import RunError, take_census
 from server_app.checkpoint import Saved
-from server_app.events import EVERYBODY, Began, Event, Progress, Sink
+from server_app.events import EVERYBODY, Began, Event, Progress
 from server_app.overview import read_metrics
 from server_app.plots import who_has_what
 from server_app.results import Checkpoints, History, Rows, class_counts, write_description, write_models
@@ -185,7 +185,6 @@ class _Watched(History):
     ) -> None:
         super().__init__(config)
         self._watch, self._folder, self._saved = watch, folder, saved
-        self._sinks: list[Sink] = []
 
     def __call__(self, event: Event) -> None:
         """Keep it, and write it."""
@@ -201,12 +200,6 @@ class _Watched(History):
             self._sinks = [Rows(self, self._folder), Checkpoints(self, self._folder, started)]
         for sink in self._sinks:
             sink(event)
-
-    def close(self) -> None:
-        """Another process may go on with it."""
-        for sink in self._sinks:
-            if isinstance(sink, Checkpoints):
-                sink.close()
 
     def tell(self, progress: Progress) -> None:
         """Pass it on."""

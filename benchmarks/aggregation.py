@@ -41,7 +41,9 @@ def reply(site: int, size: int) -> Message:
     """A site's reply with a model of ``size`` parameters."""
     question = Message(RecordDict(), FIRST_NODE + site, "train")
     x = torch.randn(size, generator=torch.Generator().manual_seed(site))
-    metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=100 + site, samples=100)
+    metrics = TrainMetrics(
+        loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=100 + site, samples=100
+    )
     made = Message(write_trained({"x": x}, metrics), reply_to=question)
     made.metadata.__dict__["_src_node_id"] = FIRST_NODE + site
     return made
@@ -72,11 +74,19 @@ class Peak:
 def ours(sites: int, before: ArrayRecord, replies: Iterable[Message]) -> None:
     """What the server does with the replies of a round, checks included."""
     grid = VirtualGrid(app, World().sites(sites, 0), {})
-    strategy = Planned(fedavg.plan(fedavg.Keys(), Run(1.0, 0.0)), {FIRST_NODE + site: 1 / sites for site in range(sites)})
+    strategy = Planned(
+        fedavg.plan(fedavg.Keys(), Run(1.0, 0.0)),
+        {FIRST_NODE + site: 1 / sites for site in range(sites)},
+    )
     list(strategy.configure_train(1, before, ConfigRecord({"training.lr": 1.0}), grid))
-    layout, sent = Layout({"x": before["x"].shape[0]}, torch.empty(0, dtype=torch.bool)), {"x": unpack(before["x"])}
+    layout, sent = (
+        Layout({"x": before["x"].shape[0]}, torch.empty(0, dtype=torch.bool)),
+        {"x": unpack(before["x"])},
+    )
     numbered = enumerate(replies)
-    strategy.aggregate_train(1, (each for site, each in numbered if read_trained(each, layout, 100 + site, sent)))
+    strategy.aggregate_train(
+        1, (each for site, each in numbered if read_trained(each, layout, 100 + site, sent))
+    )
 
 
 def ours_mean_alone(sites: int, replies: Iterable[Message]) -> None:
@@ -97,7 +107,9 @@ def flowers(replies: Iterable[Message]) -> None:
 
 def main() -> None:
     """Print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sites", type=int, default=10)
     parser.add_argument("--millions", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=7)
@@ -112,7 +124,9 @@ def main() -> None:
         "our round: checks, mean, change": partial(ours, sites, before),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(arguments.repeats + 1):  # in turns, so that a busy machine disturbs both alike; the first is a warm-up
+    for repeat in range(
+        arguments.repeats + 1
+    ):  # in turns, so that a busy machine disturbs both alike; the first is a warm-up
         for name, work in contenders.items():
             ready = list(all_replies(sites, size))
             start = time.perf_counter()
@@ -120,7 +134,9 @@ def main() -> None:
             if repeat:
                 times[name].append(time.perf_counter() - start)
             del ready
-    print(f"{sites} sites x {arguments.millions} million parameters, {torch.get_num_threads()} threads")
+    print(
+        f"{sites} sites x {arguments.millions} million parameters, {torch.get_num_threads()} threads"
+    )
     reference = statistics.median(times["Flower's aggregate_arrayrecords"])
     for name, seconds in times.items():
         middle = statistics.median(seconds)
@@ -129,7 +145,10 @@ def main() -> None:
     for count in (sites, 3 * sites):
         with Peak() as ours_peak:
             ours(count, before, all_replies(count, size))
-        print(f"peak memory with {count} sites, in models of {model:.0f} MB: {ours_peak.megabytes / model:.1f}", end="")
+        print(
+            f"peak memory with {count} sites, in models of {model:.0f} MB: {ours_peak.megabytes / model:.1f}",
+            end="",
+        )
         print(" (of them, a reply and the tensor that it is made of, which is the benchmark's)")
 
 

@@ -58,7 +58,10 @@ def rules(repeats: int) -> None:
                 times["add"].append(middle - start)
                 times["rule"].append(end - middle)
         add, ours = (statistics.median(times[key]) for key in ("add", "rule"))
-        print(f"{name:<20}{1000 * ours:7.1f} ms an update, {ours / add:.2f} times an addition ({1000 * add:.1f} ms)", flush=True)
+        print(
+            f"{name:<20}{1000 * ours:7.1f} ms an update, {ours / add:.2f} times an addition ({1000 * add:.1f} ms)",
+            flush=True,
+        )
 
 
 def driver() -> None:
@@ -67,23 +70,38 @@ def driver() -> None:
 
     training.train = lambda model, *_: (0.0, 1)
     model = "benchmarks.asynchronous:hundred_kilobytes"
-    config = configuration(strategy="gsgm", num_sites=10, epochs=40, model={"name": model}, results={"evaluate_every": 10**9})
+    config = configuration(
+        strategy="gsgm",
+        num_sites=10,
+        epochs=40,
+        model={"name": model},
+        results={"evaluate_every": 10**9},
+    )
     history = History(config)
     grid = VirtualGrid(client_app, World().sites(10, 1), config.flat())
     start = time.perf_counter()
     run_server(grid, config, history)
     arrivals = history.metrics.query("metric == 'updates' and site == 'all'")["value"].sum()
-    print(f"laboratory, 10 sites, model of 100 kB: {arrivals / (time.perf_counter() - start):.0f} arrivals a second")
+    print(
+        f"laboratory, 10 sites, model of 100 kB: {arrivals / (time.perf_counter() - start):.0f} arrivals a second"
+    )
 
 
 def hundred_kilobytes(shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
     """24,985 parameters."""
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 333), torch.nn.ReLU(), torch.nn.Linear(333, num_classes))
+    return torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 333),
+        torch.nn.ReLU(),
+        torch.nn.Linear(333, num_classes),
+    )
 
 
 def main() -> None:
     """Print both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -54,7 +54,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "q-saddle": {"q-saddle.local-steps": 3, "topology.name": "complete"},
 }
 ATTACKS = ("none", "reversed", "flip", "noise", "huge", "little", "labels")
-WINDOWS = {"gsgm": "gsgm.window", "fedbuff": "fedbuff.buffer-size"}  # with a robust mean as many as there are sites
+WINDOWS = {
+    "gsgm": "gsgm.window",
+    "fedbuff": "fedbuff.buffer-size",
+}  # with a robust mean as many as there are sites
 SITES = {5: 1, 10: 2}  # of so many sites, so many are hostile
 
 
@@ -76,13 +79,23 @@ class Attack:
     def __init__(self, kind: str, honest: int, seed: int) -> None:
         self._kind, self._honest = kind, honest
         self._generator = torch.Generator().manual_seed(seed)
-        self._values: dict[int, dict[str, Tensor]] = {}  # of honest sites, what each sent last, from where all are equal
-        self._lengths: dict[int, dict[str, float]] = {}  # and how far that was from where it had been
-        self._before: dict[int, dict[str, Tensor]] = {}  # of each peer, what it offered last, or would have
+        self._values: dict[
+            int, dict[str, Tensor]
+        ] = {}  # of honest sites, what each sent last, from where all are equal
+        self._lengths: dict[
+            int, dict[str, float]
+        ] = {}  # and how far that was from where it had been
+        self._before: dict[
+            int, dict[str, Tensor]
+        ] = {}  # of each peer, what it offered last, or would have
 
     def __call__(self, site: int, message: Message, reply: Message) -> Message:
         """What is delivered for a reply."""
-        if self._kind in ("none", "labels") or reply.has_error() or not message.metadata.message_type.startswith("train"):
+        if (
+            self._kind in ("none", "labels")
+            or reply.has_error()
+            or not message.metadata.message_type.startswith("train")
+        ):
             return reply
         found = {name: unpack(array) for name, array in arrays_of(reply).items()}
         peer = X not in found
@@ -93,9 +106,16 @@ class Attack:
         self._before[site] = {name: value.clone() for name, value in found.items()}
         if site < self._honest:
             self._values[site] = {name: value - base[name] for name, value in found.items()}
-            self._lengths[site] = {name: float((value - origin[name]).norm()) for name, value in found.items() if name in origin}
+            self._lengths[site] = {
+                name: float((value - origin[name]).norm())
+                for name, value in found.items()
+                if name in origin
+            }
             return reply
-        made = {name: self._made(name, value, origin.get(name, value), base[name]) for name, value in found.items()}
+        made = {
+            name: self._made(name, value, origin.get(name, value), base[name])
+            for name, value in found.items()
+        }
         reply.content.pop(ARRAYS)
         reply.content[ARRAYS] = pack(made)
         return reply
@@ -107,9 +127,13 @@ class Attack:
             case "flip":
                 return origin - (value - origin)
             case "noise":
-                lengths = [each[name] for each in self._lengths.values() if name in each] or [float(value.norm())]
+                lengths = [each[name] for each in self._lengths.values() if name in each] or [
+                    float(value.norm())
+                ]
                 noise = torch.randn(value.shape, generator=self._generator)
-                return origin + noise * (10 * sum(lengths) / len(lengths) / math.sqrt(value.numel()))
+                return origin + noise * (
+                    10 * sum(lengths) / len(lengths) / math.sqrt(value.numel())
+                )
             case "huge":
                 return torch.full_like(value, 4e6)
         others = [each[name] for each in self._values.values() if name in each]
@@ -122,10 +146,17 @@ class Attack:
 def accuracy(config: Config, kind: str, hostile: int) -> float:
     """Of the last models, the mean over the honest sites' test parts."""
     honest = config.num_sites - hostile
-    grid = VirtualGrid(client_app, World().sites(config.num_sites, config.seed), config.flat(), Attack(kind, honest, config.seed))
+    grid = VirtualGrid(
+        client_app,
+        World().sites(config.num_sites, config.seed),
+        config.flat(),
+        Attack(kind, honest, config.seed),
+    )
     if kind == "labels":
         for site in range(honest, config.num_sites):
-            grid.contexts[FIRST_NODE + site].run_config["data.source"] = "benchmarks.attacks:flipped"
+            grid.contexts[FIRST_NODE + site].run_config["data.source"] = (
+                "benchmarks.attacks:flipped"
+            )
     history, threads = History(config), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -146,37 +177,73 @@ def defences(method: str, sites: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"max-change = 0": {"max-change": 0.0}, "defaults": {}}
     for mean in means if not isinstance(plan, ArrivalPlan) or plan.window else ():
         faulty = {} if mean == "median" else {"robust.faulty": SITES[sites]}
-        found[mean] = {"robust.mean": mean, **faulty, **({WINDOWS[method]: sites} if method in WINDOWS else {})}
-    return found if sites == min(SITES) else {name: found[name] for name in ("defaults", "trimmed-mean") if name in found}
+        found[mean] = {
+            "robust.mean": mean,
+            **faulty,
+            **({WINDOWS[method]: sites} if method in WINDOWS else {}),
+        }
+    return (
+        found
+        if sites == min(SITES)
+        else {name: found[name] for name in ("defaults", "trimmed-mean") if name in found}
+    )
 
 
-def cell(method: str, sites: int, attack: str, defence: str, seed: int) -> tuple[int, str, str, str, float]:
+def cell(
+    method: str, sites: int, attack: str, defence: str, seed: int
+) -> tuple[int, str, str, str, float]:
     """A run, and what it reached."""
     keys = METHODS[method] | defences(method, sites)[defence]
-    common: dict[str, Any] = {"strategy": method, "num-sites": sites, "epochs": EPOCHS, "model.name": "mlp", "seed": seed}
+    common: dict[str, Any] = {
+        "strategy": method,
+        "num-sites": sites,
+        "epochs": EPOCHS,
+        "model.name": "mlp",
+        "seed": seed,
+    }
     logging.disable(logging.WARNING)  # each refusal is one
-    return sites, method, attack, defence, accuracy(configuration(**common | keys), attack, SITES[sites])
+    return (
+        sites,
+        method,
+        attack,
+        defence,
+        accuracy(configuration(**common | keys), attack, SITES[sites]),
+    )
 
 
 def table(found: pd.DataFrame) -> str:
     """Mean and standard error over the seeds, in Markdown."""
-    values = found.groupby(["sites", "method", "attack", "defence"], sort=False)["accuracy"].agg(["mean", "sem"])
+    values = found.groupby(["sites", "method", "attack", "defence"], sort=False)["accuracy"].agg(
+        ["mean", "sem"]
+    )
     columns = [*dict.fromkeys(found["defence"])]
-    lines = ["| sites | method | attack | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    lines = [
+        "| sites | method | attack | " + " | ".join(columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
     for row, each in values.groupby(level=[0, 1, 2], sort=False):
         shown = {
-            key[3]: f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")  # of one seed there is none
+            key[3]: f"{mean:.2f}"
+            + ("" if math.isnan(error) else f" ± {error:.2f}")  # of one seed there is none
             for key, (mean, error) in zip(each.index, each.to_numpy(), strict=True)
         }
-        lines.append("| " + " | ".join([*map(str, row), *(shown.get(name, "") for name in columns)]) + " |")
+        lines.append(
+            "| " + " | ".join([*map(str, row), *(shown.get(name, "") for name in columns)]) + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, metavar="ATTACK")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD"
+    )
+    parser.add_argument(
+        "--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, metavar="ATTACK"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     start = time.monotonic()

@@ -16,7 +16,14 @@ def load(path: str) -> Examples:
     pictures, labels = [], []
     for part in ("train", "test"):
         data, offsets = torch.from_numpy(arrays[f"{part}_data"]), arrays[f"{part}_offsets"]
-        pictures.append(torch.stack([decode_jpeg(data[a:b]) for a, b in itertools.pairwise(offsets)]))
+        pictures.append(
+            torch.stack([decode_jpeg(data[a:b]) for a, b in itertools.pairwise(offsets)])
+        )
         labels.append(torch.from_numpy(arrays[f"{part}_labels"]).long())
     test = torch.arange(sum(map(len, labels))) >= len(labels[0])
-    return Examples(torch.cat(pictures), torch.cat(labels), tuple(str(name) for name in arrays["classes"]), test=test)
+    return Examples(
+        torch.cat(pictures),
+        torch.cat(labels),
+        tuple(str(name) for name in arrays["classes"]),
+        test=test,
+    )

@@ -32,14 +32,22 @@ LARGE = {
     "training.batch-size": 64,
     "training.lr": 0.02,
     "epochs": 16,
-    **{f"{name}.local-epochs": 1 for name in ("co-learning", "fedavg", "ensemble", "local", "centralized")},
+    **{
+        f"{name}.local-epochs": 1
+        for name in ("co-learning", "fedavg", "ensemble", "local", "centralized")
+    },
     "co-learning.epsilon": 0.1,
     "data.test-part": "official",
 }
 DATA_SETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "fashion-mnist": {"data.source": "fashion-mnist", **LARGE},
-    "cifar10": {"data.source": "benchmarks.cifar10_jpeg:load", **LARGE, "epochs": 10, "co-learning.epsilon": 0.13},
+    "cifar10": {
+        "data.source": "benchmarks.cifar10_jpeg:load",
+        **LARGE,
+        "epochs": 10,
+        "co-learning.epsilon": 0.13,
+    },
     "audio": {"conf": "conf/audio.toml"},
     "text": {"conf": "conf/text.toml"},
     "heart": {"conf": "conf/heart.toml"},
@@ -48,14 +56,18 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", choices=DATA_SETS)
     parser.add_argument("path", nargs="?", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
     common = {"training.clip-norm": 0.0} | DATA_SETS[arguments.data] | {"data.path": arguments.path}
-    if conf := common.pop("conf", None):  # a file's section of Co-learning counts where Co-learning runs
+    if conf := common.pop(
+        "conf", None
+    ):  # a file's section of Co-learning counts where Co-learning runs
         common = flatten(tomllib.loads((ROOT / conf).read_text())) | common
     comparison = compare(METHODS, seeds=arguments.seeds, processes=arguments.processes, **common)
     print(comparison.text().to_string())
@@ -63,7 +75,9 @@ def main() -> None:
         if "accuracy-single" in runs[0].history:  # of the ensemble's models
             single = np.array([run.history["accuracy-single"].iloc[-1] for run in runs])
             error = single.std(ddof=1) / len(single) ** 0.5 if len(single) > 1 else float("nan")
-            print(f"{name}: one of its models alone, on everybody's test parts {single.mean():.4f} ± {error:.4f}")
+            print(
+                f"{name}: one of its models alone, on everybody's test parts {single.mean():.4f} ± {error:.4f}"
+            )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def plain_loop(folder: Path, workers: int) -> Callable[[], None]:
     """An epoch of the plain loop."""
     files = sorted(folder.rglob("*.jpg"))
     data = Plain(files, [int(file.parent.name) for file in files])
-    loader = DataLoader(data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(
+        data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     network = build("cnn", (3, SIZE, SIZE), CLASSES, 1)
     sgd = torch.optim.SGD(network.parameters(), 0.05, 0.9)
 
@@ -88,12 +90,21 @@ def our_loop(folder: Path, workers: int) -> Callable[[], None]:
     examples = image_folder(folder, "", SIZE, 3, memory_gb=0)
     part = Part(replace(examples.x, workers=workers), examples.y)
     model = FlatModel(build("cnn", (3, SIZE, SIZE), CLASSES, 1), torch.device("cpu"))
-    gradient = training.plain(model, lambda batch: F.cross_entropy(model.network(batch[0]), batch[1]))
+    gradient = training.plain(
+        model, lambda batch: F.cross_entropy(model.network(batch[0]), batch[1])
+    )
     sgd = training.optimizers("sgd", model, 0.05, 0.9, False, 0.0)
     generator = torch.Generator().manual_seed(1)
 
     def run() -> None:
-        training.train(model, gradient, sgd, training.batches(part, BATCH, generator, None), lambda _: 0.05, 0.0)
+        training.train(
+            model,
+            gradient,
+            sgd,
+            training.batches(part, BATCH, generator, None),
+            lambda _: 0.05,
+            0.0,
+        )
 
     return run
 
@@ -106,30 +117,51 @@ def compare(count: int, repeats: int, workers: int) -> None:
         times = in_turns(runs, repeats)
     plain, ours = (statistics.median(times[label]) for label in ("plain", "ours"))
     ratio = statistics.median(a / b for a, b in zip(times["ours"], times["plain"], strict=True))
-    print(f"| {count} JPEGs, {workers} workers | {plain:.2f} s an epoch | {ours:.2f} s | {ratio:.3f} |", flush=True)
+    print(
+        f"| {count} JPEGs, {workers} workers | {plain:.2f} s an epoch | {ours:.2f} s | {ratio:.3f} |",
+        flush=True,
+    )
 
 
 def memory(file: str, how: str) -> None:
     """Print this process's peak memory, in MB, after 200 batches of windows of a token file."""
     if how == "site":  # all that a run does: split into parts, put into a random order
-        keys = {"training.task": "language", "data.source": "tokens", "data.path": file, "data.context": 1024, "num-sites": 2}
+        keys = {
+            "training.task": "language",
+            "data.source": "tokens",
+            "data.path": file,
+            "data.context": 1024,
+            "num-sites": 2,
+        }
         data = site_data(configuration(None, **keys), SiteId(0, None, file), TOKEN, None)
-        for _, _ in zip(range(200), training.batches(data.train, BATCH, torch.Generator().manual_seed(1), None), strict=False):
+        for _, _ in zip(
+            range(200),
+            training.batches(data.train, BATCH, torch.Generator().manual_seed(1), None),
+            strict=False,
+        ):
             pass
     elif how == "reading":
         examples = tokens(file, "", 1024, 256)
         generator = torch.Generator().manual_seed(1)
         for _ in range(200):
-            read(examples.x, examples.y, torch.randint(0, len(examples.y), (BATCH,), generator=generator))
+            read(
+                examples.x,
+                examples.y,
+                torch.randint(0, len(examples.y), (BATCH,), generator=generator),
+            )
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def main() -> None:
     """Print tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=int, default=640)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", nargs=2, metavar=("FILE", "HOW"), help="used by this program itself")
+    parser.add_argument(
+        "--memory", nargs=2, metavar=("FILE", "HOW"), help="used by this program itself"
+    )
     arguments = parser.parse_args()
     if arguments.memory:
         memory(*arguments.memory)
@@ -139,7 +171,9 @@ def main() -> None:
     print("| | plain loop | ours | ratio |\n|---|---|---|---|")
     for workers in (0, 2):
         compare(arguments.pictures, arguments.repeats, workers)
-    print("\n| token file | peak MB: imports | reading 6,400 windows | a site that trains on as many |\n|---|---|---|---|")
+    print(
+        "\n| token file | peak MB: imports | reading 6,400 windows | a site that trains on as many |\n|---|---|---|---|"
+    )
     with TemporaryDirectory() as name:
         for size in (1, 10, 100):
             file = Path(name, "tokens.bin")
@@ -147,7 +181,9 @@ def main() -> None:
             os.truncate(file, size * 10**9)
             command = [sys.executable, "-m", "benchmarks.data", "--memory", str(file)]
             found = [
-                subprocess.run([*command, how], capture_output=True, text=True, check=True).stdout.strip()
+                subprocess.run(
+                    [*command, how], capture_output=True, text=True, check=True
+                ).stdout.strip()
                 for how in ("nothing", "reading", "site")
             ]
             print(f"| {size} GB | {' | '.join(found)} |", flush=True)

@@ -27,9 +27,15 @@ from simulation.laboratory import Run, simulate
 from strategies.methods import METHODS
 
 EPOCHS = 12
-SPLITS: dict[str, dict[str, Any]] = {"iid": {}, "Dirichlet": {"partition.kind": "dirichlet", "partition.alpha": 0.1}}
+SPLITS: dict[str, dict[str, Any]] = {
+    "iid": {},
+    "Dirichlet": {"partition.kind": "dirichlet", "partition.alpha": 0.1},
+}
 # What has no default, or none that suits: a method on trees.
-NEEDED = {"QFedAvg": {"flower.arguments": "client_learning_rate=0.05"}, "relaysgd": {"topology.name": "path"}}
+NEEDED = {
+    "QFedAvg": {"flower.arguments": "client_learning_rate=0.05"},
+    "relaysgd": {"topology.name": "path"},
+}
 GAIN = 0.1  # of the way from the most frequent class's share to 1
 
 
@@ -63,18 +69,43 @@ def parts(shared: Path, folder: Path, examples: int) -> dict[str, dict[str, Any]
     _fashion(shared / "FashionMNIST/raw", folder / "fashion/FashionMNIST/raw", examples)
     found["fashion-mnist"] = {"data.source": "fashion-mnist", "data.path": str(folder / "fashion")}
     _cifar(shared / "cifar10.npz", folder / "cifar10.npz", examples, generator)
-    found["cifar10"] = {"data.source": "benchmarks.cifar10_jpeg:load", "data.path": str(folder / "cifar10.npz")}
+    found["cifar10"] = {
+        "data.source": "benchmarks.cifar10_jpeg:load",
+        "data.path": str(folder / "cifar10.npz"),
+    }
     with zipfile.ZipFile(shared / "fsdd.zip") as archive:
-        sounds = sorted(name for name in archive.namelist() if name.startswith("train/") and name.endswith(".wav"))
+        sounds = sorted(
+            name
+            for name in archive.namelist()
+            if name.startswith("train/") and name.endswith(".wav")
+        )
         archive.extractall(folder, generator.permutation(sounds)[: examples // 2].tolist())
-    found["audio"] = {"data.source": "audio-folder", "data.path": str(folder / "train"), "data.group": "_([a-z]+)_"}
+    found["audio"] = {
+        "data.source": "audio-folder",
+        "data.path": str(folder / "train"),
+        "data.group": "_([a-z]+)_",
+    }
     for name, file in (("ag-news", "ag_news_small"), ("sms", "sms_spam")):
         with zipfile.ZipFile(shared / f"{file}.zip") as archive, archive.open("train.csv") as table:
-            pd.read_csv(table).sample(examples, random_state=1).to_csv(folder / f"{name}.csv", index=False)
-        found[name] = {"data.source": "text-csv", "data.path": str(folder / f"{name}.csv"), **tables}
+            pd.read_csv(table).sample(examples, random_state=1).to_csv(
+                folder / f"{name}.csv", index=False
+            )
+        found[name] = {
+            "data.source": "text-csv",
+            "data.path": str(folder / f"{name}.csv"),
+            **tables,
+        }
     with zipfile.ZipFile(shared / "heart_disease.zip") as archive:
-        archive.extractall(folder / "heart", [name for name in archive.namelist() if name.endswith(".csv")])
-    found["heart"] = {"data.source": "csv", "data.path": str(folder / "heart"), "data.label": "target > 0", "epochs": 32, **tables}
+        archive.extractall(
+            folder / "heart", [name for name in archive.namelist() if name.endswith(".csv")]
+        )
+    found["heart"] = {
+        "data.source": "csv",
+        "data.path": str(folder / "heart"),
+        "data.label": "target > 0",
+        "epochs": 32,
+        **tables,
+    }
     return {name: found["digits"] | each for name, each in found.items()}
 
 
@@ -86,7 +117,9 @@ def _fashion(raw: Path, to: Path, examples: int) -> None:
         header, size = (16, 28 * 28) if "images" in file.name else (8, 1)
         with gzip.open(file) as whole:
             start = whole.read(header)
-            (to / file.stem).write_bytes(start[:4] + count.to_bytes(4, "big") + start[8:] + whole.read(count * size))
+            (to / file.stem).write_bytes(
+                start[:4] + count.to_bytes(4, "big") + start[8:] + whole.read(count * size)
+            )
 
 
 def _cifar(file: Path, to: Path, examples: int, generator: np.random.Generator) -> None:
@@ -94,45 +127,75 @@ def _cifar(file: Path, to: Path, examples: int, generator: np.random.Generator) 
     with np.load(file) as whole:
         arrays = {"classes": whole["classes"]}
         for part, count in (("train", examples), ("test", 10)):
-            data, offsets, labels = (whole[f"{part}_{name}"] for name in ("data", "offsets", "labels"))
+            data, offsets, labels = (
+                whole[f"{part}_{name}"] for name in ("data", "offsets", "labels")
+            )
             chosen = generator.permutation(len(labels))[:count]
             pictures = [data[offsets[i] : offsets[i + 1]] for i in chosen]
-            arrays[f"{part}_data"], arrays[f"{part}_labels"] = np.concatenate(pictures), labels[chosen]
+            arrays[f"{part}_data"], arrays[f"{part}_labels"] = (
+                np.concatenate(pictures),
+                labels[chosen],
+            )
             arrays[f"{part}_offsets"] = np.cumsum([0, *map(len, pictures)])
     np.savez(to, **arrays)
 
 
-def cells(methods: list[str], data: dict[str, dict[str, Any]], changes: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def cells(
+    methods: list[str], data: dict[str, dict[str, Any]], changes: dict[str, Any]
+) -> Iterator[tuple[str, str, str]]:
     """Method, column and what it reached, run by run."""
     for method in methods:
         for name, keys in data.items():
             for split, partition in SPLITS.items():
-                common: dict[str, Any] = {"epochs": EPOCHS, "progress": False, "strategy": method, **NEEDED.get(method, {})}
+                common: dict[str, Any] = {
+                    "epochs": EPOCHS,
+                    "progress": False,
+                    "strategy": method,
+                    **NEEDED.get(method, {}),
+                }
                 start = time.monotonic()
                 try:
                     found = reached(simulate(**(common | keys | partition | changes)))
-                    text = f"{found.accuracy:.2f}" + ("" if found.learned else f" (loss {found.loss:.2f})")
+                    text = f"{found.accuracy:.2f}" + (
+                        "" if found.learned else f" (loss {found.loss:.2f})"
+                    )
                 except (RunError, ValueError) as error:
                     text = str(error)
-                print(f"{method:<18}{name:<14}{split:<10}{text}   {time.monotonic() - start:.0f} s", flush=True)
+                print(
+                    f"{method:<18}{name:<14}{split:<10}{text}   {time.monotonic() - start:.0f} s",
+                    flush=True,
+                )
                 yield method, f"{name}, {split}", text
 
 
 def main() -> None:
     """Print line after line, then the table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path)
     parser.add_argument("--examples", type=int, default=1200)
-    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument(
+        "--only", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD"
+    )
     parser.add_argument("--data", nargs="+", metavar="DATA")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         data = parts(arguments.path, Path(folder), arguments.examples)
         data = {name: data[name] for name in arguments.data or data}
-        table = pd.DataFrame(cells(arguments.only, data, parse_config_args([" ".join(arguments.set)])), columns=["method", "", "v"])
-    wide = table.pivot(index="method", columns="", values="v").loc[arguments.only, table[""].unique()]
-    rows = [["method", *wide.columns], ["---"] * (len(wide.columns) + 1), *([name, *row] for name, *row in wide.itertuples())]
+        table = pd.DataFrame(
+            cells(arguments.only, data, parse_config_args([" ".join(arguments.set)])),
+            columns=["method", "", "v"],
+        )
+    wide = table.pivot(index="method", columns="", values="v").loc[
+        arguments.only, table[""].unique()
+    ]
+    rows = [
+        ["method", *wide.columns],
+        ["---"] * (len(wide.columns) + 1),
+        *([name, *row] for name, *row in wide.itertuples()),
+    ]
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

@@ -28,9 +28,15 @@ from tests.e2e.processes import CARRIER, SITES, Deployment, Services, as_user
 
 FLOOR_S = 6.0
 LARGE = {"1 M": "million", "100 M": "hundred_million"}
-FREE = {"smallest-steps": 1, "smallest-examples": 8, "import-paths": [f"benchmarks.wide:{name}" for name in LARGE.values()]}
+FREE = {
+    "smallest-steps": 1,
+    "smallest-examples": 8,
+    "import-paths": [f"benchmarks.wide:{name}" for name in LARGE.values()],
+}
 PROGRAMS = ("superlink", "serverapp", "supernode", "clientapp", "client_app.service")
-ONE_EPOCH = "strategy='fedavg' epochs=3 fedavg.local-epochs=1 training.batch-size=256 training.lr=0.01"
+ONE_EPOCH = (
+    "strategy='fedavg' epochs=3 fedavg.local-epochs=1 training.batch-size=256 training.lr=0.01"
+)
 CODED = "wire.down-codec='bf16' wire.codec='qsgd'"
 DIGITS: dict[str, Any] = {"data": {"source": "digits"}}
 CO_LEARNING = "co-learning.local-epochs=1 co-learning.epsilon=0.0 epochs=8"
@@ -79,7 +85,9 @@ class Memory(Thread):
                 words = " ".join(process.info["cmdline"] or ())
                 for name in PROGRAMS:
                     if name in words and process.info["memory_info"]:
-                        self.peaks[name] = max(self.peaks[name], process.info["memory_info"].rss / 1e6)
+                        self.peaks[name] = max(
+                            self.peaks[name], process.info["memory_info"].rss / 1e6
+                        )
 
 
 @contextmanager
@@ -91,14 +99,18 @@ def deployed(folder: Path, name: str, heart: str) -> Iterator[Deployment]:
         keys = pictures(folder)
     if name == "heart":
         files = sorted(Path(heart).glob("*.csv"))[:SITES]
-        tables = [{"source": "csv", "path": str(file.absolute()), "label": "target > 0"} for file in files]
+        tables = [
+            {"source": "csv", "path": str(file.absolute()), "label": "target > 0"} for file in files
+        ]
         of_sites = {site: {"data": table} for site, table in enumerate(tables)}
     two = os.geteuid() == 0 and bool(as_user(CARRIER))
     more: dict[str, Any] = {"group": grp.getgrgid(CARRIER).gr_name} if two else {}
     deployment = Deployment(folder)
     services = None
     if "without" not in name:
-        services = Services(folder, sealing="sealed" in name, of_sites=of_sites, policy=FREE, **keys, **more)
+        services = Services(
+            folder, sealing="sealed" in name, of_sites=of_sites, policy=FREE, **keys, **more
+        )
     try:
         for site in range(SITES):
             socket = f'service="{services.socket(site)}"' if services else f'site={site} data=""'
@@ -117,23 +129,37 @@ def measure(name: str, heart: str) -> dict[str, Any]:
         folder = Path(text)
         folder.chmod(0o755)
         with deployed(folder, name, heart) as deployment:
-            settings = f"{CASES[name]} num-sites={SITES} results.folder='{folder / 'runs'}'".replace("'", '"')
+            settings = (
+                f"{CASES[name]} num-sites={SITES} results.folder='{folder / 'runs'}'".replace(
+                    "'", '"'
+                )
+            )
             memory = Memory()
             memory.start()
             with deployment.run(settings) as process:
                 log = process.communicate()[0]
             memory.over.set()
             services = getattr(deployment, "services", None)
-            letters = [letter for site in range(SITES) for letter in services.letters(site)] if services else []
+            letters = (
+                [letter for site in range(SITES) for letter in services.letters(site)]
+                if services
+                else []
+            )
         results = list((folder / "runs").iterdir()) if (folder / "runs").exists() else []
         if not results or not Run.load(results[0]).finished:
             raise SystemExit(f"{name}: the run ended too soon\n{log}")
         run = Run.load(results[0])
-    table = run.metrics[(run.metrics["split"] == "train") & (run.metrics["site"] == "all")].drop_duplicates("round")
+    table = run.metrics[
+        (run.metrics["split"] == "train") & (run.metrics["site"] == "all")
+    ].drop_duplicates("round")
     spent = np.diff(table["seconds"].to_numpy()) / np.diff(table["round"].to_numpy())
     if name.startswith("gsgm"):
         spent = spent * SITES  # updates, each of one site
-    work = [letter["seconds"] for letter in letters if letter["way"] == "out" and letter["kind"].startswith("train")]
+    work = [
+        letter["seconds"]
+        for letter in letters
+        if letter["way"] == "out" and letter["kind"].startswith("train")
+    ]
     refused = [letter for letter in letters if "rule" in letter or "problem" in letter]
     return {
         "case": name,
@@ -150,12 +176,20 @@ def measure(name: str, heart: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print a row a case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; without any, all but the large ones")
-    parser.add_argument("--heart", default="", help="a folder of three CSV files of hospitals, with a column target")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", help=f"of {', '.join(CASES)}; without any, all but the large ones"
+    )
+    parser.add_argument(
+        "--heart", default="", help="a folder of three CSV files of hospitals, with a column target"
+    )
     arguments = parser.parse_args()
     rows = []
-    for name in arguments.names or [name for name in CASES if " M" not in name and (name != "heart" or arguments.heart)]:
+    for name in arguments.names or [
+        name for name in CASES if " M" not in name and (name != "heart" or arguments.heart)
+    ]:
         rows.append(measure(name, arguments.heart))
         print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format), flush=True)
 

@@ -85,7 +85,9 @@ def test(network: nn.Module, data: SiteData) -> tuple[float, float]:
     """Loss and accuracy on the test part."""
     network.eval()
     logits = network(prepare(data.test.x))
-    return F.cross_entropy(logits, data.test.y).item(), (logits.argmax(1) == data.test.y).float().mean().item()
+    return F.cross_entropy(logits, data.test.y).item(), (
+        logits.argmax(1) == data.test.y
+    ).float().mean().item()
 
 
 def plain() -> list[float]:
@@ -147,7 +149,10 @@ def _open(message: Message, context: Context) -> tuple[nn.Module, SiteData]:
 def _flower_train(message: Message, context: Context) -> Message:
     network, data = _open(message, context)
     metrics = MetricRecord({"loss": train(network, data), "num-examples": len(data.train.y)})
-    return Message(RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": metrics}), reply_to=message)
+    return Message(
+        RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": metrics}),
+        reply_to=message,
+    )
 
 
 @flower_client.evaluate()
@@ -166,7 +171,9 @@ def flower() -> list[float]:
     ends: list[float] = []
 
     class Timed(FedAvg):
-        def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        def aggregate_evaluate(
+            self, server_round: int, replies: Iterable[Message]
+        ) -> MetricRecord | None:
             found = super().aggregate_evaluate(server_round, replies)
             ends.append(time.time())
             return found
@@ -216,7 +223,9 @@ def overhead() -> float:
 def measure(part: str) -> dict[str, float]:
     """One part in a process of its own: milliseconds a round, seconds to the end of the first, peak memory of all its processes."""
     command = [sys.executable, "-m", "benchmarks.engine", "--part", part]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         peak, watched = 0, psutil.Process(process.pid)
         while process.poll() is None:
             used = 0
@@ -230,12 +239,18 @@ def measure(part: str) -> dict[str, float]:
         assert process.stdout is not None
         told = json.loads(process.stdout.read().splitlines()[-1])
     rounds = np.diff(told["ends"])
-    return {"ms": 1000 * statistics.median(rounds), "start": told["ends"][0] - told["born"], "MiB": peak / 2**20}
+    return {
+        "ms": 1000 * statistics.median(rounds),
+        "start": told["ends"][0] - told["born"],
+        "MiB": peak / 2**20,
+    }
 
 
 def main() -> None:
     """Print the table and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=["plain", "ours", "flower", "overhead"])
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
@@ -249,17 +264,33 @@ def main() -> None:
         os._exit(0)  # Ray takes seconds to shut down
     else:
         found = pd.DataFrame(
-            [{"engine": part, **measure(part)} for _ in range(arguments.repeats) for part in ("plain", "ours", "flower")]
+            [
+                {"engine": part, **measure(part)}
+                for _ in range(arguments.repeats)
+                for part in ("plain", "ours", "flower")
+            ]
         )
         table = found.groupby("engine", sort=False).median()
         table["of the plain loop"] = table["ms"] / table["ms"]["plain"]
         heads = {"ms": "ms a round", "start": "s to the first round", "MiB": "peak MiB"}
-        print(table.rename(columns=heads, index={"plain": "plain loop", "ours": "laboratory", "flower": "Flower (Ray)"}).round(2))
-        print(f"Flower's engine takes {table['ms']['flower'] / table['ms']['ours']:.1f} times the laboratory's time")
-        own = subprocess.run(
-            [sys.executable, "-m", "benchmarks.engine", "--part", "overhead"], capture_output=True, text=True, check=True
+        print(
+            table.rename(
+                columns=heads,
+                index={"plain": "plain loop", "ours": "laboratory", "flower": "Flower (Ray)"},
+            ).round(2)
         )
-        print(f"the laboratory's own work a message, model of 1 MB: {float(own.stdout.splitlines()[-1]):.2f} ms")
+        print(
+            f"Flower's engine takes {table['ms']['flower'] / table['ms']['ours']:.1f} times the laboratory's time"
+        )
+        own = subprocess.run(
+            [sys.executable, "-m", "benchmarks.engine", "--part", "overhead"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        print(
+            f"the laboratory's own work a message, model of 1 MB: {float(own.stdout.splitlines()[-1]):.2f} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -45,10 +45,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print a row a wire."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=float, default=7e9)
     parser.add_argument("--sites", type=int, default=10)
-    parser.add_argument("--gbit", type=float, default=1.0, help="the server's link, which all sites share")
+    parser.add_argument(
+        "--gbit", type=float, default=1.0, help="the server's link, which all sites share"
+    )
     parser.add_argument("--superlink", type=float, default=SUPERLINK, help="seconds a GB")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -62,14 +66,19 @@ def main() -> None:
 
     adding, gigabytes = seconds(add), 4 * MEASURED / 1e9
     rate = min(arguments.gbit * 1e9 / 8 / arguments.sites, STREAM)
-    print(f"seconds a GB of float32: packing {packing / gigabytes:.2f}, checks and mean {adding / gigabytes:.2f}")
+    print(
+        f"seconds a GB of float32: packing {packing / gigabytes:.2f}, checks and mean {adding / gigabytes:.2f}"
+    )
     rows = []
     for name, codecs in WIRES.items():
         size, site, server = [0.0, 0.0], packing, packing + arguments.sites * adding
         for way, found in enumerate(codecs):
             payload = found.encode(x, torch.Generator())
             size[way] = sum(part.numel() * part.element_size() for part in payload.values()) * scale
-            encoding, decoding = seconds(lambda: found.encode(x, torch.Generator())), seconds(lambda: found.decode(payload))  # noqa: B023
+            encoding, decoding = (
+                seconds(lambda: found.encode(x, torch.Generator())),
+                seconds(lambda: found.decode(payload)),
+            )
             site += decoding if way == 0 else encoding
             server += encoding if way == 0 else arguments.sites * decoding
         whole = arguments.sites * sum(size)

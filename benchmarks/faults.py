@@ -145,7 +145,10 @@ class Disk:
         self.path = path
         path.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=755", "none", str(path)]
-        self.own = os.getuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        self.own = (
+            os.getuid() == 0
+            and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        )
 
     def fill(self) -> None:
         """Full for a minute."""
@@ -220,7 +223,9 @@ class Faults:
         if disk.own:
             self.kinds["disks full"] = disk.fill
         if clocks:
-            self.kinds["clock jumps"] = lambda: choose.choice(clocks).jump(choose.choice((-JUMP_S, JUMP_S)))
+            self.kinds["clock jumps"] = lambda: choose.choice(clocks).jump(
+                choose.choice((-JUMP_S, JUMP_S))
+            )
 
     def _kill(self, program: str) -> None:
         while not (found := named(program)):  # a ClientApp lives as long as its message
@@ -263,7 +268,12 @@ class Trial(NamedTuple):
     log: str
 
 
-def run(deployment: Deployment, folder: Path, fault: Callable[[], None] | None = None, after_s: float = 0.0) -> Trial:
+def run(
+    deployment: Deployment,
+    folder: Path,
+    fault: Callable[[], None] | None = None,
+    after_s: float = 0.0,
+) -> Trial:
     """Run to the end; so many seconds after the first round something happens."""
     start, lines = time.monotonic(), list[str]()
     process = deployment.run(f'{SETTINGS} results.folder="{folder}"', followed=True)
@@ -281,7 +291,12 @@ def run(deployment: Deployment, folder: Path, fault: Callable[[], None] | None =
     if killer:
         killer.join()  # what it does is over
     folders = sorted(path.parent for path in folder.glob("*/config.toml"))
-    return Trial(None if seconds > LONGEST_S else code, seconds, folders[-1] if folders else None, "".join(lines))
+    return Trial(
+        None if seconds > LONGEST_S else code,
+        seconds,
+        folders[-1] if folders else None,
+        "".join(lines),
+    )
 
 
 def _end_late(process: "subprocess.Popen[str]") -> None:
@@ -294,9 +309,13 @@ def _end_late(process: "subprocess.Popen[str]") -> None:
 def outcome(trial: Trial, reference: Run) -> str:
     """Whether it is what was to be."""
     if trial.code != 0 or trial.folder is None:
-        return f"exit code {trial.code}: {trial.log.splitlines()[-1] if trial.log else 'nothing said'}"
+        return (
+            f"exit code {trial.code}: {trial.log.splitlines()[-1] if trial.log else 'nothing said'}"
+        )
     found = Run.load(trial.folder)
-    rounds = found.metrics.query("metric == 'accuracy' and split == 'test' and site == 'all'")["round"].tolist()
+    rounds = found.metrics.query("metric == 'accuracy' and split == 'test' and site == 'all'")[
+        "round"
+    ].tolist()
     if rounds != list(range(1, ROUNDS + 1)):
         return f"rounds {rounds} in metrics.csv"
     same = all(torch.equal(found.model[name], value) for name, value in reference.model.items())
@@ -305,7 +324,9 @@ def outcome(trial: Trial, reference: Run) -> str:
 
 def main() -> None:
     """Print a row a trial."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=13)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*")
@@ -313,10 +334,18 @@ def main() -> None:
     choose = random.Random(arguments.seed)
     with TemporaryDirectory() as name:
         home, disk = Path(name), Disk(Path(name) / "disk")
-        clocks = [Clock(home / f"clock-{machine}") for machine in ("server", "site")] if FAKETIME.exists() else []
-        env = dict.fromkeys(SERVER, clocks[0].env) | {"supernode-0": clocks[1].env} if clocks else {}
+        clocks = (
+            [Clock(home / f"clock-{machine}") for machine in ("server", "site")]
+            if FAKETIME.exists()
+            else []
+        )
+        env = (
+            dict.fromkeys(SERVER, clocks[0].env) | {"supernode-0": clocks[1].env} if clocks else {}
+        )
         deployment = Deployment(home, durable=True, env=env)
-        services = Services(disk.path, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"})
+        services = Services(
+            disk.path, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"}
+        )
         supervisor = Supervisor(deployment, services)
         links = [Link(deployment.address) for _ in range(SITES)]
         try:
@@ -329,7 +358,9 @@ def main() -> None:
             supervisor.start()
             faults = Faults(deployment, services, links, disk, clocks, choose)
             kinds = arguments.only or list(faults.kinds)
-            print(f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, {outcome(whole, reference)}\n")
+            print(
+                f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, {outcome(whole, reference)}\n"
+            )
             print("| | what | after s | ended | s more |\n|---|---|---|---|---|", flush=True)
             good = 0
             for number in range(arguments.trials):

@@ -67,8 +67,15 @@ def experiments(data: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
             )
     if data != "speakers":
         for fraction in IID_FRACTIONS:
-            what = {"num-sites": 10, "partition.classes-per-site": 1, "partition.iid-fraction": fraction}
-            found[f"10 sites, 1 class each, {fraction:.0%} iid"] = what, {"ASGD": ASGD, "GSGM": GSGM}
+            what = {
+                "num-sites": 10,
+                "partition.classes-per-site": 1,
+                "partition.iid-fraction": fraction,
+            }
+            found[f"10 sites, 1 class each, {fraction:.0%} iid"] = (
+                what,
+                {"ASGD": ASGD, "GSGM": GSGM},
+            )
     return found
 
 
@@ -100,9 +107,13 @@ def report(measured: pd.DataFrame) -> str:
         saved = 1 - mean.loc[name] / mean.loc["ASGD"]
         lines.append(
             f"  {name:<12}"
-            + "".join(f"{key} {mean.loc[name, key]:.3f} ± {error.loc[name, key]:.3f}   " for key in ("accuracy", "at equal time"))
             + "".join(
-                f"{key} {mean.loc[name, key]:.4f} ± {error.loc[name, key]:.4f} ({saved[key]:+.0%})   " for key in ("sigma", "jump")
+                f"{key} {mean.loc[name, key]:.3f} ± {error.loc[name, key]:.3f}   "
+                for key in ("accuracy", "at equal time")
+            )
+            + "".join(
+                f"{key} {mean.loc[name, key]:.4f} ± {error.loc[name, key]:.4f} ({saved[key]:+.0%})   "
+                for key in ("sigma", "jump")
             )
             + f"{mean.loc[name, 'hours'] * 60:.1f} minutes"
         )
@@ -111,23 +122,37 @@ def report(measured: pd.DataFrame) -> str:
 
 def main() -> None:
     """Print experiment after experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", choices=DATA_SETS)
     parser.add_argument("path")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int)
-    parser.add_argument("--only", default="", help="experiments whose name holds this, such as '30 sites'")
+    parser.add_argument(
+        "--only", default="", help="experiments whose name holds this, such as '30 sites'"
+    )
     parser.add_argument("--lr", type=float)
     parser.add_argument("--epochs", type=int)
     arguments = parser.parse_args()
-    common = DATA_SETS[arguments.data] | {"data.path": arguments.path, "partition.kind": "classes", "training.lr-ratio": 1.0}
+    common = DATA_SETS[arguments.data] | {
+        "data.path": arguments.path,
+        "partition.kind": "classes",
+        "training.lr-ratio": 1.0,
+    }
     given = {"training.lr": arguments.lr, "epochs": arguments.epochs}
     common |= {key: value for key, value in given.items() if value is not None}
     for name, (what, methods) in experiments(arguments.data).items():
         if arguments.only not in name:
             continue
         comparison = compare(
-            methods, seeds=arguments.seeds, world=WORLD, processes=arguments.processes, progress=False, **common, **what
+            methods,
+            seeds=arguments.seeds,
+            world=WORLD,
+            processes=arguments.processes,
+            progress=False,
+            **common,
+            **what,
         )
         print(f"{arguments.data}, {name}\n{report(measure(comparison))}", flush=True)
 

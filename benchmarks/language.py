@@ -31,9 +31,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "DiLoCo, H = 50": {"strategy": "diloco", "diloco.local-steps": 50},
     "DiLoCo, H = 250": {"strategy": "diloco", "diloco.local-steps": 250},
     "GSGM": {"strategy": "gsgm", "training.optimizer": "sgd"},
-    "Delayed Nesterov, H = 10": {"strategy": "delayed-nesterov", "delayed-nesterov.local-steps": 10, **SGD},
+    "Delayed Nesterov, H = 10": {
+        "strategy": "delayed-nesterov",
+        "delayed-nesterov.local-steps": 10,
+        **SGD,
+    },
     "DMSGD, ring": {"strategy": "dmsgd", "dmsgd.consensus-weight": 1.0},
-    "NoLoCo, H = 10": {"strategy": "noloco", "noloco.local-steps": 10, "noloco.momentum": 0.9, "topology.name": "matching"},
+    "NoLoCo, H = 10": {
+        "strategy": "noloco",
+        "noloco.local-steps": 10,
+        "noloco.momentum": 0.9,
+        "topology.name": "matching",
+    },
 }
 # AdamW: the common one of conf/language.toml; SGD: of three rates each, by --search.
 RATES = {
@@ -59,7 +68,9 @@ def of_peers(strategy: str) -> bool:
 def common(path: str) -> dict[str, Any]:
     """What all methods share: ``conf/language.toml`` without its method."""
     keys = flatten(tomllib.loads((ROOT / "conf/language.toml").read_text()))
-    return {key: value for key, value in keys.items() if not key.startswith("diloco.")} | {"data.path": path}
+    return {key: value for key, value in keys.items() if not key.startswith("diloco.")} | {
+        "data.path": path
+    }
 
 
 def bits(config: Config, model: Mapping[str, torch.Tensor], site: int) -> float:
@@ -69,7 +80,9 @@ def bits(config: Config, model: Mapping[str, torch.Tensor], site: int) -> float:
     network.load_state_dict(model)
     flat = FlatModel(network)
     with torch.no_grad():
-        found = evaluate(config.task, network, flat, flat.x[None].clone(), flat.stats[None], data.test)
+        found = evaluate(
+            config.task, network, flat, flat.x[None].clone(), flat.stats[None], data.test
+        )
     loss = found["loss"]
     assert isinstance(loss, float)
     return loss / float(np.log(2))
@@ -78,24 +91,40 @@ def bits(config: Config, model: Mapping[str, torch.Tensor], site: int) -> float:
 def measured(run: Run) -> dict[str, float]:
     """A row of the table: means over sites."""
     # Those of the sites in the order of their numbers, or one for all.
-    models = [run.models[name] for name in sorted(run.models, key=lambda name: int(name.partition("-")[2] or 0))]
+    models = [
+        run.models[name]
+        for name in sorted(run.models, key=lambda name: int(name.partition("-")[2] or 0))
+    ]
     sites = range(run.config.num_sites)
-    table = np.array([[bits(run.config, model, site) for site in sites] for model in models])  # [models, sites]
+    table = np.array(
+        [[bits(run.config, model, site) for site in sites] for model in models]
+    )  # [models, sites]
     own = table.diagonal() if len(models) > 1 else table[0]
     last = run.history.iloc[-1]
-    return {"own topic": own.mean(), "all topics": table.mean(), "MB": last["megabytes"], "exchanges": last["round"]}
+    return {
+        "own topic": own.mean(),
+        "all topics": table.mean(),
+        "MB": last["megabytes"],
+        "exchanges": last["round"],
+    }
 
 
-def rows(path: str, methods: Mapping[str, Mapping[str, Any]], seeds: list[int], **keys: Any) -> dict[str, list[dict[str, float]]]:
+def rows(
+    path: str, methods: Mapping[str, Mapping[str, Any]], seeds: list[int], **keys: Any
+) -> dict[str, list[dict[str, float]]]:
     """Of each method, a row a seed."""
     shared = common(path) | keys
     jobs = {}
     for name, changes in methods.items():
         of_method = {
-            key: value for key, value in shared.items() if not (of_peers(changes["strategy"]) and key == "training.optimizer")
+            key: value
+            for key, value in shared.items()
+            if not (of_peers(changes["strategy"]) and key == "training.optimizer")
         }
         jobs[name] = {**of_method, **changes}
-    return {name: list(map(measured, runs)) for name, runs in compare(jobs, seeds=seeds).runs.items()}
+    return {
+        name: list(map(measured, runs)) for name, runs in compare(jobs, seeds=seeds).runs.items()
+    }
 
 
 def search(path: str) -> None:
@@ -103,14 +132,18 @@ def search(path: str) -> None:
     methods = {}
     for name, rate in list(RATES.items())[-4:]:
         for factor in (1 / 3, 1.0, 3.0):
-            methods[f"{name} | {rate * factor:.2g}"] = METHODS[name] | {"training.lr": rate * factor}
+            methods[f"{name} | {rate * factor:.2g}"] = METHODS[name] | {
+                "training.lr": rate * factor
+            }
     for name, found in rows(path, methods, [7], epochs=1).items():
         print(f"{name:36} {found[0]['own topic']:.3f} {found[0]['all topics']:.3f}", flush=True)
 
 
 def main() -> None:
     """Print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
@@ -128,7 +161,8 @@ def main() -> None:
             error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             shown.append(f"{values.mean():.3f} ± {error:.3f}")
         print(
-            f"| {name} | {RATES[name]:g} | {' | '.join(shown)} | {found[0]['MB']:,.0f} | {found[0]['exchanges']:,.0f} |", flush=True
+            f"| {name} | {RATES[name]:g} | {' | '.join(shown)} | {found[0]['MB']:,.0f} | {found[0]['exchanges']:,.0f} |",
+            flush=True,
         )
 
 

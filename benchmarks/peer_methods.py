@@ -42,15 +42,25 @@ def largest_eigenvalue(run: Run, steps: int = 15) -> float:
     """Of the Hessian of the training loss at the mean model, by power iteration."""
     config = run.config
     classes = tuple(str(name) for name in run.sites.columns[4:])
-    parts = [site_data(config, SiteId(site, config.num_sites, ""), classes, None).train for site in range(config.num_sites)]
+    parts = [
+        site_data(config, SiteId(site, config.num_sites, ""), classes, None).train
+        for site in range(config.num_sites)
+    ]
     each = 2000 // len(parts)
-    inputs, labels = prepare(torch.cat([part.x[:each] for part in parts])), torch.cat([part.y[:each] for part in parts])
-    network = build(config.model.name, tuple(inputs.shape[1:]), len(classes), 0, **config.model.options)
+    inputs, labels = (
+        prepare(torch.cat([part.x[:each] for part in parts])),
+        torch.cat([part.y[:each] for part in parts]),
+    )
+    network = build(
+        config.model.name, tuple(inputs.shape[1:]), len(classes), 0, **config.model.options
+    )
     names, at = zip(*mean_model(run).items(), strict=True)
 
     def gradient(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         def loss(values: tuple[Tensor, ...]) -> Tensor:
-            return F.cross_entropy(functional_call(network, dict(zip(names, values, strict=True)), (inputs,)), labels)
+            return F.cross_entropy(
+                functional_call(network, dict(zip(names, values, strict=True)), (inputs,)), labels
+            )
 
         found: tuple[Tensor, ...] = grad(loss)(parameters)
         return found
@@ -97,7 +107,10 @@ def report(measured: pd.DataFrame, target: float) -> str:
     reached = groups["iterations"].count()
     lines = []
     for name in mean.index:
-        shown = [f"{key} {mean.loc[name, key]:.3f} ± {error.loc[name, key]:.3f}" for key in ("accuracy", "worst", "of the mean")]
+        shown = [
+            f"{key} {mean.loc[name, key]:.3f} ± {error.loc[name, key]:.3f}"
+            for key in ("accuracy", "worst", "of the mean")
+        ]
         shown.append(f"distance {mean.loc[name, 'distance']:.2f}")
         shown.append(f"{target:g} after {mean.loc[name, 'iterations']:.0f} ({reached[name]})")
         shown.append(f"lambda {mean.loc[name, 'lambda']:.0f} ± {error.loc[name, 'lambda']:.0f}")
@@ -108,13 +121,17 @@ def report(measured: pd.DataFrame, target: float) -> str:
 
 def main() -> None:
     """Print experiment after experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", choices=SETTINGS["data"])
     parser.add_argument("path")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=SETTINGS["common"]["epochs"])
     parser.add_argument("--processes", type=int)
-    parser.add_argument("--only", default="", help="experiments whose name holds this, such as 'torus'")
+    parser.add_argument(
+        "--only", default="", help="experiments whose name holds this, such as 'torus'"
+    )
     arguments = parser.parse_args()
     common = flatten(SETTINGS["common"]) | flatten(SETTINGS["data"][arguments.data])
     common |= {"data.path": arguments.path, "epochs": arguments.epochs}
@@ -123,14 +140,19 @@ def main() -> None:
             continue
         what = {key: value for key, value in experiment.items() if key != "methods"}
         comparison = compare(
-            {method: common | flatten(what) | flatten(SETTINGS["methods"][method]) for method in experiment["methods"]},
+            {
+                method: common | flatten(what) | flatten(SETTINGS["methods"][method])
+                for method in experiment["methods"]
+            },
             engine="batched",
             seeds=arguments.seeds,
             processes=arguments.processes,
             progress=False,
         )
         target = TARGETS[arguments.data]
-        print(f"{arguments.data}, {name}\n{report(measure(comparison, target), target)}", flush=True)
+        print(
+            f"{arguments.data}, {name}\n{report(measure(comparison, target), target)}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -53,14 +53,24 @@ def configured(peers: int, iterations: int, model: str) -> Config:
         epochs=1,
     )
     examples = 1437 / peers
-    return config.model_copy(update={"epochs": round(iterations / -(-examples // config.training.batch_size))})
+    return config.model_copy(
+        update={"epochs": round(iterations / -(-examples // config.training.batch_size))}
+    )
 
 
 def plain_loop(config: Config, exchanges: int) -> float:
     """As a researcher writes it: a module and an optimizer a peer, and the mean of three neighbours by hand."""
     n = config.num_sites
-    data = [site_data(config, SiteId(peer, n, ""), tuple(map(str, range(10))), None) for peer in range(n)]
-    networks = [build(config.model.name, (1, 8, 8), 10, derive(config.seed, "model"), **config.model.options) for _ in range(n)]
+    data = [
+        site_data(config, SiteId(peer, n, ""), tuple(map(str, range(10))), None)
+        for peer in range(n)
+    ]
+    networks = [
+        build(
+            config.model.name, (1, 8, 8), 10, derive(config.seed, "model"), **config.model.options
+        )
+        for _ in range(n)
+    ]
     optimizers = [torch.optim.SGD(network.parameters(), config.training.lr) for network in networks]
     start = time.perf_counter()
     for number in range(exchanges):
@@ -141,12 +151,16 @@ def sealing() -> None:
         seal.append(middle - start)
         opened.append(time.perf_counter() - middle)
     sealed_ms, opened_ms = (1000 * statistics.median(found) for found in (seal, opened))
-    print(f"100 MB: sealed for two neighbours in {sealed_ms:.0f} ms, opened by one in {opened_ms:.0f} ms")
+    print(
+        f"100 MB: sealed for two neighbours in {sealed_ms:.0f} ms, opened by one in {opened_ms:.0f} ms"
+    )
 
 
 def main() -> None:
     """Print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--model", default="cnn")
@@ -155,7 +169,9 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configured(arguments.peers, arguments.iterations, arguments.model)
     exchanges = batched(config)[1]
-    print(f"{arguments.peers} peers on a ring, digits, {arguments.model}, {exchanges} exchanges, torch {torch.__version__}")
+    print(
+        f"{arguments.peers} peers on a ring, digits, {arguments.model}, {exchanges} exchanges, torch {torch.__version__}"
+    )
     times: dict[str, list[float]] = {}
     for threads in (1, os.cpu_count() or 1):
         torch.set_num_threads(threads)
@@ -166,7 +182,9 @@ def main() -> None:
                 ("relay in process", lambda: relay(config)),
             ):
                 times.setdefault(f"{name}, {threads} threads", []).append(run())
-    loop = min(statistics.median(found) for name, found in times.items() if name.startswith("plain"))
+    loop = min(
+        statistics.median(found) for name, found in times.items() if name.startswith("plain")
+    )
     if arguments.ray:
         times["Flower's Ray engine"] = [ray_engine(config)]
     for name, found in times.items():

@@ -28,18 +28,42 @@ from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
 from strategies.methods import METHODS
-from strategies.protocol import CODED, SiteCard, TestMetrics, TrainMetrics, read_order, write_card, write_tested, write_trained
+from strategies.protocol import (
+    CODED,
+    SiteCard,
+    TestMetrics,
+    TrainMetrics,
+    read_order,
+    write_card,
+    write_tested,
+    write_trained,
+)
 from strategies.records import ARRAYS, X, code_version, config_of
 
 EXAMPLES, SHAPE = 10, (1, 2, 2)  # ten batches
-SHOWN = ("fedavg", "co-learning", "diloco", "scaffold", "FedAdam", "FedMedian", "gsgm", "fedbuff", "fedasync")
-WIRES: dict[str, dict[str, Any]] = {"": {}, "bf16 down, qsgd up": {"down_codec": "bf16", "codec": "qsgd"}}
+SHOWN = (
+    "fedavg",
+    "co-learning",
+    "diloco",
+    "scaffold",
+    "FedAdam",
+    "FedMedian",
+    "gsgm",
+    "fedbuff",
+    "fedasync",
+)
+WIRES: dict[str, dict[str, Any]] = {
+    "": {},
+    "bf16 down, qsgd up": {"down_codec": "bf16", "codec": "qsgd"},
+}
 
 
 def network(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Ten million parameters in four layers."""
     inputs, width = torch.Size(shape).numel(), 10_000_000 // 7
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, num_classes)
+    )
 
 
 class Ready(VirtualGrid):
@@ -61,13 +85,19 @@ class Ready(VirtualGrid):
         for message in messages:
             self._count += 1
             message.metadata.__dict__["_message_id"] = str(self._count)
-            content = RecordDict({name: record for name, record in message.content.items() if name != ARRAYS})
+            content = RecordDict(
+                {name: record for name, record in message.content.items() if name != ARRAYS}
+            )
             self._asked[str(self._count)] = Message(metadata=message.metadata, content=content)  # type: ignore[call-overload]
             yield str(self._count)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Make the replies."""
-        return [self._reply(self._asked.pop(identity)) for identity in message_ids if identity in self._asked]
+        return [
+            self._reply(self._asked.pop(identity))
+            for identity in message_ids
+            if identity in self._asked
+        ]
 
     def _reply(self, message: Message) -> Message:
         site = list(self._sites).index(message.metadata.dst_node_id)
@@ -76,8 +106,12 @@ class Ready(VirtualGrid):
             case "query.site":
                 answer = write_card(_card(site, self._config.num_sites))
             case "train":
-                metrics = TrainMetrics(loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=EXAMPLES, samples=EXAMPLES)
-                answer = write_trained(self._made, metrics, tested if read_order(config_of(message)).test else None)
+                metrics = TrainMetrics(
+                    loss=1.0, lr_first=0.05, lr_last=0.05, num_examples=EXAMPLES, samples=EXAMPLES
+                )
+                answer = write_trained(
+                    self._made, metrics, tested if read_order(config_of(message)).test else None
+                )
             case _:
                 answer = write_tested(tested)
         return Message(answer, reply_to=message)
@@ -112,7 +146,12 @@ def short(method: str, sites: int, model: str, **more: Any) -> Config:
     """Two rounds of a method, or contributions of each site."""
     kind = METHODS[method]
     keys = {"local_steps": 10} if "local_steps" in kind.keys.model_fields else {"local_epochs": 1}
-    common: dict[str, Any] = {"epochs": 2, "training": {"batch_size": 1}, "model": {"name": model}, kind.table: keys}
+    common: dict[str, Any] = {
+        "epochs": 2,
+        "training": {"batch_size": 1},
+        "model": {"name": model},
+        kind.table: keys,
+    }
     return configuration(strategy=method, num_sites=sites, **common, **more)
 
 
@@ -120,7 +159,9 @@ def peak(config: Config, sizes: tuple[int, ...]) -> float:
     """The most memory that the server held during a run, in models of ``sizes``, above what this process held before."""
     grid = Ready(config, sizes)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free, but still counted as this process's, would serve the run uncounted
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # what is free, but still counted as this process's, would serve the run uncounted
     Path("/proc/self/clear_refs").write_text("5")  # begin anew
     before = _status("VmRSS")
     run(grid, config, History(config))
@@ -136,7 +177,9 @@ def _status(key: str) -> int:
 
 def main() -> None:
     """Print a row a method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("methods", nargs="*", help=f"by default {', '.join(SHOWN)}")
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 10, 30])
     arguments = parser.parse_args()
@@ -146,9 +189,13 @@ def main() -> None:
         for method in arguments.methods or SHOWN:
             row: dict[str, Any] = {"method": method, "wire": wire}
             for sites in arguments.sites:
-                row[f"{sites} sites"] = peak(short(method, sites, f"{__name__}:network", wire=keys), sizes)
+                row[f"{sites} sites"] = peak(
+                    short(method, sites, f"{__name__}:network", wire=keys), sizes
+                )
             rows.append(row)
-            print(pd.DataFrame(rows).to_string(index=False, float_format="{:.1f}".format), flush=True)
+            print(
+                pd.DataFrame(rows).to_string(index=False, float_format="{:.1f}".format), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,15 @@ def peaks(service: Service) -> dict[str, float]:
     service_itself = psutil.Process(service.process.pid)
     found = {}
     for process in (service_itself, *service_itself.children()):
-        if "client_app.service" in process.cmdline() and "torch.distributed.run" not in process.cmdline():
-            [line] = [each for each in Path(f"/proc/{process.pid}/status").read_text().splitlines() if each.startswith("VmHWM")]
+        if (
+            "client_app.service" in process.cmdline()
+            and "torch.distributed.run" not in process.cmdline()
+        ):
+            [line] = [
+                each
+                for each in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                if each.startswith("VmHWM")
+            ]
             found[f"rank {process.environ().get('RANK', '0')}"] = int(line.split()[1]) / 1000
     return found
 
@@ -44,7 +51,14 @@ def main() -> None:
                 reply = answer_to(service, config, "train", order({}, size, **{"local-epochs": 1}))
                 if reply.has_error():
                     raise RuntimeError(said(reply))
-                rows.append({"processes": processes, "sharding": sharding, **peaks(service), "s": service.lines()[-1]["seconds"]})
+                rows.append(
+                    {
+                        "processes": processes,
+                        "sharding": sharding,
+                        **peaks(service),
+                        "s": service.lines()[-1]["seconds"],
+                    }
+                )
             finally:
                 service.end()
         print(rows[-1], flush=True)

@@ -22,7 +22,12 @@ WIRES: dict[str, dict[str, Any]] = {
     "qsgd 8 bits": {"codec": "qsgd"},
     "qsgd 4 bits": {"codec": "qsgd", "bits": 4},
     "qsgd 4 bits, deep-squeeze": {"codec": "qsgd", "bits": 4, **FEEDBACK},
-    "qsgd 4 bits, deep-squeeze, bf16 down": {"codec": "qsgd", "bits": 4, **FEEDBACK, "down_codec": "bf16"},
+    "qsgd 4 bits, deep-squeeze, bf16 down": {
+        "codec": "qsgd",
+        "bits": 4,
+        **FEEDBACK,
+        "down_codec": "bf16",
+    },
 }
 SEEDS = (1, 2, 3)
 
@@ -33,7 +38,13 @@ def main() -> None:
     for wire, keys in WIRES.items():
         row: dict[str, Any] = {"wire": wire}
         for method, more in METHODS.items():
-            common: dict[str, Any] = {"strategy": method, "num_sites": 5, "epochs": 10, "model": {"name": "mlp"}, "progress": False}
+            common: dict[str, Any] = {
+                "strategy": method,
+                "num_sites": 5,
+                "epochs": 10,
+                "model": {"name": "mlp"},
+                "progress": False,
+            }
             common |= {"partition": {"kind": "dirichlet", "alpha": 0.3}, "wire": keys, **more}
             runs = [simulate(**common, seed=seed) for seed in SEEDS]
             found = [run.summary["accuracy"] for run in runs]

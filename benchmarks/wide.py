@@ -8,9 +8,16 @@ from torch import nn
 
 def _wide(parameters: int, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     inputs = torch.Size(shape).numel()
-    width = round((math.sqrt((inputs + num_classes) ** 2 + 4 * parameters) - inputs - num_classes) / 2)
+    width = round(
+        (math.sqrt((inputs + num_classes) ** 2 + 4 * parameters) - inputs - num_classes) / 2
+    )
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes)
+        nn.Flatten(),
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, num_classes),
     )
 
 
@@ -30,4 +37,6 @@ def deep(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     for _ in range(24):
         layers += [nn.Linear(width, width), nn.ReLU()]
     inputs = torch.Size(shape).numel()
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), *layers, nn.Linear(width, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), *layers, nn.Linear(width, num_classes)
+    )

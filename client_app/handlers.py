@@ -15,11 +15,30 @@ from torch import Tensor
 
 from client_app import training
 from client_app.letter import RAISED
-from client_app.memory import LOST, RULE, go_on, keep, keep_on_disk, recall_moments, remember_moments, remembered
+from client_app.memory import (
+    LOST,
+    RULE,
+    go_on,
+    keep,
+    keep_on_disk,
+    recall_moments,
+    remember_moments,
+    remembered,
+)
 from client_app.peer import take_step
 from client_app.privacy import BudgetError
 from client_app.sealing import SealError, keyring, nonce_of, public_key
-from client_app.site import Network, SiteId, config_of_site, device_of, name_of, open_site, private, raw_data, seeded
+from client_app.site import (
+    Network,
+    SiteId,
+    config_of_site,
+    device_of,
+    name_of,
+    open_site,
+    private,
+    raw_data,
+    seeded,
+)
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
@@ -47,7 +66,9 @@ from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of
 from strategies.schedules import rates
 
-KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError  # these say all there is to say
+KNOWN = (
+    SourceError | PartitionError | ConfigError | Diverged | BudgetError
+)  # these say all there is to say
 
 
 def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -81,19 +102,30 @@ def describe(message: Message, context: Context) -> Message:
     if config.task.target == "numbers":
         told.append(moments(data.train.y, data.classes))
     if told:
-        found |= {key: [number for each in told for number in each._asdict()[key]] for key in Moments._fields}
+        found |= {
+            key: [number for each in told for number in each._asdict()[key]]
+            for key in Moments._fields
+        }
     labels = config.task.target == "class" and isinstance(data.train.y, Tensor)
-    if site.num_sites and labels:  # how many examples of each class a real site has is its own business
-        found["counts"] = torch.bincount(torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)).tolist()
+    if (
+        site.num_sites and labels
+    ):  # how many examples of each class a real site has is its own business
+        found["counts"] = torch.bincount(
+            torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)
+        ).tolist()
     if config.model.initial:
         found["initial"] = digest(config.model.initial)
     if config.wire.sealing == "trust-on-first-use":
         found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":
         keys = keyring(context, config.wire.sealing, site.number, {}, {})
-        linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []  # the file is the server's
+        linked = (
+            graph_of(config).linked(site.number) if config.topology.name != "edges" else []
+        )  # the file is the server's
         if missing := [other for other in linked if not keys.knows(other)]:
-            raise SealError(f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}")
+            raise SealError(
+                f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}"
+            )
     if config.wire.sealing != "off":
         found["nonce"] = nonce_of(context)
     card = SiteCard.model_construct(
@@ -123,7 +155,9 @@ def train(message: Message, context: Context) -> Message:
     """Train the model in the message on this site's training part, and send it back; test it before, if asked to."""
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
-        raise ValueError(f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent")
+        raise ValueError(
+            f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent"
+        )
     order, deal, gather = read_order(config_of(message)), network.model.deal, network.model.gather
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
@@ -158,7 +192,9 @@ def train(message: Message, context: Context) -> Message:
     with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
         mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
-    if not math.isfinite(mean_loss) and noise is None:  # with noise nobody must hear of it: it depends on each example
+    if (
+        not math.isfinite(mean_loss) and noise is None
+    ):  # with noise nobody must hear of it: it depends on each example
         raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
     metrics = TrainMetrics.model_construct(
         loss=mean_loss,
@@ -182,12 +218,17 @@ def train(message: Message, context: Context) -> Message:
     if not made:  # the process that has it all answers
         return Message(RecordDict(), reply_to=message)
     if noise:
-        moved = {name: vector if local.delta or name != X else vector - sent[X] for name, vector in made.items()}
+        moved = {
+            name: vector if local.delta or name != X else vector - sent[X]
+            for name, vector in made.items()
+        }
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
         made[X] = made[X] if local.delta else sent[X] + made[X]
         noise.settle()
     if sends_updates(config.wire):
-        made |= _coded(config, context, order.number, model, made[X] if local.delta else made[X] - sent[X])
+        made |= _coded(
+            config, context, order.number, model, made[X] if local.delta else made[X] - sent[X]
+        )
         del made[X]
     return Message(write_trained(made, metrics, tested), reply_to=message)
 
@@ -198,10 +239,14 @@ class _Lost(NamedTuple):
     update: Tensor
 
 
-def _coded(config: Config, context: Context, number: int, model: FlatModel, update: Tensor) -> dict[str, Tensor]:
+def _coded(
+    config: Config, context: Context, number: int, model: FlatModel, update: Tensor
+) -> dict[str, Tensor]:
     """An update in the codec of the run; with error feedback, what was lost of those before is made up for."""
     codec = codec_of(config.wire, model.sizes)
-    generator = torch.Generator().manual_seed(derive(config.seed, "codec", SiteId.of(context).number, number))
+    generator = torch.Generator().manual_seed(
+        derive(config.seed, "codec", SiteId.of(context).number, number)
+    )
     if config.wire.error_feedback == "none":
         payload = codec.encode(update, generator)
     else:
@@ -229,7 +274,9 @@ def evaluate(message: Message, context: Context) -> Message:
     """Test the model in the message, or the mean prediction of several, on this site's test part."""
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
-        raise ValueError(f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own")
+        raise ValueError(
+            f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own"
+        )
     vectors = network.model.deal(partial(_vectors, message, config))
     return Message(write_tested(_tested(vectors, data, network)), reply_to=message)
 

@@ -15,7 +15,16 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, Protocol
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 HEAD, BLOB, WORKING, REFUSED = b"H", b"B", b"W", b"R"
 FRAME = struct.Struct(">cQ")
@@ -25,7 +34,10 @@ LARGEST_HEAD = 2**26  # bytes of one that is JSON
 LARGEST_NUMBER = 2**64  # of a run or a node
 LONGEST_KIND = 64  # characters
 SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
-RAISED, STOPPED = 2, 8  # Flower's codes for a ClientApp that raised an exception, and for one that may be back any time
+RAISED, STOPPED = (
+    2,
+    8,
+)  # Flower's codes for a ClientApp that raised an exception, and for one that may be back any time
 TEMPORARY = "ServiceError"  # what the service's words begin with where it could answer another time
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 
@@ -59,7 +71,15 @@ def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
     try:
         head = json.loads(first)
         return head, _put_together(line, head.pop("records"))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, MemoryError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise LetterError(f"no letter: {type(error).__name__}: {error}") from None
 
 
@@ -70,7 +90,12 @@ def check_head(head: Mapping[str, Any]) -> None:
         LetterError: it is not.
     """
     kind, config = head.get("kind"), head.get("run-config")
-    if not (isinstance(kind, str) and kind.isprintable() and len(kind) <= LONGEST_KIND and isinstance(config, dict)):
+    if not (
+        isinstance(kind, str)
+        and kind.isprintable()
+        and len(kind) <= LONGEST_KIND
+        and isinstance(config, dict)
+    ):
         raise LetterError("no letter: kind or run-config is none")
     for key in ("run", "node"):
         if not (type(head.get(key)) is int and 0 <= head[key] < LARGEST_NUMBER):
@@ -155,13 +180,26 @@ def ask(path: str, message: Message, context: Context) -> Message:
             return Message(read(line, frame[1])[1], reply_to=message)
     except TimeoutError:
         doing = f", after {working['seconds']} s of {working['doing']}" if working else ""
-        return _failed(message, f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs", STOPPED)
+        return _failed(
+            message,
+            f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs",
+            STOPPED,
+        )
     except (FileNotFoundError, ConnectionRefusedError):
-        return _failed(message, f"ServiceError: the site's service is away: nobody listens at {path}", STOPPED)
+        return _failed(
+            message, f"ServiceError: the site's service is away: nobody listens at {path}", STOPPED
+        )
     except PermissionError:
-        return _failed(message, f"ServiceError: this user must not open {path}: see group in the service's site.toml")
+        return _failed(
+            message,
+            f"ServiceError: this user must not open {path}: see group in the service's site.toml",
+        )
     except (LetterError, OSError, ValueError) as error:
-        return _failed(message, f"ServiceError: the site's service died at work or was restarted: {error}", STOPPED)
+        return _failed(
+            message,
+            f"ServiceError: the site's service died at work or was restarted: {error}",
+            STOPPED,
+        )
 
 
 def _failed(message: Message, reason: str, code: int = RAISED) -> Message:
@@ -174,7 +212,10 @@ def _send(line: Line, kind: bytes, data: bytes) -> None:
 
 
 def _exactly(line: Line, length: int) -> bytes:
-    data, part = BytesIO(), memoryview(bytearray(min(length, PART)))  # a BytesIO hands over its bytes without a copy
+    data, part = (
+        BytesIO(),
+        memoryview(bytearray(min(length, PART))),
+    )  # a BytesIO hands over its bytes without a copy
     while left := length - data.tell():
         if not (count := line.recv_into(part[:left])):
             raise LetterError("the line was closed")
@@ -187,7 +228,11 @@ def _taken_apart(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
     blobs: list[bytes] = []
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            records[name] = {"arrays": [[key, each.dtype, list(each.shape), each.stype] for key, each in record.items()]}
+            records[name] = {
+                "arrays": [
+                    [key, each.dtype, list(each.shape), each.stype] for key, each in record.items()
+                ]
+            }
             blobs += [each.data for each in record.values()]
         else:
             kind = "metrics" if isinstance(record, MetricRecord) else "config"
@@ -200,7 +245,12 @@ def _put_together(line: Line, records: Mapping[str, Any]) -> RecordDict:
     for name, record in records.items():
         [(kind, parts)] = record.items()
         if kind == "arrays":
-            content[name] = ArrayRecord({key: Array(dtype, tuple(shape), stype, _blob(line)) for key, dtype, shape, stype in parts})
+            content[name] = ArrayRecord(
+                {
+                    key: Array(dtype, tuple(shape), stype, _blob(line))
+                    for key, dtype, shape, stype in parts
+                }
+            )
         else:
             content[name] = KINDS[kind]({key: _value(value) for key, value in parts.items()})
     return content

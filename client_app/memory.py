@@ -33,7 +33,12 @@ from strategies.protocol import Agreed, Started
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
-TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"  # the records in the context's state
+TENSORS, NUMBERS, RUN, SAVED = (
+    "peer",
+    "peer-numbers",
+    "peer-run",
+    "peer-saved",
+)  # the records in the context's state
 RULE, MOMENTS, LOST, DONE = "rule", "moments", "lost", "done"
 # What the names of files end with: the newest memory, that before the last message, that after a peer's last step.
 STATE, BEFORE, ENDED = ".state", ".before", ".ended"
@@ -73,14 +78,18 @@ def check_run(context: Context, run: Mapping[str, str]) -> None:
     known = context.state.get(RUN)
     if isinstance(known, ConfigRecord) and known["run id"] == run["run id"]:
         if changed := [name for name in run if known[name] != run[name]]:
-            raise ValueError(f"{' and '.join(changed)}: another one than in this run's first step; refused")
+            raise ValueError(
+                f"{' and '.join(changed)}: another one than in this run's first step; refused"
+            )
     elif TENSORS in context.state:
         log(INFO, "this site forgets what it remembers of another run")
         for name in (TENSORS, NUMBERS, RUN, SAVED):
             context.state.pop(name, None)
 
 
-def remember(context: Context, run: Mapping[str, str], records: tuple[ArrayRecord, ConfigRecord]) -> None:
+def remember(
+    context: Context, run: Mapping[str, str], records: tuple[ArrayRecord, ConfigRecord]
+) -> None:
     """Put what a peer remembers into the context."""
     context.state[TENSORS], context.state[NUMBERS] = records
     context.state[RUN] = ConfigRecord(dict(run))
@@ -89,7 +98,10 @@ def remember(context: Context, run: Mapping[str, str], records: tuple[ArrayRecor
 def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[int, Array]]:
     """A state as records; and the arrays of its tensors by their ``id``, so that what is sent too need not be copied twice."""
     tensors, numbers = flatten(state)
-    arrays = {id(tensor): array for tensor, array in zip(tensors.values(), pack(tensors).values(), strict=True)}
+    arrays = {
+        id(tensor): array
+        for tensor, array in zip(tensors.values(), pack(tensors).values(), strict=True)
+    }
     record = ArrayRecord({name: arrays[id(tensor)] for name, tensor in tensors.items()})
     return (record, ConfigRecord(dict(numbers))), arrays
 
@@ -102,12 +114,18 @@ def remembered(context: Context, name: str, like: T, deal: Deal = lambda read: r
     vectors = deal(partial(_vectors, context, name))
     if not vectors:
         return like
-    return type(like)(*(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True)))  # type: ignore[attr-defined]
+    return type(like)(
+        *(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True))
+    )  # type: ignore[attr-defined]
 
 
 def _vectors(context: Context, name: str) -> dict[str, Tensor]:
     record, known = context.state.get(name), context.state.get(f"{name}-run")
-    if not isinstance(record, ArrayRecord) or not isinstance(known, ConfigRecord) or known.get("run") != context.run_id:
+    if (
+        not isinstance(record, ArrayRecord)
+        or not isinstance(known, ConfigRecord)
+        or known.get("run") != context.run_id
+    ):
         return {}  # Flower keeps a context from run to run of a series
     return {field: unpack(array) for field, array in record.items()}
 
@@ -119,12 +137,16 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
         TypeError: it is none.
     """
     if not hasattr(memory, "_asdict"):
-        raise TypeError(f"what a site remembers is a NamedTuple of tensors; the method's is {type(memory).__name__}")
+        raise TypeError(
+            f"what a site remembers is a NamedTuple of tensors; the method's is {type(memory).__name__}"
+        )
     context.state[name] = pack(gather(memory._asdict()))
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
 
 
-def recall_moments(context: Context, optimizers: Sequence[torch.optim.Optimizer], deal: Deal) -> None:
+def recall_moments(
+    context: Context, optimizers: Sequence[torch.optim.Optimizer], deal: Deal
+) -> None:
     """The optimizers go on with the moments of this site's last order in this run; with none before the first."""
     states = _states(optimizers)
     for name, moment in deal(partial(_vectors, context, MOMENTS)).items():
@@ -134,7 +156,9 @@ def recall_moments(context: Context, optimizers: Sequence[torch.optim.Optimizer]
         state[field] = moment.clone().to(parameter.device)
 
 
-def remember_moments(context: Context, optimizers: Sequence[torch.optim.Optimizer], gather: Gather) -> None:
+def remember_moments(
+    context: Context, optimizers: Sequence[torch.optim.Optimizer], gather: Gather
+) -> None:
     """Keep the optimizers' moments for this site's next order."""
     moments = {
         f"{number}.{field}": value.float()
@@ -230,7 +254,11 @@ def _folder(context: Context) -> Path | None:
         return Path(str(context.node_config["state"]))
     results = config_of_site(context).results
     folder = Path(results.folder).expanduser()
-    return folder / SITES if SiteId.of(context).num_sites and results.checkpoint_minutes and folder.is_absolute() else None
+    return (
+        folder / SITES
+        if SiteId.of(context).num_sites and results.checkpoint_minutes and folder.is_absolute()
+        else None
+    )
 
 
 def _read(file: Path) -> RecordDict:
@@ -242,11 +270,19 @@ def _was_done(state: RecordDict, message: Message, config: Config) -> bool:
     """Whether a server asks for what this site has done."""
     done, asked = state.get(DONE), config_of(message)
     number, started = asked.get("server-round"), asked.get("started", 0)
-    if not (isinstance(done, ConfigRecord) and isinstance(number, int) and isinstance(started, int)):
+    if not (
+        isinstance(done, ConfigRecord) and isinstance(number, int) and isinstance(started, int)
+    ):
         return False
     last, before = int(done["number"]), int(done["started"])  # type: ignore[arg-type]
-    if before == started:  # the same round twice; of an asynchronous run, a site trains a model as often as nothing newer is there
-        return number == last and message.metadata.message_type == "train" and not isinstance(config.plan, ArrivalPlan)
+    if (
+        before == started
+    ):  # the same round twice; of an asynchronous run, a site trains a model as often as nothing newer is there
+        return (
+            number == last
+            and message.metadata.message_type == "train"
+            and not isinstance(config.plan, ArrivalPlan)
+        )
     return before < started and number <= last
 
 

@@ -24,9 +24,13 @@ def check_node(node: Mapping[str, object]) -> None:
     """
     for key, value in node.items():
         if key not in ALLOWED:
-            raise NodeError(f"--node-config {key} = {value!r}: unknown key; allowed: {', '.join(ALLOWED)}")
+            raise NodeError(
+                f"--node-config {key} = {value!r}: unknown key; allowed: {', '.join(ALLOWED)}"
+            )
         if key == "site" and not (type(value) is int and 0 <= value < MOST):
-            raise NodeError(f"--node-config site = {value!r}; allowed: a whole number from 0 to {MOST - 1}")
+            raise NodeError(
+                f"--node-config site = {value!r}; allowed: a whole number from 0 to {MOST - 1}"
+            )
         if key in TEXTS and not isinstance(value, str):
             raise NodeError(f'--node-config {key} = {value!r}; allowed: a text, {key}="..."')
     for pair in TOGETHER:
@@ -36,8 +40,12 @@ def check_node(node: Mapping[str, object]) -> None:
                 f"--node-config {there} = {node[there]!r}: there is no {missing[0]}; {' and '.join(pair)} belong together"
             )
     if "service" in node and (more := [key for key in node if key not in ("service", *SIMULATED)]):
-        raise NodeError(f"--node-config {more[0]} = {node[more[0]]!r}: a site with a service says this in its site.toml")
-    if "private-key" in node and "data" not in node:  # a run of Flower's simulation names its data itself
+        raise NodeError(
+            f"--node-config {more[0]} = {node[more[0]]!r}: a site with a service says this in its site.toml"
+        )
+    if (
+        "private-key" in node and "data" not in node
+    ):  # a run of Flower's simulation names its data itself
         raise NodeError(
             f"--node-config private-key = {node['private-key']!r}: a site with keys reads no data but its own; add site and data"
         )

@@ -20,7 +20,10 @@ from strategies.randomness import derive
 @lru_cache(maxsize=64)
 def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor:
     """The order [n] of a peer's examples in an epoch, counted from 0."""
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(derive(config.seed, "order", site, epoch)))
+    return torch.randperm(
+        num_examples,
+        generator=torch.Generator().manual_seed(derive(config.seed, "order", site, epoch)),
+    )
 
 
 def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Batch:
@@ -32,7 +35,9 @@ def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Ba
         return order.tensor_split(an_epoch)[number % an_epoch]
 
     generator = (
-        torch.Generator().manual_seed(derive(config.seed, "augment", site, number)) if config.data.augment != "none" else None
+        torch.Generator().manual_seed(derive(config.seed, "augment", site, number))
+        if config.data.augment != "none"
+        else None
     )
     x, y = _ahead.batch((config, site), part, number, chosen)
     return training.prepare(training.flip_crop(x, generator) if generator is not None else x), y
@@ -45,11 +50,17 @@ class _Ahead:
         self._expected: tuple[object, ...] = ()
         self._batches: Iterator[training.Batch] | None = None
 
-    def batch(self, peer: object, part: Part, number: int, chosen: Callable[[int], Tensor]) -> training.Batch:
+    def batch(
+        self, peer: object, part: Part, number: int, chosen: Callable[[int], Tensor]
+    ) -> training.Batch:
         """The examples that are ``chosen`` for a batch of this number."""
         if not isinstance(part.x, Lazy):
             return read(*part, chosen(number))
-        if (peer, part.x.reader, number) != self._expected:  # another peer's of this process, or the first
+        if (
+            peer,
+            part.x.reader,
+            number,
+        ) != self._expected:  # another peer's of this process, or the first
             self._batches, found = None, read(*part, chosen(number))
         else:
             self._batches = self._batches or stream(*part, map(chosen, count(number)))
@@ -68,7 +79,14 @@ class Oracle:
         samples: gradients computed, one an example.
     """
 
-    def __init__(self, config: Config, number: int, data: SiteData, network: Network, noise: Noise | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        number: int,
+        data: SiteData,
+        network: Network,
+        noise: Noise | None = None,
+    ) -> None:
         self._data, self._network, self._noise, self.samples = data, network, noise, 0
         self._a_batch = min(config.training.batch_size, len(data.train.y))
         self._batch = lru_cache(maxsize=1)(partial(nth_batch, config, number, data.train))
@@ -81,11 +99,16 @@ class Oracle:
         loss, gradient = self._network.plain(model.x, examples)
         if self._noise:
             [gradient] = self._noise([gradient])
-            loss = torch.zeros_like(loss)  # it does not leave; one that is not finite would end the step for all to see
+            loss = torch.zeros_like(
+                loss
+            )  # it does not leave; one that is not finite would end the step for all to see
         return loss, gradient, model.stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:
         """The model on this site's test part."""
         test = self._data.test
         found = self._network.test(x[None], stats[None], test)
-        return {**{f"test-{name}": value for name, value in found.items()}, "test-examples": len(test.y)}
+        return {
+            **{f"test-{name}": value for name, value in found.items()},
+            "test-examples": len(test.y),
+        }

@@ -31,19 +31,37 @@ from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Ref
 from strategies.peer.step import begin, cross_step, models_step, why
 from strategies.protocol import PeerOrder, read_peer_order
 from strategies.randomness import derive
-from strategies.records import ARRAYS, CONFIG, FROM, METRICS, OFFER, STATS, TO, X, config_of, pack, unpack
+from strategies.records import (
+    ARRAYS,
+    CONFIG,
+    FROM,
+    METRICS,
+    OFFER,
+    STATS,
+    TO,
+    X,
+    config_of,
+    pack,
+    unpack,
+)
 from strategies.schedules import decay, warm
 
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
     """Peer ``number`` of a run, whose network has layers of ``sizes``, and which reports means over at least so many losses."""
-    offered, gradients = (codec_of(config.wire, sizes, name) for name in (config.wire.codec, config.wire.cross_codec))
+    offered, gradients = (
+        codec_of(config.wire, sizes, name) for name in (config.wire.codec, config.wire.cross_codec)
+    )
     assert isinstance(config.plan, PeerPlan)
     return Peer(
         config.plan,
         channel(offered, config.wire.error_feedback),
         channel(gradients, "none" if gradients.exact else "deep-squeeze"),
-        partial(regularised, clip_norm=config.training.clip_norm, weight_decay=config.training.weight_decay),
+        partial(
+            regularised,
+            clip_norm=config.training.clip_norm,
+            weight_decay=config.training.weight_decay,
+        ),
         config.topology.averaging_rate,
         number,
         config.seed,
@@ -56,7 +74,11 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
 def learning_rate(config: Config, done: float, after: float) -> float:
     """The rate when a fraction ``done`` of the run is over, of an exchange that ends ``after`` another."""
     keys = config.training
-    return keys.rate * warm(keys.lr_warmup, done, after) * decay(keys.lr_shape, keys.lr_ratio, done, keys.lr_warmup)
+    return (
+        keys.rate
+        * warm(keys.lr_warmup, done, after)
+        * decay(keys.lr_shape, keys.lr_ratio, done, keys.lr_warmup)
+    )
 
 
 class _Call(NamedTuple):
@@ -88,7 +110,9 @@ def take_step(message: Message, context: Context) -> Message:
     check_run(context, run := run_of(context, asked.agreed))
     if config.wire.sealing != "off":
         ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys, asked.nonces)
-        loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)  # half an epoch
+        loss_batches = -(
+            -num_batches(len(data.train.y), config.training.batch_size) // 2
+        )  # half an epoch
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, asked, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
@@ -118,10 +142,18 @@ def _order(call: _Call) -> Order:
         raise ValueError(f"cycle-from = {asked.done:g}: 0 to 1 is expected")
     # How many exchanges a run has follows from the batches of all sites, which no site knows. But what is told to be the last one
     # must be the end of what is told to be over; that never falls, so that whoever ends a run early has ended it.
-    ends = asked.step and not call.crossing and asked.done == plan.done(asked.step, plan.exchange(asked.step) + 1)
+    ends = (
+        asked.step
+        and not call.crossing
+        and asked.done == plan.done(asked.step, plan.exchange(asked.step) + 1)
+    )
     if asked.last and not ends:
-        raise ValueError(f"step {asked.step} cannot be the last one: {asked.done:g} of the run is over")
-    batches = call.config.epochs * num_batches(len(call.data.train.y), call.config.training.batch_size)
+        raise ValueError(
+            f"step {asked.step} cannot be the last one: {asked.done:g} of the run is over"
+        )
+    batches = call.config.epochs * num_batches(
+        len(call.data.train.y), call.config.training.batch_size
+    )
     return Order(
         asked.step,
         _neighbours(call),
@@ -139,9 +171,15 @@ def _neighbours(call: _Call) -> Mapping[int, float]:
     """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
     step, found = call.asked.step, call.asked.neighbours
     if call.config.topology.name != "edges":
-        return graph_of(call.config).neighbours(call.peer.plan.exchange(step), call.peer.number) if step else {}
+        return (
+            graph_of(call.config).neighbours(call.peer.plan.exchange(step), call.peer.number)
+            if step
+            else {}
+        )
     if not all(0 < weight <= 1 for weight in found.values()) or not sum(found.values()) <= 1 + 1e-9:
-        raise ValueError(f"the server names the weights {dict(found)}: above 0 and at most 1 in all is expected")
+        raise ValueError(
+            f"the server names the weights {dict(found)}: above 0 and at most 1 in all is expected"
+        )
     return found
 
 
@@ -159,7 +197,9 @@ def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
     if order.step < done or (call.ring and order.step == done and not order.last):
         raise ValueError(f"step {order.step} comes again")
     if call.crossing != (call.peer.plan.gradient.messages == 2 and order.step % 2 == 1):
-        raise ValueError(f"step {order.step} of {call.config.strategy} is no {call.message.metadata.message_type}")
+        raise ValueError(
+            f"step {order.step} of {call.config.strategy} is no {call.message.metadata.message_type}"
+        )
 
 
 def _received(call: _Call, order: Order) -> Iterator[Received]:
@@ -181,19 +221,37 @@ def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Re
     kind = "gradient" if call.peer.plan.gradient.messages == 2 and not call.crossing else "model"
     header = sealing.Header(call.context.run_id, sender, step, kind)
     try:
-        payload = sealing.unseal(call.ring, arrays, header) if call.ring else {k: unpack(v) for k, v in arrays.items()}
-        return Received(sender, step, {name: value.to(call.network.x.device) for name, value in payload.items()})
+        payload = (
+            sealing.unseal(call.ring, arrays, header)
+            if call.ring
+            else {k: unpack(v) for k, v in arrays.items()}
+        )
+        return Received(
+            sender, step, {name: value.to(call.network.x.device) for name, value in payload.items()}
+        )
     except Exception as error:  # whatever is wrong with it costs its sender the exchange
-        return Received(sender, step, {}, str(error) if isinstance(error, sealing.SealError) else why(error))
+        return Received(
+            sender, step, {}, str(error) if isinstance(error, sealing.SealError) else why(error)
+        )
 
 
 # What is written.
 
 
-def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: dict[int, Array], *, forgotten: bool) -> Message:
+def _reply(
+    call: _Call,
+    order: Order,
+    result: Result,
+    metrics: Metrics,
+    packed: dict[int, Array],
+    *,
+    forgotten: bool,
+) -> Message:
     """Seal what is offered, answer; what is ``packed`` need not be copied twice."""
     refused, arrays = list(result.refused), dict[str, Array]()
-    header = sealing.Header(call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model")
+    header = sealing.Header(
+        call.context.run_id, call.peer.number, order.step, "gradient" if call.crossing else "model"
+    )
     for reader, payload in result.offers.items():
         name = OFFER if reader is None else f"{TO}{reader}"
         if call.ring:
@@ -202,14 +260,28 @@ def _reply(call: _Call, order: Order, result: Result, metrics: Metrics, packed: 
             refused += [Refusal(*problem) for problem in problems.items()]
         else:
             new = pack({part: value for part, value in payload.items() if id(value) not in packed})
-            found = {f"{name}/{part}": new[part] if part in new else packed[id(value)] for part, value in payload.items()}
+            found = {
+                f"{name}/{part}": new[part] if part in new else packed[id(value)]
+                for part, value in payload.items()
+            }
         arrays |= found
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
     reasons = [f"site {site}: {reason}" for site, reason in refused]
-    answer: dict[str, Any] = {"refused": reasons, "broken": broken, "fresh": result.restarted, "anew": forgotten}
+    answer: dict[str, Any] = {
+        "refused": reasons,
+        "broken": broken,
+        "fresh": result.restarted,
+        "anew": forgotten,
+    }
     if call.ring:
         answer["nonce"] = sealing.nonce_of(call.context)
-    content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics}), CONFIG: ConfigRecord(answer)})
+    content = RecordDict(
+        {
+            ARRAYS: ArrayRecord(arrays),
+            METRICS: MetricRecord({**metrics}),
+            CONFIG: ConfigRecord(answer),
+        }
+    )
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
@@ -219,13 +291,19 @@ def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
     """The finished model: to the server if it may have it, and into the file that the site names."""
     if call.config.wire.collect_models and call.ring is None:
         content["model"] = pack({X: state.x, STATS: state.stats})
-    if "save" in call.context.node_config and state.batches:  # a model that was not trained replaces none
+    if (
+        "save" in call.context.node_config and state.batches
+    ):  # a model that was not trained replaces none
         path = Path(str(call.context.node_config["save"]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and SAVED not in call.context.state:  # another run's stays: whoever starts runs overwrites no model
+        if (
+            path.exists() and SAVED not in call.context.state
+        ):  # another run's stays: whoever starts runs overwrites no model
             names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
             path.rename(next(name for name in names if not name.exists()))
         call.context.state[SAVED] = ConfigRecord()
         agreed, data = call.asked.agreed, call.data
-        described = Description.of(call.config, data.train.x.shape[1:], agreed.classes, data.columns, agreed.moments)
+        described = Description.of(
+            call.config, data.train.x.shape[1:], agreed.classes, data.columns, agreed.moments
+        )
         save_file(call.network.model.state_dict(state.x, state.stats), path, described.metadata())

@@ -143,7 +143,12 @@ class SiteFile(Section):
 
     def node_config(self) -> dict[str, bool | int | float | str]:
         """As the handlers find it in Flower's context."""
-        paths = {"save": self.save, "state": self.state, "private-key": self.private_key, "peer-keys": self.peer_keys}
+        paths = {
+            "save": self.save,
+            "state": self.state,
+            "private-key": self.private_key,
+            "peer-keys": self.peer_keys,
+        }
         named = {"name": self.name} if self.name else {}
         privacy = self.privacy.model_dump(by_alias=True) if self.privacy else {}
         return {
@@ -180,10 +185,22 @@ def read_site(path: Path) -> SiteFile:
         raise PolicyError(f"{path}: {key}: {said}") from None
     except (OSError, ValueError) as error:
         raise PolicyError(f"{path}: {error}") from None
-    if wrong := [each for each in found.policy.strategies if each not in METHODS and each not in found.policy.import_paths]:
-        raise PolicyError(f"{path}: policy.strategies: {wrong[0]!r} is no method; allowed: {', '.join(METHODS)}, import-paths")
-    if wrong := [each for each in found.policy.tasks if each not in TASKS and each not in found.policy.import_paths]:
-        raise PolicyError(f"{path}: policy.tasks: {wrong[0]!r} is no task; allowed: {', '.join(TASKS)}, import-paths")
+    if wrong := [
+        each
+        for each in found.policy.strategies
+        if each not in METHODS and each not in found.policy.import_paths
+    ]:
+        raise PolicyError(
+            f"{path}: policy.strategies: {wrong[0]!r} is no method; allowed: {', '.join(METHODS)}, import-paths"
+        )
+    if wrong := [
+        each
+        for each in found.policy.tasks
+        if each not in TASKS and each not in found.policy.import_paths
+    ]:
+        raise PolicyError(
+            f"{path}: policy.tasks: {wrong[0]!r} is no task; allowed: {', '.join(TASKS)}, import-paths"
+        )
     if bool(found.private_key) != bool(found.peer_keys):
         raise PolicyError(f"{path}: private-key and peer-keys belong together")
     if found.name and (wrong_name := fault([found.name])):
@@ -194,9 +211,13 @@ def read_site(path: Path) -> SiteFile:
         except ValueError as error:
             raise PolicyError(f"{path}: page: {error}") from None
     if found.privacy and not found.state:
-        raise PolicyError(f"{path}: privacy needs state, a folder in which it is written down what is spent")
+        raise PolicyError(
+            f"{path}: privacy needs state, a folder in which it is written down what is spent"
+        )
     if found.privacy and found.policy.metrics:
-        raise PolicyError(f"{path}: privacy: metrics leave without noise, epsilon would not be true: set policy.metrics = []")
+        raise PolicyError(
+            f"{path}: privacy: metrics leave without noise, epsilon would not be true: set policy.metrics = []"
+        )
     if found.policy.sealing == "keys" and not found.private_key:
         raise PolicyError(f"{path}: policy.sealing = 'keys' needs private-key and peer-keys")
     return found
@@ -215,22 +236,35 @@ def check_machine(site: SiteFile) -> None:
         _wrong("socket", site.socket, "something else is there")
     if site.audit and not Path(site.audit).parent.is_dir():
         _wrong("audit", site.audit, "its folder is not there")
-    files = {"socket": path.parent, "audit": Path(site.audit), "state": Path(site.state), "save": Path(site.save)}
+    files = {
+        "socket": path.parent,
+        "audit": Path(site.audit),
+        "state": Path(site.state),
+        "save": Path(site.save),
+    }
     for key, file in files.items():
         if getattr(site, key) and not _writable(file, folder=key in ("socket", "state")):
-            _wrong(key, getattr(site, key), "this user must not write there, or it is of another kind")
+            _wrong(
+                key, getattr(site, key), "this user must not write there, or it is of another kind"
+            )
     if site.group:
         try:
             number = grp.getgrnam(site.group).gr_gid
         except KeyError:
             _wrong("group", site.group, "there is no such group")
         if os.geteuid() and number not in (os.getegid(), *os.getgroups()):
-            _wrong("group", site.group, "this user is no member of it and cannot hand the socket over")
+            _wrong(
+                "group", site.group, "this user is no member of it and cannot hand the socket over"
+            )
     for each in site.policy.import_paths:
         try:
             resolve_name(each)
         except Exception as error:
-            _wrong("policy.import-paths", each, f"it cannot be imported: {type(error).__name__}: {error}")
+            _wrong(
+                "policy.import-paths",
+                each,
+                f"it cannot be imported: {type(error).__name__}: {error}",
+            )
     for each in site.policy.models:
         try:
             Config.read({"model.name": each})
@@ -245,7 +279,11 @@ def check_processes(site: SiteFile, count: int) -> None:
         PolicyError: there is but one.
     """
     if site.sharding and count == 1:
-        _wrong("sharding", True, "there is one process; allowed: false, or torchrun with 2 processes or more")
+        _wrong(
+            "sharding",
+            True,
+            "there is one process; allowed: false, or torchrun with 2 processes or more",
+        )
 
 
 def _writable(path: Path, *, folder: bool) -> bool:
@@ -262,11 +300,22 @@ def check_holdings(site: SiteFile, num_train: int) -> None:
     Raises:
         PolicyError: no answer would ever leave, or its epsilon would promise nothing.
     """
-    for key, least in (("smallest-batch", site.policy.smallest_batch), ("smallest-examples", site.policy.smallest_examples)):
+    for key, least in (
+        ("smallest-batch", site.policy.smallest_batch),
+        ("smallest-examples", site.policy.smallest_examples),
+    ):
         if num_train < least:
-            _wrong(f"policy.{key}", least, f"this site has {num_train} training examples; allowed: at most so many")
+            _wrong(
+                f"policy.{key}",
+                least,
+                f"this site has {num_train} training examples; allowed: at most so many",
+            )
     if site.privacy and site.privacy.delta >= 1 / num_train:
-        _wrong("privacy.delta", site.privacy.delta, f"less than 1 / {num_train}, the training examples, is expected")
+        _wrong(
+            "privacy.delta",
+            site.privacy.delta,
+            f"less than 1 / {num_train}, the training examples, is expected",
+        )
 
 
 def _wrong(key: str, value: object, why: str) -> NoReturn:
@@ -281,7 +330,12 @@ def check_paths(policy: Policy, run_config: Mapping[str, Any]) -> None:
     """
     for key in IMPORTABLE:
         path = run_config.get(key)
-        if isinstance(path, str) and ":" in path and not path.startswith(OF_TORCHVISION) and path not in policy.import_paths:
+        if (
+            isinstance(path, str)
+            and ":" in path
+            and not path.startswith(OF_TORCHVISION)
+            and path not in policy.import_paths
+        ):
             refuse("import-paths", policy.import_paths, f"{key} = {path!r}")
 
 
@@ -301,7 +355,9 @@ def check_run(policy: Policy, config: Config) -> None:
     if policy.sealing == "keys" and config.wire.sealing != "keys":
         refuse("sealing", policy.sealing, f"wire.sealing = {config.wire.sealing!r}")
     if training.batch_size < policy.smallest_batch:
-        refuse("smallest-batch", policy.smallest_batch, f"training.batch-size = {training.batch_size}")
+        refuse(
+            "smallest-batch", policy.smallest_batch, f"training.batch-size = {training.batch_size}"
+        )
 
 
 def check_sharding(site: SiteFile, config: Config) -> None:
@@ -314,14 +370,20 @@ def check_sharding(site: SiteFile, config: Config) -> None:
     if not site.sharding:
         return
     if isinstance(config.plan, PeerPlan):
-        raise PolicyError(f"strategy = {config.strategy!r}: a peer keeps whole models; {said} methods with a server")
+        raise PolicyError(
+            f"strategy = {config.strategy!r}: a peer keeps whole models; {said} methods with a server"
+        )
     if config.training.optimizer not in ELEMENTWISE:
-        raise PolicyError(f"training.optimizer = {config.training.optimizer!r}: {said} {', '.join(ELEMENTWISE)}")
+        raise PolicyError(
+            f"training.optimizer = {config.training.optimizer!r}: {said} {', '.join(ELEMENTWISE)}"
+        )
     if config.computing.compile:
         raise PolicyError(f"computing.compile = true: {said} false")
 
 
-def check_order(policy: Policy, config: Config, order: Order | PeerOrder | None, num_train: int) -> None:
+def check_order(
+    policy: Policy, config: Config, order: Order | PeerOrder | None, num_train: int
+) -> None:
     """What a message asks for, at a site of ``num_train`` examples; None: what those of this run will.
 
     Raises:
@@ -337,9 +399,15 @@ def check_order(policy: Policy, config: Config, order: Order | PeerOrder | None,
     if steps < policy.smallest_steps:
         refuse("smallest-steps", policy.smallest_steps, f"an answer after {steps} batches")
     if (batch := round(num_train / batches)) < policy.smallest_batch:
-        refuse("smallest-batch", policy.smallest_batch, f"batches of {batch} of this site's {num_train} examples")
+        refuse(
+            "smallest-batch",
+            policy.smallest_batch,
+            f"batches of {batch} of this site's {num_train} examples",
+        )
     if (examples := min(round(steps * num_train / batches), num_train)) < policy.smallest_examples:
-        refuse("smallest-examples", policy.smallest_examples, f"an answer after {examples} examples")
+        refuse(
+            "smallest-examples", policy.smallest_examples, f"an answer after {examples} examples"
+        )
 
 
 def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
@@ -353,10 +421,16 @@ def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
     of_test = "samples" not in metrics
     for name, value in list(metrics.items()):
         kind = next((kind for kind in ("loss", "accuracy", "means") if kind in name), None)
-        if kind and (kind not in policy.metrics or ((of_test or "test" in name) and num_test < policy.smallest_examples)):
+        if kind and (
+            kind not in policy.metrics
+            or ((of_test or "test" in name) and num_test < policy.smallest_examples)
+        ):
             del metrics[name]
         elif kind:
-            rounded = [_rounded(float(each), policy.decimals) for each in (value if isinstance(value, list) else [value])]
+            rounded = [
+                _rounded(float(each), policy.decimals)
+                for each in (value if isinstance(value, list) else [value])
+            ]
             metrics[name] = rounded if isinstance(value, list) else rounded[0]
 
 

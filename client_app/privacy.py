@@ -30,7 +30,12 @@ from torch import Tensor
 
 from configuration.files import write_whole
 
-CLIP, MULTIPLIER, DELTA, EPSILON = "privacy.clip-norm", "privacy.noise-multiplier", "privacy.delta", "privacy.epsilon"
+CLIP, MULTIPLIER, DELTA, EPSILON = (
+    "privacy.clip-norm",
+    "privacy.noise-multiplier",
+    "privacy.delta",
+    "privacy.epsilon",
+)
 SEED = "privacy.seed"  # 64 hexadecimal digits, where several processes must draw the same noise
 PIECE = 2**20  # numbers that are drawn at once
 
@@ -68,7 +73,9 @@ class Account:
         except (ValueError, KeyError, TypeError):
             spent = math.nan
         if not 0 <= spent < math.inf:
-            raise ValueError(f"{self._file} is damaged; bring it back from a copy, nothing else says what is spent")
+            raise ValueError(
+                f"{self._file} is damaged; bring it back from a copy, nothing else says what is spent"
+            )
         return spent
 
     def epsilon(self, more: float = 0.0) -> float:
@@ -102,7 +109,10 @@ class _Normal:
         found = torch.empty(vector.numel())
         for piece in found.split(PIECE):
             pairs = -(-len(piece) // 2)
-            u, v = (np.frombuffer(self._bits.update(bytes(16 * pairs)), np.uint64).reshape(2, pairs) >> 11) / 2**53  # [0, 1)
+            u, v = (
+                np.frombuffer(self._bits.update(bytes(16 * pairs)), np.uint64).reshape(2, pairs)
+                >> 11
+            ) / 2**53  # [0, 1)
             radius, angle = np.sqrt(-2 * np.log1p(-u)), 2 * math.pi * v
             both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
             piece.copy_(torch.from_numpy(both[: len(piece)]))
@@ -125,8 +135,15 @@ class Noise:
         seed: of the noise, 32 bytes; nobody else may know it.
     """
 
-    def __init__(self, clip_norm: float, multiplier: float, account: Account, budget: float, seed: bytes) -> None:
-        self._clip, self._multiplier, self._account, self._budget = clip_norm, multiplier, account, budget
+    def __init__(
+        self, clip_norm: float, multiplier: float, account: Account, budget: float, seed: bytes
+    ) -> None:
+        self._clip, self._multiplier, self._account, self._budget = (
+            clip_norm,
+            multiplier,
+            account,
+            budget,
+        )
         self._normal, self._uses = _Normal(seed), 0
 
     @classmethod
@@ -139,7 +156,10 @@ class Noise:
         node: dict[str, Any] = dict(context.node_config)
         if CLIP not in node:
             return None
-        account, seed = Account(Path(node.get("state", "")), node[DELTA]), bytes.fromhex(node.get(SEED) or secrets.token_hex(32))
+        account, seed = (
+            Account(Path(node.get("state", "")), node[DELTA]),
+            bytes.fromhex(node.get(SEED) or secrets.token_hex(32)),
+        )
         found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], seed)
         if _counts():
             found._check(1)
@@ -149,14 +169,21 @@ class Noise:
         """The vectors, clipped together, with noise."""
         self._uses += 1
         norm = torch.stack([vector.norm() for vector in vectors]).norm()
-        share = (self._clip / norm).clamp(max=1.0).nan_to_num()  # 0 / 0 and what is not finite: nothing leaves
+        share = (
+            (self._clip / norm).clamp(max=1.0).nan_to_num()
+        )  # 0 / 0 and what is not finite: nothing leaves
         deviation = self._clip * self._multiplier
-        return [(vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector) for vector in vectors]
+        return [
+            (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector)
+            for vector in vectors
+        ]
 
     def _check(self, uses: int) -> float:
         cost = uses * cost_of(self._multiplier)
         if (epsilon := self._account.epsilon(cost)) > self._budget:
-            raise BudgetError(f"privacy.epsilon = {self._budget:g}: with this answer it would be {epsilon:.4g}")
+            raise BudgetError(
+                f"privacy.epsilon = {self._budget:g}: with this answer it would be {epsilon:.4g}"
+            )
         return cost
 
     def settle(self) -> None:

@@ -52,7 +52,10 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.count = (
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
         if self.count > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -67,9 +70,17 @@ class Ranks:
         """What rank 0 is about to work on."""
         if self.count == 1:
             return
-        content = RecordDict({**message.content, **{STATE + name: record for name, record in context.state.items()}})
+        content = RecordDict(
+            {**message.content, **{STATE + name: record for name, record in context.state.items()}}
+        )
         if context.node_config.get(SHARDING):  # rank 0 deals the vectors out
-            content = RecordDict({name: record for name, record in content.items() if not isinstance(record, ArrayRecord)})
+            content = RecordDict(
+                {
+                    name: record
+                    for name, record in content.items()
+                    if not isinstance(record, ArrayRecord)
+                }
+            )
         head = {
             "kind": message.metadata.message_type,
             "run": context.run_id,
@@ -82,8 +93,16 @@ class Ranks:
     def shared(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
         """The other ranks' side of it: its head, the message's content, and what the site remembers."""
         head, records = letter.from_bytes(broadcast(None, self._control))
-        content = RecordDict({name: record for name, record in records.items() if not name.startswith(STATE)})
-        state = RecordDict({name.removeprefix(STATE): record for name, record in records.items() if name.startswith(STATE)})
+        content = RecordDict(
+            {name: record for name, record in records.items() if not name.startswith(STATE)}
+        )
+        state = RecordDict(
+            {
+                name.removeprefix(STATE): record
+                for name, record in records.items()
+                if name.startswith(STATE)
+            }
+        )
         return head, content, state
 
     def meet(self, *, alone: bool = False) -> None:

@@ -33,7 +33,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from flwr.app import Array, ConfigRecord, Context
 from safetensors.torch import load, save
 
@@ -42,7 +47,9 @@ from strategies.protocol import NONCE
 from strategies.records import TO, pack_bytes, unpack_bytes
 
 GCM_NONCE = 12  # bytes
-FIRST = bytes(GCM_NONCE)  # a content key is used once, so its nonce need not be another one each time
+FIRST = bytes(
+    GCM_NONCE
+)  # a content key is used once, so its nonce need not be another one each time
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
 DRAWN = "run-nonce"  # the record in the context's state
@@ -63,13 +70,23 @@ class Header(NamedTuple):
     def bytes(self, reader: int | None = None, sealed: bytes = b"") -> bytes:
         """As it is authenticated: with the data, or with the key that opens what was ``sealed`` for a ``reader``."""
         text = f"archipelago:{self.run}:{self.sender}:{self.step}:{self.kind}:"
-        return text.encode() if reader is None else f"{text}{reader}:{sha256(sealed).hexdigest()}".encode()
+        return (
+            text.encode()
+            if reader is None
+            else f"{text}{reader}:{sha256(sealed).hexdigest()}".encode()
+        )
 
 
 class Keyring:
     """A site's private key, its neighbours' public ones, and everybody's nonces in a run."""
 
-    def __init__(self, number: int, private: X25519PrivateKey, public: Mapping[int, bytes], nonces: Mapping[int, bytes]) -> None:
+    def __init__(
+        self,
+        number: int,
+        private: X25519PrivateKey,
+        public: Mapping[int, bytes],
+        nonces: Mapping[int, bytes],
+    ) -> None:
         self._number, self._private, self._public, self._nonces = number, private, public, nonces
 
     def _shared(self, other: int, run: int) -> AESGCM:
@@ -88,13 +105,19 @@ class Keyring:
             raise SealError(f"the public key of site {other} cannot be used") from None
         both = sorted({self._number: _public_of(self._private), other: self._public[other]}.items())
         text = ":".join(f"{site}:{key.hex()}:{self._nonces[site].hex()}" for site, key in both)
-        return AESGCM(HKDF(hashes.SHA256(), 32, None, f"archipelago content key:{run}:{text}".encode()).derive(secret))
+        return AESGCM(
+            HKDF(
+                hashes.SHA256(), 32, None, f"archipelago content key:{run}:{text}".encode()
+            ).derive(secret)
+        )
 
     def knows(self, other: int) -> bool:
         """Whether there is a public key of a site."""
         return other in self._public
 
-    def seal(self, data: bytes, readers: Iterable[int], header: Header) -> tuple[bytes, dict[int, bytes], dict[int, str]]:
+    def seal(
+        self, data: bytes, readers: Iterable[int], header: Header
+    ) -> tuple[bytes, dict[int, bytes], dict[int, str]]:
         """The sealed data; for each reader the key that opens them, or why there is none."""
         content = AESGCM.generate_key(256)
         sealed = AESGCM(content).encrypt(FIRST, data, header.bytes())
@@ -102,7 +125,9 @@ class Keyring:
         for reader in readers:
             nonce = os.urandom(GCM_NONCE)
             try:
-                key = self._shared(reader, header.run).encrypt(nonce, content, header.bytes(reader, sealed))
+                key = self._shared(reader, header.run).encrypt(
+                    nonce, content, header.bytes(reader, sealed)
+                )
                 wrapped[reader] = nonce + key
             except SealError as error:  # costs that neighbour the payload, and nobody else
                 problems[reader] = str(error)
@@ -116,7 +141,9 @@ class Keyring:
         """
         shared = self._shared(header.sender, header.run)
         try:
-            content = shared.decrypt(wrapped[:GCM_NONCE], wrapped[GCM_NONCE:], header.bytes(self._number, sealed))
+            content = shared.decrypt(
+                wrapped[:GCM_NONCE], wrapped[GCM_NONCE:], header.bytes(self._number, sealed)
+            )
             return AESGCM(content).decrypt(FIRST, sealed, header.bytes())
         except (InvalidTag, ValueError):  # of another length, too
             raise SealError(
@@ -131,7 +158,9 @@ def seal(
     """A payload as the sealed arrays that are sent under ``name``; and the readers that cannot have it, and why."""
     data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
     sealed, keys, problems = ring.seal(data, readers, header)
-    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()}
+    arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {
+        f"{TO}{reader}/{KEY}": pack_bytes(key) for reader, key in keys.items()
+    }
     return arrays, problems
 
 
@@ -160,7 +189,9 @@ def public_key(context: Context) -> bytes:
 def _own(context: Context) -> ConfigRecord:
     record = context.state.get(KEYS)
     if not isinstance(record, ConfigRecord):
-        made = X25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+        made = X25519PrivateKey.generate().private_bytes(
+            Encoding.Raw, PrivateFormat.Raw, NoEncryption()
+        )
         record = ConfigRecord({"private": made})
         context.state[KEYS] = record
     return record
@@ -169,12 +200,20 @@ def _own(context: Context) -> ConfigRecord:
 def nonce_of(context: Context) -> bytes:
     """This site's nonce in the run, drawn now if there is none."""
     record, run = context.state.get(DRAWN), str(context.run_id)
-    if not isinstance(record, ConfigRecord) or record["run"] != run:  # Flower keeps a context from run to run of a series
+    if (
+        not isinstance(record, ConfigRecord) or record["run"] != run
+    ):  # Flower keeps a context from run to run of a series
         record = context.state[DRAWN] = ConfigRecord({"run": run, "nonce": os.urandom(NONCE)})
     return bytes(record["nonce"])  # type: ignore[arg-type]
 
 
-def keyring(context: Context, sealing: str, number: int, keys: Mapping[int, bytes], nonces: Mapping[int, bytes]) -> Keyring:
+def keyring(
+    context: Context,
+    sealing: str,
+    number: int,
+    keys: Mapping[int, bytes],
+    nonces: Mapping[int, bytes],
+) -> Keyring:
     """The keys of a site.
 
     Args:
@@ -199,8 +238,14 @@ def keyring(context: Context, sealing: str, number: int, keys: Mapping[int, byte
             raise SealError(f"site {site} has a public key, and had none at first: refused")
         record[f"key-{site}"] = key
     record["pinned"] = True  # whom the first message does not name, no later one can
-    known = {int(name.removeprefix("key-")): bytes(value) for name, value in record.items() if name.startswith("key-")}  # type: ignore[arg-type]
-    return Keyring(number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known, nonces)  # type: ignore[arg-type]
+    known = {
+        int(name.removeprefix("key-")): bytes(value)
+        for name, value in record.items()
+        if name.startswith("key-")
+    }  # type: ignore[arg-type]
+    return Keyring(
+        number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known, nonces
+    )  # type: ignore[arg-type]
 
 
 def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> Keyring:
@@ -214,26 +259,38 @@ def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> K
     try:
         file = Path(str(node["private-key"]))
         if (mode := file.stat().st_mode & 0o777) & 0o077 and os.name == "posix":
-            raise ValueError(f"others may read the private key, its mode is {mode:o}: chmod 600 {file}")
+            raise ValueError(
+                f"others may read the private key, its mode is {mode:o}: chmod 600 {file}"
+            )
         private = X25519PrivateKey.from_private_bytes(b64decode(file.read_text()))
         listed = tomllib.loads(Path(str(node[KEYS])).read_text())
         public = {int(site): b64decode(str(key)) for site, key in listed.items()}
         if wrong := [site for site, key in public.items() if len(key) != 32]:
-            raise ValueError(f"the key of site {wrong[0]} is no X25519 public key of 32 bytes in base64")
-        if other := [site for site, key in public.items() if (key == _public_of(private)) != (site == number)]:
-            whose = f"that of site {other[0]}" if other[0] != number else "not the one that peer-keys lists for it"
+            raise ValueError(
+                f"the key of site {wrong[0]} is no X25519 public key of 32 bytes in base64"
+            )
+        if other := [
+            site for site, key in public.items() if (key == _public_of(private)) != (site == number)
+        ]:
+            whose = (
+                f"that of site {other[0]}"
+                if other[0] != number
+                else "not the one that peer-keys lists for it"
+            )
             raise ValueError(f"this is site {number}, its private key is {whose}")
     except (OSError, ValueError) as error:
-        raise SealError(f"private-key = {node['private-key']!r}, peer-keys = {node[KEYS]!r}: {error}") from None
+        raise SealError(
+            f"private-key = {node['private-key']!r}, peer-keys = {node[KEYS]!r}: {error}"
+        ) from None
     return Keyring(number, private, public, nonces)
 
 
 def new_key() -> tuple[bytes, str]:
     """A private key as its file holds it, and the public one as others list it, both in base64."""
     private = X25519PrivateKey.generate()
-    return b64encode(private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())), b64encode(
-        _public_of(private)
-    ).decode()
+    return b64encode(
+        private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    ), b64encode(_public_of(private)).decode()
 
 
 def main() -> None:

@@ -35,7 +35,16 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import (
+    DEFAULT_TTL,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 
 from client_app import letter, policy
 from client_app.handlers import app as handlers
@@ -45,7 +54,15 @@ from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account, Noise, cost_of
 from client_app.ranks import SHARDING, Ranks
 from client_app.sealing import keyring
-from client_app.site import Origin, SiteId, config_of_site, device_of, network_of, origin_of, raw_data
+from client_app.site import (
+    Origin,
+    SiteId,
+    config_of_site,
+    device_of,
+    network_of,
+    origin_of,
+    raw_data,
+)
 from client_app.status import Status
 from configuration.config import Config, identity
 from configuration.config import task as find
@@ -116,7 +133,9 @@ class Service:
             PolicyError: nobody can listen there.
         """
         _, data = _read_for_some_task(self._site)
-        self._status = Status(self._site, (len(data.train.y), len(data.test.y)), _rules(self._site), self._now)
+        self._status = Status(
+            self._site, (len(data.train.y), len(data.test.y)), _rules(self._site), self._now
+        )
         self._status.serve()
 
     def _now(self) -> tuple[str, float]:
@@ -140,7 +159,9 @@ class Service:
             except OSError as error:
                 if listener.fileno() < 0:
                     return
-                print(f"no letter can be taken now: {error}", file=sys.stderr)  # such as too many open files
+                print(
+                    f"no letter can be taken now: {error}", file=sys.stderr
+                )  # such as too many open files
                 time.sleep(TELL_S)
                 continue
             if self._readers.acquire(blocking=False):
@@ -152,7 +173,11 @@ class Service:
         """Whoever opens many lines and sends nothing gets no more threads and files."""
         with line, suppress(OSError):
             line.setblocking(False)
-            letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {READERS} letters are on their way")
+            letter.say(
+                line,
+                letter.REFUSED,
+                f"ServiceError: the site's service is busy: {READERS} letters are on their way",
+            )
 
     def _read(self, line: socket.socket) -> None:
         """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
@@ -168,12 +193,20 @@ class Service:
                 try:
                     self._letters.put_nowait(found)
                 except Full:
-                    letter.say(line, letter.REFUSED, f"ServiceError: the site's service is busy: {WAITING} letters wait")
+                    letter.say(
+                        line,
+                        letter.REFUSED,
+                        f"ServiceError: the site's service is busy: {WAITING} letters wait",
+                    )
                     return
                 while not wait([found.answer], TELL_S).done:
                     doing, seconds = self._now()
                     try:
-                        letter.say(line, letter.WORKING, json.dumps({"doing": doing, "seconds": round(seconds)}))
+                        letter.say(
+                            line,
+                            letter.WORKING,
+                            json.dumps({"doing": doing, "seconds": round(seconds)}),
+                        )
                     except OSError:  # a run was stopped, or its SuperNode; the next letter need not wait for its work
                         found.unwanted.set()
                         os.kill(os.getpid(), signal.SIGALRM)
@@ -209,14 +242,20 @@ class Service:
                 if found.unwanted.is_set():
                     raise LetterError("nobody waits for the answer any more: its work was stopped")
                 if passed.is_set():
-                    raise PolicyError(f"seconds = {self._site.policy.seconds:g}: the work takes longer")
+                    raise PolicyError(
+                        f"seconds = {self._site.policy.seconds:g}: the work takes longer"
+                    )
             answer = str(reply.error.reason) if reply.has_error() else reply.content
         except PolicyError as error:
             answer = rule = f"refused by this site's policy: {error}"
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         self._doing = ("nothing", time.monotonic())
-        more |= {"rule" if rule or answer.startswith("BudgetError") else "problem": answer} if isinstance(answer, str) else {}
+        more |= (
+            {"rule" if rule or answer.startswith("BudgetError") else "problem": answer}
+            if isinstance(answer, str)
+            else {}
+        )
         size = 0 if isinstance(answer, str) else _bytes(answer)
         try:
             self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **more)
@@ -240,7 +279,9 @@ class Service:
         policy.check_run(site.policy, config)
         policy.check_sharding(site, config)
         num_test = self._check_message(config, message, context)
-        memory = self._memory(run, asked)  # a run that is refused neither counts nor pushes out what another left
+        memory = self._memory(
+            run, asked
+        )  # a run that is refused neither counts nor pushes out what another left
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
             restore_from_disk(message, context)
@@ -291,7 +332,11 @@ class Service:
             policy.check_order(rules, config, None, num_train)
             return num_test
         asked = config_of(message)
-        order = read_peer_order(asked) if isinstance(config.plan, PeerPlan) and kind.startswith("train") else read_order(asked)
+        order = (
+            read_peer_order(asked)
+            if isinstance(config.plan, PeerPlan) and kind.startswith("train")
+            else read_order(asked)
+        )
         policy.check_order(rules, config, order, num_train)
         classes = len(order.agreed.classes)
         for count in (  # before and after there is memory for them
@@ -334,7 +379,9 @@ def _sender(line: socket.socket) -> dict[str, int]:
     """The user and the process at the other end, where the operating system tells (Linux)."""
     if not hasattr(socket, "SO_PEERCRED"):
         return {}
-    process, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    process, user, _ = struct.unpack(
+        "3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    )
     return {"user": user, "process": process}
 
 
@@ -354,9 +401,14 @@ class _Begun:
         self._runs: list[tuple[float, int, str]] = []
         if file is not None and file.exists():
             try:
-                self._runs = [(float(moment), int(run), str(digest)) for moment, run, digest in json.loads(file.read_text())]
+                self._runs = [
+                    (float(moment), int(run), str(digest))
+                    for moment, run, digest in json.loads(file.read_text())
+                ]
             except (ValueError, TypeError):
-                raise PolicyError(f"{file} is damaged; without it the runs of the last 24 hours are not counted") from None
+                raise PolicyError(
+                    f"{file} is damaged; without it the runs of the last 24 hours are not counted"
+                ) from None
 
     def add(self, run: int, digest: str, most: int) -> None:
         """A run with a configuration of this digest begins, or goes on after this process was started anew.
@@ -366,7 +418,11 @@ class _Begun:
         """
         now = time.time()
         # Of the future is what began before the clock was set back: it counts a day from now.
-        self._runs = [(min(moment, now), number, before) for moment, number, before in self._runs if now - moment < DAY_S]
+        self._runs = [
+            (min(moment, now), number, before)
+            for moment, number, before in self._runs
+            if now - moment < DAY_S
+        ]
         known = [before for _, number, before in self._runs if number == run]
         if known and digest not in known:
             raise PolicyError(f"run {run} has another configuration than in its first letter")
@@ -386,9 +442,13 @@ def follow(ranks: Ranks) -> None:
         head, content, state = ranks.shared()
         run, node = int(head["run"]), int(head["node"])
         message = Message(metadata=_metadata(run, node, str(head["kind"])), content=content)  # type: ignore[call-overload]
-        node_config = {key: value for key, value in head["node-config"].items() if key not in ("state", "save")}
+        node_config = {
+            key: value for key, value in head["node-config"].items() if key not in ("state", "save")
+        }
         reply = handlers(message, Context(run, node, node_config, state, head["run-config"]))
-        ranks.meet(alone=SHARDING in node_config and not reply.has_error())  # whole vectors are coded, and get their noise
+        ranks.meet(
+            alone=SHARDING in node_config and not reply.has_error()
+        )  # whole vectors are coded, and get their noise
 
 
 @lru_cache(maxsize=RUNS)
@@ -420,8 +480,14 @@ def _norms(message: Message, reply: Message) -> dict[str, float]:
     for name, array in arrays_of(reply).items():
         if array.dtype == "float32":
             vector = unpack(array)
-            like = name in sent and sent[name].dtype == "float32" and tuple(sent[name].shape) == tuple(array.shape)
-            found[name] = float(f"{extent(vector.reshape(-1), unpack(sent[name]).reshape(-1) if like else None)[1]:.4g}")
+            like = (
+                name in sent
+                and sent[name].dtype == "float32"
+                and tuple(sent[name].shape) == tuple(array.shape)
+            )
+            found[name] = float(
+                f"{extent(vector.reshape(-1), unpack(sent[name]).reshape(-1) if like else None)[1]:.4g}"
+            )
     return found
 
 
@@ -525,14 +591,18 @@ def _read_for_some_task(site: SiteFile) -> tuple[Config, SiteData]:
     failures: list[ValueError] = []
     for task in site.policy.tasks:
         try:
-            config = Config.read(site.run_config({"strategy": site.policy.strategies[0], "training.task": task}))
+            config = Config.read(
+                site.run_config({"strategy": site.policy.strategies[0], "training.task": task})
+            )
             return config, raw_data(config, SiteId(site.site, None, site.data.path))
         except ValueError as error:
             failures.append(error)
     source = SOURCES.get(site.data.source)
     # Of a task that the source knows: others say no more than that it does not.
     known = (
-        error for task, error in zip(site.policy.tasks, failures, strict=True) if source and find(task).target in source.targets
+        error
+        for task, error in zip(site.policy.tasks, failures, strict=True)
+        if source and find(task).target in source.targets
     )
     raise next(known, failures[0])
 
@@ -552,7 +622,9 @@ def _spent(site: SiteFile) -> str:
         return "none: answers leave as they are"
     account = Account(Path(site.state), site.privacy.delta)
     left = account.left(cost_of(site.privacy.noise_multiplier), site.privacy.epsilon)
-    rules = ", ".join(f"{key} = {value:g}" for key, value in site.privacy.model_dump(by_alias=True).items())
+    rules = ", ".join(
+        f"{key} = {value:g}" for key, value in site.privacy.model_dump(by_alias=True).items()
+    )
     unit = "updates, or gradients of a peer"
     return f"{rules}; spent so far: epsilon {account.epsilon():.4g}; left: {left:,} {unit}"
 
@@ -563,7 +635,11 @@ def _alone(site: SiteFile) -> Iterator[None]:
     if site.state:
         Path(site.state).mkdir(0o700, parents=True, exist_ok=True)
     try:
-        with FileLock(Path(site.state) / "lock", timeout=0, mode=0o600) if site.state else nullcontext():
+        with (
+            FileLock(Path(site.state) / "lock", timeout=0, mode=0o600)
+            if site.state
+            else nullcontext()
+        ):
             yield
     except Timeout:
         raise PolicyError(f"state = {site.state!r}: another service uses it") from None
@@ -594,9 +670,13 @@ def _warm() -> None:
 
 def main() -> None:
     """Serve, or with ``--check`` say what would be served."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("site", type=Path, help="the operator's file, site.toml")
-    parser.add_argument("--check", action="store_true", help="say what is wrong with it, or what the site would do")
+    parser.add_argument(
+        "--check", action="store_true", help="say what is wrong with it, or what the site would do"
+    )
     arguments = parser.parse_args()
     try:
         _own_temporary_files()
@@ -608,7 +688,10 @@ def main() -> None:
         if not arguments.check:
             policy.check_processes(site, ranks.count)
             with _alone(site):
-                for ending in (signal.SIGTERM, signal.SIGINT):  # the socket goes, too; a shell's & has Ctrl-C ignored
+                for ending in (
+                    signal.SIGTERM,
+                    signal.SIGINT,
+                ):  # the socket goes, too; a shell's & has Ctrl-C ignored
                     signal.signal(ending, signal.default_int_handler)
                 _warm()
                 Service(site, ranks).serve()

@@ -50,14 +50,20 @@ class ShardedModel(FlatModel):
 
     def _bind(self, parameters: list[nn.Parameter]) -> None:
         # FSDP2 has a tensor for each shard, zeros included; no public function makes them views into one.
-        states = [module._get_fsdp_state() for module in self.network.modules() if isinstance(module, FSDPModule)]
+        states = [
+            module._get_fsdp_state()
+            for module in self.network.modules()
+            if isinstance(module, FSDPModule)
+        ]
         groups: Any = chain.from_iterable(state._fsdp_param_groups for state in states)
         shards = {id(shard.sharded_param): shard for group in groups for shard in group.fsdp_params}
         found = [shards[id(parameter)] for parameter in parameters]
         self.x = torch.cat([shard._sharded_param_data for shard in found])
         self.grad = torch.zeros_like(self.x)
         self._parts = tuple(len(shard._sharded_param_data) for shard in found)
-        for shard, part, grad in zip(found, self.x.split(self._parts), self.grad.split(self._parts), strict=True):
+        for shard, part, grad in zip(
+            found, self.x.split(self._parts), self.grad.split(self._parts), strict=True
+        ):
             parameter, shard._sharded_param_data = shard.sharded_param, part
             shape = parameter._local_tensor.shape
             parameter._local_tensor = part[: shape.numel()].view(shape)
@@ -96,8 +102,13 @@ class ShardedModel(FlatModel):
                 self._check(vectors)
             except Exception as error:
                 failure = error
-        described = {name: [str(each.dtype).removeprefix("torch."), list(each.shape)] for name, each in vectors.items()}
-        said = None if self.rank else json.dumps([str(failure) if failure else "", described]).encode()
+        described = {
+            name: [str(each.dtype).removeprefix("torch."), list(each.shape)]
+            for name, each in vectors.items()
+        }
+        said = (
+            None if self.rank else json.dumps([str(failure) if failure else "", described]).encode()
+        )
         wrong, told = json.loads(broadcast(said, device=self.x.device))
         if wrong:
             raise failure or ValueError(wrong)
@@ -110,14 +121,25 @@ class ShardedModel(FlatModel):
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The vectors of which each process has its shard, whole on the CPU of rank 0; nothing elsewhere."""
         with all_or_none():
-            long = {name: name != STATS and each.shape == self.x.shape for name, each in vectors.items()}
-            found = {name: self._gathered(each) if long[name] else each.cpu() for name, each in vectors.items()}
+            long = {
+                name: name != STATS and each.shape == self.x.shape for name, each in vectors.items()
+            }
+            found = {
+                name: self._gathered(each) if long[name] else each.cpu()
+                for name, each in vectors.items()
+            }
         return {} if self.rank else found
 
-    def _dealt(self, name: str, shape: torch.Size, dtype: torch.dtype, vector: Tensor | None) -> Tensor:
+    def _dealt(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, vector: Tensor | None
+    ) -> Tensor:
         device = self.x.device
         if name == STATS or shape[-1:] != (sum(self.sizes),):
-            found = torch.empty(shape, dtype=dtype, device=device) if vector is None else vector.to(device, copy=True)
+            found = (
+                torch.empty(shape, dtype=dtype, device=device)
+                if vector is None
+                else vector.to(device, copy=True)
+            )
             if found.numel():
                 dist.broadcast(found, 0)
             return found
@@ -130,7 +152,9 @@ class ShardedModel(FlatModel):
                 if part is None:
                     dist.scatter(shard, None, 0)
                 else:
-                    padded = F.pad(part.to(device, torch.float32), (0, self.count * len(shard) - len(part)))
+                    padded = F.pad(
+                        part.to(device, torch.float32), (0, self.count * len(shard) - len(part))
+                    )
                     dist.scatter(shard, list(padded.split(len(shard))), 0)
         return found
 
@@ -166,7 +190,9 @@ def sharded(base: Gradient, model: ShardedModel) -> Gradient:
             kept = [buffer.reshape(-1) for buffer in model.statistics] if track else []
             together = torch.cat([value.reshape(1), *kept]).mul_(model.share)
             dist.all_reduce(together)
-        for buffer, mean in zip(model.statistics, together[1:].split([len(each) for each in kept]), strict=False):
+        for buffer, mean in zip(
+            model.statistics, together[1:].split([len(each) for each in kept]), strict=False
+        ):
             buffer.copy_(mean.view(buffer.shape))
         return together[0], g
 
@@ -183,9 +209,15 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
         names[id(parameter)] = names.get(id(parameter), 0) + 1
     taken: set[int] = set()
     for module in reversed(list(network.modules())):
-        for element in module.children() if isinstance(module, nn.Sequential | nn.ModuleList) else ():
+        for element in (
+            module.children() if isinstance(module, nn.Sequential | nn.ModuleList) else ()
+        ):
             own = [each for each in element.parameters() if id(each) not in taken]
             alone = all(names[id(each)] == 1 for each in own)
-            if alone and sum(each.numel() for each in own) >= BLOCK and not isinstance(element, nn.ModuleList | nn.ModuleDict):
+            if (
+                alone
+                and sum(each.numel() for each in own) >= BLOCK
+                and not isinstance(element, nn.ModuleList | nn.ModuleDict)
+            ):
                 taken |= {id(each) for each in own}
                 yield element

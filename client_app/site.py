@@ -28,7 +28,18 @@ from configuration.network import network_of as build
 from datasets import sources
 from datasets.lazy import Lazy, Values
 from datasets.names import fault
-from datasets.site import Moments, Part, SiteData, Split, deal, own, relabel, standardise, standardise_numbers, take
+from datasets.site import (
+    Moments,
+    Part,
+    SiteData,
+    Split,
+    deal,
+    own,
+    relabel,
+    standardise,
+    standardise_numbers,
+    take,
+)
 from models.flat import FlatModel
 from models.tasks import Task
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
@@ -62,7 +73,9 @@ class SiteId(NamedTuple):
         try:
             return cls(int(node["site"]), None, str(node["data"]))
         except KeyError as error:
-            raise ValueError(f"--node-config has no {error}: a deployed site needs 'site=0 data=\"/srv/data\"'") from None
+            raise ValueError(
+                f"--node-config has no {error}: a deployed site needs 'site=0 data=\"/srv/data\"'"
+            ) from None
 
 
 class Network(NamedTuple):
@@ -92,7 +105,14 @@ class Network(NamedTuple):
     def test(self, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float | list[float]]:
         """What the mean prediction of models [k, d] with their statistics [k, b] is worth (:func:`training.evaluate`)."""
         return training.evaluate(
-            self.task, self.predict, self.model, xs, statistics, part, details=self.details, at_once=self.at_once
+            self.task,
+            self.predict,
+            self.model,
+            xs,
+            statistics,
+            part,
+            details=self.details,
+            at_once=self.at_once,
         )
 
 
@@ -137,12 +157,24 @@ def origin_of(config: Config, site: SiteId) -> Origin:
         SourceError: there are none.
     """
     data, path = config.data, config.data.path if site.num_sites is not None else site.path
-    keys = ("label", "group", "image_size", "channels", "audio_seconds", "text_buckets", "context", "vocabulary", "memory_gb")
+    keys = (
+        "label",
+        "group",
+        "image_size",
+        "channels",
+        "audio_seconds",
+        "text_buckets",
+        "context",
+        "vocabulary",
+        "memory_gb",
+    )
     options = (*((key, getattr(data, key)) for key in keys), ("target", config.task.target))
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
 
-_looks: dict[tuple[str, str], tuple[float, str]] = {}  # of a source and path: when to look again, and what was found
+_looks: dict[
+    tuple[str, str], tuple[float, str]
+] = {}  # of a source and path: when to look again, and what was found
 
 
 def _fingerprint(source: str, path: str) -> str:
@@ -184,12 +216,18 @@ def _pooled(config: Config) -> bool:
 
 
 def _radius(config: Config) -> float:
-    return config.plan.gradient.rho if isinstance(config.plan, PeerPlan) else config.training.sam_radius
+    return (
+        config.plan.gradient.rho
+        if isinstance(config.plan, PeerPlan)
+        else config.training.sam_radius
+    )
 
 
 def _epochs(config: Config) -> bool:
     """Whether sites train for whole epochs."""
-    return not isinstance(config.plan, PeerPlan | ArrivalPlan) and not hasattr(config.keys, "local_steps")
+    return not isinstance(config.plan, PeerPlan | ArrivalPlan) and not hasattr(
+        config.keys, "local_steps"
+    )
 
 
 def raw_data(config: Config, site: SiteId) -> SiteData:
@@ -219,13 +257,24 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
         splits = _splits(config, site.num_sites, origin)
         return splits if _pooled(config) else [splits[site.number]]
     if _pooled(config):
-        raise ValueError(f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation")
+        raise ValueError(
+            f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation"
+        )
     # Not the run's seed: from what two halves have in common, and what not, follows each example; and a test stays one.
     generator = np.random.default_rng(derive(SPLIT_SEED, "split", site.number))
-    return [own(_pool(origin), generator, test_part=config.data.test_part, test_fraction=config.data.test_fraction)]
+    return [
+        own(
+            _pool(origin),
+            generator,
+            test_part=config.data.test_part,
+            test_fraction=config.data.test_fraction,
+        )
+    ]
 
 
-def site_data(config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None) -> SiteData:
+def site_data(
+    config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None
+) -> SiteData:
     """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
 
     Raises:
@@ -235,7 +284,9 @@ def site_data(config: Config, site: SiteId, classes: tuple[str, ...], common: Mo
 
 
 @lru_cache(maxsize=64)
-def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str, ...], common: Moments | None) -> SiteData:
+def _site_data(
+    config: Config, site: SiteId, origin: Origin, classes: tuple[str, ...], common: Moments | None
+) -> SiteData:
     data = relabel(_raw_data(config, site, origin), classes)
     if common is not None:
         columns, numbers = common.split(len(data.columns))
@@ -245,7 +296,9 @@ def _site_data(config: Config, site: SiteId, origin: Origin, classes: tuple[str,
 
     def there(values: Values) -> Values:
         if isinstance(values, Lazy):
-            return replace(values, device=device, workers=min(config.computing.workers, os.cpu_count() or 1))
+            return replace(
+                values, device=device, workers=min(config.computing.workers, os.cpu_count() or 1)
+            )
         return values.to(device)
 
     return data._replace(train=Part(*map(there, data.train)), test=Part(*map(there, data.test)))
@@ -261,7 +314,9 @@ def device_of(name: str) -> torch.device:
         ConfigError: this site does not have it.
     """
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         device = found or torch.device("cpu")
     else:
         device = torch.device(name)
@@ -269,7 +324,9 @@ def device_of(name: str) -> torch.device:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # as torch's parts say it
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"computing.device = {name!r}: {reason}; allowed here: 'auto', or one that this site has") from error
+            raise ConfigError(
+                f"computing.device = {name!r}: {reason}; allowed here: 'auto', or one that this site has"
+            ) from error
     ray = sys.modules.get("ray")
     if device.type == "cuda" and ray is not None and ray.is_initialized():
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1)
@@ -279,38 +336,74 @@ def device_of(name: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def network_of(config: Config, shape: tuple[int, ...], num_classes: int, sharding: bool = False) -> Network:
+def network_of(
+    config: Config, shape: tuple[int, ...], num_classes: int, sharding: bool = False
+) -> Network:
     """The network of a run for examples of ``shape``, on this site's device, or a shard of it on each of them."""
     device = device_of(config.computing.device)
     task, network = config.task, build(config, shape, num_classes)[0]
     if sharding:
-        from client_app.sharded import ShardedModel, sharded  # here: FSDP2 takes a second to import, and few sites have it
+        from client_app.sharded import (
+            ShardedModel,
+            sharded,
+        )  # here: FSDP2 takes a second to import, and few sites have it
 
         model: FlatModel = (shards := ShardedModel(network, device))
     else:
         model = FlatModel(network, device)
     compiled = torch.compile(model.network) if config.computing.compile else model.network
-    layout = torch.channels_last if config.computing.channels_last and len(shape) == 3 else torch.contiguous_format
+    layout = (
+        torch.channels_last
+        if config.computing.channels_last and len(shape) == 3
+        else torch.contiguous_format
+    )
 
     def predict(x: Tensor) -> Tensor:
-        together = all_or_none() if sharding else nullcontext()  # each layer is put together from all processes
-        with together, torch.autocast(device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"):
+        together = (
+            all_or_none() if sharding else nullcontext()
+        )  # each layer is put together from all processes
+        with (
+            together,
+            torch.autocast(
+                device.type, torch.bfloat16, enabled=config.computing.precision == "bfloat16"
+            ),
+        ):
             logits: Tensor = compiled(x.contiguous(memory_format=layout))
         return logits
 
-    at_once = min(config.computing.micro_batch or training.EVALUATION_BATCH, training.EVALUATION_BATCH)
-    plain = training.plain(model, lambda batch: task.losses(predict(batch[0]).float(), batch[1]).mean())
+    at_once = min(
+        config.computing.micro_batch or training.EVALUATION_BATCH, training.EVALUATION_BATCH
+    )
+    plain = training.plain(
+        model, lambda batch: task.losses(predict(batch[0]).float(), batch[1]).mean()
+    )
     if sharding:
         # Parts of the whole batch, not of a process's: all go through equally many.
-        plain = training.accumulated(sharded(plain, shards), config.computing.micro_batch * shards.count)
+        plain = training.accumulated(
+            sharded(plain, shards), config.computing.micro_batch * shards.count
+        )
         sharp = training.sharpness_aware(plain, _radius(config), model.norm)
-        return Network(task, config.results.details, model, predict, model.x, model.stats, plain, sharp, at_once)
+        return Network(
+            task,
+            config.results.details,
+            model,
+            predict,
+            model.x,
+            model.stats,
+            plain,
+            sharp,
+            at_once,
+        )
     plain = training.accumulated(plain, config.computing.micro_batch)
     if dist.is_available() and dist.is_initialized():
-        plain = training.data_parallel(plain, dist.get_rank(), dist.get_world_size(), model.statistics)
+        plain = training.data_parallel(
+            plain, dist.get_rank(), dist.get_world_size(), model.statistics
+        )
     initial = model.x.clone() if isinstance(config.plan, PeerPlan) else model.x
     sharp = training.sharpness_aware(plain, _radius(config))
-    return Network(task, config.results.details, model, predict, initial, model.stats, plain, sharp, at_once)
+    return Network(
+        task, config.results.details, model, predict, initial, model.stats, plain, sharp, at_once
+    )
 
 
 def name_of(config: Config, site: SiteId, context: Context) -> str:
@@ -331,7 +424,12 @@ def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteD
     classes, common = agreed.classes, Moments(*agreed.moments) if agreed.moments else None
     data = site_data(config, site, classes, common)
     sharding = bool(context.node_config.get(SHARDING))
-    return config, site, data, network_of(config, tuple(data.train.x.shape[1:]), len(classes), sharding)
+    return (
+        config,
+        site,
+        data,
+        network_of(config, tuple(data.train.x.shape[1:]), len(classes), sharding),
+    )
 
 
 def private(context: Context, network: Network) -> Noise | None:
@@ -342,7 +440,9 @@ def private(context: Context, network: Network) -> Noise | None:
     """
     noise = Noise.of(context)
     if noise and network.model.num_stats:
-        raise ConfigError("model.norm = 'batch': statistics would leave without noise; allowed at this site: 'group'")
+        raise ConfigError(
+            "model.norm = 'batch': statistics would leave without noise; allowed at this site: 'group'"
+        )
     return noise
 
 

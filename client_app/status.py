@@ -38,7 +38,11 @@ class Status(Collector):
     """
 
     def __init__(
-        self, site: SiteFile, examples: tuple[int, int], rules: Mapping[str, str], doing: Callable[[], tuple[str, float]]
+        self,
+        site: SiteFile,
+        examples: tuple[int, int],
+        rules: Mapping[str, str],
+        doing: Callable[[], tuple[str, float]],
     ) -> None:
         self._site, self._examples, self._rules, self._doing = site, examples, rules, doing
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -73,23 +77,42 @@ class Status(Collector):
         privacy = self.spent()
         with self._lock:
             told = {
-                "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],  # too large for JavaScript
+                "newest": [
+                    {**line, "run": str(line["run"])} for line in reversed(self._newest)
+                ],  # too large for JavaScript
                 "letters": self._letters["in"],
                 "bytes": {way: self._bytes[way] for way in ("in", "out")},
                 "refused": dict(self._refused),
             }
         train, test = self._examples
-        about = {"site": self._site.site, "name": self._site.name, "since": self._since, "doing": doing, "seconds": round(seconds)}
-        return {"site": about | told | {"train": train, "test": test, "policy": self._rules, "privacy": privacy}}
+        about = {
+            "site": self._site.site,
+            "name": self._site.name,
+            "since": self._since,
+            "doing": doing,
+            "seconds": round(seconds),
+        }
+        return {
+            "site": about
+            | told
+            | {"train": train, "test": test, "policy": self._rules, "privacy": privacy}
+        }
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' metrics."""
         site = str(self._site.site)
-        up = GaugeMetricFamily("archipelago_site_up", "1 while the service answers letters", labels=["site"])
+        up = GaugeMetricFamily(
+            "archipelago_site_up", "1 while the service answers letters", labels=["site"]
+        )
         up.add_metric([site], 1.0)
         yield up
         with self._lock:
-            letters, sent, refused, last = dict(self._letters), dict(self._bytes), dict(self._refused), self._last
+            letters, sent, refused, last = (
+                dict(self._letters),
+                dict(self._bytes),
+                dict(self._refused),
+                self._last,
+            )
         for name, help, values in (
             ("letters", "letters and answers", letters),
             ("bytes", "arrays of letters and answers", sent),
@@ -98,17 +121,27 @@ class Status(Collector):
             for way in ("in", "out"):
                 family.add_metric([site, way], values.get(way, 0))
             yield family
-        family = CounterMetricFamily("archipelago_refused", "letters that break a rule", labels=["site", "rule"])
+        family = CounterMetricFamily(
+            "archipelago_refused", "letters that break a rule", labels=["site", "rule"]
+        )
         for rule, count in refused.items():
             family.add_metric([site, rule], count)
         yield family
         if last:
-            yield GaugeMetricFamily("archipelago_round", "of the newest letter", float(last["round"]))
+            yield GaugeMetricFamily(
+                "archipelago_round", "of the newest letter", float(last["round"])
+            )
         for part, count in zip(("train", "test"), self._examples, strict=True):
-            yield GaugeMetricFamily(f"archipelago_{part}_examples", "that the site holds", float(count))
+            yield GaugeMetricFamily(
+                f"archipelago_{part}_examples", "that the site holds", float(count)
+            )
         if privacy := self.spent():
-            yield GaugeMetricFamily("archipelago_epsilon_spent", "of differential privacy, so far", privacy["spent"])
-            yield GaugeMetricFamily("archipelago_epsilon_budget", "of differential privacy, in all", privacy["epsilon"])
+            yield GaugeMetricFamily(
+                "archipelago_epsilon_spent", "of differential privacy, so far", privacy["spent"]
+            )
+            yield GaugeMetricFamily(
+                "archipelago_epsilon_budget", "of differential privacy, in all", privacy["epsilon"]
+            )
 
     def serve(self) -> None:
         """Answer browsers and Prometheus, in a thread, until the process ends.
@@ -119,7 +152,9 @@ class Status(Collector):
         registry = CollectorRegistry()
         registry.register(self)
         try:
-            served = server(address_of(self._site.page), self.data, lambda: generate_latest(registry))
+            served = server(
+                address_of(self._site.page), self.data, lambda: generate_latest(registry)
+            )
         except OSError as error:
             raise PolicyError(f"page = {self._site.page!r}: {error}") from None
         Thread(target=served.serve_forever, daemon=True).start()
@@ -129,7 +164,9 @@ def rule_of(refusal: str) -> str:
     """The policy's key that an answer names; of few different ones, for whoever counts."""
     if "BudgetError" in refusal:
         return "epsilon"
-    named = re.findall(r"this site's policy has ([a-z-]+) = ", refusal) or re.findall(r"policy: ([a-z-]+) = ", refusal)
+    named = re.findall(r"this site's policy has ([a-z-]+) = ", refusal) or re.findall(
+        r"policy: ([a-z-]+) = ", refusal
+    )
     return named[-1] if named and named[-1] in RULES else "other"
 
 

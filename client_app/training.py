@@ -31,7 +31,9 @@ class Gradient(Protocol):
     ``track`` is False where BatchNorm's running statistics must stay as they are.
     """
 
-    def __call__(self, x: Tensor, batch: Batch, /, *, track: bool = True) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, x: Tensor, batch: Batch, /, *, track: bool = True
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
@@ -55,7 +57,9 @@ def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
     return gradient
 
 
-def sharpness_aware(base: Gradient, rho: float, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm) -> Gradient:
+def sharpness_aware(
+    base: Gradient, rho: float, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
+) -> Gradient:
     """The gradient at the worst point near by: at ``x + rho g / |g|``, where ``g`` is the gradient at ``x`` on the same batch.
 
     Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equations 2 and 3; one norm over all parameters; the second
@@ -99,12 +103,18 @@ def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Te
         part = tuple(each.tensor_split(count)[rank] for each in batch)
         share = len(part[1]) / len(batch[1])
         with all_or_none():
-            value, g = base(x, (part[0], part[1]), track=track) if share else (x.new_zeros(()), torch.zeros_like(x))
+            value, g = (
+                base(x, (part[0], part[1]), track=track)
+                if share
+                else (x.new_zeros(()), torch.zeros_like(x))
+            )
             kept = [buffer.reshape(-1) for buffer in statistics] if track else []
             together = torch.cat([g, value.reshape(1), *kept]).mul_(share)
             dist.all_reduce(together)
         d = len(g)
-        for buffer, mean in zip(statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False):
+        for buffer, mean in zip(
+            statistics, together[d + 1 :].split([len(each) for each in kept]), strict=False
+        ):
             buffer.copy_(mean.view(buffer.shape))
         return together[d], together[:d]
 
@@ -153,7 +163,9 @@ def flip_crop(x: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = rows.to(x.device), columns.to(x.device)
     padded = F.pad(x, (pad, pad, pad, pad))
     each = torch.arange(n, device=x.device)[:, None, None]
-    return padded.movedim(1, 3)[each, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+    return (
+        padded.movedim(1, 3)[each, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+    )
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
@@ -162,7 +174,10 @@ def num_batches(num_examples: int, batch_size: int) -> int:
 
 
 def batches(
-    part: Part, batch_size: int, generator: torch.Generator, augment: Callable[[Tensor, torch.Generator], Tensor] | None
+    part: Part,
+    batch_size: int,
+    generator: torch.Generator,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None,
 ) -> Iterator[Batch]:
     """One epoch in random order, an IterableDataset's in its own; in batches of nearly equal size: none of one example."""
     order = torch.randperm(len(part.y), generator=generator)
@@ -181,7 +196,7 @@ def chunks(part: Part, at_once: int = EVALUATION_BATCH) -> Iterator[Batch]:
 def optimizers(
     name: str, model: FlatModel, lr: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1.
+    """Torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1.
 
     For ``muon`` there are two: Muon (Jordan et al. 2024, with Nesterov momentum) for the hidden matrices, scaled so that its
     updates are as large as AdamW's (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982), and AdamW for the rest.
@@ -191,19 +206,42 @@ def optimizers(
     whole.grad = model.grad  # of which those of the parameters are views
     if name != "muon":
         if name == "adamw":
-            return [torch.optim.AdamW([whole], lr, (momentum, 0.999), weight_decay=weight_decay, fused=True)]
-        return [torch.optim.SGD([whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)]
+            return [
+                torch.optim.AdamW(
+                    [whole], lr, (momentum, 0.999), weight_decay=weight_decay, fused=True
+                )
+            ]
+        return [
+            torch.optim.SGD(
+                [whole], lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+            )
+        ]
     trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-    hidden = {id(parameter): parameter for parameter in hidden_matrices(model.network) if parameter.requires_grad}
-    matrices = [nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()]  # kernels: a row for each output
+    hidden = {
+        id(parameter): parameter
+        for parameter in hidden_matrices(model.network)
+        if parameter.requires_grad
+    }
+    matrices = [
+        nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()
+    ]  # kernels: a row for each output
     for matrix, parameter in zip(matrices, hidden.values(), strict=True):
         assert parameter.grad is not None  # a view into model.grad
         matrix.grad = parameter.grad.flatten(1)
     found: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr, weight_decay, momentum, nesterov=momentum > 0, adjust_lr_fn="match_rms_adamw")
+        torch.optim.Muon(
+            matrices,
+            lr,
+            weight_decay,
+            momentum,
+            nesterov=momentum > 0,
+            adjust_lr_fn="match_rms_adamw",
+        )
     ]
     if rest := [parameter for parameter in trained if id(parameter) not in hidden]:
-        found.append(torch.optim.AdamW(rest, lr, (momentum, 0.999), weight_decay=weight_decay, fused=True))
+        found.append(
+            torch.optim.AdamW(rest, lr, (momentum, 0.999), weight_decay=weight_decay, fused=True)
+        )
     return found
 
 

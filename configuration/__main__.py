@@ -18,7 +18,9 @@ from configuration.errors import ConfigError, shown
 def pairs(config: Config) -> str:
     """What differs from the defaults, as ``key=value`` pairs in TOML."""
     shipped = Config().flat() if config.method is Config().method else {}
-    return " ".join(f"{key}={_toml(value)}" for key, value in config.flat().items() if shipped.get(key) != value)
+    return " ".join(
+        f"{key}={_toml(value)}" for key, value in config.flat().items() if shipped.get(key) != value
+    )
 
 
 def _toml(value: bool | int | float | str) -> str:
@@ -38,7 +40,9 @@ def parsed(text: str) -> dict[str, Any]:
         ConfigError: it left something out.
     """
     if rest := re.sub(r"""\S+?=('[^']*'|"[^"]*"|\S+)""", "", text).strip():
-        raise ConfigError(f"{shown(rest)}: no key=value, without spaces around =; a text stands in quotes")
+        raise ConfigError(
+            f"{shown(rest)}: no key=value, without spaces around =; a text stands in quotes"
+        )
     return parse_config_args([text])
 
 

@@ -14,7 +14,17 @@ from models.networks import own
 from models.tasks import TASKS
 from strategies.codecs import CODECS, codec, trial
 from strategies.keys import Only
-from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Method, PeerPlan, Plan, RoundPlan, Run, Section
+from strategies.method import (
+    AlonePlan,
+    ArrivalPlan,
+    ForeignPlan,
+    Method,
+    PeerPlan,
+    Plan,
+    RoundPlan,
+    Run,
+    Section,
+)
 from strategies.methods import METHODS
 from strategies.peer.algorithm import LinkAlgorithm
 from strategies.topology import TOPOLOGIES
@@ -92,7 +102,11 @@ def kind_of(method: Method[Any]) -> str:
 
 def _unused(method: Method[Any], plan: Plan | None) -> frozenset[str]:
     sections = UNUSED[type(plan) if plan else ForeignPlan]
-    whole = {f"{name}.{field.alias}" for name in sections & SECTIONS.keys() for field in SECTIONS[name].model_fields.values()}
+    whole = {
+        f"{name}.{field.alias}"
+        for name in sections & SECTIONS.keys()
+        for field in SECTIONS[name].model_fields.values()
+    }
     return method.unused | (sections - SECTIONS.keys()) | whole
 
 
@@ -104,7 +118,10 @@ def _without_effect(config: "Config", method: Method[Any]) -> Iterator[str]:
             if (whole := f"{name}.{key}") in none:
                 takers = [each for each in METHODS if whole not in unused(each)]
                 yield f"{whole} = {shown(value)}: has no effect with strategy = {method.name!r}; taken by {', '.join(takers)}"
-    for name, section in {**{name: getattr(config, name) for name in SECTIONS}, method.table: config.keys}.items():
+    for name, section in {
+        **{name: getattr(config, name) for name in SECTIONS},
+        method.table: config.keys,
+    }.items():
         yield from _only(name, section)
 
 
@@ -181,7 +198,11 @@ def _data(config: "Config") -> Iterator[str]:
         yield f"partition.kind = {partition.kind!r}: examples of {config.training.task} have no classes; allowed: {kinds}"
     if data.augment != "none" and target == "map":
         yield f"data.augment = {data.augment!r}: maps are not flipped and cropped with their pictures; allowed: 'none'"
-    if data.test_part == "official" and data.source in SOURCES and not SOURCES[data.source].official_test:
+    if (
+        data.test_part == "official"
+        and data.source in SOURCES
+        and not SOURCES[data.source].official_test
+    ):
         yield f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
     if data.augment != "none" and data.source in SOURCES and not SOURCES[data.source].pictures:
         yield f"data.augment = {data.augment!r}: only pictures can be flipped and cropped, not {data.source}; allowed: 'none'"
@@ -217,11 +238,20 @@ def _codecs(config: "Config") -> Iterator[str]:
 
 def _robust(config: "Config", plan: Plan) -> Iterator[str]:
     robust, name, table = config.robust, config.strategy, config.method.table
-    if "max-share" in changed(robust) and getattr(plan, "weighting", "") == "equal" and isinstance(plan, RoundPlan):
+    if (
+        "max-share" in changed(robust)
+        and getattr(plan, "weighting", "") == "equal"
+        and isinstance(plan, RoundPlan)
+    ):
         yield f"robust.max-share = {robust.max_share:g}: has no effect with {table}.weighting = 'equal'"
     if not robust.rule.on:
         return
-    said, allowed, rows, what = f"robust.mean = {robust.mean!r}", ("median", "trimmed-mean", "krum"), config.num_sites, "num-sites"
+    said, allowed, rows, what = (
+        f"robust.mean = {robust.mean!r}",
+        ("median", "trimmed-mean", "krum"),
+        config.num_sites,
+        "num-sites",
+    )
     match plan:
         case ArrivalPlan(window=0):
             yield f"{said}: {name} takes one contribution at a time; allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
@@ -233,7 +263,10 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
             yield f"{said}: {name} needs the sum of all that is sent; allowed: 'mean'"
             return
         case ArrivalPlan():
-            rows, what = plan.window, f"{table}.{'window' if hasattr(config.keys, 'window') else 'buffer-size'}"
+            rows, what = (
+                plan.window,
+                f"{table}.{'window' if hasattr(config.keys, 'window') else 'buffer-size'}",
+            )
             if rows > config.num_sites:
                 yield f"{what} = {rows}: {said} takes one contribution a site; at most num-sites, which is {config.num_sites}"
         case PeerPlan():
@@ -252,7 +285,9 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
 
 def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     wire, topology, name = config.wire, config.topology.name, config.strategy
-    if config.max_change != type(config).model_fields["max_change"].default and isinstance(plan.algorithm, LinkAlgorithm):
+    if config.max_change != type(config).model_fields["max_change"].default and isinstance(
+        plan.algorithm, LinkAlgorithm
+    ):
         yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: what neighbours send are no models"
     if config.num_sites < 2:
         yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"

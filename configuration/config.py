@@ -93,8 +93,17 @@ class Config(BaseModel):
             ConfigError: names every key that is wrong, its value and what is allowed.
         """
         flat = flatten(run_config)
-        if long := [key for key, value in flat.items() if len(value if isinstance(value, str) else key) > LONGEST]:
-            raise ConfigError("\n".join(f"{shown_key(key)} = {shown(flat[key])}: at most {LONGEST} characters" for key in long))
+        if long := [
+            key
+            for key, value in flat.items()
+            if len(value if isinstance(value, str) else key) > LONGEST
+        ]:
+            raise ConfigError(
+                "\n".join(
+                    f"{shown_key(key)} = {shown(flat[key])}: at most {LONGEST} characters"
+                    for key in long
+                )
+            )
         name = flat.get("strategy", cls.model_fields["strategy"].default)
         try:
             method = find(name)
@@ -104,21 +113,48 @@ class Config(BaseModel):
             raise ConfigError(f"strategy = {shown(name)}: {wrong}")
         former = {key: new for key in flat if (new := new_key(key, method.table))}
         if former:
-            raise ConfigError("\n".join(f"{key} = {shown(flat[key])}: this key is now {new}" for key, new in former.items()))
-        known = SECTIONS | {each.table: each.keys for each in METHODS.values()} | {method.table: method.keys}
-        errors = [_unknown(key, value, method) for key, value in flat.items() if not _is_known(key, known)]
+            raise ConfigError(
+                "\n".join(
+                    f"{key} = {shown(flat[key])}: this key is now {new}"
+                    for key, new in former.items()
+                )
+            )
+        known = (
+            SECTIONS
+            | {each.table: each.keys for each in METHODS.values()}
+            | {method.table: method.keys}
+        )
+        errors = [
+            _unknown(key, value, method) for key, value in flat.items() if not _is_known(key, known)
+        ]
         values: dict[str, Any] = {}
         for table, kind in known.items():
-            given = {key.partition(".")[2]: flat[key] for key in flat if key.partition(".")[0] == table and _is_known(key, known)}
+            given = {
+                key.partition(".")[2]: flat[key]
+                for key in flat
+                if key.partition(".")[0] == table and _is_known(key, known)
+            }
             section = _read(kind, given, f"{table}.", errors)
             if table == method.table:
                 values["keys"] = section
             elif table in SECTIONS:
                 values[table] = section
             elif section:
-                errors += [_of_another(method, table, key, value) for key, value in changed(section).items()]
-        top = {key.replace("-", "_"): flat[key] for key in flat if "." not in key and _is_known(key, known)}
-        found = _read(cls, top | {key: value for key, value in values.items() if value is not None}, "", errors)
+                errors += [
+                    _of_another(method, table, key, value)
+                    for key, value in changed(section).items()
+                ]
+        top = {
+            key.replace("-", "_"): flat[key]
+            for key in flat
+            if "." not in key and _is_known(key, known)
+        }
+        found = _read(
+            cls,
+            top | {key: value for key, value in values.items() if value is not None},
+            "",
+            errors,
+        )
         if errors or found is None or (errors := list(together(found, method))):
             raise ConfigError("\n".join(errors))
         return found
@@ -136,7 +172,10 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """What the method makes of its keys."""
-        return self.method.plan(self.keys, Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule))
+        return self.method.plan(
+            self.keys,
+            Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule),
+        )
 
     def tables(self) -> dict[str, Any]:
         """The configuration as nested tables, without other methods' sections."""
@@ -198,15 +237,23 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tables.items():
         key = key.replace("_", "-")
-        found |= {f"{key}.{k}": v for k, v in flatten(value).items()} if isinstance(value, Mapping) else {key: value}
+        found |= (
+            {f"{key}.{k}": v for k, v in flatten(value).items()}
+            if isinstance(value, Mapping)
+            else {key: value}
+        )
     return found
 
 
 def _section_fault(method: Method[Any]) -> str | None:
     """Why a method of one's own cannot have its section."""
     if not re.fullmatch("[A-Za-z0-9-]+", method.table):
-        return f"its section is called {shown(method.table)}; letters, digits and hyphens are expected"
-    if method.table in SECTIONS or any(method.table == field.alias for field in Config.model_fields.values()):
+        return (
+            f"its section is called {shown(method.table)}; letters, digits and hyphens are expected"
+        )
+    if method.table in SECTIONS or any(
+        method.table == field.alias for field in Config.model_fields.values()
+    ):
         return f"its section is called {shown(method.table)}, which every run has; another name is expected"
     if not (isinstance(method.keys, type) and issubclass(method.keys, Section)):
         return f"its keys are {shown(method.keys)}; a subclass of strategies.method.Section is expected"
@@ -216,17 +263,31 @@ def _section_fault(method: Method[Any]) -> str | None:
 def _is_known(key: str, known: Mapping[str, type[Section]]) -> bool:
     table, dot, rest = key.rpartition(".")
     fields = known[table].model_fields if table in known else Config.model_fields if not dot else {}
-    return any(rest == field.alias and rest not in known and rest != "keys" for field in fields.values())
+    return any(
+        rest == field.alias and rest not in known and rest != "keys" for field in fields.values()
+    )
 
 
 def _unknown(key: str, value: object, method: Method[Any]) -> str:
     """With a guess among the keys that this run takes: by the whole key, or by what comes after the dot."""
     own = {method.table: method.keys, **SECTIONS}
-    keys = [f"{table}.{field.alias}" for table, kind in own.items() for field in kind.model_fields.values()]
-    keys += [str(field.alias) for name, field in Config.model_fields.items() if name not in (*SECTIONS, "keys")]
+    keys = [
+        f"{table}.{field.alias}"
+        for table, kind in own.items()
+        for field in kind.model_fields.values()
+    ]
+    keys += [
+        str(field.alias)
+        for name, field in Config.model_fields.items()
+        if name not in (*SECTIONS, "keys")
+    ]
     last = {each.rpartition(".")[2]: each for each in reversed(keys)}
-    close = get_close_matches(key, keys, n=1) or [last[each] for each in get_close_matches(key, last, n=1)]
-    return f"{shown_key(key)} = {shown(value)}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = get_close_matches(key, keys, n=1) or [
+        last[each] for each in get_close_matches(key, last, n=1)
+    ]
+    return f"{shown_key(key)} = {shown(value)}: unknown key" + (
+        f"; did you mean {close[0]!r}?" if close else ""
+    )
 
 
 def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str]) -> S | None:
@@ -236,14 +297,24 @@ def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str
     except ValidationError as error:
         for each in error.errors():
             key = prefix + ".".join(map(str, each["loc"])).replace("_", "-")
-            message = each["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            whole = each["type"] == "value_error" and not each["loc"]  # of a section: it names its keys itself
-            errors.append(f"{prefix}{message}" if whole else f"{key} = {shown(each['input'])}: {message}")
+            message = (
+                each["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            )
+            whole = (
+                each["type"] == "value_error" and not each["loc"]
+            )  # of a section: it names its keys itself
+            errors.append(
+                f"{prefix}{message}" if whole else f"{key} = {shown(each['input'])}: {message}"
+            )
         return None
 
 
 def _of_another(method: Method[Any], table: str, key: str, value: object) -> str:
     owners = [name for name, each in METHODS.items() if each.table == table]
-    own = f"; did you mean {method.table}.{key}?" if key in {field.alias for field in method.keys.model_fields.values()} else ""
+    own = (
+        f"; did you mean {method.table}.{key}?"
+        if key in {field.alias for field in method.keys.model_fields.values()}
+        else ""
+    )
     takers = f"only {', '.join(owners)}" if len(owners) < 4 else "only a strategy of Flower"
     return f"{table}.{key} = {shown(value)}: strategy = {method.name!r} does not take it, {takers}{own}"

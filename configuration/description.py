@@ -72,7 +72,9 @@ class Description(BaseModel):
         try:
             return cls.model_validate_json(_metadata(file)[KEY])
         except (OSError, SafetensorError, KeyError, ValidationError) as error:
-            raise ValueError(f"{file} is no model of Archipelago: {type(error).__name__}: {error}") from None
+            raise ValueError(
+                f"{file} is no model of Archipelago: {type(error).__name__}: {error}"
+            ) from None
 
 
 def is_described(file: Path) -> bool:

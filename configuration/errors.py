@@ -15,7 +15,11 @@ def changed(section: BaseModel) -> dict[str, Any]:
     """The keys of a section that are not as shipped, with their values."""
     fields = type(section).model_fields
     values = {name: getattr(section, name) for name in fields}
-    return {str(fields[name].alias): value for name, value in values.items() if value != fields[name].default}
+    return {
+        str(fields[name].alias): value
+        for name, value in values.items()
+        if value != fields[name].default
+    }
 
 
 def shown_key(key: str) -> str:

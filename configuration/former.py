@@ -36,7 +36,9 @@ RENAMED = {
     "nesterov": "training.nesterov; of peers METHOD.nesterov",
     "sam-radius": "training.sam-radius; of q-saddle, n-saddle, dfedsam METHOD.rho",
 }
-FORMER = {key: f"{section}.{key}" for section, keys in SECTION_OF.items() for key in keys.split()} | RENAMED
+FORMER = {
+    key: f"{section}.{key}" for section, keys in SECTION_OF.items() for key in keys.split()
+} | RENAMED
 
 
 def new_key(key: str, method: str) -> str | None:

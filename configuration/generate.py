@@ -26,7 +26,11 @@ def tables() -> dict[str, type[BaseModel]]:
 
 def fields(kind: type[BaseModel]) -> dict[str, FieldInfo]:
     """The keys of a section as they are written."""
-    return {str(field.alias): field for name, field in kind.model_fields.items() if name not in ("keys", *SECTIONS)}
+    return {
+        str(field.alias): field
+        for name, field in kind.model_fields.items()
+        if name not in ("keys", *SECTIONS)
+    }
 
 
 def defaults() -> str:
@@ -59,13 +63,22 @@ def reference() -> str:
         lines += ["| key | allowed | default | |", "|---|---|---|---|"]
         schema: dict[str, Any] = kind.model_json_schema(by_alias=True)["properties"]
         for key, field in fields(kind).items():
-            lines.append(f"| `{key}` | {_allowed(schema[key])} | `{json.dumps(field.default)}` | {_cell(field.description)} |")
+            lines.append(
+                f"| `{key}` | {_allowed(schema[key])} | `{json.dumps(field.default)}` | {_cell(field.description)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def methods() -> str:
     """The table of all methods."""
-    lines = ["# Methods", "", "Made by `make docs`.", "", "| method | driver | what it is | its keys |", "|---|---|---|---|"]
+    lines = [
+        "# Methods",
+        "",
+        "Made by `make docs`.",
+        "",
+        "| method | driver | what it is | its keys |",
+        "|---|---|---|---|",
+    ]
     for method in METHODS.values():
         keys = ", ".join(f"`{key}`" for key in fields(method.keys))
         lines.append(f"| `{method.name}` | {kind_of(method)} | {_cell(_title(method))} | {keys} |")
@@ -93,7 +106,12 @@ def _allowed(schema: dict[str, Any]) -> str:
         )
         if name in schema
     ]
-    kind = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text"}[schema["type"]]
+    kind = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true, false",
+        "string": "text",
+    }[schema["type"]]
     return f"{kind} {', '.join(bounds)}".strip()
 
 

@@ -35,9 +35,13 @@ def graph_of(config: Config) -> Topology:
         raise TopologyError(f"wire.error-feedback = 'choco': {VARYING}")
     config.plan.check(found, keys.averaging_rate)
     if config.robust.mean != "mean":
-        least = {"median": 2, "trimmed-mean": 2 * config.robust.faulty}.get(config.robust.mean, config.robust.faulty + 1)
+        least = {"median": 2, "trimmed-mean": 2 * config.robust.faulty}.get(
+            config.robust.mean, config.robust.faulty + 1
+        )
         exchanges, peers = range(len(found.matrices)), range(config.num_sites)
-        fewest = min(len(found.neighbours(exchange, peer)) for exchange in exchanges for peer in peers)
+        fewest = min(
+            len(found.neighbours(exchange, peer)) for exchange in exchanges for peer in peers
+        )
         if fewest < least:
             wrong = f"topology.name = {keys.name!r}: a peer has {fewest} neighbours"
             raise TopologyError(

@@ -20,21 +20,33 @@ def num_outputs(task: Task, data: Data, num_classes: int) -> int:
     return data.vocabulary if task.target == "tokens" else num_classes
 
 
-def initialised(model: Model, data: Data, task: Task, shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
+def initialised(
+    model: Model, data: Data, task: Task, shape: tuple[int, ...], num_classes: int, seed: int
+) -> nn.Module:
     """The network for examples of ``shape`` with random parameters.
 
     Raises:
         ValueError: it cannot be built; the message names the key.
     """
     outputs, tokens = num_outputs(task, data, num_classes), task.target == "tokens"
-    return build(model.name, shape, outputs, seed, output=task.output(shape, outputs), tokens=tokens, **model.options)
+    return build(
+        model.name,
+        shape,
+        outputs,
+        seed,
+        output=task.output(shape, outputs),
+        tokens=tokens,
+        **model.options,
+    )
 
 
 @lru_cache(maxsize=4)  # a site's service asks with each letter
 def parameters_of(config: Config, shape: tuple[int, ...], num_classes: int) -> int:
     """How many parameters :func:`network_of` would make, without the memory for them; 0 for a network of one's own."""
     model = config.model
-    return num_parameters(model.name, shape, num_outputs(config.task, config.data, num_classes), **model.options)
+    return num_parameters(
+        model.name, shape, num_outputs(config.task, config.data, num_classes), **model.options
+    )
 
 
 def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, str]:
@@ -44,15 +56,21 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tupl
         ValueError: it cannot be built; the message names the key.
     """
     model, said = config.model, ""
-    network = initialised(model, config.data, config.task, shape, num_classes, derive(config.seed, "model"))
+    network = initialised(
+        model, config.data, config.task, shape, num_classes, derive(config.seed, "model")
+    )
     if config.computing.checkpointing:
         checkpoint_blocks(network, config.computing.compile)
     if model.initial:
         said = start_from(network, model.initial)
     if model.trainable:
         freeze(network, model.trainable)
-    if config.training.optimizer == "muon" and not any(weight.requires_grad for weight in hidden_matrices(network)):
-        raise ValueError("training.optimizer = 'muon': no hidden matrix of this network is trained; allowed: 'sgd', 'adamw'")
+    if config.training.optimizer == "muon" and not any(
+        weight.requires_grad for weight in hidden_matrices(network)
+    ):
+        raise ValueError(
+            "training.optimizer = 'muon': no hidden matrix of this network is trained; allowed: 'sgd', 'adamw'"
+        )
     return network, said
 
 

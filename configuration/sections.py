@@ -46,7 +46,11 @@ def _one_of(*allowed: str, more: Callable[[], tuple[str, ...]] = tuple) -> After
             return name
         guess = get_close_matches(name, names, n=1)
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
-        kinds = (*allowed, *(("torchvision:NAME",) if more is not tuple else ()), "package.module:NAME")
+        kinds = (
+            *allowed,
+            *(("torchvision:NAME",) if more is not tuple else ()),
+            "package.module:NAME",
+        )
         raise ValueError(f"allowed: {', '.join(kinds)}{hint}")
 
     return AfterValidator(check)
@@ -104,7 +108,9 @@ class Model(Section):
 
     name: Annotated[str, _one_of(*NETWORKS, more=torchvision_names)] = "cnn"
     """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own: package.module:NAME"""
-    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=_taking(NETWORKS, "norm"))] = "batch"
+    norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=_taking(NETWORKS, "norm"))] = (
+        "batch"
+    )
     """batch, group, evonorm"""
     layers: Annotated[int, Field(ge=1, le=256), Only(name=_taking(NETWORKS, "layers"))] = 4
     """of a transformer"""
@@ -134,21 +140,31 @@ class Data(Section):
     """the label's column, or an expression of columns such as "target > 0\""""
     group: Annotated[str, Only(source=_taking(SOURCES, "group"))] = ""
     """natural sites: a column, or a regular expression on the path; empty: CSV file or top folder"""
-    image_size: Annotated[int, Field(ge=1, le=4096), Only(source=_taking(SOURCES, "image_size"))] = 32
+    image_size: Annotated[
+        int, Field(ge=1, le=4096), Only(source=_taking(SOURCES, "image_size"))
+    ] = 32
     """pictures are resized to this many pixels a side"""
     channels: Annotated[Literal[0, 1, 3], Only(source=_taking(SOURCES, "channels"))] = 0
     """1: grey; 3: coloured; 0: as they are"""
-    audio_seconds: Annotated[float, Field(gt=0, le=3600), Only(source=_taking(SOURCES, "audio_seconds"))] = 1.0
+    audio_seconds: Annotated[
+        float, Field(gt=0, le=3600), Only(source=_taking(SOURCES, "audio_seconds"))
+    ] = 1.0
     """clips are cut or padded to this length"""
-    text_buckets: Annotated[int, Field(ge=1, le=2**22), Only(source=_taking(SOURCES, "text_buckets"))] = 16384
+    text_buckets: Annotated[
+        int, Field(ge=1, le=2**22), Only(source=_taking(SOURCES, "text_buckets"))
+    ] = 16384
     """length of the hashed bag of n-grams"""
     context: Annotated[int, Field(ge=1, le=2**20), Only(source=_taking(SOURCES, "context"))] = 128
     """tokens (bytes of text-bytes) from which the next ones are predicted"""
     token_bytes: Annotated[float, Field(gt=0, le=1000), Only(source=("tokens",))] = 1.0
     """bytes of text that a token stands for, on average: for bits a byte"""
-    vocabulary: Annotated[int, Field(ge=2, le=2**24), Only(source=_taking(SOURCES, "vocabulary"))] = 256
+    vocabulary: Annotated[
+        int, Field(ge=2, le=2**24), Only(source=_taking(SOURCES, "vocabulary"))
+    ] = 256
     """different tokens that there may be; of text-bytes 256"""
-    memory_gb: Annotated[float, Field(gt=0, le=1e6), Only(source=_taking(SOURCES, "memory_gb"))] = 4.0
+    memory_gb: Annotated[float, Field(gt=0, le=1e6), Only(source=_taking(SOURCES, "memory_gb"))] = (
+        4.0
+    )
     """examples that would take more memory (in 2^30 bytes) are read when a batch needs them"""
     test_part: Literal["own", "pooled", "official"] = "own"
     """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
@@ -167,7 +183,9 @@ class Partition(Section):
     """smaller is more skewed"""
     classes_per_site: Annotated[Positive, Only(kind=_taking(PARTITIONS, "classes_per_site"))] = 2
     """so many"""
-    size_ratio: Annotated[float, Field(ge=1, le=1e6), Only(kind=_taking(PARTITIONS, "size_ratio"))] = 10.0
+    size_ratio: Annotated[
+        float, Field(ge=1, le=1e6), Only(kind=_taking(PARTITIONS, "size_ratio"))
+    ] = 10.0
     """examples of the largest site over those of the smallest"""
     iid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """so much of the data is spread by chance, the rest as kind says"""
@@ -178,7 +196,9 @@ class TopologyKeys(Section):
 
     name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
     """ring, path, star, complete, torus, matching, exponential, edges, ..., or one's own: package.module:function"""
-    mixing: Annotated[Literal["metropolis", "uniform"], Only(own=True, name=UNDIRECTED)] = "metropolis"
+    mixing: Annotated[Literal["metropolis", "uniform"], Only(own=True, name=UNDIRECTED)] = (
+        "metropolis"
+    )
     """weights of neighbours: metropolis, uniform (regular graphs)"""
     lazy: bool = False
     """halve the weights of all neighbours"""

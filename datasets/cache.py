@@ -26,7 +26,15 @@ from datasets.lazy import Lazy
 from datasets.names import shown
 
 TENSORS, NAMES = ("x", "y", "group", "test"), ("classes", "groups", "columns")
-LIBRARIES = "numpy", "pandas", "pillow", "scikit-learn", "scipy", "torch", "torchvision"  # that decode
+LIBRARIES = (
+    "numpy",
+    "pandas",
+    "pillow",
+    "scikit-learn",
+    "scipy",
+    "torch",
+    "torchvision",
+)  # that decode
 
 
 def digest(value: object) -> str:
@@ -36,7 +44,12 @@ def digest(value: object) -> str:
 
 def _code() -> str:
     """Of the decoders and the libraries they call: others may return other examples."""
-    return digest([*map(version, LIBRARIES), *(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))])
+    return digest(
+        [
+            *map(version, LIBRARIES),
+            *(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))),
+        ]
+    )
 
 
 CODE = _code()  # now: later the files may be others than those that this process runs
@@ -54,7 +67,11 @@ def fingerprint(files: Path | None) -> str:
     """
     if files is None:
         return ""
-    names = [str(files)] if files.is_file() else [os.path.join(at, name) for at, _, names in os.walk(files) for name in names]
+    names = (
+        [str(files)]
+        if files.is_file()
+        else [os.path.join(at, name) for at, _, names in os.walk(files) for name in names]
+    )
     found = []
     for name in names:
         with suppress(OSError):  # a link to nothing, or gone meanwhile
@@ -63,7 +80,9 @@ def fingerprint(files: Path | None) -> str:
     return digest(sorted(found))
 
 
-def cached(source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]) -> Examples:
+def cached(
+    source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]
+) -> Examples:
     """What ``decode`` returns, with contiguous tensors; from disk if it was called before for the same contents, options and code.
 
     Lazy examples are returned as they are.
@@ -110,7 +129,13 @@ def cached(source: str, files: Path | None, options: Mapping[str, object], decod
 def _contiguous(examples: Examples) -> Examples:
     if isinstance(examples.x, Lazy):
         return examples
-    return examples._replace(**{name: value.contiguous() for name in TENSORS if (value := getattr(examples, name)) is not None})
+    return examples._replace(
+        **{
+            name: value.contiguous()
+            for name in TENSORS
+            if (value := getattr(examples, name)) is not None
+        }
+    )
 
 
 def _read(entry: Path) -> Examples | None:
@@ -125,12 +150,20 @@ def _read(entry: Path) -> Examples | None:
 
 
 def _write(entry: Path, place: str, examples: Examples) -> None:
-    for old in entry.parent.glob(f"{place}-*"):  # of other contents, damaged, or of a process that was killed
+    for old in entry.parent.glob(
+        f"{place}-*"
+    ):  # of other contents, damaged, or of a process that was killed
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    with TemporaryDirectory(prefix=f"{place}-", dir=entry.parent) as partial:  # safetensors leaves more than one name
+    with TemporaryDirectory(
+        prefix=f"{place}-", dir=entry.parent
+    ) as partial:  # safetensors leaves more than one name
         file = Path(partial, entry.name)
-        tensors = {name: value for name in TENSORS if (value := getattr(examples, name)) is not None}
-        save_file(tensors, file, {"names": json.dumps({name: getattr(examples, name) for name in NAMES})})
+        tensors = {
+            name: value for name in TENSORS if (value := getattr(examples, name)) is not None
+        }
+        save_file(
+            tensors, file, {"names": json.dumps({name: getattr(examples, name) for name in NAMES})}
+        )
         file.chmod(0o600)
         with file.open("rb") as written:
             os.fsync(written.fileno())

@@ -10,7 +10,9 @@ from datasets.lazy import IGNORED, Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
-TOKEN = ("token",)  # in the place of classes, where examples are windows of language: nothing to count
+TOKEN = (
+    "token",
+)  # in the place of classes, where examples are windows of language: nothing to count
 TARGETS = {
     "class": "y [n] int64, a class each",
     "labels": "y [n, labels] of 0 and 1",
@@ -63,17 +65,23 @@ def check(examples: Examples, source: str, target: str = "class") -> Examples:
     """
     said = f"data.source = {shown(source)}"
     if not isinstance(examples, Examples):
-        raise SourceError(f"{said} must return datasets.sources.Examples, it returned {type(examples).__name__}")
+        raise SourceError(
+            f"{said} must return datasets.sources.Examples, it returned {type(examples).__name__}"
+        )
     x, y = examples.x, examples.y
     if not (isinstance(x, Tensor | Lazy) and isinstance(y, Tensor | Lazy)):
-        raise SourceError(f"{said}: x and y must be tensors, they are {type(x).__name__}, {type(y).__name__}")
+        raise SourceError(
+            f"{said}: x and y must be tensors, they are {type(x).__name__}, {type(y).__name__}"
+        )
     n = len(y)
     if len(x) != n or len(x.shape) < 2:
         raise SourceError(
             f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if n < FEWEST:
-        raise SourceError(f"{said}: {n} examples are too few: at least {FEWEST}, to train on and to test on")
+        raise SourceError(
+            f"{said}: {n} examples are too few: at least {FEWEST}, to train on and to test on"
+        )
     if wrong := too_many(len(examples.classes)) or fault(examples.classes):
         raise SourceError(f"{said}, classes: {wrong}")
     if wrong := fault(examples.groups):
@@ -85,10 +93,14 @@ def check(examples: Examples, source: str, target: str = "class") -> Examples:
         if examples.group.shape != (n,) or examples.group.dtype != torch.int64:
             raise SourceError(f"{said}: group must be [{n}] int64")
         _check_indices(said, "group", examples.group, len(examples.groups))
-    if examples.test is not None and (examples.test.shape != (n,) or examples.test.dtype != torch.bool):
+    if examples.test is not None and (
+        examples.test.shape != (n,) or examples.test.dtype != torch.bool
+    ):
         raise SourceError(f"{said}: test must be [{n}] bool")
     if examples.columns and tuple(x.shape) != (n, len(examples.columns)):
-        raise SourceError(f"{said}: x must be [n, {len(examples.columns)}] like columns, it is {tuple(x.shape)}")
+        raise SourceError(
+            f"{said}: x must be [n, {len(examples.columns)}] like columns, it is {tuple(x.shape)}"
+        )
     _check_values(said, examples)
     return examples
 
@@ -98,9 +110,13 @@ def _check_target(said: str, examples: Examples, target: str) -> None:
     x, y, size = examples.x, examples.y, len(examples.classes)
     if (examples.classes == TOKEN) != (target == "tokens"):
         there = (
-            "tokens; allowed: training.task = 'language'" if examples.classes == TOKEN else f"classes {listed(examples.classes)}"
+            "tokens; allowed: training.task = 'language'"
+            if examples.classes == TOKEN
+            else f"classes {listed(examples.classes)}"
         )
-        raise SourceError(f"{said}: training.task needs {TARGETS[target]}, the examples have {there}")
+        raise SourceError(
+            f"{said}: training.task needs {TARGETS[target]}, the examples have {there}"
+        )
     if not isinstance(y, Tensor):  # looked at when it is read
         if target == "numbers":  # whose mean and deviation are needed before
             raise SourceError(f"{said}: numbers to predict come as a tensor y, not with each item")
@@ -112,13 +128,23 @@ def _check_target(said: str, examples: Examples, target: str) -> None:
             fits = tuple(y.shape) == (len(x), size) and bool(((y == 0) | (y == 1)).all())
         case "numbers":
             # Written so that NaN does not fit.
-            fits = tuple(y.shape) == (len(x), size) and y.is_floating_point() and bool((y.abs() <= LARGEST).all())
+            fits = (
+                tuple(y.shape) == (len(x), size)
+                and y.is_floating_point()
+                and bool((y.abs() <= LARGEST).all())
+            )
         case "tokens":
             fits = y.shape == x.shape and y.dtype == torch.int64
         case "map":
-            fits = tuple(y.shape) == (len(x), *x.shape[2:]) and len(x.shape) == 4 and y.dtype == torch.int64
+            fits = (
+                tuple(y.shape) == (len(x), *x.shape[2:])
+                and len(x.shape) == 4
+                and y.dtype == torch.int64
+            )
     if not fits:
-        raise SourceError(f"{said}: training.task needs {TARGETS[target]}; got y {tuple(y.shape)} of {y.dtype}")
+        raise SourceError(
+            f"{said}: training.task needs {TARGETS[target]}; got y {tuple(y.shape)} of {y.dtype}"
+        )
     if target == "class":
         _check_indices(said, "y", y, size)
     elif target == "map":
@@ -130,7 +156,9 @@ def _check_indices(said: str, what: str, indices: Tensor, size: int) -> None:
         return
     low, high = (int(each) for each in indices.aminmax())
     if not 0 <= low <= high < size:
-        raise SourceError(f"{said}: {what} must lie between 0 and {size - 1}, it goes from {low} to {high}")
+        raise SourceError(
+            f"{said}: {what} must lie between 0 and {size - 1}, it goes from {low} to {high}"
+        )
 
 
 def _check_values(said: str, examples: Examples) -> None:
@@ -138,7 +166,11 @@ def _check_values(said: str, examples: Examples) -> None:
     if isinstance(x, Lazy) or x.dtype == torch.uint8 or not x.numel():
         return
     if examples.classes == TOKEN:
-        if x.dtype != torch.int64 or not isinstance(examples.y, Tensor) or examples.y.dtype != torch.int64:
+        if (
+            x.dtype != torch.int64
+            or not isinstance(examples.y, Tensor)
+            or examples.y.dtype != torch.int64
+        ):
             raise SourceError(f"{said}: x and y of tokens must be int64")
         return
     if not x.is_floating_point():
@@ -147,6 +179,8 @@ def _check_values(said: str, examples: Examples) -> None:
         large = (x.abs() > LARGEST).any(0)  # NaN, a missing value, is not
         if large.any():
             column = examples.columns[int(large.int().argmax())]
-            raise SourceError(f"{said}: column {shown(column)} holds values that are not within ±2^63")
+            raise SourceError(
+                f"{said}: column {shown(column)} holds values that are not within ±2^63"
+            )
     elif not all(abs(float(end)) <= LARGEST for end in x.aminmax()):
         raise SourceError(f"{said}: x holds values that are not within ±2^63")

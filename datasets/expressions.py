@@ -121,7 +121,12 @@ def _value(node: ast.expr, columns: dict[str, pd.Series], depth: int) -> Value:
             return UNARY[type(op)](value(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
             one, two = _number(value(left)), _number(value(right))
-            if isinstance(op, ast.Pow) and isinstance(one, int) and isinstance(two, int) and two > 64:
+            if (
+                isinstance(op, ast.Pow)
+                and isinstance(one, int)
+                and isinstance(two, int)
+                and two > 64
+            ):
                 raise ExpressionError(f"a constant to the power of {two} is not allowed")
             return _bounded(ARITHMETIC[type(op)](one, two))
         case ast.BoolOp(op=op, values=parts):
@@ -133,11 +138,15 @@ def _value(node: ast.expr, columns: dict[str, pd.Series], depth: int) -> Value:
         case ast.Compare(left=left, ops=ops, comparators=others):
             return _comparison(value(left), ops, others, value)
         case ast.Constant(value=constant):
-            raise ExpressionError(f"a constant of the kind {type(constant).__name__} is not allowed")
+            raise ExpressionError(
+                f"a constant of the kind {type(constant).__name__} is not allowed"
+            )
     raise ExpressionError(f"{type(node).__name__} is not allowed")
 
 
-def _comparison(left: Value, ops: list[ast.cmpop], others: list[ast.expr], value: Callable[[ast.expr], Value]) -> Value:
+def _comparison(
+    left: Value, ops: list[ast.cmpop], others: list[ast.expr], value: Callable[[ast.expr], Value]
+) -> Value:
     """``left < one < two ...``: every link of the chain holds."""
     result: Value = True
     for op, other in zip(ops, others, strict=True):
@@ -166,12 +175,16 @@ def _constants(node: ast.expr, value: Callable[[ast.expr], Value]) -> list[Value
 
 def _number(value: Value) -> Value:
     """``value`` for arithmetic: ``*`` would repeat a text without end, ``%`` would format it."""
-    if isinstance(value, str) or (isinstance(value, pd.Series) and not pd.api.types.is_numeric_dtype(value)):
+    if isinstance(value, str) or (
+        isinstance(value, pd.Series) and not pd.api.types.is_numeric_dtype(value)
+    ):
         raise ExpressionError("texts can be compared, not computed with")
     return value
 
 
 def _bounded(value: Value) -> Value:
     if isinstance(value, complex) or (isinstance(value, int) and abs(value) > LARGEST):
-        raise ExpressionError(f"of its constants comes a number that is not real, or not within ±{LARGEST}")
+        raise ExpressionError(
+            f"of its constants comes a number that is not real, or not within ±{LARGEST}"
+        )
     return value

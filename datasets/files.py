@@ -10,7 +10,14 @@ from torch import Tensor
 from datasets.errors import SourceError
 from datasets.names import shown
 
-PARTS = {"train": False, "training": False, "test": True, "val": True, "valid": True, "validation": True}  # whether to test on
+PARTS = {
+    "train": False,
+    "training": False,
+    "test": True,
+    "val": True,
+    "valid": True,
+    "validation": True,
+}  # whether to test on
 
 
 def existing(path: str | Path) -> Path:
@@ -44,7 +51,9 @@ def naming(file: Path, what: str) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except Exception as error:  # decoders raise what they like: struct.error, EOFError, SyntaxError, MemoryError
+    except (
+        Exception
+    ) as error:  # decoders raise what they like: struct.error, EOFError, SyntaxError, MemoryError
         reason = f"{type(error).__name__}: {str(error)[:200].strip()}".strip(" :")
         raise SourceError(f"{shown(str(file))} is not {what} that can be read: {reason}") from error
 
@@ -54,4 +63,6 @@ def split_off(places: Sequence[Sequence[str]]) -> tuple[Tensor | None, list[list
     tops = {place[0] for place in places if place}
     if not (all(places) and tops <= PARTS.keys() and {PARTS[top] for top in tops} == {False, True}):
         return None, [list(place) for place in places]
-    return torch.tensor([PARTS[place[0]] for place in places]), [list(place[1:]) for place in places]
+    return torch.tensor([PARTS[place[0]] for place in places]), [
+        list(place[1:]) for place in places
+    ]

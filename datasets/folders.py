@@ -63,7 +63,9 @@ class Files(NamedTuple):
     test: Tensor | None
 
 
-def image_folder(path: str | Path, group: str, image_size: int, channels: int, memory_gb: float = inf) -> Examples:
+def image_folder(
+    path: str | Path, group: str, image_size: int, channels: int, memory_gb: float = inf
+) -> Examples:
     """Pictures under ``path``, one folder a class, as uint8 [n, channels, image_size, image_size].
 
     16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are: grey if
@@ -122,7 +124,14 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
         return grey
 
     with ThreadPoolExecutor(1 if get_worker_info() else os.cpu_count()) as pool:
-        said = tqdm(pool.map(read, range(len(files))), "pictures", len(files), delay=SAID_S, mininterval=SAID_S, unit="")
+        said = tqdm(
+            pool.map(read, range(len(files))),
+            "pictures",
+            len(files),
+            delay=SAID_S,
+            mininterval=SAID_S,
+            unit="",
+        )
         try:
             greys = list(said)
         except BaseException:
@@ -136,7 +145,9 @@ def decode(file: Path) -> tuple[Tensor, bool]:
     data = file.read_bytes()
     with Image.open(BytesIO(data), formats=FORMATS) as picture:
         if picture.width * picture.height > MOST_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MOST_PIXELS} are allowed")
+            raise ValueError(
+                f"{picture.width} x {picture.height} pixels, at most {MOST_PIXELS} are allowed"
+            )
         picture.verify()
     if data.startswith(b"\x89PNG"):
         _check_png(data)
@@ -177,13 +188,17 @@ def _check_png(data: bytes) -> None:
     while position < len(data) and held < promised:
         length, chunk = struct.unpack_from(">I4s", data, position)
         if chunk == b"IDAT":
-            held += len(inflate.decompress(data[position + 8 : position + 8 + length], promised - held))
+            held += len(
+                inflate.decompress(data[position + 8 : position + 8 + length], promised - held)
+            )
         position += 12 + length
     if held < promised:
         raise ValueError("it ends before its last row")
 
 
-def audio_folder(path: str | Path, group: str, audio_seconds: float, memory_gb: float = inf) -> Examples:
+def audio_folder(
+    path: str | Path, group: str, audio_seconds: float, memory_gb: float = inf
+) -> Examples:
     """WAV files under ``path``, one folder a class, as log-mel spectrograms [n, 1, 40, frames].
 
     Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`, ``memory_gb`` as in :func:`image_folder`.
@@ -194,7 +209,9 @@ def audio_folder(path: str | Path, group: str, audio_seconds: float, memory_gb: 
     """
     shortest = WINDOW / SAMPLE_RATE
     if not shortest <= audio_seconds <= LONGEST_CLIP:
-        raise SourceError(f"data.audio-seconds = {audio_seconds}: allowed: {shortest} to {LONGEST_CLIP}")
+        raise SourceError(
+            f"data.audio-seconds = {audio_seconds}: allowed: {shortest} to {LONGEST_CLIP}"
+        )
     found = by_class(existing(path), group, (".wav",))
     shape = 1, MELS, int(audio_seconds * SAMPLE_RATE) // HOP + 1
     if 4 * len(found.files) * prod(shape) > memory_gb * 2**30:
@@ -243,7 +260,9 @@ def _wave(file: Path) -> Tensor:
         raise ValueError(f"{rate} samples a second; allowed: {RATES[0]} to {RATES[1]}")
     wave = samples.astype(np.float32)
     if np.issubdtype(samples.dtype, np.integer):
-        wave = (wave - 128) / 128 if samples.dtype == np.uint8 else wave / np.iinfo(samples.dtype).max
+        wave = (
+            (wave - 128) / 128 if samples.dtype == np.uint8 else wave / np.iinfo(samples.dtype).max
+        )
     if wave.ndim == 2:
         wave = wave.mean(1)
     if rate != SAMPLE_RATE:
@@ -260,7 +279,9 @@ def log_mel(waves: Tensor) -> Tensor:
     before last.
     """
     window = torch.hann_window(WINDOW)
-    power = torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()  # [n, WINDOW / 2 + 1, frames]
+    power = (
+        torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()
+    )  # [n, WINDOW / 2 + 1, frames]
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     edges = torch.from_numpy(700 * (10 ** (np.linspace(0, top, MELS + 2) / 2595) - 1)).float()
     bins = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)
@@ -310,11 +331,15 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
     if not group and len({len(place) > 1 for place in places}) == 2:
         by_depth = {len(place): path for place, path in zip(places, paths, strict=True)}
         ends = f"{shown(by_depth[min(by_depth)])} and {shown(by_depth[max(by_depth)])}"
-        raise SourceError(f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? {ends} lie at different depths")
+        raise SourceError(
+            f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? {ends} lie at different depths"
+        )
     classes, y = _index(place[-1] for place in places)
     if wrong := too_many(len(classes)) or fault(classes):
         raise SourceError(f"{shown(str(root))}, folders as classes: {wrong}")
-    of_group, groups = natural_sites(root, group, paths, [place[0] for place in places] if deep else None)
+    of_group, groups = natural_sites(
+        root, group, paths, [place[0] for place in places] if deep else None
+    )
     return Files(files, y, classes, of_group, groups, test)
 
 
@@ -344,11 +369,17 @@ def _search(group: str, paths: Sequence[str]) -> list[str]:
     command = [sys.executable, "-I", "-S", "-c", SEARCH]
     try:
         text = json.dumps([group, paths])
-        run = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds, check=True)
+        run = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=seconds, check=True
+        )
     except subprocess.TimeoutExpired as error:
-        raise SourceError(f"{said} takes too long: more than {seconds:.0f} s for {len(paths)} paths") from error
+        raise SourceError(
+            f"{said} takes too long: more than {seconds:.0f} s for {len(paths)} paths"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise SourceError(f"{said} cannot be searched for: {error.stderr[-200:].strip()}") from error
+        raise SourceError(
+            f"{said} cannot be searched for: {error.stderr[-200:].strip()}"
+        ) from error
     found = json.loads(run.stdout)
     if isinstance(found, str):
         raise SourceError(f"{said}: a regular expression with one bracket is expected: {found}")

@@ -41,7 +41,11 @@ class Stream(NamedTuple):
 
     def values(self) -> NDArray[np.generic]:
         """[length]."""
-        return mapped(self.tokens, self.changed) if isinstance(self.tokens, Path) else self.tokens.numpy()
+        return (
+            mapped(self.tokens, self.changed)
+            if isinstance(self.tokens, Path)
+            else self.tokens.numpy()
+        )
 
 
 @lru_cache(maxsize=256)
@@ -57,9 +61,13 @@ def mapped(file: Path, changed: int) -> NDArray[np.generic]:
         else:
             found = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(found.base, mmap):
-            found.base.madvise(MADV_RANDOM)  # or the pages around each window would be read and held with it
+            found.base.madvise(
+                MADV_RANDOM
+            )  # or the pages around each window would be read and held with it
         if found.ndim != 1 or found.dtype.name not in KINDS:
-            raise ValueError(f"{found.dtype} {list(found.shape)}; allowed: one row of {', '.join(sorted(KINDS))}")
+            raise ValueError(
+                f"{found.dtype} {list(found.shape)}; allowed: one row of {', '.join(sorted(KINDS))}"
+            )
     return found
 
 
@@ -76,7 +84,9 @@ class Windows:
 
     def __init__(self, streams: Sequence[Stream], context: int, vocabulary: int) -> None:
         self._streams, self._context, self._vocabulary = streams, context, vocabulary
-        self.counts = np.array([max(stream.length - 1, 0) // context for stream in streams], dtype=np.int64)
+        self.counts = np.array(
+            [max(stream.length - 1, 0) // context for stream in streams], dtype=np.int64
+        )
         self._ends = self.counts.cumsum()
 
     def __len__(self) -> int:
@@ -90,8 +100,12 @@ class Windows:
             window[:] = self._streams[stream].values()[start : start + self._context + 1]
         if len(wrong := np.argwhere(found >= self._vocabulary)):
             row, place = wrong[0]
-            said = f"{shown(self._streams[of_stream[row]].name)} holds the token {found[row, place]}"
-            raise SourceError(f"{said}: data.vocabulary = {self._vocabulary}; allowed: above all tokens")
+            said = (
+                f"{shown(self._streams[of_stream[row]].name)} holds the token {found[row, place]}"
+            )
+            raise SourceError(
+                f"{said}: data.vocabulary = {self._vocabulary}; allowed: above all tokens"
+            )
         windows = torch.from_numpy(found)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -115,12 +129,20 @@ def text_bytes(path: str | Path, group: str, context: int) -> Examples:
             with naming(file, "a text in UTF-8"):
                 documents.append(file.read_text("utf-8"))
     unknown = torch.zeros(len(documents), dtype=torch.int64)
-    kinds = torch.stack([unknown if each is None else each.long() for each in (of_group, test)])  # whose documents make a stream
+    kinds = torch.stack(
+        [unknown if each is None else each.long() for each in (of_group, test)]
+    )  # whose documents make a stream
     streams, different = [], kinds.unique(dim=1)
     for kind in different.T:
         ours = (kinds == kind[:, None]).all(0).nonzero().flatten().tolist()
         joined = "\0".join(documents[number] for number in ours).encode("utf-8", "replace")
-        streams.append(Stream(torch.frombuffer(bytearray(joined or b"\0"), dtype=torch.uint8), str(root), len(joined)))
+        streams.append(
+            Stream(
+                torch.frombuffer(bytearray(joined or b"\0"), dtype=torch.uint8),
+                str(root),
+                len(joined),
+            )
+        )
     sites, tests = different[0] if groups else None, different[1] == 1 if test is not None else None
     return _examples(root, streams, sites, groups, tests, context, BYTES)
 
@@ -139,13 +161,22 @@ def tokens(path: str | Path, group: str, context: int, vocabulary: int) -> Examp
     root = existing(path)
     files, of_group, groups, test = _files(root, group, (".bin", ".npy"))
     times = [file.stat().st_mtime_ns for file in files]
-    streams = [Stream(file, str(file), len(mapped(file, time)), time) for file, time in zip(files, times, strict=True)]
+    streams = [
+        Stream(file, str(file), len(mapped(file, time)), time)
+        for file, time in zip(files, times, strict=True)
+    ]
     return _examples(root, streams, of_group, groups, test, context, vocabulary)
 
 
-def _files(root: Path, group: str, endings: Sequence[str]) -> tuple[list[Path], Tensor | None, tuple[str, ...], Tensor | None]:
+def _files(
+    root: Path, group: str, endings: Sequence[str]
+) -> tuple[list[Path], Tensor | None, tuple[str, ...], Tensor | None]:
     """Files, their natural sites, the names of these, and which are the official test part."""
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in endings) if root.is_dir() else [root]
+    files = (
+        sorted(file for file in root.rglob("*") if file.suffix.lower() in endings)
+        if root.is_dir()
+        else [root]
+    )
     if not files or files[0].suffix.lower() not in endings:
         raise SourceError(f"{shown(str(root))}: no file ends in {', '.join(endings)}")
     if files == [root]:
@@ -153,7 +184,9 @@ def _files(root: Path, group: str, endings: Sequence[str]) -> tuple[list[Path], 
     paths = [file.relative_to(root) for file in files]
     test, places = split_off([path.with_suffix("").parts for path in paths])
     names = [place[0] if place else "" for place in places]
-    of_group, groups = natural_sites(root, group, [path.as_posix() for path in paths], names if all(names) else None)
+    of_group, groups = natural_sites(
+        root, group, [path.as_posix() for path in paths], names if all(names) else None
+    )
     return files, of_group, groups, test
 
 
@@ -170,8 +203,12 @@ def _examples(
     if len(windows) < FEWEST:
         length = sum(stream.length for stream in streams)
         said = f"{len(windows)} windows of data.context + 1 = {context + 1} tokens in {length}"
-        raise SourceError(f"{shown(str(root))}: {said}; at least {FEWEST} are needed, to train on and to test on")
+        raise SourceError(
+            f"{shown(str(root))}: {said}; at least {FEWEST} are needed, to train on and to test on"
+        )
     counts = torch.from_numpy(windows.counts)
-    each = [None if values is None else values.repeat_interleave(counts) for values in (of_group, test)]
+    each = [
+        None if values is None else values.repeat_interleave(counts) for values in (of_group, test)
+    ]
     x = whole(windows, (context,))
     return Examples(x, x, TOKEN, each[0], groups, each[1])

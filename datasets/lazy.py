@@ -114,7 +114,9 @@ def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tens
 
     while True:
         try:
-            if pool.user is not mine:  # another one began meanwhile, and had what was read for this one thrown away
+            if (
+                pool.user is not mine
+            ):  # another one began meanwhile, and had what was read for this one thrown away
                 lists = chain(list(asked), lists)
                 asked.clear()
                 pool.begin(mine, asking())
@@ -182,7 +184,9 @@ class _Pool:
 
     def __init__(self, reader: Reader, workers: int, pinned: bool) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])  # once, not in each
+        context.set_forkserver_preload(
+            ["torch", "torchvision.transforms.functional", "pandas"]
+        )  # once, not in each
         self._asked, self.user = _Asked(), object()
         self.batches: Iterator[Found | str] = iter(())
         self._load = partial(
@@ -231,7 +235,7 @@ def _pool(reader: Reader, workers: int, device: str) -> _Pool:
 
 
 def _end_with_parent(_: int) -> None:
-    """torch's own watch looks at the parent that started this process, which is the forkserver and lives as long as this one."""
+    """Torch's own watch looks at the parent that started this process, which is the forkserver and lives as long as this one."""
 
     def watch() -> None:
         if parent := parent_process():
@@ -277,7 +281,11 @@ class Streamed:
     """
 
     def __init__(self, train: Any, test: Any, classes: int) -> None:
-        self._train, self._tests, self._classes = train, Items(test, labelled=True, classes=classes), classes
+        self._train, self._tests, self._classes = (
+            train,
+            Items(test, labelled=True, classes=classes),
+            classes,
+        )
         self._length, self._next = len(train), 0
         self._running: Iterator[Any] | None = None
 
@@ -287,7 +295,9 @@ class Streamed:
     def __getitem__(self, rows: Tensor) -> Found:
         if int(rows[0]) >= self._length:
             return self._tests[rows - self._length]
-        return _stacked([self._at(row) for row in rows.tolist()], labelled=True, classes=self._classes)
+        return _stacked(
+            [self._at(row) for row in rows.tolist()], labelled=True, classes=self._classes
+        )
 
     def _at(self, row: int) -> Any:
         if self._running is None or row < self._next:
@@ -313,15 +323,22 @@ def _item(get: Callable[[], Any], row: int) -> Any:
 def _stacked(items: list[Any], labelled: bool, classes: int) -> Found:
     pairs = [item if isinstance(item, tuple | list) else (item,) for item in items]
     try:
-        x, *y = (torch.stack([torch.as_tensor(each) for each in side]) for side in zip(*pairs, strict=True))
+        x, *y = (
+            torch.stack([torch.as_tensor(each) for each in side])
+            for side in zip(*pairs, strict=True)
+        )
     except (RuntimeError, TypeError, ValueError) as error:
-        raise SourceError(f"items of the data set are no tensors of one shape: {str(error)[:200]}") from error
+        raise SourceError(
+            f"items of the data set are no tensors of one shape: {str(error)[:200]}"
+        ) from error
     if labelled and len(y) != 1:
         raise SourceError("items of the data set are not (x, y), and y is None")
     if labelled and classes:  # on a GPU a class that there is not would end the process
         beyond = y[0][(y[0] != IGNORED) & ((y[0] < 0) | (y[0] >= classes))]
         if beyond.numel():
-            raise SourceError(f"items of the data set hold y = {beyond[0].item():g}; allowed: 0 to {classes - 1}")
+            raise SourceError(
+                f"items of the data set hold y = {beyond[0].item():g}; allowed: 0 to {classes - 1}"
+            )
     return x, y[0] if labelled else None
 
 
@@ -338,15 +355,23 @@ def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
     try:
         length = len(x)  # type: ignore[arg-type]
     except TypeError:
-        raise SourceError(f"{type(x).__name__}: a torch Dataset needs a length, an IterableDataset too") from None
+        raise SourceError(
+            f"{type(x).__name__}: a torch Dataset needs a length, an IterableDataset too"
+        ) from None
     reader: Reader
     if isinstance(x, IterableDataset):
         if y is not None or not isinstance(test, Dataset) or isinstance(test, IterableDataset):
-            raise SourceError(f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a map-style Dataset")
+            raise SourceError(
+                f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a map-style Dataset"
+            )
         reader = Streamed(x, test, classes)
         test = torch.arange(len(reader)) >= length
     else:
         reader = Items(x, y is None, classes)
     first, label = reader[torch.tensor([0])]
     xs = whole(reader, tuple(first.shape[1:]))
-    return {"x": xs, "y": y if label is None else replace(xs, example=tuple(label.shape[1:])), "test": test}
+    return {
+        "x": xs,
+        "y": y if label is None else replace(xs, example=tuple(label.shape[1:])),
+        "test": test,
+    }

@@ -43,7 +43,10 @@ def shown(value: str) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """The first of ``names`` for an error message."""
-    said = (name if name.isprintable() and len(name) <= LONGEST_NAME else shown(name) for name in names[:20])
+    said = (
+        name if name.isprintable() and len(name) <= LONGEST_NAME else shown(name)
+        for name in names[:20]
+    )
     return ", ".join(said) + (", ..." if len(names) > 20 else "")
 
 

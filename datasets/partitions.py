@@ -30,7 +30,9 @@ def iid(labels: Indices, num_sites: int, generator: Generator) -> list[Indices]:
     return list(np.array_split(generator.permutation(len(labels)), num_sites))
 
 
-def sizes(labels: Indices, num_sites: int, generator: Generator, size_ratio: float) -> list[Indices]:
+def sizes(
+    labels: Indices, num_sites: int, generator: Generator, size_ratio: float
+) -> list[Indices]:
     """Random examples; sizes in geometric progression, the last ``size_ratio`` times the first."""
     weights = np.geomspace(1, size_ratio, num_sites)
     borders = np.rint(np.cumsum(weights / weights.sum())[:-1] * len(labels)).astype(int)
@@ -61,7 +63,9 @@ def dirichlet(labels: Indices, num_sites: int, generator: Generator, alpha: floa
     raise PartitionError(f"{said}; raise it, or take dirichlet-equal")
 
 
-def dirichlet_equal(labels: Indices, num_sites: int, generator: Generator, alpha: float) -> list[Indices]:
+def dirichlet_equal(
+    labels: Indices, num_sites: int, generator: Generator, alpha: float
+) -> list[Indices]:
     """The Dirichlet split of the decentralized literature: skewed classes, equal sizes.
 
     Sites are split in groups of at most ten. In a group each class is cut by Dirichlet shares, a
@@ -81,7 +85,9 @@ def dirichlet_equal(labels: Indices, num_sites: int, generator: Generator, alpha
     return list(np.array_split(np.concatenate(line), num_sites))
 
 
-def _dirichlet_group(members: Indices, labels: Indices, num_sites: int, generator: Generator, alpha: float) -> list[Indices]:
+def _dirichlet_group(
+    members: Indices, labels: Indices, num_sites: int, generator: Generator, alpha: float
+) -> list[Indices]:
     target = len(members) / num_sites
     for _ in range(TRIES):
         parts: list[Indices] = [np.empty(0, np.int64) for _ in range(num_sites)]
@@ -92,14 +98,19 @@ def _dirichlet_group(members: Indices, labels: Indices, num_sites: int, generato
             if not shares.sum() > 0:  # every site with a share is full: the others take the class
                 shares = np.array([float(len(part) < target) for part in parts])
             borders = np.rint(np.cumsum(shares / shares.sum())[:-1] * len(ours)).astype(int)
-            parts = [np.concatenate([part, cut]) for part, cut in zip(parts, np.split(ours, borders), strict=True)]
+            parts = [
+                np.concatenate([part, cut])
+                for part, cut in zip(parts, np.split(ours, borders), strict=True)
+            ]
         if min(map(len, parts)) >= 0.5 * target:
             return parts
     # A tiny alpha over few classes may never satisfy the half: slices are made from what there is.
     return parts
 
 
-def classes(labels: Indices, num_sites: int, generator: Generator, classes_per_site: int) -> list[Indices]:
+def classes(
+    labels: Indices, num_sites: int, generator: Generator, classes_per_site: int
+) -> list[Indices]:
     """Each site gets ``classes_per_site`` classes; sites that share one get equal parts of it."""
     known = np.unique(labels)
     said = f"partition.classes-per-site = {classes_per_site}"
@@ -179,14 +190,20 @@ def partition(
     """
     said = f"partition.kind = {shown(kind)}"
     if len(labels) < FEWEST * num_sites:
-        raise PartitionError(f"num-sites = {num_sites}: {len(labels)} examples are too few, a site needs {FEWEST}")
+        raise PartitionError(
+            f"num-sites = {num_sites}: {len(labels)} examples are too few, a site needs {FEWEST}"
+        )
     if 0 < iid_fraction < 1:
         order = generator.permutation(len(labels))
         mixed, rest = np.split(order, [round(iid_fraction * len(labels))])
         of_rest = None if groups is None else groups[rest]
-        parts = partition(kind, labels[rest], of_rest, group_names, num_sites, generator, iid_fraction=0.0, **keys)
+        parts = partition(
+            kind, labels[rest], of_rest, group_names, num_sites, generator, iid_fraction=0.0, **keys
+        )
         shares = np.array_split(mixed, num_sites)
-        return [np.concatenate([rest[part], share]) for part, share in zip(parts, shares, strict=True)]
+        return [
+            np.concatenate([rest[part], share]) for part, share in zip(parts, shares, strict=True)
+        ]
     if iid_fraction:
         parts = iid(labels, num_sites, generator)
     elif ":" in kind:
@@ -213,7 +230,9 @@ def _of_sites(groups: Indices | None, names: Sequence[str], num_sites: int, said
     if groups is None:
         raise PartitionError(f"{said}: the data have no natural sites; name them with data.group")
     if len(names) != num_sites:
-        raise PartitionError(f"num-sites = {num_sites}: {said} needs {len(names)} sites: {listed(names)}")
+        raise PartitionError(
+            f"num-sites = {num_sites}: {said} needs {len(names)} sites: {listed(names)}"
+        )
     return groups
 
 
@@ -221,16 +240,30 @@ def _checked(parts: object, num_examples: int, num_sites: int, said: str) -> lis
     """What a partition of one's own returned, if every example goes to exactly one site."""
     if not isinstance(parts, list | tuple) or len(parts) != num_sites:
         got = f"{len(parts)} of them" if isinstance(parts, list | tuple) else type(parts).__name__
-        raise PartitionError(f"{said} must return a list of {num_sites} arrays, one a site; got {got}")
+        raise PartitionError(
+            f"{said} must return a list of {num_sites} arrays, one a site; got {got}"
+        )
     for site, part in enumerate(parts):
-        if not isinstance(part, np.ndarray) or part.ndim != 1 or not np.issubdtype(part.dtype, np.integer):
-            got = f"{part.dtype} {part.shape}" if isinstance(part, np.ndarray) else type(part).__name__
-            raise PartitionError(f"{said}: site {site} must get a flat array of whole numbers; got {got}")
+        if (
+            not isinstance(part, np.ndarray)
+            or part.ndim != 1
+            or not np.issubdtype(part.dtype, np.integer)
+        ):
+            got = (
+                f"{part.dtype} {part.shape}"
+                if isinstance(part, np.ndarray)
+                else type(part).__name__
+            )
+            raise PartitionError(
+                f"{said}: site {site} must get a flat array of whole numbers; got {got}"
+            )
     checked = [part.astype(np.int64) for part in parts]
     whole = np.concatenate(checked)
     if len(whole) and not 0 <= whole.min() <= whole.max() < num_examples:
         got = f"{whole.min()} to {whole.max()}"
-        raise PartitionError(f"{said}: indices must lie between 0 and {num_examples - 1}; got {got}")
+        raise PartitionError(
+            f"{said}: indices must lie between 0 and {num_examples - 1}; got {got}"
+        )
     times = np.bincount(whole, minlength=num_examples)
     if (times != 1).any():
         raise PartitionError(

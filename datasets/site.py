@@ -86,7 +86,10 @@ def deal(
     splits = [_split(pool[part], test_fraction, generator) for part in parts]
     if test_part == "pooled":
         together = generator.permutation(np.concatenate([split.test for split in splits]))
-        splits = [Split(split.train, test) for split, test in zip(splits, np.array_split(together, num_sites), strict=True)]
+        splits = [
+            Split(split.train, test)
+            for split, test in zip(splits, np.array_split(together, num_sites), strict=True)
+        ]
     return splits
 
 
@@ -96,27 +99,37 @@ def _labels(examples: Examples, kind: str) -> Indices:
         return examples.y.numpy()
     if kind in PARTITIONS and PARTITIONS[kind].by_class:
         allowed = ", ".join(name for name, each in PARTITIONS.items() if not each.by_class)
-        raise PartitionError(f"partition.kind = {kind!r}: the examples have no classes; allowed: {allowed}")
+        raise PartitionError(
+            f"partition.kind = {kind!r}: the examples have no classes; allowed: {allowed}"
+        )
     return np.zeros(len(examples.y), np.int64)
 
 
 def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
     """The split of a real site, which holds nothing but its own examples."""
     if test_part == "pooled":
-        raise SourceError("data.test-part = 'pooled': only in a simulation; allowed: 'own', 'official'")
+        raise SourceError(
+            "data.test-part = 'pooled': only in a simulation; allowed: 'own', 'official'"
+        )
     pool, official = _candidates(examples, test_part)
     if len(pool) < FEWEST:
-        raise SourceError(f"{len(pool)} examples are too few: one is needed to train on and one to test on")
+        raise SourceError(
+            f"{len(pool)} examples are too few: one is needed to train on and one to test on"
+        )
     return Split(pool, official) if official is not None else _split(pool, test_fraction, generator)
 
 
 def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | None]:
     """Examples to split, and the official test part where it is asked for; else it is not used."""
     if isinstance(examples.x, Lazy) and examples.x.in_order and test_part != "official":
-        raise SourceError(f"data.test-part = {test_part!r}: an IterableDataset cannot be split; allowed: 'official'")
+        raise SourceError(
+            f"data.test-part = {test_part!r}: an IterableDataset cannot be split; allowed: 'official'"
+        )
     if examples.test is None:
         if test_part == "official":
-            raise SourceError("data.test-part = 'official': the data have no official test part; allowed: 'own'")
+            raise SourceError(
+                "data.test-part = 'official': the data have no official test part; allowed: 'own'"
+            )
         return np.arange(len(examples.y)), None
     test = examples.test.numpy()
     return np.flatnonzero(~test), np.flatnonzero(test) if test_part == "official" else None
@@ -130,7 +143,9 @@ def _split(indices: Indices, test_fraction: float, generator: Generator) -> Spli
 
 def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
     """The examples of one split, or of several put together; tables are not standardised yet."""
-    train, test = (torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True))
+    train, test = (
+        torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True)
+    )
     if isinstance(examples.x, Lazy) and examples.x.in_order:
         train = train.sort().values
     parts = Part(examples.x[train], examples.y[train]), Part(examples.x[test], examples.y[test])
@@ -144,9 +159,15 @@ def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
 def _missing(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
     """What to say about missing values."""
     absent = table.isnan()
-    said = [f"{name} ({'all' if n == len(absent) else n})" for name, n in zip(columns, absent.sum(0).tolist(), strict=True) if n]
+    said = [
+        f"{name} ({'all' if n == len(absent) else n})"
+        for name, n in zip(columns, absent.sum(0).tolist(), strict=True)
+        if n
+    ]
     filled = "filled with the mean of all sites, and marked in a column of their own"
-    return (f"of {len(absent)} rows, missing values in {', '.join(said)}: {filled}",) if said else ()
+    return (
+        (f"of {len(absent)} rows, missing values in {', '.join(said)}: {filled}",) if said else ()
+    )
 
 
 def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -161,7 +182,11 @@ def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
     far = ((table - median).abs() > FAR_OFF * deviation) & (deviation > 0)
     said = [f"{name} ({n})" for name, n in zip(columns, far.sum(0).tolist(), strict=True) if n]
     what = f"values more than {FAR_OFF} deviations off the median in {', '.join(said)}"
-    return (f"of {len(table)} rows, {what}: they shrink all others of the column, at all sites",) if said else ()
+    return (
+        (f"of {len(table)} rows, {what}: they shrink all others of the column, at all sites",)
+        if said
+        else ()
+    )
 
 
 class Moments(NamedTuple):
@@ -183,9 +208,13 @@ class Moments(NamedTuple):
                 raise SourceError(f"{name} has {len(values)} values for {len(columns)} columns")
         for column, known, mean, variance in zip(columns, *self, strict=True):
             # The mean square is at most the largest square. Written so that NaN is refused.
-            if not (0 <= known < float("inf") and variance >= 0 and mean * mean + variance <= LARGEST**2):
+            if not (
+                0 <= known < float("inf") and variance >= 0 and mean * mean + variance <= LARGEST**2
+            ):
                 said = f"known = {known}, mean = {mean}, variance = {variance}"
-                raise SourceError(f"column {shown(column)}: {said} are no moments of values within ±2^63")
+                raise SourceError(
+                    f"column {shown(column)}: {said} are no moments of values within ±2^63"
+                )
         return self
 
     def split(self, size: int) -> tuple["Moments", "Moments"]:
@@ -200,7 +229,10 @@ def moments(table: Values, columns: Sequence[str] = ()) -> Moments:
         SourceError: those of a column are not finite or too large.
     """
     if isinstance(table, Lazy):
-        return merge([moments(table.reader[rows][0]) for rows in table.rows.sort().values.split(2**16)], columns)
+        return merge(
+            [moments(table.reader[rows][0]) for rows in table.rows.sort().values.split(2**16)],
+            columns,
+        )
     known = ~table.isnan()
     values = table.double().nan_to_num()
     count = known.sum(0)
@@ -219,7 +251,9 @@ def merge(sites: Sequence[Moments], columns: Sequence[str] = ()) -> Moments:
     columns = columns or _numbered(len(sites[0].known))
     for site in sites:
         site.check(columns)
-    count, mean, variance = (torch.tensor(each, dtype=torch.float64) for each in zip(*sites, strict=True))  # [sites, columns]
+    count, mean, variance = (
+        torch.tensor(each, dtype=torch.float64) for each in zip(*sites, strict=True)
+    )  # [sites, columns]
     total = count.sum(0)
     share = count / total.clamp(min=1)
     middle = (share * mean).sum(0)
@@ -247,7 +281,13 @@ def standardise(data: SiteData, common: Moments) -> SiteData:
 
     def ready(part: Part) -> Part:
         if isinstance(part.x, Lazy):
-            return part._replace(x=replace(part.x, reader=_standardising(part.x.reader, common), example=(2 * len(data.columns),)))
+            return part._replace(
+                x=replace(
+                    part.x,
+                    reader=_standardising(part.x.reader, common),
+                    example=(2 * len(data.columns),),
+                )
+            )
         return part._replace(x=_standardised(part.x, mean, deviation))
 
     return data._replace(train=ready(data.train), test=ready(data.test))
@@ -315,15 +355,23 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
     if tuple(classes) == data.classes:
         return data
     if isinstance(data.train.y, Tensor) and data.train.y.dtype != torch.int64:
-        raise SourceError(f"this site has {listed(data.classes)} to predict, the run {listed(classes)}")
+        raise SourceError(
+            f"this site has {listed(data.classes)} to predict, the run {listed(classes)}"
+        )
     place = {name: index for index, name in enumerate(classes)}
     if lost := [name for name in data.classes if name not in place]:
-        raise SourceError(f"classes {listed(lost)} of this site are not among the run's: {listed(classes)}")
+        raise SourceError(
+            f"classes {listed(lost)} of this site are not among the run's: {listed(classes)}"
+        )
     index = torch.tensor([place[name] for name in data.classes])
     if not (isinstance(data.train.y, Tensor) and isinstance(data.test.y, Tensor)):
-        raise SourceError("classes differ from site to site: give y as a tensor, not with each item")
+        raise SourceError(
+            "classes differ from site to site: give y as a tensor, not with each item"
+        )
 
     def counted(part: Part) -> Part:
-        return Part(part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y))  # below 0: pixels that do not count
+        return Part(
+            part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y)
+        )  # below 0: pixels that do not count
 
     return data._replace(train=counted(data.train), test=counted(data.test), classes=tuple(classes))

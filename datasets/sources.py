@@ -43,7 +43,9 @@ def digits() -> Examples:
 
     bunch = load_digits()
     x = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    return Examples(x, torch.from_numpy(bunch.target).long(), tuple(str(name) for name in bunch.target_names))
+    return Examples(
+        x, torch.from_numpy(bunch.target).long(), tuple(str(name) for name in bunch.target_names)
+    )
 
 
 def torchvision_set(name: str, path: str) -> Examples:
@@ -59,7 +61,9 @@ def torchvision_set(name: str, path: str) -> Examples:
 
     build = getattr(known, name)
     folder = _root(path)
-    for file in sorted((folder / name / "raw").glob("*-ubyte")):  # where MNIST and Fashion-MNIST are
+    for file in sorted(
+        (folder / name / "raw").glob("*-ubyte")
+    ):  # where MNIST and Fashion-MNIST are
         with naming(file, f"a part of {name}"):
             read_sn3_pascalvincent_tensor(str(file))
     try:
@@ -68,7 +72,12 @@ def torchvision_set(name: str, path: str) -> Examples:
         except RuntimeError:
             parts = [build(folder, train=train, download=True) for train in (True, False)]
         pictures = [torch.as_tensor(part.data) for part in parts]
-        x = torch.cat([each.unsqueeze(1) if each.dim() == 3 else each.permute(0, 3, 1, 2) for each in pictures])
+        x = torch.cat(
+            [
+                each.unsqueeze(1) if each.dim() == 3 else each.permute(0, 3, 1, 2)
+                for each in pictures
+            ]
+        )
     except Exception as error:  # of the network, the disk and what is read from it
         raise SourceError(
             f"{name} is not under {shown(str(folder))} as it should be, and could not be "
@@ -126,10 +135,27 @@ class Source(NamedTuple):
 
 SOURCES = {
     "digits": Source(digits, pictures=True),
-    "mnist": Source(partial(torchvision_set, "MNIST"), pictures=True, official_test=True, folder="MNIST/raw"),
-    "fashion-mnist": Source(partial(torchvision_set, "FashionMNIST"), pictures=True, official_test=True, folder="FashionMNIST/raw"),
-    "cifar10": Source(partial(torchvision_set, "CIFAR10"), pictures=True, official_test=True, folder="cifar-10-batches-py"),
-    "cifar100": Source(partial(torchvision_set, "CIFAR100"), pictures=True, official_test=True, folder="cifar-100-python"),
+    "mnist": Source(
+        partial(torchvision_set, "MNIST"), pictures=True, official_test=True, folder="MNIST/raw"
+    ),
+    "fashion-mnist": Source(
+        partial(torchvision_set, "FashionMNIST"),
+        pictures=True,
+        official_test=True,
+        folder="FashionMNIST/raw",
+    ),
+    "cifar10": Source(
+        partial(torchvision_set, "CIFAR10"),
+        pictures=True,
+        official_test=True,
+        folder="cifar-10-batches-py",
+    ),
+    "cifar100": Source(
+        partial(torchvision_set, "CIFAR100"),
+        pictures=True,
+        official_test=True,
+        folder="cifar-100-python",
+    ),
     "image-folder": Source(image_folder, pictures=True, official_test=True),
     "audio-folder": Source(audio_folder, official_test=True),
     "csv": Source(csv, targets=("class", "labels", "numbers")),
@@ -167,10 +193,16 @@ def load(
     if ":" in source:
         own = called("data.source", source, SourceError, path)
         if isinstance(own, Examples):
-            own = own._replace(**adopted(own.x, own.y, own.test, len(own.classes) if target in ("class", "map") else 0))
+            own = own._replace(
+                **adopted(
+                    own.x, own.y, own.test, len(own.classes) if target in ("class", "map") else 0
+                )
+            )
         return check(own, source, target)
     if source not in SOURCES:
-        raise SourceError(f"data.source = {shown(source)}: allowed: {', '.join(SOURCES)}, package.module:function")
+        raise SourceError(
+            f"data.source = {shown(source)}: allowed: {', '.join(SOURCES)}, package.module:function"
+        )
     keys = {
         "path": path,
         "label": label,

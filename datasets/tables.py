@@ -73,7 +73,9 @@ def _examples(table: Table, label: str, group: str, target: str) -> Examples:
     return Examples(x, y, classes, of_group, groups, columns=tuple(features.columns))
 
 
-def parquet(path: str | Path, label: str, group: str, memory_gb: float, target: str = "class") -> Examples:
+def parquet(
+    path: str | Path, label: str, group: str, memory_gb: float, target: str = "class"
+) -> Examples:
     """The same of Parquet files. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
 
     Rows at random are read from a row group each, so these are decoded once, one after the other, into a file that is mapped.
@@ -89,7 +91,11 @@ def parquet(path: str | Path, label: str, group: str, memory_gb: float, target: 
     names = parts[0].schema_arrow.names
     if 4 * len(names) * sum(part.metadata.num_rows for part in parts) <= memory_gb * 2**30:
         return _examples(_read(root, kind=".parquet"), label, group, target)
-    table = _read(root, kind=".parquet", columns=[name for name in names if name in (label, group) or name in label])
+    table = _read(
+        root,
+        kind=".parquet",
+        columns=[name for name in names if name in (label, group) or name in label],
+    )
     y, classes, used = _targets(table, label, target)
     of_group, groups = _groups(table, group)
     features = tuple(name for name in names if name not in (*used, group))
@@ -113,7 +119,9 @@ class Rows:
 
 
 @lru_cache(maxsize=4)
-def _opened(file: Path, shape: tuple[int, int]) -> "np.memmap[tuple[int, int], np.dtype[np.float32]]":
+def _opened(
+    file: Path, shape: tuple[int, int]
+) -> "np.memmap[tuple[int, int], np.dtype[np.float32]]":
     return np.memmap(file, np.float32, "r", shape=shape)
 
 
@@ -139,7 +147,9 @@ def _decoded(root: Path, files: list[Path], features: Sequence[str]) -> Path:
                     for batch in ParquetFile(file).iter_batches(columns=list(features)):
                         rows = batch.to_pandas()
                         of_file = np.zeros(len(rows), np.int64)
-                        _numbers(Table(shown(str(file)), rows, [file], of_file), rows).numpy().tofile(written)
+                        _numbers(
+                            Table(shown(str(file)), rows, [file], of_file), rows
+                        ).numpy().tofile(written)
             Path(partial, "rows").rename(found)
     except OSError as error:
         raise SourceError(
@@ -156,12 +166,18 @@ def unlabelled(path: str | Path, columns: Sequence[str], kind: str = ".csv") -> 
     """
     table = _read(existing(path), fewest=1, kind=kind)
     if missing := [name for name in columns if name not in table.rows]:
-        raise SourceError(f"{table.path}: there are no columns {listed(missing)}; columns: {table.columns}")
+        raise SourceError(
+            f"{table.path}: there are no columns {listed(missing)}; columns: {table.columns}"
+        )
     return _numbers(table, table.rows[list(columns)])
 
 
 def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
-    text = [str(name) for name, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+    text = [
+        str(name)
+        for name, kind in features.dtypes.items()
+        if not pd.api.types.is_numeric_dtype(kind)
+    ]
     if text:
         said = f"{table.path}: columns {listed(text)} are not numeric"
         raise SourceError(f"{said}: turn them into numbers or leave them out")
@@ -170,7 +186,9 @@ def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
     if (large := np.argwhere(np.abs(x) > LARGEST)).size:
         row, column = large[0]
         file, name = str(table.files[int(table.file[row])]), str(features.columns[column])
-        raise SourceError(f"{shown(file)}: column {shown(name)} holds a value that is not within ±2^63")
+        raise SourceError(
+            f"{shown(file)}: column {shown(name)} holds a value that is not within ±2^63"
+        )
     return torch.from_numpy(x)
 
 
@@ -192,7 +210,9 @@ def unlabelled_text(path: str | Path, text_buckets: int) -> Tensor:
     return _bags(_read(existing(path), fewest=1), text_buckets)
 
 
-def texts(path: Path, group: str) -> tuple[list[str], Tensor | None, tuple[str, ...], Tensor | None]:
+def texts(
+    path: Path, group: str
+) -> tuple[list[str], Tensor | None, tuple[str, ...], Tensor | None]:
     """Texts in a column ``text``, the natural site of each, the names of these, and which are the official test part.
 
     ``group`` as in :func:`csv`; files named ``train`` and ``test`` are no natural sites but the official parts.
@@ -224,7 +244,9 @@ def _files(path: Path, kind: str) -> list[Path]:
     return files
 
 
-def _read(path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[str] | None = None) -> Table:
+def _read(
+    path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[str] | None = None
+) -> Table:
     files, tables = _files(path, kind), []
     for file in files:
         with naming(file, "a table"):
@@ -238,12 +260,16 @@ def _read(path: Path, fewest: int = FEWEST, kind: str = ".csv", columns: list[st
         if list(tables[-1].columns) != list(tables[0].columns):
             differing = set(map(str, tables[-1].columns)) ^ set(map(str, tables[0].columns))
             said = listed(sorted(differing)) or "their order"
-            raise SourceError(f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}")
+            raise SourceError(
+                f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}"
+            )
         if len(tables[-1]) == 0:
             raise SourceError(f"{shown(str(file))} has no rows")
     rows = pd.concat(tables, ignore_index=True)
     if len(rows) < fewest:
-        raise SourceError(f"{shown(str(path))}: 1 row is too few: at least {FEWEST}, to train on and to test on")
+        raise SourceError(
+            f"{shown(str(path))}: 1 row is too few: at least {FEWEST}, to train on and to test on"
+        )
     return Table(
         shown(str(path)),
         rows,
@@ -279,7 +305,9 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
             said = f"is not numeric, as training.task needs it, in {wrong} of {len(values)} rows"
             raise SourceError(f"data.label = {shown(name)} of {table.path} {said}")
         if target == "labels" and not bool(values.isin([0, 1]).all()):
-            raise SourceError(f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, as training.task needs it")
+            raise SourceError(
+                f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, as training.task needs it"
+            )
         columns.append(values.to_numpy(np.float32))
         used += of
     y = torch.from_numpy(np.stack(columns, 1))
@@ -296,7 +324,9 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             values, used = evaluate(label, table.rows)
         except ExpressionError as error:
             wrong = f"{said} is no column of {table.path} and no expression of its columns"
-            if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(name in table.rows for name in several):
+            if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(
+                name in table.rows for name in several
+            ):
                 how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
                 raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
@@ -309,10 +339,16 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
 def _groups(table: Table, group: str) -> tuple[Tensor | None, tuple[str, ...]]:
     """The natural site of each row: what its column ``group`` holds, or its file of several."""
     if group and group not in table.rows:
-        raise SourceError(f"data.group = {shown(group)} is no column of {table.path}: {table.columns}")
+        raise SourceError(
+            f"data.group = {shown(group)} is no column of {table.path}: {table.columns}"
+        )
     if not group and len(table.files) == 1:
         return None, ()
-    names = table.rows[group].astype(str) if group else pd.Series([file.stem for file in table.files])[table.file]
+    names = (
+        table.rows[group].astype(str)
+        if group
+        else pd.Series([file.stem for file in table.files])[table.file]
+    )
     codes, groups = pd.factorize(names, sort=True)
     if wrong := fault(list(groups)):
         said = f"data.group = {shown(group)}" if group else f"{table.path}, files as sites"

@@ -68,7 +68,9 @@ class Kit:
             users = {name: pwd.getpwnam(name) for name in ("archipelago", "flower")}
             letters = grp.getgrnam("letters").gr_gid
         except KeyError as error:
-            raise DeployError(f"{error.args[0]}: docs/how-to/deploy.md says how to make users and groups") from None
+            raise DeployError(
+                f"{error.args[0]}: docs/how-to/deploy.md says how to make users and groups"
+            ) from None
         self._owner = {name: user.pw_uid for name, user in users.items()} | {"root": os.geteuid()}
         self._group = {name: user.pw_gid for name, user in users.items()} | {"root": os.getegid()}
         ids = {name: f"{user.pw_uid}:{user.pw_gid}" for name, user in users.items()}
@@ -85,7 +87,9 @@ class Kit:
             print(f"kept     {self.path(name)}")
         return found
 
-    def write(self, name: str, content: bytes, mode: int = 0o644, owner: str = "root", group: str = "") -> None:
+    def write(
+        self, name: str, content: bytes, mode: int = 0o644, owner: str = "root", group: str = ""
+    ) -> None:
         """A new file, never for a moment more open than ``mode``."""
         path = self.path(name)
         path.parent.mkdir(mode=0o755, exist_ok=True)
@@ -107,7 +111,9 @@ class Kit:
         """Say what others need, with what they compare."""
         print("\nTo hand over, and to compare by another way than it comes:")
         for name in names:
-            print(f"{self.path(name)}\n  SHA-256 {sha256(self.path(name).read_bytes()).hexdigest()}")
+            print(
+                f"{self.path(name)}\n  SHA-256 {sha256(self.path(name).read_bytes()).hexdigest()}"
+            )
 
 
 def make_server(kit: Kit, names: list[str]) -> None:
@@ -116,7 +122,10 @@ def make_server(kit: Kit, names: list[str]) -> None:
     if not kit.has("ca.key"):
         authority = ec.generate_private_key(ec.SECP256R1())
         kit.write("ca.key", _pem(authority), 0o600)
-        kit.write("ca.crt", _certificate(authority, authority, f"Archipelago of {names[0]}", CA_DAYS, None))
+        kit.write(
+            "ca.crt",
+            _certificate(authority, authority, f"Archipelago of {names[0]}", CA_DAYS, None),
+        )
     if not kit.has("server.crt"):
         authority = load_pem_private_key(kit.path("ca.key").read_bytes(), None)  # type: ignore[assignment]
         if not kit.has("server.key"):
@@ -124,9 +133,13 @@ def make_server(kit: Kit, names: list[str]) -> None:
         key = load_pem_private_key(kit.path("server.key").read_bytes(), None)
         assert isinstance(key, Key)
         issuer = x509.load_pem_x509_certificate(kit.path("ca.crt").read_bytes())
-        kit.write("server.crt", _certificate(key, authority, names[0], SERVER_DAYS, alternatives, issuer))
+        kit.write(
+            "server.crt", _certificate(key, authority, names[0], SERVER_DAYS, alternatives, issuer)
+        )
     if not kit.has("superexec.secret"):
-        kit.write("superexec.secret", secrets.token_hex(32).encode(), 0o640, "flower", "archipelago")
+        kit.write(
+            "superexec.secret", secrets.token_hex(32).encode(), 0o640, "flower", "archipelago"
+        )
     kit.fill("server", kit.ids)
     kit.fill("both", {})
     kit.hand_over("ca.crt")
@@ -138,10 +151,19 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
     if not 0 <= number < 10**6:
         raise DeployError(f"number = {number}: 0 to 999999 is allowed")
     if not name.isprintable() or '"' in name or "\\" in name:
-        raise DeployError(f"name = {name!r}: printable characters other than quotes and backslashes are allowed")
+        raise DeployError(
+            f"name = {name!r}: printable characters other than quotes and backslashes are allowed"
+        )
     if not kit.has("node"):
-        node = ec.generate_private_key(ec.SECP384R1())  # of Flower's kinds that which its own guide makes
-        kit.write("node", node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600, "flower")
+        node = ec.generate_private_key(
+            ec.SECP384R1()
+        )  # of Flower's kinds that which its own guide makes
+        kit.write(
+            "node",
+            node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
+            0o600,
+            "flower",
+        )
         public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         _renew(kit, f"hand-over/site-{number}.pub", public + b"\n")
     if not kit.has("sealing.key"):
@@ -152,7 +174,16 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
         _renew(kit, f"hand-over/site-{number}.sealing", f'{number} = "{shown}"\n'.encode())
     if not kit.has("peers.toml"):
         kit.write("peers.toml", b"# Neighbours' public keys, a line of their .sealing file each.\n")
-    kit.fill("site", {**kit.ids, "number": number, "name": name, "server": server, "port": NODE_PORT + number % 1000})
+    kit.fill(
+        "site",
+        {
+            **kit.ids,
+            "number": number,
+            "name": name,
+            "server": server,
+            "port": NODE_PORT + number % 1000,
+        },
+    )
     kit.fill("both", {})
     kit.hand_over(f"hand-over/site-{number}.pub", f"hand-over/site-{number}.sealing")
 
@@ -168,18 +199,28 @@ def back_up(folder: Path) -> Path:
     moment = datetime.datetime.now(datetime.UTC)
     target = folder / f"archipelago-{moment:%Y%m%d-%H%M%S}.tar.gz"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        parts = ["--directory=/", *(str(path.relative_to("/")) for path in (FOLDER, STATE) if path.exists())]
+        parts = [
+            "--directory=/",
+            *(str(path.relative_to("/")) for path in (FOLDER, STATE) if path.exists()),
+        ]
         if DATABASE.exists():
             copy = Path(scratch) / DATABASE.relative_to("/")
             copy.parent.mkdir(parents=True)
-            with closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True)) as source, closing(sqlite3.connect(copy)) as found:
+            with (
+                closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True)) as source,
+                closing(sqlite3.connect(copy)) as found,
+            ):
                 source.backup(found)
             shutil.copystat(DATABASE, copy)
             os.chown(copy, DATABASE.stat().st_uid, DATABASE.stat().st_gid)
             parts += [f"--directory={scratch}", str(DATABASE.relative_to("/"))]
         made = Path(scratch) / "tar"
         # 1: a file changed while it was read; all that is to be whole is written beside its place and moved there.
-        if (code := subprocess.run(["tar", "--create", "--gzip", "--ignore-failed-read", f"--file={made}", *parts]).returncode) > 1:
+        if (
+            code := subprocess.run(
+                ["tar", "--create", "--gzip", "--ignore-failed-read", f"--file={made}", *parts]
+            ).returncode
+        ) > 1:
             raise DeployError(f"{target}: tar ended with {code}")
         made.rename(target)
     for old in sorted(folder.glob("archipelago-*.tar.gz"))[:-KEPT]:
@@ -204,7 +245,9 @@ def _name(name: str) -> x509.GeneralName:
     except ValueError:
         label = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
         if not re.fullmatch(rf"{label}(\.{label})*", name) or len(name) > 253:
-            raise DeployError(f"{name!r}: a DNS name such as server.example.org or an IP address is expected") from None
+            raise DeployError(
+                f"{name!r}: a DNS name such as server.example.org or an IP address is expected"
+            ) from None
         return x509.DNSName(name)
 
 
@@ -224,28 +267,54 @@ def _certificate(
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     now, ca = datetime.datetime.now(datetime.UTC), alternatives is None
     usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"), False
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
     )
     builder = (
-        x509.CertificateBuilder(issuer.subject if issuer else subject, subject, key.public_key(), x509.random_serial_number())
+        x509.CertificateBuilder(
+            issuer.subject if issuer else subject,
+            subject,
+            key.public_key(),
+            x509.random_serial_number(),
+        )
         .not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
-        .add_extension(x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, crl_sign=ca, **usage), critical=True)
+        .add_extension(
+            x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, crl_sign=ca, **usage),
+            critical=True,
+        )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            critical=False,
+        )
     )
     if alternatives is not None:
-        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False).add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
-        )
+        builder = builder.add_extension(
+            x509.SubjectAlternativeName(alternatives), critical=False
+        ).add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     return builder.sign(authority, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m deploy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go; what stands in them says %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=FOLDER,
+        help="where the files go; what stands in them says %(default)s",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     server = commands.add_parser("server")
     server.add_argument("names", nargs="+", metavar="NAME")
@@ -263,7 +332,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(back_up(asked.into))
     except (DeployError, OSError, sqlite3.Error) as error:
-        sys.exit(f"{type(error).__name__}: {error}" if isinstance(error, sqlite3.Error) else str(error))
+        sys.exit(
+            f"{type(error).__name__}: {error}" if isinstance(error, sqlite3.Error) else str(error)
+        )
 
 
 if __name__ == "__main__":

@@ -33,9 +33,15 @@ STEADY_S = 3600.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
 ASK_S = 1.0  # from one question to the SuperLink to the next
 LOST = "Run ID not found"  # Flower's words where a SuperLink came back without its database,
-KILLED = (LOST, "No heartbeat received", "Task failed with unknown error")  # and where a ServerApp was ended
+KILLED = (
+    LOST,
+    "No heartbeat received",
+    "Task failed with unknown error",
+)  # and where a ServerApp was ended
 OURS = re.compile(r"(configuration|server_app|strategies|datasets|models)\.[\w.]+Error")
-OF_COMMAND = re.compile(r"^Using SuperLink|(Starting|Exiting) logstream")  # lines of the command, not of the run
+OF_COMMAND = re.compile(
+    r"^Using SuperLink|(Starting|Exiting) logstream"
+)  # lines of the command, not of the run
 FAILED = re.compile(r"ERROR\s*:\s*(ServerApp|Simulation) raised an exception")
 STARTED = re.compile(r"Successfully started run (\d+)")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
@@ -76,7 +82,15 @@ class Run:
 
     def __init__(self, config: Config, asked: Namespace) -> None:
         self._superlink = [asked.superlink] if asked.superlink else []
-        self._command = ["flwr", "run", asked.app, *self._superlink, "--stream", "--run-config", pairs(config)]
+        self._command = [
+            "flwr",
+            "run",
+            asked.app,
+            *self._superlink,
+            "--stream",
+            "--run-config",
+            pairs(config),
+        ]
         if asked.federation:
             self._command += ["--federation", asked.federation]
         for each in asked.federation_config:
@@ -118,7 +132,11 @@ class Run:
             return _said(Exit.CRASHED, f"run {self.id} was killed: {ended.details}")
         message = ended.details.partition("failed with exception: ")[2] or ended.details
         first = re.escape(message.partition("\n")[0])
-        kinds = [found[1] for line in self._held if (found := re.match(rf"([\w.]+): {first}", COLOURS.sub("", line)))]
+        kinds = [
+            found[1]
+            for line in self._held
+            if (found := re.match(rf"([\w.]+): {first}", COLOURS.sub("", line)))
+        ]
         if not kinds or not OURS.fullmatch(kinds[-1]):
             self._release()
             return _said(Exit.ERROR, message)
@@ -128,7 +146,9 @@ class Run:
         """Show the lines of the run's log that were not shown yet; from Flower's report of an exception on they are held."""
         seen, error = 0, subprocess.DEVNULL if quiet else None
         env = os.environ | {"PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, text=True, bufsize=1, env=env) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=error, text=True, bufsize=1, env=env
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 plain = COLOURS.sub("", line)
@@ -178,7 +198,9 @@ def read(arguments: list[str]) -> tuple[Config, Namespace]:
     parser.add_argument("--stream", action="store_true", help="always")
     asked = parser.parse_args(arguments)
     whole = " ".join(asked.run_config)
-    return configuration(whole) if whole.endswith(".toml") else configuration(**parsed(whole)), asked
+    return configuration(whole) if whole.endswith(".toml") else configuration(
+        **parsed(whole)
+    ), asked
 
 
 def main(arguments: list[str]) -> Exit:
@@ -219,4 +241,9 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit(_said(Exit.INTERRUPTED, "no longer followed; the run goes on: flwr list, flwr log RUN, flwr stop RUN"))
+        sys.exit(
+            _said(
+                Exit.INTERRUPTED,
+                "no longer followed; the run goes on: flwr list, flwr log RUN, flwr stop RUN",
+            )
+        )

@@ -22,7 +22,9 @@ def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
     """
     found = blocks(network)
     if not found:
-        raise ValueError("computing.checkpointing = True: this network has no blocks (modules of layers in a list); allowed: False")
+        raise ValueError(
+            "computing.checkpointing = True: this network has no blocks (modules of layers in a list); allowed: False"
+        )
     for block in found:
         writes = any(True for _ in block.buffers())
         if writes and compiled:
@@ -38,12 +40,16 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     """The modules of several layers that stand in a Sequential or ModuleList; where one is inside another, the inner ones."""
     found: list[nn.Module] = []
     for child in network.children():
-        listed = isinstance(network, nn.Sequential | nn.ModuleList) and any(True for _ in child.children())
+        listed = isinstance(network, nn.Sequential | nn.ModuleList) and any(
+            True for _ in child.children()
+        )
         found += blocks(child) or [child] * listed
     return found
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the first and for the second time that a block is computed."""
     return nullcontext(), _unchanged(block)
 

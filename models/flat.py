@@ -43,7 +43,11 @@ class FlatModel:
         self._pieces: tuple[Tensor, ...] = ()
         # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
         self.buffer_names, self.statistics = _statistics(network)
-        self._counters = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_floating_point()]
+        self._counters = [
+            (buffer, buffer.clone())
+            for buffer in network.buffers()
+            if not buffer.is_floating_point()
+        ]
         self.num_stats = sum(buffer.numel() for buffer in self.statistics)
 
     def _bind(self, parameters: list[nn.Parameter]) -> None:
@@ -69,7 +73,9 @@ class FlatModel:
         self._pieces = ()
         self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         torch.cat([piece.reshape(-1) for piece in self._pieces], out=self.grad)
-        if len(self.x) >= _LARGE:  # whose pieces are handed back anyway, and are as much memory as the model
+        if (
+            len(self.x) >= _LARGE
+        ):  # whose pieces are handed back anyway, and are as much memory as the model
             self._pieces = ()
 
     def norm(self, vector: Tensor) -> Tensor:
@@ -100,7 +106,9 @@ class FlatModel:
         """
         if x.shape != self.x.shape or (stats is not None and stats.shape != (self.num_stats,)):
             got = f"{tuple(x.shape)} and {tuple(stats.shape) if stats is not None else None}"
-            raise ValueError(f"expected x {tuple(self.x.shape)} and stats ({self.num_stats},), got {got}")
+            raise ValueError(
+                f"expected x {tuple(self.x.shape)} and stats ({self.num_stats},), got {got}"
+            )
         self.x.copy_(x)
         for counter, start in self._counters:
             counter.copy_(start)
@@ -112,10 +120,19 @@ class FlatModel:
     def state_dict(self, x: Tensor, stats: Tensor) -> dict[str, Tensor]:
         """A model as a state dict of the network, on the CPU, for people who know nothing of vectors."""
         parts = dict(zip(map(id, self._parameters), x.split(self.sizes), strict=True))
-        parts |= dict(zip(map(id, self.statistics), stats.split([each.numel() for each in self.statistics]), strict=True))
+        parts |= dict(
+            zip(
+                map(id, self.statistics),
+                stats.split([each.numel() for each in self.statistics]),
+                strict=True,
+            )
+        )
         parts |= {id(counter): start for counter, start in self._counters}
         return {
-            name: parts.get(id(value), value).detach().view(value.shape).to("cpu", value.dtype, copy=True)
+            name: parts.get(id(value), value)
+            .detach()
+            .view(value.shape)
+            .to("cpu", value.dtype, copy=True)
             for name, value in self.network.state_dict(keep_vars=True).items()
         }
 
@@ -130,11 +147,22 @@ class FlatModel:
 
     def all_buffers(self) -> list[Tensor]:
         """Every buffer of the network, integers too."""
-        return list(chain.from_iterable(module.buffers(recurse=False) for module in self.network.modules()))
+        return list(
+            chain.from_iterable(module.buffers(recurse=False) for module in self.network.modules())
+        )
 
 
 def _statistics(network: nn.Module) -> tuple[tuple[str, ...], list[Tensor]]:
     """The floating-point buffers that training changes, by name."""
-    still = {id(buffer) for module in network.modules() if is_frozen(module) for buffer in module.buffers(recurse=False)}
-    found = [(name, buffer) for name, buffer in network.named_buffers() if buffer.is_floating_point() and id(buffer) not in still]
+    still = {
+        id(buffer)
+        for module in network.modules()
+        if is_frozen(module)
+        for buffer in module.buffers(recurse=False)
+    }
+    found = [
+        (name, buffer)
+        for name, buffer in network.named_buffers()
+        if buffer.is_floating_point() and id(buffer) not in still
+    ]
     return tuple(name for name, _ in found), [buffer for _, buffer in found]

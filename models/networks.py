@@ -49,9 +49,13 @@ def build(
         network.eval()
         try:
             with torch.no_grad():
-                made = network(torch.zeros(2, *shape, dtype=torch.int64 if tokens else torch.float32))
+                made = network(
+                    torch.zeros(2, *shape, dtype=torch.int64 if tokens else torch.float32)
+                )
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            raise ValueError(f"model.name = {name!r} cannot take examples of shape {shape}: {error}") from error
+            raise ValueError(
+                f"model.name = {name!r} cannot take examples of shape {shape}: {error}"
+            ) from error
     if not isinstance(made, Tensor) or made.shape != (2, *expected):
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         wanted = ", ".join(map(str, ("batch", *expected)))
@@ -67,37 +71,57 @@ def _hint(name: str, expected: tuple[int, ...], made: Any) -> str:
     if isinstance(made, Tensor) and made.dim() == 4:
         return "; it is for training.task = 'segmentation'"
     return (
-        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, or your own" if len(expected) == 3 else ""
+        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, or your own"
+        if len(expected) == 3
+        else ""
     )
 
 
-def _construct(name: str, shape: tuple[int, ...], num_outputs: int, tokens: bool, options: dict[str, Any]) -> nn.Module:
+def _construct(
+    name: str, shape: tuple[int, ...], num_outputs: int, tokens: bool, options: dict[str, Any]
+) -> nn.Module:
     takes = NETWORKS[name].takes if name in NETWORKS else "anything"
     given = "tokens" if tokens else "pictures" if len(shape) == 3 else "numbers"
     if takes != "anything" and given not in takes:
-        there = f"tokens, of shape {shape}; allowed: 'gpt'" if tokens else f"of shape {shape}; allowed: 'mlp'"
-        raise ValueError(f"model.name = {name!r} needs {takes}, the examples are {there} or your own")
+        there = (
+            f"tokens, of shape {shape}; allowed: 'gpt'"
+            if tokens
+            else f"of shape {shape}; allowed: 'mlp'"
+        )
+        raise ValueError(
+            f"model.name = {name!r} needs {takes}, the examples are {there} or your own"
+        )
     if (shipped := _shipped(name, shape, num_outputs, options)) is not None:
         return shipped
     make = own(name)
     try:
         network = make(shape, num_outputs)
     except Exception as error:
-        raise ValueError(f"model.name = {name!r} cannot be built: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"model.name = {name!r} cannot be built: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}")
+        raise ValueError(
+            f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}"
+        )
     return network
 
 
-def _shipped(name: str, shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module | None:
+def _shipped(
+    name: str, shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]
+) -> nn.Module | None:
     """A network of this program or of torchvision; None where it is one's own."""
     if name in NETWORKS:
-        return NETWORKS[name].build(shape, num_outputs, **{key: options[key] for key in NETWORKS[name].keys})
+        return NETWORKS[name].build(
+            shape, num_outputs, **{key: options[key] for key in NETWORKS[name].keys}
+        )
     module, _, attribute = name.partition(":")
     if module != "torchvision":
         return None
     network = _of_torchvision(attribute, shape, num_outputs)
-    return nn.Sequential(_ThreeChannels(), network) if len(shape) == 3 and shape[0] == 1 else network
+    return (
+        nn.Sequential(_ThreeChannels(), network) if len(shape) == 3 and shape[0] == 1 else network
+    )
 
 
 def num_parameters(name: str, shape: tuple[int, ...], num_outputs: int, **options: Any) -> int:
@@ -114,10 +138,14 @@ def num_parameters(name: str, shape: tuple[int, ...], num_outputs: int, **option
 
 
 def torchvision_names() -> tuple[str, ...]:
-    """torchvision's networks for pictures, and for each of their pixels."""
+    """Torchvision's networks for pictures, and for each of their pixels."""
     from torchvision import models  # here: it takes a second to import
 
-    return tuple(f"torchvision:{name}" for module in (models, models.segmentation) for name in models.list_models(module=module))
+    return tuple(
+        f"torchvision:{name}"
+        for module in (models, models.segmentation)
+        for name in models.list_models(module=module)
+    )
 
 
 def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
@@ -128,14 +156,18 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
         extra = {"aux_logits": False}
     elif name.startswith("vit_"):
         if len(shape) != 3 or shape[1] != shape[2]:
-            raise ValueError(f"model.name = 'torchvision:{name}' needs square pictures, the examples are of shape {shape}")
+            raise ValueError(
+                f"model.name = 'torchvision:{name}' needs square pictures, the examples are of shape {shape}"
+            )
         extra = {"image_size": shape[1]}
     elif name in models.list_models(module=models.segmentation):
         extra = {"weights_backbone": None}
     try:
         network: nn.Module = models.get_model(name, weights=None, num_classes=num_outputs, **extra)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"model.name = 'torchvision:{name}' cannot take examples of shape {shape}: {error}") from error
+        raise ValueError(
+            f"model.name = 'torchvision:{name}' cannot take examples of shape {shape}: {error}"
+        ) from error
     if "weights_backbone" in extra:
         # A hook, not a module around it: parameters keep torchvision's names, which a checkpoint has.
         network.register_forward_hook(lambda _module, _x, made: made["out"])
@@ -152,10 +184,14 @@ def own(name: str) -> Callable[..., nn.Module]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise ValueError(f"model.name = {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"model.name = {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(found, FunctionType | type):
         kind = type(found).__name__
-        raise ValueError(f"model.name = {name!r}: a function written in Python or a class is expected, it is a {kind}")
+        raise ValueError(
+            f"model.name = {name!r}: a function written in Python or a class is expected, it is a {kind}"
+        )
     return found
 
 
@@ -171,9 +207,15 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 
     The head's are the last ones, in the order of ``network.parameters()``.
     """
-    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)
+    }
     weights = [parameter for parameter in network.parameters() if parameter.dim() > 1][:-1]
-    return [weight for weight in weights if id(weight) not in embeddings and min(weight.flatten(1).shape) > 1]
+    return [
+        weight
+        for weight in weights
+        if id(weight) not in embeddings and min(weight.flatten(1).shape) > 1
+    ]
 
 
 def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -200,7 +242,12 @@ def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 def mlp(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """One hidden layer of 64 on the flattened example, for tables and text."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 64), nn.ReLU(), nn.Linear(64, num_classes))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(torch.Size(shape).numel(), 64),
+        nn.ReLU(),
+        nn.Linear(64, num_classes),
+    )
 
 
 def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -208,7 +255,9 @@ def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     channels, height, width = shape
     rows, columns = (height // 2 - 4) // 2, (width // 2 - 4) // 2
     if min(rows, columns) < 1:
-        raise ValueError(f"model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, these have {height} x {width}")
+        raise ValueError(
+            f"model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, these have {height} x {width}"
+        )
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5, padding=2),
         nn.ReLU(),
@@ -240,7 +289,9 @@ def _norm(name: str) -> tuple[Callable[[int], nn.Module], nn.Module]:
 def vgg11(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
     """The narrow VGG-11 of the decentralized literature (RelaySGD, Vogels et al. 2021): 580 thousand parameters on CIFAR-10."""
     if min(shape[1:]) < 32:
-        raise ValueError(f"model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}")
+        raise ValueError(
+            f"model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}"
+        )
     layer, act = _norm(norm)
     layers: list[nn.Module] = []
     channels = shape[0]
@@ -250,7 +301,9 @@ def vgg11(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
             channels = width
         else:
             layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes)
+    )
 
 
 class EvoNormS0(nn.Module):
@@ -280,7 +333,14 @@ class EvoNormS0(nn.Module):
 class _Block(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module], act: nn.Module) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        norm: Callable[[int], nn.Module],
+        act: nn.Module,
+    ) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
@@ -349,9 +409,13 @@ class _Layer(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        each = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # [n, context, 3, heads, size]
+        each = self.queries_keys_values(self.attention_norm(x)).unflatten(
+            -1, (3, self.heads, -1)
+        )  # [n, context, 3, heads, size]
         q, k, v = each.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [n, heads, context, size]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True
+        )  # [n, heads, context, size]
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return y
@@ -375,7 +439,10 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if name.endswith("_out.weight") else 0.02)
+                nn.init.normal_(
+                    parameter,
+                    std=0.02 / (2 * layers) ** 0.5 if name.endswith("_out.weight") else 0.02,
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.tokens(x) + self.positions.weight[: x.shape[1]]
@@ -422,7 +489,11 @@ def _twice(inputs: int, outputs: int) -> nn.Module:
         *(
             layer
             for before in (inputs, outputs)
-            for layer in (nn.Conv2d(before, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU())
+            for layer in (
+                nn.Conv2d(before, outputs, 3, padding=1, bias=False),
+                nn.GroupNorm(8, outputs),
+                nn.ReLU(),
+            )
         )
     )
 

@@ -27,9 +27,15 @@ def start_from(network: nn.Module, path: str) -> str:
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{said}: {error}") from None
     own = network.state_dict()
-    fitting = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
+    fitting = {
+        name: value
+        for name, value in found.items()
+        if name in own and value.shape == own[name].shape
+    }
     if not fitting:
-        raise ValueError(f"{said}: nothing of it fits; the network has {_some(list(own))}, the file {_some(list(found))}")
+        raise ValueError(
+            f"{said}: nothing of it fits; the network has {_some(list(own))}, the file {_some(list(found))}"
+        )
     network.load_state_dict(fitting, strict=False)
     other = [name for name in found if name in own and name not in fitting]
     kinds = {
@@ -58,7 +64,9 @@ def freeze(network: nn.Module, trainable: str) -> None:
     patterns = trainable.split()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"model.trainable = {trainable!r}: {pattern!r} matches no parameter; there are {_some(names)}")
+            raise ValueError(
+                f"model.trainable = {trainable!r}: {pattern!r} matches no parameter; there are {_some(names)}"
+            )
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
     for module in network.modules():

@@ -56,7 +56,9 @@ class Task(NamedTuple):
     pooled: Callable[[Tensor], Tensor] = partial(torch.mean, dim=0)
     decide: Callable[[Tensor], Tensor] | None = None
     means: Callable[[Tensor, Tensor], Tensor] | None = None
-    metrics: Callable[[float, list[float], Targets], dict[str, float]] = lambda loss, means, targets: {}
+    metrics: Callable[[float, list[float], Targets], dict[str, float]] = (
+        lambda loss, means, targets: {}
+    )
     larger: bool = False
     only_details: bool = False
 
@@ -95,7 +97,11 @@ class Task(NamedTuple):
         """
         means = [value for name, value in found.items() if name.startswith(MEAN)]
         known = {name: value for name, value in found.items() if not name.startswith(MEAN)}
-        made = self.metrics(known.get("loss", math.nan), means, targets) if "loss" in known or means else {}
+        made = (
+            self.metrics(known.get("loss", math.nan), means, targets)
+            if "loss" in known or means
+            else {}
+        )
         return known | {name: value for name, value in made.items() if math.isfinite(value)}
 
 
@@ -103,7 +109,10 @@ def numbers(found: Mapping[str, float | list[float]]) -> dict[str, float]:
     """What a test found as numbers by name, its ``means`` with a name each."""
     single = {name: float(value) for name, value in found.items() if not isinstance(value, list)}
     means = found.get("means", [])
-    return single | {f"{MEAN}{number}": value for number, value in enumerate(means if isinstance(means, list) else [])}
+    return single | {
+        f"{MEAN}{number}": value
+        for number, value in enumerate(means if isinstance(means, list) else [])
+    }
 
 
 def right(decided: Tensor, y: Tensor) -> Tensor:
@@ -133,7 +142,11 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _named(kind: str, names: Sequence[str], values: Tensor) -> dict[str, float]:
     """A metric of each class, but for classes that do not occur."""
-    return {f"{kind}/{name}": value for name, value in zip(names, values.tolist(), strict=True) if not math.isnan(value)}
+    return {
+        f"{kind}/{name}": value
+        for name, value in zip(names, values.tolist(), strict=True)
+        if not math.isnan(value)
+    }
 
 
 # Classification.
@@ -146,8 +159,14 @@ def _class_means(outputs: Tensor, y: Tensor) -> Tensor:
     confidence, decided = probabilities.max(1)
     hits = (decided == y).double()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    classes = [torch.bincount(y, minlength=size), torch.bincount(decided, minlength=size), torch.bincount(y, hits, size)]
-    calibration = [torch.bincount(bins, weights, BINS) for weights in (torch.ones_like(hits), confidence, hits)]
+    classes = [
+        torch.bincount(y, minlength=size),
+        torch.bincount(decided, minlength=size),
+        torch.bincount(y, hits, size),
+    ]
+    calibration = [
+        torch.bincount(bins, weights, BINS) for weights in (torch.ones_like(hits), confidence, hits)
+    ]
     return torch.cat([each.double() for each in (*classes, *calibration)])
 
 
@@ -185,7 +204,10 @@ def _label_metrics(_: float, means: list[float], targets: Targets) -> dict[str, 
         return {}
     given, decided, both = torch.tensor(means).view(3, -1)
     f1 = _ratio(2 * both, given + decided)
-    found = {"f1-micro": float(_ratio(2 * both.sum(), (given + decided).sum())), "f1-macro": float(f1.nanmean())}
+    found = {
+        "f1-micro": float(_ratio(2 * both.sum(), (given + decided).sum())),
+        "f1-macro": float(f1.nanmean()),
+    }
     found = {name: value for name, value in found.items() if not math.isnan(value)}
     return found | (_named("f1", targets.names, f1) if targets.details else {})
 
@@ -216,7 +238,9 @@ def _number_metrics(loss: float, means: list[float], targets: Targets) -> dict[s
     if not math.isnan(r2 := float((1 - _ratio(squared, power)).nanmean())):
         found["r2"] = r2
     if targets.details and not one:
-        found |= _named("rmse", targets.names, squared.sqrt() * deviations) | _named("mae", targets.names, absolute * deviations)
+        found |= _named("rmse", targets.names, squared.sqrt() * deviations) | _named(
+            "mae", targets.names, absolute * deviations
+        )
     return found
 
 
@@ -224,7 +248,10 @@ def _number_metrics(loss: float, means: list[float], targets: Targets) -> dict[s
 
 
 def _language_metrics(loss: float, _: list[float], targets: Targets) -> dict[str, float]:
-    return {"bits-per-byte": loss / math.log(2) / targets.token_bytes, "perplexity": math.exp(min(loss, 700.0))}
+    return {
+        "bits-per-byte": loss / math.log(2) / targets.token_bytes,
+        "perplexity": math.exp(min(loss, 700.0)),
+    }
 
 
 # Dense prediction.
@@ -235,7 +262,12 @@ def _map_means(outputs: Tensor, y: Tensor) -> Tensor:
     size, counts = outputs.shape[1], (y != IGNORED).cpu()
     real, decided = y.cpu()[counts], outputs.argmax(1).cpu()[counts]
     both = torch.bincount(real[real == decided], minlength=size)
-    return torch.cat([both, torch.bincount(real, minlength=size) + torch.bincount(decided, minlength=size) - both]).double()
+    return torch.cat(
+        [
+            both,
+            torch.bincount(real, minlength=size) + torch.bincount(decided, minlength=size) - both,
+        ]
+    ).double()
 
 
 def _map_metrics(_: float, means: list[float], targets: Targets) -> dict[str, float]:
@@ -243,7 +275,9 @@ def _map_metrics(_: float, means: list[float], targets: Targets) -> dict[str, fl
         return {}
     both, either = torch.tensor(means).view(2, -1)
     each = _ratio(both, either)
-    return {"mean-iou": float(each.nanmean())} | (_named("iou", targets.names, each) if targets.details else {})
+    return {"mean-iou": float(each.nanmean())} | (
+        _named("iou", targets.names, each) if targets.details else {}
+    )
 
 
 TASKS = {

@@ -36,7 +36,11 @@ Route = Callable[[Mapping[str, str]], Answer | None]
 @lru_cache(maxsize=1)
 def _parts() -> tuple[str, str, tuple[str, ...]]:
     """The body, the style, and the scripts."""
-    own = dict(re.findall(r"^```(\w+)\n(.*?)^```$", (HERE / "page.md").read_text(), re.MULTILINE | re.DOTALL))
+    own = dict(
+        re.findall(
+            r"^```(\w+)\n(.*?)^```$", (HERE / "page.md").read_text(), re.MULTILINE | re.DOTALL
+        )
+    )
     library = json.loads((HERE / "uplot.json").read_text())
     return own["html"], library["style"] + "\n" + own["css"], (library["script"], own["js"])
 
@@ -46,7 +50,9 @@ def policy() -> str:
     """The content security policy: the document's own scripts and style by their hashes, and nothing else."""
 
     def hashes(*texts: str) -> str:
-        return " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
+        return " ".join(
+            f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts
+        )
 
     _, style, scripts = _parts()
     allowed = f"script-src {hashes(*scripts)}; style-src {hashes(style)}; connect-src 'self'"
@@ -71,7 +77,12 @@ def document(data: object = None) -> str:
     """The page, with data in it; without, it asks the server that it comes from for them."""
     body, style, scripts = _parts()
     # Nothing in the data can end the element that holds them.
-    embedded = as_json(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    embedded = (
+        as_json(data)
+        .replace("<", "\\u003c")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy()}">\n'
@@ -92,7 +103,9 @@ def address_of(text: str) -> tuple[str, int]:
     """
     found = ADDRESS.fullmatch(text)
     if not found or int(found["port"]) > 65535:
-        raise ValueError(f"{text!r}: an address with a port is expected, such as 127.0.0.1:8081 or [::1]:8081")
+        raise ValueError(
+            f"{text!r}: an address with a port is expected, such as 127.0.0.1:8081 or [::1]:8081"
+        )
     return found["six"] or found["host"], int(found["port"])
 
 
@@ -119,15 +132,23 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if self.server.loopback and name not in LOOPBACK:  # a page elsewhere whose name points here (DNS rebinding)
+        if (
+            self.server.loopback and name not in LOOPBACK
+        ):  # a page elsewhere whose name points here (DNS rebinding)
             self._send(403, Answer("text/plain", b"ask for it by 127.0.0.1 or localhost\n"))
             return
-        query = {key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
+        query = {
+            key: values[-1]
+            for key, values in parse_qs(address.query, keep_blank_values=True).items()
+        }
         route = self.server.routes.get(address.path)
         try:
             found = route(query) if route else None
         except Exception as error:  # such as a file that is damaged
-            self._send(500, Answer("text/plain; charset=utf-8", f"{type(error).__name__}: {error}\n".encode()))
+            self._send(
+                500,
+                Answer("text/plain; charset=utf-8", f"{type(error).__name__}: {error}\n".encode()),
+            )
             return
         self._send(200 if found else 404, found or Answer("text/plain", b"there is no such page\n"))
 
@@ -153,7 +174,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are no news."""
 
 
-def server(address: tuple[str, int], data: Callable[[Mapping[str, str]], object], metrics: Callable[[], bytes]) -> _Server:
+def server(
+    address: tuple[str, int],
+    data: Callable[[Mapping[str, str]], object],
+    metrics: Callable[[], bytes],
+) -> _Server:
     """What serves the page at ``/``, its data at ``/data`` and Prometheus' metrics at ``/metrics``; it reads and never writes.
 
     Args:

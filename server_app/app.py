@@ -26,7 +26,15 @@ from server_app.rounds import Rounds
 from strategies.averaging.adapter import Planned
 from strategies.averaging.alone import Alone
 from strategies.averaging.shipped import Shipped
-from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Local, Moment, PeerPlan, RoundPlan
+from strategies.method import (
+    AlonePlan,
+    ArrivalPlan,
+    ForeignPlan,
+    Local,
+    Moment,
+    PeerPlan,
+    RoundPlan,
+)
 from strategies.protocol import Layout
 from strategies.records import STATS, X, pack
 from strategies.robust import capped
@@ -60,9 +68,15 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
     topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None
     if config.model.initial:
         digest(config.model.initial)
-    federation = take_census(grid, config, saved.federation._replace(started=saved.next_start()) if saved else None)
-    if topology is not None and (parts := topology.parts({site.number for site in federation.sites})):
-        raise RunError(f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}")
+    federation = take_census(
+        grid, config, saved.federation._replace(started=saved.next_start()) if saved else None
+    )
+    if topology is not None and (
+        parts := topology.parts({site.number for site in federation.sites})
+    ):
+        raise RunError(
+            f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}"
+        )
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
     network, said = network_of(config, federation.shape, len(federation.classes))
@@ -81,7 +95,14 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
     emit(Ended(None))
 
 
-def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink, saved: Saved | None) -> None:
+def _drive(
+    grid: Grid,
+    config: Config,
+    federation: Federation,
+    model: FlatModel,
+    emit: Sink,
+    saved: Saved | None,
+) -> None:
     """Execute the plan of the run."""
     first = saved.arrays if saved and saved.arrays else {X: model.x, STATS: model.stats}
     layout, shares = layout_of(model), partial(_shares, federation, config)
@@ -116,10 +137,14 @@ def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel,
             planned = Planned(plan, shares(plan.weighting), robust=config.robust.rule)
             rounds(planned, planned.instruct).run(initial(), plan.site.sends if plan.site else ())
         case AlonePlan(instruct=by_itself, ensemble=ensemble):
-            alone = Alone({site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble)
+            alone = Alone(
+                {site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble
+            )
             rounds(alone, lambda moment, _: by_itself(moment)).run(initial())
         case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
-            shipped = Shipped(make(), shares(weighting), config.robust.max_share, config.robust.rule)
+            shipped = Shipped(
+                make(), shares(weighting), config.robust.max_share, config.robust.rule
+            )
             rounds(shipped, lambda moment, _: foreign(moment)).run(initial())
 
 
@@ -127,7 +152,10 @@ def _shares(federation: Federation, config: Config, weighting: str) -> dict[int,
     """Each node's share in a mean, in the order of the sites; together 1, and none above ``robust.max-share``."""
     sites = federation.sites
     total = sum(site.num_train for site in sites)
-    shares = {site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total for site in sites}
+    shares = {
+        site.node: 1 / len(sites) if weighting == "equal" else site.num_train / total
+        for site in sites
+    }
     return capped(shares, config.robust.max_share)
 
 

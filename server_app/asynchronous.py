@@ -29,7 +29,16 @@ from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.mean import LARGEST, extent, magnitude
 from strategies.method import ArrivalPlan, Local
-from strategies.protocol import Layout, Order, Refusal, Trained, read_tested, read_trained, write_model, write_order
+from strategies.protocol import (
+    Layout,
+    Order,
+    Refusal,
+    Trained,
+    read_tested,
+    read_trained,
+    write_model,
+    write_order,
+)
 from strategies.records import ARRAYS, CONFIG, STATS, X, pack, unpack
 from strategies.schedules import rates
 
@@ -83,7 +92,15 @@ class Asynchronous:
         sink: gets every event.
     """
 
-    def __init__(self, grid: Grid, plan: ArrivalPlan, federation: Federation, config: Config, layout: Layout, sink: Sink) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        plan: ArrivalPlan,
+        federation: Federation,
+        config: Config,
+        layout: Layout,
+        sink: Sink,
+    ) -> None:
         self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
         self._layout, self._clock = layout, clock_of(grid)
         self._report = Report(federation, config, sink, self._clock, "update")
@@ -91,7 +108,9 @@ class Asynchronous:
         self._sites = {site.node: site for site in federation.sites}
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
-        self._list = WhiteList(self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack)
+        self._list = WhiteList(
+            self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack
+        )
         self._flying: dict[int, _Flight] = {}
         self._waiting: dict[int, list[_Part]] = defaultdict(list)
         self._bounds = {name: Bound(config.max_change) for name in layout.sizes}
@@ -105,7 +124,10 @@ class Asynchronous:
         self._tests: dict[int, PendingTest] = {}
         self._later: dict[int, float] = {}  # when sites whose service is away are called again
         self._blind = False  # whether nobody could take the last test
-        self._saved, self._tested_since = self._clock.now(), False  # the last checkpoint, and whether there was a test since
+        self._saved, self._tested_since = (
+            self._clock.now(),
+            False,
+        )  # the last checkpoint, and whether there was a test since
         self._resumed: Mapping[str, Any] = {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -118,7 +140,9 @@ class Asynchronous:
         self._list.counts |= {nodes[number]: count for number, count in state["list"].items()}
         self._speeds = {nodes[number]: speed for number, speed in state["speeds"].items()}
         for name, changes in state["bounds"].items():
-            self._bounds[name].largest |= {nodes[number]: change for number, change in changes.items()}
+            self._bounds[name].largest |= {
+                nodes[number]: change for number, change in changes.items()
+            }
 
     def _checkpoint(self) -> dict[str, Any]:
         """What :meth:`resume` takes."""
@@ -130,13 +154,18 @@ class Asynchronous:
             "counts": (self._extremes, self._updates, self._tested, self._done, self._period.start),
             "list": {number[node]: count for node, count in self._list.counts.items()},
             "speeds": {number[node]: speed for node, speed in self._speeds.items()},
-            "bounds": {name: {number[node]: each for node, each in bound.largest.items()} for name, bound in self._bounds.items()},
+            "bounds": {
+                name: {number[node]: each for node, each in bound.largest.items()}
+                for name, bound in self._bounds.items()
+            },
         }
 
     def _save(self) -> None:
         """Offer a checkpoint after a test, and when the last one is old; what is tested must be reported first."""
         minutes = self._config.results.checkpoint_minutes
-        if not self._tests and (self._tested_since or self._clock.now() - self._saved > 60 * minutes > 0):
+        if not self._tests and (
+            self._tested_since or self._clock.now() - self._saved > 60 * minutes > 0
+        ):
             self._saved, self._tested_since = self._clock.now(), False
             self._report.emit(Checkpoint(self._checkpoint))
 
@@ -147,7 +176,10 @@ class Asynchronous:
             RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what was reached so far was
                 emitted.
         """
-        known, stats = self._resumed, unpack(arrays[STATS]).clone() if STATS in arrays else torch.empty(0)
+        known, stats = (
+            self._resumed,
+            unpack(arrays[STATS]).clone() if STATS in arrays else torch.empty(0),
+        )
         self._state = known["rule"] if known else self._plan.rule.init(unpack(arrays[X]))
         self._stats: Tensor = known["stats"] if known else stats
         del arrays
@@ -191,7 +223,9 @@ class Asynchronous:
             self._roster.call(node)
             local = self._local(node)
             order = write_order(Order(self._updates + 1, self._federation.agreed(), local))
-            messages.append(Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.TRAIN))
+            messages.append(
+                Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.TRAIN)
+            )
             self._flying[node] = _Flight(sent, norms, self._state.version, local, now)
         self._report.sent(messages)
         self._mailbox.send(messages)
@@ -202,13 +236,19 @@ class Asynchronous:
         if plan.by_speed and node in self._speeds:
             speeds = [self._speeds.get(other, 0.0) for other in {node, *self._roster.here()}]
             fastest = min(max(speeds), FASTEST * median(speeds)) or max(speeds)
-            steps = max(1, math.floor(steps * min(1.0, self._speeds[node] / fastest) + 1e-6))  # clocks round
+            steps = max(
+                1, math.floor(steps * min(1.0, self._speeds[node] / fastest) + 1e-6)
+            )  # clocks round
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
-        return Local(self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True)
+        return Local(
+            self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True
+        )
 
     def _lose(self, node: int, reason: str, *, failed: bool = False) -> None:
         """A site is silent or gone; or it failed, and is called again after the next test."""
-        self._roster.lose(node, reason, self._clock.now(), failed=failed, again=self._tested + failed)
+        self._roster.lose(
+            node, reason, self._clock.now(), failed=failed, again=self._tested + failed
+        )
         self._apply(self._list.set_aside(node))
 
     def _readmit(self) -> bool:
@@ -221,7 +261,13 @@ class Asynchronous:
             return False
         self._report.see(connected := set(self._grid.get_node_ids()))
         self._roster.see(connected, self._clock.now())
-        self._dispatch([node for node in self._roster.due(self._tested) if self._later.get(node, 0.0) <= self._clock.now()])
+        self._dispatch(
+            [
+                node
+                for node in self._roster.due(self._tested)
+                if self._later.get(node, 0.0) <= self._clock.now()
+            ]
+        )
         left = self._roster.left_s(self._clock.now())
         if left == math.inf or self._done >= self._total:
             return True
@@ -236,7 +282,9 @@ class Asynchronous:
     def _arrived(self, node: int, reply: Message) -> None:
         """A site has trained."""
         flight, site = self._flying.pop(node), self._sites[node]
-        sent = {name: vector for name, vector in flight.sent.items() if name != X}  # of x comes the change itself
+        sent = {
+            name: vector for name, vector in flight.sent.items() if name != X
+        }  # of x comes the change itself
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
         found = self._report.receive(node, reply, self._updates, "training", read)
         if isinstance(found, Refusal):
@@ -252,7 +300,12 @@ class Asynchronous:
             return
         self._roster.answer(node)
         if (elapsed := self._clock.now() - flight.at) > 0:
-            self._speeds[node] = part.steps / site.batches(self._config.training.batch_size) * site.num_train / elapsed
+            self._speeds[node] = (
+                part.steps
+                / site.batches(self._config.training.batch_size)
+                * site.num_train
+                / elapsed
+            )
         if self._done >= self._total:  # it came too late to matter
             return
         self._period.trained(node, found.metrics)
@@ -267,13 +320,26 @@ class Asynchronous:
     def _part(self, node: int, flight: _Flight, found: Trained) -> _Part:
         keys, site, local = self._config.training, self._sites[node], flight.local
         cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
-        rate = rates(local.lr, *cycle, steps=local.steps, epoch=site.batches(keys.batch_size), warmup=keys.lr_warmup)
+        rate = rates(
+            local.lr,
+            *cycle,
+            steps=local.steps,
+            epoch=site.batches(keys.batch_size),
+            warmup=keys.lr_warmup,
+        )
         total = sum(map(rate, range(local.steps)))
-        return _Part(Update(found.vectors[X], flight.sent[X], total, 0, site=node), flight.version, local.steps, found.largest)
+        return _Part(
+            Update(found.vectors[X], flight.sent[X], total, 0, site=node),
+            flight.version,
+            local.steps,
+            found.largest,
+        )
 
     def _too_far(self, node: int, flight: _Flight, found: Trained, total: float) -> str | None:
         """Whether a site moves the model further than others do."""
-        changes = {name: Change(norm, total if name == X else 1.0) for name, norm in found.change.items()}
+        changes = {
+            name: Change(norm, total if name == X else 1.0) for name, norm in found.change.items()
+        }
         for name, change in changes.items():
             size = flight.norms[name] if self._bounds[name].few else 0.0
             if reason := self._bounds[name].refusal(change, size):
@@ -294,7 +360,9 @@ class Asynchronous:
             if self._done >= self._total:
                 continue
             ages = [self._state.version - part.version for part in parts]
-            *earlier, last = (part.update._replace(staleness=age) for part, age in zip(parts, ages, strict=True))
+            *earlier, last = (
+                part.update._replace(staleness=age) for part, age in zip(parts, ages, strict=True)
+            )
             update = last._replace(earlier=tuple(earlier))
             if not self._safe(reached := self._reached(parts)):
                 self._refuse(node, UNSAFE)
@@ -334,25 +402,36 @@ class Asynchronous:
         connected = set(self._grid.get_node_ids())
         order = write_order(Order(self._updates, self._federation.agreed()))
         messages = [
-            Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.EVALUATE, group_id=str(self._updates))
+            Message(
+                RecordDict({ARRAYS: model, CONFIG: order}),
+                node,
+                MessageType.EVALUATE,
+                group_id=str(self._updates),
+            )
             for node in self._sites
             if node in connected and not self._roster.silent(node)
         ]
         self._report.sent(messages)
         of_sites, train = self._period.means(list(self._sites))
-        train["local-epochs"] = (self._done - self._period.start) * self._config.epochs / self._total
+        train["local-epochs"] = (
+            (self._done - self._period.start) * self._config.epochs / self._total
+        )
         self._period = Period(self._done)
         self._report.write(self._updates, "train", of_sites, train)
         if messages:  # else nobody is there to test it
             nodes = {message.metadata.dst_node_id for message in messages}
-            self._tests[self._updates] = PendingTest(self._report.moment(), self._done, nodes, train)
+            self._tests[self._updates] = PendingTest(
+                self._report.moment(), self._done, nodes, train
+            )
             self._mailbox.send(messages)
 
     def _answered(self, number: int, node: int, reply: Message) -> None:
         """A site has tested; when all have, that is reported."""
         test = self._tests[number]
         test.waiting.discard(node)
-        read = partial(read_tested, num_examples=self._sites[node].num_test, means=self._report.measure.means)
+        read = partial(
+            read_tested, num_examples=self._sites[node].num_test, means=self._report.measure.means
+        )
         found = self._report.receive(node, reply, number, "test", read)
         if not isinstance(found, Refusal):
             test.answers[node] = found.named()
@@ -362,4 +441,11 @@ class Asynchronous:
         self._tested_since = True
         self._blind = not test.answers
         mean = self._report.test(number, test.answers, test.moment)
-        self._report.progress(number, None, test.done * self._config.epochs / self._total, test.moment, test.train, mean)
+        self._report.progress(
+            number,
+            None,
+            test.done * self._config.epochs / self._total,
+            test.moment,
+            test.train,
+            mean,
+        )

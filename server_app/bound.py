@@ -45,7 +45,9 @@ class Bound:
         """Whether there is no median yet."""
         return len(self.largest) < FEW
 
-    def refusal(self, change: Change, size: float, others: Mapping[int, Change] | None = None) -> str | None:
+    def refusal(
+        self, change: Change, size: float, others: Mapping[int, Change] | None = None
+    ) -> str | None:
         """Why a contribution is refused, or None.
 
         Args:
@@ -53,7 +55,11 @@ class Bound:
             size: norm of the model.
             others: what each site sent, this one too, where none was taken yet.
         """
-        known = list(self.largest.values()) if others is None else [_relative(each) for each in others.values()]
+        known = (
+            list(self.largest.values())
+            if others is None
+            else [_relative(each) for each in others.values()]
+        )
         reference = median(each.norm for each in known) if len(known) >= FEW else 0.0
         allowed = self._multiple * (reference or size)
         if not allowed or change.norm <= allowed:  # also of no bound
@@ -62,9 +68,7 @@ class Bound:
         if _relative(change).rates <= relative:
             return None
         what = "the median over the sites" if reference else "the model's norm"
-        return (
-            f"it moves the model by {change.norm:.3g}; at most {self._multiple:g} times {what}, {allowed:.3g} (max-change); {HINT}"
-        )
+        return f"it moves the model by {change.norm:.3g}; at most {self._multiple:g} times {what}, {allowed:.3g} (max-change); {HINT}"
 
     def accept(self, site: int, change: Change) -> None:
         """A site's contribution is taken."""

@@ -42,10 +42,14 @@ def budget(config: Config, plan: ArrivalPlan | PeerPlan, batches: float) -> tupl
     """
     whole, table = config.epochs * batches, config.method.table
     if whole < plan.steps:
-        raise RunError(f"{table}.local-steps = {plan.steps}: epochs = {config.epochs} have {whole:g} batches; at most these")
+        raise RunError(
+            f"{table}.local-steps = {plan.steps}: epochs = {config.epochs} have {whole:g} batches; at most these"
+        )
     total = round(whole / plan.steps)
     if isinstance(plan, ArrivalPlan) and total < plan.least:
-        raise RunError(f"epochs = {config.epochs}: {total} contributions, and {config.strategy} needs {plan.least} for a step")
+        raise RunError(
+            f"epochs = {config.epochs}: {total} contributions, and {config.strategy} needs {plan.least} for a step"
+        )
     return total, config.results.evaluate_every or max(1, round(batches / plan.steps))
 
 
@@ -99,7 +103,9 @@ class Federation(NamedTuple):
 
     def agreed(self) -> Agreed:
         """What every message tells the sites about each other."""
-        return Agreed(self.classes, () if self.moments is None else tuple(self.moments), self.started)
+        return Agreed(
+            self.classes, () if self.moments is None else tuple(self.moments), self.started
+        )
 
 
 def an_epoch(federation: Federation, batch_size: int) -> float:
@@ -119,10 +125,14 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
     """
     nodes = _wait_for(grid, config, before)
     if len(nodes) > config.num_sites:
-        raise RunError(f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number")
+        raise RunError(
+            f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number"
+        )
     cards: dict[int, SiteCard] = {}
     failures: list[str] = []
-    told = RecordDict({CONFIG: ConfigRecord(before.started.config())} if before and before.started else {})
+    told = RecordDict(
+        {CONFIG: ConfigRecord(before.started.config())} if before and before.started else {}
+    )
     for node, reply in _ask(grid, nodes, told, config):
         try:
             cards[node] = read_card(reply)
@@ -131,23 +141,33 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
     misfits = _misfits(cards, config)
     reasons = {failure: failures.count(failure) for failure in sorted(set(failures))}
     if misfits:
-        reasons[together({f"{cards[node].name} (node {node})": reason for node, reason in misfits.items()})] = len(misfits)
+        reasons[
+            together(
+                {f"{cards[node].name} (node {node})": reason for node, reason in misfits.items()}
+            )
+        ] = len(misfits)
     for reason, sites in reasons.items():
         log(WARNING, "%d of %d sites cannot take part: %s", sites, len(nodes), reason)
     fitting = {node: card for node, card in cards.items() if node not in misfits}
     if len(fitting) < config.min_sites:
-        raise RunError(f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. {'; '.join(reasons)}")
+        raise RunError(
+            f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. {'; '.join(reasons)}"
+        )
     found = _federation(fitting, config)
     return found if before is None else _again(before, found)
 
 
-def _ask(grid: Grid, nodes: list[int], told: RecordDict, config: Config) -> Iterator[tuple[int, Message]]:
+def _ask(
+    grid: Grid, nodes: list[int], told: RecordDict, config: Config
+) -> Iterator[tuple[int, Message]]:
     """Each node's last answer; one that is silent, such as a service that starts, is asked again for a while."""
     clock = clock_of(grid)
     deadline = clock.now() + min(config.patience_s, RETURN_S)
     while nodes:
         silent = []
-        for node, reply in exchange(grid, [Message(told, node, "query.site") for node in nodes], config.timeout_s):
+        for node, reply in exchange(
+            grid, [Message(told, node, "query.site") for node in nodes], config.timeout_s
+        ):
             if gone(reply) and clock.now() < deadline and node in set(grid.get_node_ids()):
                 silent.append(node)
             else:
@@ -162,7 +182,12 @@ def _again(before: Federation, now: Federation) -> Federation:
     there = {site.number: site for site in now.sites}
     for site in now.sites:
         if site.number not in {old.number for old in before.sites}:
-            log(WARNING, "%s (site %d) was not part of this run before: it is left out", site.name, site.number)
+            log(
+                WARNING,
+                "%s (site %d) was not part of this run before: it is left out",
+                site.name,
+                site.number,
+            )
     sites = []
     for old in before.sites:
         new = there.get(old.number)
@@ -188,9 +213,17 @@ def _wait_for(grid: Grid, config: Config, before: Federation | None) -> list[int
         enough = len(nodes) >= config.min_sites
         if waited >= (min(config.patience_s, RETURN_S) if before and enough else config.patience_s):
             if enough:
-                log(WARNING, "%d of %d sites are connected after %.0f s: going on", len(nodes), wanted, waited)
+                log(
+                    WARNING,
+                    "%d of %d sites are connected after %.0f s: going on",
+                    len(nodes),
+                    wanted,
+                    waited,
+                )
                 break
-            raise RunError(f"{len(nodes)} of {wanted} sites are connected after patience-s = {config.patience_s:g}")
+            raise RunError(
+                f"{len(nodes)} of {wanted} sites are connected after patience-s = {config.patience_s:g}"
+            )
         if len(nodes) != said or clock.now() >= again:
             said, again = len(nodes), clock.now() + TELL_EVERY_S
             log(WARNING, "waiting for sites: %d of %d are connected", said, wanted)
@@ -223,9 +256,16 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     found = {node: OTHER_CODE for node, card in cards.items() if card.code != code_version()}
     if config.model.initial:
         own = digest(config.model.initial)
-        found |= {node: "its model.initial is another file" for node, card in cards.items() if card.initial != own}
+        found |= {
+            node: "its model.initial is another file"
+            for node, card in cards.items()
+            if card.initial != own
+        }
     target = config.task.target
-    told = {node: len(card.columns) + len(card.classes) * (target == "numbers") for node, card in cards.items()}
+    told = {
+        node: len(card.columns) + len(card.classes) * (target == "numbers")
+        for node, card in cards.items()
+    }
     found |= {
         node: f"it tells {len(card.known or ())} moments, {told[node]} are expected"
         for node, card in cards.items()
@@ -244,20 +284,38 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
             others = ", ".join(sorted({other.said for other in kinds.values() if other != kind}))
             found[node] = printable(f"it has {kind.said}, others have {others}", 1000)
     if config.wire.sealing == "trust-on-first-use":
-        keyless = {node: "it tells no public key (wire.sealing)" for node, card in cards.items() if card.public_key is None}
+        keyless = {
+            node: "it tells no public key (wire.sealing)"
+            for node, card in cards.items()
+            if card.public_key is None
+        }
         found = keyless | found
     if config.wire.sealing != "off":
-        found = {node: "it tells no nonce (wire.sealing)" for node, card in cards.items() if card.nonce is None} | found
-    usual_size = median(card.train for node, card in cards.items() if node not in found) if len(found) < len(cards) else 0
+        found = {
+            node: "it tells no nonce (wire.sealing)"
+            for node, card in cards.items()
+            if card.nonce is None
+        } | found
+    usual_size = (
+        median(card.train for node, card in cards.items() if node not in found)
+        if len(found) < len(cards)
+        else 0
+    )
     for node, card in cards.items():
         if node not in found and card.train > MOST * usual_size:
-            found[node] = f"it says it has {card.train:,} training examples, more than {MOST:,} times the median of {usual_size:,g}"
+            found[node] = (
+                f"it says it has {card.train:,} training examples, more than {MOST:,} times the median of {usual_size:,g}"
+            )
     numbers = {node: card.site for node, card in cards.items() if node not in found}
     for node, number in numbers.items():
         if list(numbers.values()).count(number) > 1:
-            found[node] = f"two sites have the number {number}; give each its own site=... in --node-config"
+            found[node] = (
+                f"two sites have the number {number}; give each its own site=... in --node-config"
+            )
         elif isinstance(config.plan, PeerPlan) and number >= config.num_sites:
-            found[node] = f"its number is {number}; peers are numbered 0 to {config.num_sites - 1}, below num-sites"
+            found[node] = (
+                f"its number is {number}; peers are numbered 0 to {config.num_sites - 1}, below num-sites"
+            )
     return found
 
 
@@ -269,10 +327,17 @@ class _Kind(NamedTuple):
 
 
 def _kind(card: SiteCard, target: str) -> _Kind:
-    kind = f"the columns {', '.join(card.columns)}" if card.columns else f"examples of shape {card.shape}"
+    kind = (
+        f"the columns {', '.join(card.columns)}"
+        if card.columns
+        else f"examples of shape {card.shape}"
+    )
     if target not in ("labels", "numbers", "tokens"):
         return _Kind(kind, (tuple(card.columns),))
-    return _Kind(f"{kind} and {', '.join(card.classes)} to predict", (tuple(card.columns), tuple(card.classes)))
+    return _Kind(
+        f"{kind} and {', '.join(card.classes)} to predict",
+        (tuple(card.columns), tuple(card.classes)),
+    )
 
 
 def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
@@ -280,16 +345,32 @@ def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
     reference = ordered[0][1]
     classes = sorted({name for _, card in ordered for name in card.classes})
     if set(reference.classes) == set(classes):
-        classes = reference.classes  # numbers before letters and the like: a source's own order is the better one
+        classes = (
+            reference.classes
+        )  # numbers before letters and the like: a source's own order is the better one
     sites = tuple(
-        Site(card.site, node, card.name, card.train, card.test, _counts(card, classes), card.public_key or b"", card.nonce or b"")
+        Site(
+            card.site,
+            node,
+            card.name,
+            card.train,
+            card.test,
+            _counts(card, classes),
+            card.public_key or b"",
+            card.nonce or b"",
+        )
         for node, card in ordered
     )
     if isinstance(config.plan, RoundPlan) and config.plan.pooled:
         sites = sites[:1]  # the one place that holds everybody's data
-    notes = tuple(f"{card.name}: {printable(note, 500)}" for _, card in ordered for note in card.notes)
+    notes = tuple(
+        f"{card.name}: {printable(note, 500)}" for _, card in ordered for note in card.notes
+    )
     if config.task.target == "class" and len(classes) == 1:
-        notes = (*notes, f"all examples are of the class {printable(classes[0], 100)}: there is nothing to tell apart")
+        notes = (
+            *notes,
+            f"all examples are of the class {printable(classes[0], 100)}: there is nothing to tell apart",
+        )
     shape, common = tuple(reference.shape), None
     if reference.known:
         common = merge([Moments(*card.moments) for _, card in ordered])

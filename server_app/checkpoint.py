@@ -80,7 +80,9 @@ class Writer:
             self._acquire()
         self._number = max(map(_number, self._folder.glob("*.pt")), default=0)
         # The offers of each; of one of a run that goes on, all that are there.
-        self._kept = {self._number: frozenset(file.stem for file in self._folder.glob("*.safetensors"))}
+        self._kept = {
+            self._number: frozenset(file.stem for file in self._folder.glob("*.safetensors"))
+        }
         self._synced = 0.0
 
     def _acquire(self) -> None:
@@ -88,7 +90,9 @@ class Writer:
         try:
             self._lock.acquire()
         except Timeout:
-            raise ConfigError(f"results.resume: {shown(str(self._folder.parent))}: {RUNNING}") from None
+            raise ConfigError(
+                f"results.resume: {shown(str(self._folder.parent))}: {RUNNING}"
+            ) from None
 
     def write(self, saved: Saved, metrics: Path) -> None:
         """Write one, which counts on the rows of ``metrics``, then delete what it replaces.
@@ -113,7 +117,9 @@ class Writer:
                 os.fsync(rows.fileno())
         try:
             with partial.open("wb") as target:
-                torch.save(saved._replace(offers={name: {} for name in saved.offers})._asdict(), target)
+                torch.save(
+                    saved._replace(offers={name: {} for name in saved.offers})._asdict(), target
+                )
                 if sync:
                     target.flush()
                     os.fsync(target.fileno())
@@ -132,7 +138,11 @@ class Writer:
         used = frozenset[str]().union(*self._kept.values())
         for file in self._folder.iterdir():
             old = _number(file) <= self._number - KEPT
-            if file.stem not in used if file.suffix == ".safetensors" else file.name != LOCK and old:
+            if (
+                file.stem not in used
+                if file.suffix == ".safetensors"
+                else file.name != LOCK and old
+            ):
                 file.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -175,10 +185,13 @@ def read(folder: Path) -> Saved:
             with torch.serialization.safe_globals(_kinds(file)):
                 saved = Saved(**torch.load(file, map_location="cpu", weights_only=True))
             offers: dict[str, Mapping[str, Array]] = {
-                name: pack(load_file(file.with_name(f"{name}.safetensors"))) for name in saved.offers
+                name: pack(load_file(file.with_name(f"{name}.safetensors")))
+                for name in saved.offers
             }
             return saved._replace(offers=offers)
-        except Exception as error:  # whatever is wrong with a damaged file, the one before it may be whole
+        except (
+            Exception
+        ) as error:  # whatever is wrong with a damaged file, the one before it may be whole
             reasons.append(f"{file.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             log(WARNING, "%s: this checkpoint cannot be read, %s", folder, reasons[-1])
     why = "; ".join(reasons) or "no checkpoint is there: it ended well, or had not come so far"
@@ -187,7 +200,11 @@ def read(folder: Path) -> Saved:
 
 def _is_running(folder: Path) -> bool:
     try:
-        with FileLock(folder / FOLDER / LOCK, timeout=0) if (folder / FOLDER / LOCK).exists() else nullcontext():
+        with (
+            FileLock(folder / FOLDER / LOCK, timeout=0)
+            if (folder / FOLDER / LOCK).exists()
+            else nullcontext()
+        ):
             return False
     except Timeout:
         return True
@@ -220,7 +237,10 @@ def check(config: Config, known: Mapping[str, Any], folder: Path) -> None:
     own = identity(config.flat())
     other = sorted(key for key in own | dict(known) if own.get(key) != known.get(key))
     if other:
-        lines = [f"{key} = {shown(own.get(key))}: {shown(known.get(key))} is that of the run in {folder}" for key in other]
+        lines = [
+            f"{key} = {shown(own.get(key))}: {shown(known.get(key))} is that of the run in {folder}"
+            for key in other
+        ]
         raise ConfigError("\n".join(lines))
 
 
@@ -234,20 +254,34 @@ def find(config: Config) -> tuple[Path, Saved] | None:
     if not wanted:
         return None
     try:
-        parent, named = (Path(each).expanduser().absolute() for each in (config.results.folder, wanted))
+        parent, named = (
+            Path(each).expanduser().absolute() for each in (config.results.folder, wanted)
+        )
     except RuntimeError as error:  # a user who is not there
-        raise ConfigError(f"results.resume = {shown(wanted)}, results.folder = {shown(config.results.folder)}: {error}") from None
+        raise ConfigError(
+            f"results.resume = {shown(wanted)}, results.folder = {shown(config.results.folder)}: {error}"
+        ) from None
     if wanted != "auto":
         folder = next((path for path in (parent / wanted, named) if path.is_dir()), None)
         if folder is None:
-            raise ConfigError(f"results.resume = {shown(wanted)}: no folder; allowed: auto, or the folder of a run")
+            raise ConfigError(
+                f"results.resume = {shown(wanted)}: no folder; allowed: auto, or the folder of a run"
+            )
         saved = read(folder)
         check(config, saved.config, folder)
         return folder, saved
-    for folder in sorted((each.parent for each in parent.glob(f"*/{FOLDER}")), key=lambda path: path.name, reverse=True):
+    for folder in sorted(
+        (each.parent for each in parent.glob(f"*/{FOLDER}")),
+        key=lambda path: path.name,
+        reverse=True,
+    ):
         with suppress(ConfigError):
             saved = read(folder)
             if saved.config == own:
                 return folder, saved
-    log(WARNING, "results.resume = 'auto': no unfinished run of this configuration in %s: a new one begins", parent)
+    log(
+        WARNING,
+        "results.resume = 'auto': no unfinished run of this configuration in %s: a new one begins",
+        parent,
+    )
     return None

@@ -23,7 +23,12 @@ def consensus_distance(x: Tensor) -> float:
 
 
 def report_consensus(
-    grid: Grid, models: Mapping[int, Mapping[str, Tensor]], federation: Federation, config: Config, report: Report, exchanges: int
+    grid: Grid,
+    models: Mapping[int, Mapping[str, Tensor]],
+    federation: Federation,
+    config: Config,
+    report: Report,
+    exchanges: int,
 ) -> None:
     """Keep the peers' last models, and report their consensus distance and how their mean does on everybody's test parts."""
     if not models:
@@ -31,7 +36,12 @@ def report_consensus(
     some = next(iter(models.values()))
     rows = {
         name: torch.stack(
-            [models[site.number][name] if site.number in models else torch.full_like(like, torch.nan) for site in federation.sites]
+            [
+                models[site.number][name]
+                if site.number in models
+                else torch.full_like(like, torch.nan)
+                for site in federation.sites
+            ]
         )
         for name, like in some.items()
     }
@@ -41,13 +51,30 @@ def report_consensus(
     mean = pack({name: vectors[there].double().mean(0).float() for name, vectors in rows.items()})
     order = write_order(Order(exchanges, federation.agreed()))
     tested = [site for site in federation.sites if site.number in models]
-    messages = [Message(RecordDict({ARRAYS: mean, CONFIG: order}), site.node, "evaluate") for site in tested]
+    messages = [
+        Message(RecordDict({ARRAYS: mean, CONFIG: order}), site.node, "evaluate") for site in tested
+    ]
     report.sent(messages)
-    measure, num_test = Measure.of(config, federation), {site.node: site.num_test for site in tested}
+    measure, num_test = (
+        Measure.of(config, federation),
+        {site.node: site.num_test for site in tested},
+    )
     answers = [
-        report.receive(node, reply, exchanges, "test", partial(read_tested, num_examples=num_test[node], means=measure.means))
+        report.receive(
+            node,
+            reply,
+            exchanges,
+            "test",
+            partial(read_tested, num_examples=num_test[node], means=measure.means),
+        )
         for node, reply in exchange(grid, messages, config.timeout_s)
     ]
-    means = measure.together([answer.named() for answer in answers if not isinstance(answer, Refusal)])
-    found |= {f"{name}-of-mean": value for name, value in means.items() if name in ("accuracy", "loss", measure.task.headline)}
+    means = measure.together(
+        [answer.named() for answer in answers if not isinstance(answer, Refusal)]
+    )
+    found |= {
+        f"{name}-of-mean": value
+        for name, value in means.items()
+        if name in ("accuracy", "loss", measure.task.headline)
+    }
     report.write(exchanges, "consensus", {}, found)

@@ -137,13 +137,18 @@ class Progress(NamedTuple):
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan
         parts = (
             f"{self.unit} {self.round_number:>{3 if rounds else 5}}",
-            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}" + (f" (+{self.epochs:.3g})" if rounds else ""),
+            f"epoch {round(self.done):>{len(str(self.total))}}/{self.total}"
+            + (f" (+{self.epochs:.3g})" if rounds else ""),
             f"lr {rates:<15}",
             f"train loss {self.train['loss']:.4f}" if "loss" in self.train else "",
-            f"test {self.headline} {self.test[self.headline]:.4f}{before}" if self.headline in self.test else "",
+            f"test {self.headline} {self.test[self.headline]:.4f}{before}"
+            if self.headline in self.test
+            else "",
             f"moved {self.train['model-change']:.3f}" if "model-change" in self.train else "",
             f"staleness {self.train['staleness']:.1f}" if "staleness" in self.train else "",
-            f"worst {self.test[worst]:.4f}" if (worst := f"{self.headline}-worst") in self.test else "",
+            f"worst {self.test[worst]:.4f}"
+            if (worst := f"{self.headline}-worst") in self.test
+            else "",
             f"apart {self.train['disagreement']:.3g}" if "disagreement" in self.train else "",
             f"{self.megabytes:.1f} MB",
             f"{self.seconds:.0f} s, {left:.0f} s to go",

@@ -73,7 +73,9 @@ class Mailbox:
         see: told every now and then which nodes are connected, while somebody waits.
     """
 
-    def __init__(self, grid: Grid, timeout_s: float, see: Callable[[set[int]], None] = lambda connected: None) -> None:
+    def __init__(
+        self, grid: Grid, timeout_s: float, see: Callable[[set[int]], None] = lambda connected: None
+    ) -> None:
         self._grid, self._timeout_s, self._see = grid, timeout_s, see
         self._clock = clock_of(grid)
         self._waiting: dict[str, _Waiting] = {}
@@ -89,10 +91,15 @@ class Mailbox:
         for message in sent:
             message.metadata.ttl = self._timeout_s
         deadline = self._clock.now() + self._timeout_s
-        waiting = [(_without_arrays(message), PATIENCE_S + num_bytes(message) / BYTES_A_S) for message in sent]
+        waiting = [
+            (_without_arrays(message), PATIENCE_S + num_bytes(message) / BYTES_A_S)
+            for message in sent
+        ]
         identities = list(self._grid.push_messages(sent))
         if len(identities) != len(sent):
-            raise RuntimeError(f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: too large or too old")
+            raise RuntimeError(
+                f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: too large or too old"
+            )
         for identity, (message, patience) in zip(identities, waiting, strict=True):
             # Without an identity it was not taken, its node having gone: nobody will answer.
             until = deadline if identity else -math.inf
@@ -113,19 +120,27 @@ class Mailbox:
             if arrived:
                 self._poll = FIRST_WAIT_S
                 return
-            late = [identity for identity, waiting in self._waiting.items() if waiting.deadline <= now]
+            late = [
+                identity for identity, waiting in self._waiting.items() if waiting.deadline <= now
+            ]
             for identity in late:
                 message, deadline, _ = self._waiting.pop(identity)
                 self._coming.pop(identity, None)
                 taken = deadline > -math.inf
-                reason = f"no answer within timeout-s = {self._timeout_s:g}" if taken else "Flower did not take the message for it"
+                reason = (
+                    f"no answer within timeout-s = {self._timeout_s:g}"
+                    if taken
+                    else "Flower did not take the message for it"
+                )
                 yield message, Message(Error(TOO_LATE, reason), reply_to=message)
             if late:
                 return
             if now >= self._looked + LOOK_EVERY_S:
                 self._looked = now
                 self._see(set(self._grid.get_node_ids()))
-            self._clock.wait(self._poll, min(waiting.deadline for waiting in self._waiting.values()) - now)
+            self._clock.wait(
+                self._poll, min(waiting.deadline for waiting in self._waiting.values()) - now
+            )
             self._poll = min(2 * self._poll, LONGEST_WAIT_S)
             if once:
                 return
@@ -152,7 +167,13 @@ class Mailbox:
 
 
 def _without_arrays(message: Message) -> Message:
-    content = RecordDict({name: record for name, record in message.content.items() if not isinstance(record, ArrayRecord)})
+    content = RecordDict(
+        {
+            name: record
+            for name, record in message.content.items()
+            if not isinstance(record, ArrayRecord)
+        }
+    )
     return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload,no-any-return]
 
 
@@ -163,7 +184,9 @@ def _pull_into(coming: Future[list[Message]], grid: Grid, identity: str) -> None
         coming.set_exception(error)
 
 
-def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:
+def exchange(
+    grid: Grid, messages: Iterable[Message], timeout_s: float
+) -> Iterator[tuple[int, Message]]:
     """Send messages; yield the node each went to and its reply, in the order of arrival, always one a message."""
     mailbox = Mailbox(grid, timeout_s)
     mailbox.send(messages)

@@ -51,14 +51,24 @@ class Lines:
             self.number = max(self.number, event.number)
         if isinstance(event, Reported | Kept) or any(map(callable, event)):
             return None
-        line: dict[str, Any] = {"time": now(), "run": self.run, "round": self.number, "kind": type(event).__name__.lower()}
+        line: dict[str, Any] = {
+            "time": now(),
+            "run": self.run,
+            "round": self.number,
+            "kind": type(event).__name__.lower(),
+        }
         match event:
             case Began():
                 return line | self._start(event)
             case Progress():
-                event = event._replace(train=_main(event.train, event), test=_main(event.test, event))
+                event = event._replace(
+                    train=_main(event.train, event), test=_main(event.test, event)
+                )
                 line["round"] = self.number = event.round_number
-                line["heard"], self._heard = ALL if len(self._heard) == self._sites else sorted(self._heard), set()
+                line["heard"], self._heard = (
+                    ALL if len(self._heard) == self._sites else sorted(self._heard),
+                    set(),
+                )
         for key, value in event._asdict().items():
             if isinstance(value, Site):
                 line |= {"site": value.number, "name": printable(value.name)}
@@ -71,7 +81,11 @@ class Lines:
     def _start(self, began: Began) -> dict[str, Any]:
         config, sites = self._config, began.federation.sites
         self._sites = len(sites)
-        edges = [list(edge) for edge in graph_of(config).graph.edges] if isinstance(config.plan, PeerPlan) else []
+        edges = (
+            [list(edge) for edge in graph_of(config).graph.edges]
+            if isinstance(config.plan, PeerPlan)
+            else []
+        )
         return {
             "method": config.method.name,
             "unit": config.unit,
@@ -79,7 +93,12 @@ class Lines:
             "larger": config.task.larger,
             "parameters": began.model.x.numel(),
             "sites": [
-                {"site": each.number, "name": printable(each.name), "train": each.num_train, "test": each.num_test}
+                {
+                    "site": each.number,
+                    "name": printable(each.name),
+                    "train": each.num_train,
+                    "test": each.num_test,
+                }
                 for each in sites
             ],
             "edges": edges[:EDGES],
@@ -88,7 +107,9 @@ class Lines:
 
 def _main(metrics: Mapping[str, float], progress: Progress) -> dict[str, float]:
     """What a line tells of them; metrics.csv has all."""
-    return {name: metrics[name] for name in ("loss", "lr-last", progress.headline) if name in metrics}
+    return {
+        name: metrics[name] for name in ("loss", "lr-last", progress.headline) if name in metrics
+    }
 
 
 def now() -> str:
@@ -106,7 +127,11 @@ def _simple(value: object) -> object:
         return value
     if isinstance(value, Mapping):
         return {str(key): _simple(each) for key, each in value.items()}
-    return [_simple(each) for each in value] if isinstance(value, list | tuple | set | frozenset) else None
+    return (
+        [_simple(each) for each in value]
+        if isinstance(value, list | tuple | set | frozenset)
+        else None
+    )
 
 
 class Journal:
@@ -122,7 +147,9 @@ class Journal:
     def __init__(self, config: Config, folder: Path) -> None:
         self._file: int | None = None
         self._path, self._lines_of = folder / FILE, Lines(config, folder.name)
-        self._lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else list[str]()
+        self._lines = (
+            self._path.read_text().splitlines(keepends=True) if self._path.exists() else list[str]()
+        )
         self._written, self._size = len(self._lines), sum(map(len, self._lines))
 
     def __call__(self, event: Event) -> None:
@@ -145,7 +172,9 @@ class Journal:
             self._close()
             self._path.unlink(missing_ok=True)
         if self._file is None:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = os.open(
+                self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
+            )
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(self._file, "".join(self._lines[self._written :]).encode())
@@ -183,7 +212,9 @@ class Logged(logging.Formatter):
         super().__init__()
         self.lines = Lines(config)
         self._logged: Any = None
-        self._before = {handler: handler.formatter for handler in logging.getLogger("flwr").handlers}
+        self._before = {
+            handler: handler.formatter for handler in logging.getLogger("flwr").handlers
+        }
         for handler in self._before:
             handler.setFormatter(self)
 
@@ -200,6 +231,14 @@ class Logged(logging.Formatter):
         """A line; one about an event has its round and site."""
         args = record.args if isinstance(record.args, tuple) else ()
         self._logged = next((each for each in args if hasattr(each, "_asdict")), None)
-        line = {"time": now(), "run": self.lines.run, "round": self.lines.number, "site": None, "kind": "log"}
+        line = {
+            "time": now(),
+            "run": self.lines.run,
+            "round": self.lines.number,
+            "site": None,
+            "kind": "log",
+        }
         line |= (self.lines.of(self._logged) or {}) if self._logged else {}
-        return as_json(line | {"level": record.levelname.lower(), "message": super().format(record)})
+        return as_json(
+            line | {"level": record.levelname.lower(), "message": super().format(record)}
+        )

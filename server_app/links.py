@@ -27,7 +27,9 @@ class Links:
         self._chained, self._messages = chained, messages
         # Of each sender and reader, steps of offers, by the step before their delivery.
         self._waiting: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-        self._offers: dict[int, dict[int, Mapping[str, Array]]] = defaultdict(dict)  # of each sender, by step
+        self._offers: dict[int, dict[int, Mapping[str, Array]]] = defaultdict(
+            dict
+        )  # of each sender, by step
         self.stale: set[Link] = set()
         self.delivered: dict[Link, int] = defaultdict(int)
 
@@ -44,16 +46,26 @@ class Links:
     def take(self, sender: int, reader: int, keys: Iterable[int]) -> dict[str, Array]:
         """The arrays under these keys, which stay here."""
         return {
-            name: array for key in keys for name, array in self._parts(sender, reader, self._waiting[sender][reader][key]).items()
+            name: array
+            for key in keys
+            for name, array in self._parts(
+                sender, reader, self._waiting[sender][reader][key]
+            ).items()
         }
 
     def _parts(self, sender: int, reader: int, step: int) -> dict[str, Array]:
         """What of an offer is for a reader."""
         own, all_ = f"{TO}{reader}/", f"{OFFER}/"
         offer = self._offers[sender][step]
-        return {f"{step}/{name.partition('/')[2]}": array for name, array in offer.items() if name.startswith((own, all_))}
+        return {
+            f"{step}/{name.partition('/')[2]}": array
+            for name, array in offer.items()
+            if name.startswith((own, all_))
+        }
 
-    def put(self, sender: int, readers: Iterable[int], at: int, step: int, arrays: Mapping[str, Array]) -> None:
+    def put(
+        self, sender: int, readers: Iterable[int], at: int, step: int, arrays: Mapping[str, Array]
+    ) -> None:
         """An offer of a step, to be delivered in the step after ``at``."""
         self._offers[sender][step] = arrays
         for reader in readers:
@@ -64,7 +76,9 @@ class Links:
     def deliver(self, sender: int, reader: int, key: int) -> None:
         """It was delivered."""
         if key in self._waiting[sender][reader]:
-            self.delivered[sender, reader] += sum(len(array.data) for array in self.take(sender, reader, [key]).values())
+            self.delivered[sender, reader] += sum(
+                len(array.data) for array in self.take(sender, reader, [key]).values()
+            )
             self._drop(sender, reader, key)
 
     def _drop(self, sender: int, reader: int, key: int) -> None:
@@ -89,20 +103,32 @@ class Links:
 
     def _forget(self, sender: int) -> None:
         used = {step for waiting in self._waiting[sender].values() for step in waiting.values()}
-        self._offers[sender] = {step: arrays for step, arrays in self._offers[sender].items() if step in used}
+        self._offers[sender] = {
+            step: arrays for step, arrays in self._offers[sender].items() if step in used
+        }
 
     # Checkpoints.
 
     def offers(self) -> dict[str, Mapping[str, Array]]:
         """All that is not delivered yet, by name."""
-        return {f"offer-{sender}-{step}": arrays for sender, of in self._offers.items() for step, arrays in of.items()}
+        return {
+            f"offer-{sender}-{step}": arrays
+            for sender, of in self._offers.items()
+            for step, arrays in of.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All but these."""
-        waiting = {(sender, reader): dict(each) for sender, of in self._waiting.items() for reader, each in of.items()}
+        waiting = {
+            (sender, reader): dict(each)
+            for sender, of in self._waiting.items()
+            for reader, each in of.items()
+        }
         return {"waiting": waiting, "stale": sorted(self.stale), "delivered": dict(self.delivered)}
 
-    def load_state_dict(self, state: Mapping[str, Any], offers: Mapping[str, Mapping[str, Array]]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], offers: Mapping[str, Mapping[str, Array]]
+    ) -> None:
         """Go on from them."""
         for (sender, reader), waiting in state["waiting"].items():
             self._waiting[sender][reader] = waiting

@@ -24,13 +24,23 @@ METRICS, CONFIG, SITES = "metrics.csv", "config.toml", "sites.csv"
 POINTS = 1000  # of a curve
 EVENTS = 500
 DEEPEST = 4  # folders in folders
-TRAINING = ("loss", "lr-first", "lr-last", "local-epochs", "staleness", "model-change", "disagreement")
+TRAINING = (
+    "loss",
+    "lr-first",
+    "lr-last",
+    "local-epochs",
+    "staleness",
+    "model-change",
+    "disagreement",
+)
 
 
 def read_metrics(file: Path) -> pd.DataFrame:
     """``metrics.csv``, without a last row that was cut off."""
     text = file.read_text()
-    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str}, float_precision="round_trip")
+    return pd.read_csv(
+        StringIO(text[: text.rfind("\n") + 1]), dtype={"site": str}, float_precision="round_trip"
+    )
 
 
 def runs(root: Path) -> dict[str, Path]:
@@ -69,7 +79,11 @@ def overview(folder: Path, name: str = "") -> dict[str, Any]:
 def brief(folder: Path, name: str) -> dict[str, Any]:
     """A row of the list of runs."""
     found = overview(folder, name)
-    return {key: value for key, value in found.items() if key not in ("curves", "events", "links", "edges", "config", "sites")} | {
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in ("curves", "events", "links", "edges", "config", "sites")
+    } | {
         "sites": len(found["sites"]),
         "data": found["config"].get("data.source"),
     }
@@ -84,9 +98,23 @@ def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]
     try:
         metrics = read_metrics(folder / METRICS)
     except (OSError, ValueError):  # not yet there, or empty
-        metrics = pd.DataFrame([], columns=["round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value"])
+        metrics = pd.DataFrame(
+            [],
+            columns=[
+                "round",
+                "seconds",
+                "bytes_up",
+                "bytes_down",
+                "site",
+                "split",
+                "metric",
+                "value",
+            ],
+        )
     tested = metrics[(metrics["split"] == "test")]["metric"].unique()
-    headline = began.get("headline") or next((name for name in ("accuracy", *tested) if name in tested), "accuracy")
+    headline = began.get("headline") or next(
+        (name for name in ("accuracy", *tested) if name in tested), "accuracy"
+    )
     last = metrics.iloc[-1] if len(metrics) else None
     everybody = metrics[(metrics["site"] == EVERYBODY)]
     state, error = _state(lines)
@@ -103,10 +131,18 @@ def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]
         "progress": _progress(lines, config),
         "round": int(last["round"]) if last is not None else 0,
         "seconds": float(metrics["seconds"].max()) if last is not None else 0.0,
-        "now": {split: _newest_of(everybody[everybody["split"] == split]) for split in ("train", "test", "consensus")},
+        "now": {
+            split: _newest_of(everybody[everybody["split"] == split])
+            for split in ("train", "test", "consensus")
+        },
         "bytes": _traffic(everybody),
-        "curves": {split: _curves(metrics[metrics["split"] == split], split, headline) for split in ("train", "test")},
-        "sites": _sites(folder, began, lines, metrics, config, headline, state in ("finished", "failed")),
+        "curves": {
+            split: _curves(metrics[metrics["split"] == split], split, headline)
+            for split in ("train", "test")
+        },
+        "sites": _sites(
+            folder, began, lines, metrics, config, headline, state in ("finished", "failed")
+        ),
         "links": _links(metrics),
         "edges": began.get("edges", []),
         "config": config,
@@ -125,7 +161,11 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Keys with dots."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
-        found |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {key: value}
+        found |= (
+            {f"{key}.{inner}": each for inner, each in value.items()}
+            if isinstance(value, Mapping)
+            else {key: value}
+        )
     return found
 
 
@@ -160,11 +200,16 @@ def _progress(lines: list[dict[str, Any]], config: Mapping[str, Any]) -> dict[st
 
 
 def _traffic(everybody: pd.DataFrame) -> dict[str, int]:
-    return {way: int(everybody[f"bytes_{way}"].max()) if len(everybody) else 0 for way in ("up", "down")}
+    return {
+        way: int(everybody[f"bytes_{way}"].max()) if len(everybody) else 0 for way in ("up", "down")
+    }
 
 
 def _newest_of(rows: pd.DataFrame) -> dict[str, float]:
-    return {str(name): float(value) for name, value in rows.groupby("metric", sort=False)["value"].last().items()}
+    return {
+        str(name): float(value)
+        for name, value in rows.groupby("metric", sort=False)["value"].last().items()
+    }
 
 
 def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
@@ -176,7 +221,9 @@ def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
     if table.empty:
         return {"round": [], "seconds": [], "bytes": [], "metrics": {}}
     where = together.groupby("round")[["seconds", "bytes_up", "bytes_down"]].max()
-    chosen = table.index[np.unique(np.linspace(0, len(table) - 1, min(len(table), POINTS)).round().astype(int))]
+    chosen = table.index[
+        np.unique(np.linspace(0, len(table) - 1, min(len(table), POINTS)).round().astype(int))
+    ]
     each = rows[(rows["site"] != EVERYBODY) & rows["round"].isin(chosen)]
     spread = each.groupby(["metric", "round"])["value"].agg(["min", "max"])
     found = {}
@@ -222,12 +269,17 @@ def _sites(
 ) -> list[dict[str, Any]]:
     """A row a site."""
     known = began.get("sites") or _sites_file(folder / SITES)
-    rows = {int(each["site"]): dict(each) | {"does": "", "seen": None, "refused": {}, "why": None} for each in known}
+    rows = {
+        int(each["site"]): dict(each) | {"does": "", "seen": None, "refused": {}, "why": None}
+        for each in known
+    }
     _follow(rows, lines, over)
     own = metrics[metrics["site"] != EVERYBODY]
     newest = own.drop_duplicates(["site", "split", "metric"], keep="last")
     values: dict[int, dict[str, float]] = {}
-    for site, split, metric, value in zip(newest["site"], newest["split"], newest["metric"], newest["value"], strict=True):
+    for site, split, metric, value in zip(
+        newest["site"], newest["split"], newest["metric"], newest["value"], strict=True
+    ):
         values.setdefault(int(site), {})[f"{split} {metric}"] = float(value)
     traffic = own.groupby("site")[["bytes_up", "bytes_down"]].max()
     speeds = _speeds(own, values, config)
@@ -235,7 +287,9 @@ def _sites(
         found = values.get(number, {})
         key = str(number)
         row |= {
-            "metrics": {name: found[name] for name in (f"test {headline}", "test loss") if name in found},
+            "metrics": {
+                name: found[name] for name in (f"test {headline}", "test loss") if name in found
+            },
             "up": int(traffic["bytes_up"].get(key, 0)),
             "down": int(traffic["bytes_down"].get(key, 0)),
             "speed": speeds.get(number),
@@ -247,7 +301,12 @@ def _sites_file(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(newline="") as opened:
             return [
-                {"site": int(row["site"]), "name": row["name"], "train": int(row["train"]), "test": int(row["test"])}
+                {
+                    "site": int(row["site"]),
+                    "name": row["name"],
+                    "train": int(row["train"]),
+                    "test": int(row["test"]),
+                }
                 for row in csv.DictReader(opened)
             ]
     except (OSError, ValueError, KeyError):
@@ -268,7 +327,11 @@ def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: 
             case "refused":
                 rule = str(line.get("rule") or line.get("phase") or "other")
                 row["refused"][rule] = row["refused"].get(rule, 0) + 1
-                row |= {"seen": line["time"], "does": f"left out of the {line.get('phase')}", "why": line.get("reason")}
+                row |= {
+                    "seen": line["time"],
+                    "does": f"left out of the {line.get('phase')}",
+                    "why": line.get("reason"),
+                }
             case "back":
                 row |= {"seen": line["time"], "does": "works"}
             case "away":
@@ -277,16 +340,25 @@ def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: 
         row["does"] = "" if over and row["does"] == "works" else row["does"]
 
 
-def _speeds(own: pd.DataFrame, values: Mapping[int, Mapping[str, float]], config: Mapping[str, Any]) -> dict[int, float]:
+def _speeds(
+    own: pd.DataFrame, values: Mapping[int, Mapping[str, float]], config: Mapping[str, Any]
+) -> dict[int, float]:
     """Samples a second that each site trained on, from its last report but one to the last, with whatever it waited for.
 
     Where sites do not tell samples: of its updates or, of a peer, of the exchanges that there were.
     """
-    of_update = float(config.get(f"{config.get('strategy')}.local-steps", 1)) * float(config.get("training.batch-size", 1))
+    of_update = float(config.get(f"{config.get('strategy')}.local-steps", 1)) * float(
+        config.get("training.batch-size", 1)
+    )
     reports = own[own["split"] == "train"].drop_duplicates(["site", "round"], keep="last")
     moments: dict[int, list[tuple[float, float]]] = {}
-    for site, number, seconds in zip(reports["site"], reports["round"], reports["seconds"], strict=True):
-        moments[int(site)] = [*moments.get(int(site), [(0.0, 0.0)])[-1:], (float(number), float(seconds))]
+    for site, number, seconds in zip(
+        reports["site"], reports["round"], reports["seconds"], strict=True
+    ):
+        moments[int(site)] = [
+            *moments.get(int(site), [(0.0, 0.0)])[-1:],
+            (float(number), float(seconds)),
+        ]
     found = {}
     for site, ((before, start), (last, end)) in moments.items():
         told = values.get(site, {})

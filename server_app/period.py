@@ -34,8 +34,13 @@ class Period:
 
     def means(self, nodes: Sequence[int]) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
         """Updates, mean staleness and loss of each site, and over all."""
-        ages, losses = ([each for of_site in known.values() for each in of_site] for known in (self._ages, self._losses))
-        of_sites = {node: _row(self._ages.get(node, []), self._losses.get(node, [])) for node in nodes}
+        ages, losses = (
+            [each for of_site in known.values() for each in of_site]
+            for known in (self._ages, self._losses)
+        )
+        of_sites = {
+            node: _row(self._ages.get(node, []), self._losses.get(node, [])) for node in nodes
+        }
         together = _row(ages, losses)
         together |= {"lr-first": self._rates[0], "lr-last": self._rates[-1]} if self._rates else {}
         counts = sorted(Counter(map(round, ages)).items())

@@ -15,7 +15,13 @@ from matplotlib.ticker import MaxNLocator
 from strategies.schedules import decay
 from strategies.topology import Topology, spectral_gap
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"  # Okabe and Ito
+BLUE, ORANGE, GREEN, RED, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#999999",
+)  # Okabe and Ito
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 
 
@@ -53,15 +59,33 @@ def curves(metrics: pd.DataFrame, title: str, unit: str, headline: str = "accura
     means = tested[tested["site"] == "all"]
     each = tested[tested["site"] != "all"]
     axis = {"round": unit, "seconds": "time (s)", "megabytes": "sent and received (MB)"}
-    for row, (metric, label) in zip(grid, ((headline, f"test {headline}"), ("loss", "test loss")), strict=True):
+    for row, (metric, label) in zip(
+        grid, ((headline, f"test {headline}"), ("loss", "test loss")), strict=True
+    ):
         mean = means[means["metric"] == metric]
         spread = each[each["metric"] == metric].groupby("round")["value"].agg(["min", "max"])
-        trained = metrics[(metrics["metric"] == metric) & (metrics["site"] == "all") & (metrics["split"] == "train")]
+        trained = metrics[
+            (metrics["metric"] == metric)
+            & (metrics["site"] == "all")
+            & (metrics["split"] == "train")
+        ]
         for axes, (column, unit) in zip(row, axis.items(), strict=True):
-            axes.fill_between(mean[column], spread["min"], spread["max"], color=BLUE, alpha=0.15, lw=0, label="worst to best site")
-            axes.plot(mean[column], mean["value"], color=BLUE, marker="o", ms=3, label="all sites, test")
+            axes.fill_between(
+                mean[column],
+                spread["min"],
+                spread["max"],
+                color=BLUE,
+                alpha=0.15,
+                lw=0,
+                label="worst to best site",
+            )
+            axes.plot(
+                mean[column], mean["value"], color=BLUE, marker="o", ms=3, label="all sites, test"
+            )
             if not trained.empty and column == "round":
-                axes.plot(trained[column], trained["value"], color=ORANGE, ls="--", label="training")
+                axes.plot(
+                    trained[column], trained["value"], color=ORANGE, ls="--", label="training"
+                )
             style(axes, unit, label if column == "round" else "")
         row[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         if not mean.empty:
@@ -88,7 +112,9 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
     rates, epochs, change = figure.subplots(3, 1, sharex=True)
     for number, first, last in zip(table.index, table["lr-first"], table["lr-last"], strict=True):
         done = np.linspace(0, 1, 21)
-        rates.plot(number - 0.5 + done, [first * decay(shape, last / first, u) for u in done], color=BLUE)
+        rates.plot(
+            number - 0.5 + done, [first * decay(shape, last / first, u) for u in done], color=BLUE
+        )
     rates.set_ylim(bottom=0)
     style(rates, "", "learning rate")
     epochs.bar(table.index, table["local-epochs"], color=GREEN, width=0.9)
@@ -99,7 +125,14 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
         largest = float(table["model-change"].max())
         if 0 < epsilon < 2 * largest:  # a line far above would flatten the curve
             change.axhline(epsilon, color=GREY, ls="--", lw=1)
-            change.annotate("epsilon", (1, epsilon), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY)
+            change.annotate(
+                "epsilon",
+                (1, epsilon),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                color=GREY,
+            )
         change.set_ylim(bottom=0)
     figure.suptitle(title)
     style(change, "round", "relative change\nof the model")
@@ -111,8 +144,14 @@ def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
     """Of an asynchronous run: how stale contributions were, and how often each site contributed."""
     trained = metrics[metrics["split"] == "train"]
     stale = trained[(trained["site"] == "all") & trained["metric"].str.startswith("staleness-")]
-    counts = stale.groupby(stale["metric"].str.removeprefix("staleness-").astype(int))["value"].sum()
-    each = trained[(trained["site"] != "all") & (trained["metric"] == "updates")].groupby("site")["value"].sum()
+    counts = stale.groupby(stale["metric"].str.removeprefix("staleness-").astype(int))[
+        "value"
+    ].sum()
+    each = (
+        trained[(trained["site"] != "all") & (trained["metric"] == "updates")]
+        .groupby("site")["value"]
+        .sum()
+    )
     each = each.reindex(sorted(each.index, key=int))
     figure = Picture(figsize=(11, 4), layout="constrained")
     histogram, bars = figure.subplots(1, 2)
@@ -131,7 +170,9 @@ def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
     axes = figure.subplots()
     links = topology.graph
     n = links.number_of_nodes()
-    around = name in ("ring", "circulant", "complete", "exponential", "one-peer-exponential") or n < 4
+    around = (
+        name in ("ring", "circulant", "complete", "exponential", "one-peer-exponential") or n < 4
+    )
     places = nx.circular_layout(links) if around else nx.kamada_kawai_layout(links)
     mean = torch.stack(topology.matrices).mean(0)
     widths = [1 + 6 * float(mean[j, i]) for i, j in links.edges]
@@ -142,7 +183,9 @@ def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
     if given:
         names = "   ".join(f"{number} {label}" for number, label in enumerate(labels))
         axes.set_xlabel(names, fontsize=8, parse_math=False)  # sites choose them: a $ is a $
-    axes.set_title(f"{name}: {n} peers, {links.number_of_edges()} links, spectral gap {spectral_gap(*topology.matrices):.3g}")
+    axes.set_title(
+        f"{name}: {n} peers, {links.number_of_edges()} links, spectral gap {spectral_gap(*topology.matrices):.3g}"
+    )
     axes.spines[:].set_visible(False)
     return figure
 
@@ -151,18 +194,31 @@ def who_has_what(counts: pd.DataFrame) -> Figure:
     """``counts``, a row a site and a column a class: the darker, the more examples."""
     table = counts.to_numpy()
     num_sites, num_classes = table.shape
-    figure = Picture(figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)), layout="constrained")
+    figure = Picture(
+        figsize=(max(4, 1.5 + 0.55 * min(num_classes, 40)), max(2.6, 1.6 + 0.35 * num_sites)),
+        layout="constrained",
+    )
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
     axes.set_yticks(range(num_sites), [str(name) for name in counts.index], parse_math=False)
     step = max(1, num_classes // 40)
-    labels = [str(name) if len(str(name)) <= 12 else f"{str(name)[:11]}…" for name in counts.columns]
+    labels = [
+        str(name) if len(str(name)) <= 12 else f"{str(name)[:11]}…" for name in counts.columns
+    ]
     turned = 45 if max(map(len, labels)) > 3 else 0
     axes.set_xticks(range(0, num_classes, step), labels[::step], rotation=turned, parse_math=False)
     if num_classes <= 20:
         for (site, label), count in np.ndenumerate(table):
             colour = "white" if count > 0.6 * table.max() else "black"
-            axes.text(label, site, f"{count:,}" if count else "·", ha="center", va="center", color=colour, fontsize=8)
+            axes.text(
+                label,
+                site,
+                f"{count:,}" if count else "·",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )
     axes.set_xlabel("class")
     figure.colorbar(image, label="examples", shrink=0.9)
     axes.set_title("Who has what (training and test examples)")

@@ -26,7 +26,15 @@ from server_app.report import Moment, Report
 from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
-from strategies.protocol import Layout, Offer, PeerOrder, Refusal, StepMetrics, read_offer, write_peer_order
+from strategies.protocol import (
+    Layout,
+    Offer,
+    PeerOrder,
+    Refusal,
+    StepMetrics,
+    read_offer,
+    write_peer_order,
+)
 from strategies.records import CONFIG, FROM
 from strategies.topology import Topology
 
@@ -81,9 +89,14 @@ class Relay:
         self._plan, self._messages = plan, plan.gradient.messages
         self._links = Links(chained=self._choco, messages=self._messages)
         self._nonces = {site.number: site.nonce for site in federation.sites if site.nonce}
-        self.exchanges, self._every = budget(config, plan, an_epoch(federation, config.training.batch_size))
+        self.exchanges, self._every = budget(
+            config, plan, an_epoch(federation, config.training.batch_size)
+        )
         self._last = self.exchanges * self._messages  # the last step
-        self._tally, self._written = Tally(before=plan.gradient.at != "own"), 0  # the exchange of the last test that was reported
+        self._tally, self._written = (
+            Tally(before=plan.gradient.at != "own"),
+            0,
+        )  # the exchange of the last test that was reported
         self._models: dict[int, Vectors] = {}
 
     def resume(self, state: Mapping[str, Any], offers: Mapping[str, Mapping[str, Array]]) -> None:
@@ -99,7 +112,9 @@ class Relay:
         """What :meth:`resume` takes beside what was offered."""
         return {
             "now": tuple(self.report.moment()),
-            "courses": {number: (course.step, course.joined) for number, course in self._courses.items()},
+            "courses": {
+                number: (course.step, course.joined) for number, course in self._courses.items()
+            },
             "roster": self._roster.state_dict(),
             "links": self._links.state_dict(),
             "tally": self._tally.state_dict(),
@@ -116,16 +131,25 @@ class Relay:
         Raises:
             RunError: fewer than ``min-sites`` peers go on for ``timeout-s``.
         """
-        while any(course.step <= self._last for course in self._present().values()) or not self._present():
+        while (
+            any(course.step <= self._last for course in self._present().values())
+            or not self._present()
+        ):
             self._send()
             self._enough()
-            for message, reply in self._mailbox.receive(once=len(self._present()) < len(self._sites)):
+            for message, reply in self._mailbox.receive(
+                once=len(self._present()) < len(self._sites)
+            ):
                 self._answered(self._numbers[message.metadata.dst_node_id], reply)
-                self.report.emit(Checkpoint(self._checkpoint, self._links.offers))  # before it is asked for more
+                self.report.emit(
+                    Checkpoint(self._checkpoint, self._links.offers)
+                )  # before it is asked for more
         self._report_tests(finished=True)
         for (sender, reader), count in sorted(self._links.delivered.items()):
             node = self._sites[sender].node
-            self.report.write(self.exchanges, "links", {node: {f"bytes-to-{reader}": float(count)}}, None)
+            self.report.write(
+                self.exchanges, "links", {node: {f"bytes-to-{reader}": float(count)}}, None
+            )
         return self._models
 
     def _present(self) -> dict[int, _Course]:
@@ -143,7 +167,11 @@ class Relay:
 
     def _ready(self, peer: int, step: int) -> bool:
         """Whether all that a peer must have for a step is there."""
-        others = [(j, self._courses[j]) for j in self._neighbours(step, peer) if j in self._courses and not self._roster.away(j)]
+        others = [
+            (j, self._courses[j])
+            for j in self._neighbours(step, peer)
+            if j in self._courses and not self._roster.away(j)
+        ]
         return all(other.step >= step or step - 1 < other.joined for _, other in others)
 
     # Calls.
@@ -151,7 +179,10 @@ class Relay:
     def _send(self) -> None:
         """Call every peer whose next step can be taken, and those that are away and may be back."""
         self.report.see(connected := set(self._grid.get_node_ids()))
-        self._roster.see({number for number, site in self._sites.items() if site.node in connected}, self._clock.now())
+        self._roster.see(
+            {number for number, site in self._sites.items() if site.node in connected},
+            self._clock.now(),
+        )
         front = self._front()
         due = self._roster.due(front) if front <= self._last else []
         calls = []
@@ -186,14 +217,25 @@ class Relay:
             step=step,
             agreed=self._federation.agreed(),
             neighbours=neighbours,
-            test=not self._is_cross(step) and (last or (step > 0 and (number + 1) % self._every == 0)),
+            test=not self._is_cross(step)
+            and (last or (step > 0 and (number + 1) % self._every == 0)),
             last=last,
             rejoin=rejoin,
-            fresh=any(sender == peer and not self._roster.away(reader) for sender, reader in self._links.stale),
+            fresh=any(
+                sender == peer and not self._roster.away(reader)
+                for sender, reader in self._links.stale
+            ),
             done=self._plan.done(step, self.exchanges),
             listeners=listeners,
-            keys={site.number: site.key for site in self._federation.sites if trusting and site.number != peer},
-            nonces={each: self._nonces[each] for each in sorted({*neighbours, *(listeners or ())} & self._nonces.keys())},
+            keys={
+                site.number: site.key
+                for site in self._federation.sites
+                if trusting and site.number != peer
+            },
+            nonces={
+                each: self._nonces[each]
+                for each in sorted({*neighbours, *(listeners or ())} & self._nonces.keys())
+            },
         )
         records: dict[str, Any] = {CONFIG: write_peer_order(order)}
         for j in order.neighbours:
@@ -201,13 +243,21 @@ class Relay:
             self._given.setdefault(peer, []).extend((j, key) for key in keys)
             if arrays := self._links.take(j, peer, keys):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
-        return Message(RecordDict(records), self._sites[peer].node, "train.cross" if self._is_cross(step) else "train.peer")
+        return Message(
+            RecordDict(records),
+            self._sites[peer].node,
+            "train.cross" if self._is_cross(step) else "train.peer",
+        )
 
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
         """Who may read what a peer offers; who comes back may be heard later than in the next exchange."""
-        exchanges = range(len(self._topology.matrices)) if rejoin else [self._plan.exchange(step + 1)]
+        exchanges = (
+            range(len(self._topology.matrices)) if rejoin else [self._plan.exchange(step + 1)]
+        )
         of = self._topology.neighbours
-        return tuple(reader for reader in self._sites if any(peer in of(each, reader) for each in exchanges))
+        return tuple(
+            reader for reader in self._sites if any(peer in of(each, reader) for each in exchanges)
+        )
 
     # Answers.
 
@@ -228,7 +278,9 @@ class Relay:
         offer = self.report.receive(site.node, reply, step, "exchange", read)
         if isinstance(offer, Refusal):
             self._lose(peer, str(offer), failed=not gone(reply))
-            if sealed and step < self._last:  # it may have done it, and takes a sealed step once only
+            if (
+                sealed and step < self._last
+            ):  # it may have done it, and takes a sealed step once only
                 self._courses[peer].step = step + 1
             return
         for j, key in given:
@@ -259,10 +311,15 @@ class Relay:
         if not self._roster.answer(peer):
             course.step = step + 1
             return
-        front = max((other.step for number, other in self._present().items() if number != peer), default=step + 1)
+        front = max(
+            (other.step for number, other in self._present().items() if number != peer),
+            default=step + 1,
+        )
         front = max(front, step + 1)
         front += (front - step - 1) % 2 if self._messages == 2 else 0
-        course.step = front if step == self._last else min(front, self._last)  # nobody leaves out the last step
+        course.step = (
+            front if step == self._last else min(front, self._last)
+        )  # nobody leaves out the last step
         course.joined = course.step - 1
         how = ", remembers nothing of this run and starts anew" if offer.notes.anew else ""
         log(WARNING, "step %d: site %d is back%s", step, peer, how)
@@ -270,9 +327,15 @@ class Relay:
     def _store(self, peer: int, step: int, arrays: Mapping[str, Array]) -> None:
         """Put what a peer offers on the links to those who hear it next."""
         at = self._courses[peer].step
-        readers = [reader for reader in self._sites if reader != peer and peer in self._neighbours(at, reader)]
+        readers = [
+            reader
+            for reader in self._sites
+            if reader != peer and peer in self._neighbours(at, reader)
+        ]
         self._links.put(peer, readers, at - 1, step, arrays)
-        if not self._choco:  # a reader that is away finds the newest; on a directed graph one may be far behind
+        if (
+            not self._choco
+        ):  # a reader that is away finds the newest; on a directed graph one may be far behind
             for reader in readers:
                 first = at - 2 if self._roster.away(reader) else self._courses[reader].step - 1
                 self._links.drop_before(peer, reader, first)
@@ -304,24 +367,43 @@ class Relay:
     def _measured(self, peer: int, step: int, metrics: StepMetrics) -> None:
         """What a peer reports of its training and, where it tested, of the test."""
         number = self._plan.exchange(step) + 1
-        tested = metrics.test_examples is not None and number > self._written  # else it was away when the others took it
+        tested = (
+            metrics.test_examples is not None and number > self._written
+        )  # else it was away when the others took it
         self._tally.add(peer, metrics, number if tested else None, self.report.moment())
         self._report_tests()
 
     def _report_tests(self, *, finished: bool = False) -> None:
         """Report the tests, in their order, that everybody took who will."""
         for number in self._tally.pending():
-            step, missing = number * self._messages, self._present().keys() - self._tally.answered(number)
+            step, missing = (
+                number * self._messages,
+                self._present().keys() - self._tally.answered(number),
+            )
             waiting = (self._courses[peer] for peer in missing)
-            if not finished and any(course.step <= step and course.joined <= step for course in waiting):
+            if not finished and any(
+                course.step <= step and course.joined <= step for course in waiting
+            ):
                 return
             self._report_test(number)
 
     def _report_test(self, number: int) -> None:
         test, epochs = self._tally.pop(number), self._config.epochs
-        train = test.train_means() | {"local-epochs": (number - self._written) * epochs / self.exchanges}
+        train = test.train_means() | {
+            "local-epochs": (number - self._written) * epochs / self.exchanges
+        }
         self._written = number
         nodes = {peer: self._sites[peer].node for peer in test.answers}
-        self.report.write(number, "train", {nodes[peer]: each for peer, each in test.train.items()}, train, test.moment)
-        mean = self.report.test(number, {nodes[peer]: each for peer, each in test.answers.items()}, test.moment)
-        self.report.progress(number, None, number * epochs / self.exchanges, test.moment, train, mean)
+        self.report.write(
+            number,
+            "train",
+            {nodes[peer]: each for peer, each in test.train.items()},
+            train,
+            test.moment,
+        )
+        mean = self.report.test(
+            number, {nodes[peer]: each for peer, each in test.answers.items()}, test.moment
+        )
+        self.report.progress(
+            number, None, number * epochs / self.exchanges, test.moment, train, mean
+        )

@@ -44,7 +44,9 @@ class Measure(NamedTuple):
         task, names, details = config.task, federation.classes, config.results.details
         common = federation.moments
         deviation = deviations(common.split(len(federation.columns))[1]) if common else ()
-        means = task.num_means(federation.shape, num_outputs(task, config.data, len(names)), details)
+        means = task.num_means(
+            federation.shape, num_outputs(task, config.data, len(names)), details
+        )
         return cls(task, Targets(names, deviation, config.data.token_bytes, details), means)
 
     def of_site(self, found: Mapping[str, float | list[float]]) -> dict[str, float]:
@@ -53,12 +55,18 @@ class Measure(NamedTuple):
 
     def together(self, found: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
         """The metrics of all sites' examples; {} of none."""
-        return self.task.measured(weighted_mean([numbers(each) for each in found], NUM_EXAMPLES), self.targets)
+        return self.task.measured(
+            weighted_mean([numbers(each) for each in found], NUM_EXAMPLES), self.targets
+        )
 
     def extremes(self, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The worst and the best site's headline."""
         name = self.task.headline
-        if not (values := sorted((each[name] for each in found if name in each), reverse=not self.task.larger)):
+        if not (
+            values := sorted(
+                (each[name] for each in found if name in each), reverse=not self.task.larger
+            )
+        ):
             return {}
         return {f"{name}-worst": values[0], f"{name}-best": values[-1]}
 
@@ -97,13 +105,17 @@ class Report:
         measure: what tests measure.
     """
 
-    def __init__(self, federation: Federation, config: Config, sink: Sink, clock: Clock, unit: str) -> None:
+    def __init__(
+        self, federation: Federation, config: Config, sink: Sink, clock: Clock, unit: str
+    ) -> None:
         self.measure, self._config, self._unit = Measure.of(config, federation), config, unit
         self._sites = {site.node: site for site in federation.sites}
         self._sink, self._clock, self._start = sink, clock, clock.now()
         self._traffic = {site.number: (0, 0) for site in federation.sites}  # bytes up, bytes down
         self._connected = set(self._sites)
-        self._refused: dict[int, tuple[int, str]] = {}  # when something of a node was refused last, and why
+        self._refused: dict[
+            int, tuple[int, str]
+        ] = {}  # when something of a node was refused last, and why
 
     def emit(self, event: Event) -> None:
         """Something happened."""
@@ -131,7 +143,9 @@ class Report:
             up, down = self._traffic[number]
             self._traffic[number] = up, down + num_bytes(message)
 
-    def receive(self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]) -> T | Refusal:
+    def receive(
+        self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]
+    ) -> T | Refusal:
         """A reply is there: what ``read`` makes of it, or why it cannot be used, which a warning says, too.
 
         Args:
@@ -163,7 +177,16 @@ class Report:
     def refuse(self, node: int, number: int, phase: str, reason: str, rule: str = "") -> None:
         """What a site sent cannot be used; ``rule`` as in :class:`Refused`."""
         self._refused[node] = number, reason
-        self.emit(Refused(f"{self._unit} {number}", self._sites[node], phase, reason, rule, self._clock.now() - self._start))
+        self.emit(
+            Refused(
+                f"{self._unit} {number}",
+                self._sites[node],
+                phase,
+                reason,
+                rule,
+                self._clock.now() - self._start,
+            )
+        )
 
     def refused_by(self, node: int, number: int, reasons: Sequence[str]) -> None:
         """What a peer says that it refuses: of whom, why and, in brackets at the end, by which key."""
@@ -177,7 +200,13 @@ class Report:
 
     def refusals(self, number: int) -> str:
         """What was refused in a round, update or step, and why."""
-        return together({f"site {self._sites[node].number}": why for node, (when, why) in self._refused.items() if when == number})
+        return together(
+            {
+                f"site {self._sites[node].number}": why
+                for node, (when, why) in self._refused.items()
+                if when == number
+            }
+        )
 
     def write(
         self,
@@ -191,19 +220,32 @@ class Report:
         seconds, traffic = moment or self.moment()
         for node, site in self._sites.items():
             if node in of_sites:
-                self.emit(Reported(number, seconds, site.number, split, of_sites[node], *traffic[site.number]))
+                self.emit(
+                    Reported(
+                        number, seconds, site.number, split, of_sites[node], *traffic[site.number]
+                    )
+                )
         if together is not None:
             up, down = (sum(column) for column in zip(*traffic.values(), strict=True))
             self.emit(Reported(number, seconds, EVERYBODY, split, together, up, down))
 
-    def test(self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment) -> dict[str, float]:
+    def test(
+        self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment
+    ) -> dict[str, float]:
         """Emit what each site found in a test, by node, and what all found together, which is returned; {} of nothing."""
         of_sites = dict[int, dict[str, float]]()
         for node, each in found.items():
             try:
                 of_sites[node] = self.measure.of_site(each)
-            except Exception as error:  # metrics of one's own, of numbers that a site may have made up
-                self.refuse(node, number, "test", f"training.task makes no metrics of it: {type(error).__name__}: {error}")
+            except (
+                Exception
+            ) as error:  # metrics of one's own, of numbers that a site may have made up
+                self.refuse(
+                    node,
+                    number,
+                    "test",
+                    f"training.task makes no metrics of it: {type(error).__name__}: {error}",
+                )
         together = self.measure.together([found[node] for node in self._sites if node in of_sites])
         if isinstance(self._config.plan, PeerPlan):
             together |= self.measure.extremes(list(of_sites.values()))
@@ -223,4 +265,18 @@ class Report:
         """Emit how far the run is; see :class:`Progress`."""
         config, headline = self._config, self.measure.task.headline
         total, seconds, sent = config.epochs, moment.seconds, moment.megabytes()
-        self.emit(Progress(config.unit, number, epochs, done, total, seconds, sent, train, test, tested, headline))
+        self.emit(
+            Progress(
+                config.unit,
+                number,
+                epochs,
+                done,
+                total,
+                seconds,
+                sent,
+                train,
+                test,
+                tested,
+                headline,
+            )
+        )

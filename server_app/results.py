@@ -33,7 +33,18 @@ from page import document
 from server_app import plots
 from server_app.census import Federation, RunError
 from server_app.checkpoint import Saved, Writer
-from server_app.events import EVERYBODY, Began, Checkpoint, Ended, Event, Kept, Progress, Refused, Reported, Sink
+from server_app.events import (
+    EVERYBODY,
+    Began,
+    Checkpoint,
+    Ended,
+    Event,
+    Kept,
+    Progress,
+    Refused,
+    Reported,
+    Sink,
+)
 from server_app.journal import Journal, Logged
 from server_app.overview import overview, read_metrics
 from server_app.trackers import Trackers
@@ -73,13 +84,17 @@ class History:
         """Go on after what a run that was killed had written into a folder."""
         self.arrays, file = pack(saved.arrays), folder / "metrics.csv"
         if file.exists():
-            self._rows = list(read_metrics(file).head(saved.rows).itertuples(index=False, name=None))
+            self._rows = list(
+                read_metrics(file).head(saved.rows).itertuples(index=False, name=None)
+            )
             lines = file.read_text().splitlines(keepends=True)[: len(self._rows) + 1]
             mode = file.stat().st_mode
             write_whole(file, "".join(lines).encode())
             file.chmod(mode)
         if len(self._rows) < saved.rows:  # somebody changed it, or a disk lost it
-            log(WARNING, "%s: %d rows are expected, %d are there", file, saved.rows, len(self._rows))
+            log(
+                WARNING, "%s: %d rows are expected, %d are there", file, saved.rows, len(self._rows)
+            )
 
     def __call__(self, event: Event) -> None:
         """Something happened."""
@@ -132,9 +147,15 @@ class History:
     def sites(self) -> pd.DataFrame:
         """A row a site: site, name, train and test examples and, where sites tell, its examples of each class."""
         columns = ["site", "name", "train", "test"]
-        rows = [(site.number, site.name, site.num_train, site.num_test, *site.counts) for site in self.federation.sites]
+        rows = [
+            (site.number, site.name, site.num_train, site.num_test, *site.counts)
+            for site in self.federation.sites
+        ]
         known = all(site.counts for site in self.federation.sites)
-        return pd.DataFrame([row if known else row[:4] for row in rows], columns=columns + list(self.federation.classes) * known)
+        return pd.DataFrame(
+            [row if known else row[:4] for row in rows],
+            columns=columns + list(self.federation.classes) * known,
+        )
 
     @property
     def models(self) -> dict[str, dict[str, Tensor]]:
@@ -144,15 +165,29 @@ class History:
             return {}
         xs = vectors[X].reshape(-1, self._model.x.numel())
         stats = vectors.get(STATS, xs.new_empty(len(xs), 0)).reshape(len(xs), self._model.num_stats)
-        names = ["model"] if vectors[X].dim() == 1 else [f"model-{site.number}" for site in self.federation.sites]
+        names = (
+            ["model"]
+            if vectors[X].dim() == 1
+            else [f"model-{site.number}" for site in self.federation.sites]
+        )
         # A peer that was lost left no model: its row is not a number.
-        return {name: self._model.state_dict(x, s) for name, x, s in zip(names, xs, stats, strict=True) if not x.isnan().any()}
+        return {
+            name: self._model.state_dict(x, s)
+            for name, x, s in zip(names, xs, stats, strict=True)
+            if not x.isnan().any()
+        }
 
     @property
     def description(self) -> Description:
         """Of these models."""
         agreed = self.federation.agreed()
-        return Description.of(self.config, self.federation.shape, agreed.classes, self.federation.columns, agreed.moments)
+        return Description.of(
+            self.config,
+            self.federation.shape,
+            agreed.classes,
+            self.federation.columns,
+            agreed.moments,
+        )
 
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
@@ -160,7 +195,9 @@ def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
     return sites.iloc[:, 4:].set_axis(sites.iloc[:, 1].astype(str), axis=0)
 
 
-def write_models(folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description | None) -> None:
+def write_models(
+    folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description | None
+) -> None:
     """A state dict each, ``NAME.safetensors``, which says of itself what it is; a file is on disk whole or not at all."""
     metadata = description.metadata() if description else None
     for name, state in models.items():
@@ -178,7 +215,9 @@ def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None
     with (folder / "config.toml").open("wb") as file:
         tomli_w.dump(config.tables(), file)
     named = sites.set_axis([_no_formula(str(column)) for column in sites.columns], axis=1)
-    named.isetitem(1, list(map(_no_formula, sites.iloc[:, 1])))  # not by its name, which a class may have, too
+    named.isetitem(
+        1, list(map(_no_formula, sites.iloc[:, 1]))
+    )  # not by its name, which a class may have, too
     named.to_csv(folder / "sites.csv", index=False)
 
 
@@ -196,7 +235,11 @@ class Rows:
     """
 
     def __init__(self, history: History, folder: Path) -> None:
-        self._history, self._file, self._written = history, folder / "metrics.csv", len(history.rows)
+        self._history, self._file, self._written = (
+            history,
+            folder / "metrics.csv",
+            len(history.rows),
+        )
 
     def __call__(self, event: Event) -> None:
         """Append what is new, in one piece; all of it where the file is gone."""
@@ -204,7 +247,9 @@ class Rows:
             self._written = _append(self._file, COLUMNS, self._history.rows, self._written)
 
 
-def _append(path: Path, columns: Sequence[str], rows: Sequence[tuple[object, ...]], written: int) -> int:
+def _append(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[object, ...]], written: int
+) -> int:
     """Append the rows that are not written yet, in one piece; all where the file is gone. How many are written now."""
     text = StringIO()
     writer = csv.writer(text)
@@ -237,8 +282,14 @@ class Refusals:
         if isinstance(event, Refused):
             self._count[key := (event.site.number, event.by)] += 1
             if self._count[key] <= REFUSALS and len(self._rows) < ALL_REFUSALS:
-                said = event.reason if self._count[key] < REFUSALS else f"{event.reason}; more of these are not listed"
-                texts = (*map(_no_formula, (event.site.name, event.phase, event.rule, said, event.by)),)
+                said = (
+                    event.reason
+                    if self._count[key] < REFUSALS
+                    else f"{event.reason}; more of these are not listed"
+                )
+                texts = (
+                    *map(_no_formula, (event.site.name, event.phase, event.rule, said, event.by)),
+                )
                 self._rows.append((event.when, round(event.seconds, 3), event.site.number, *texts))
         if self._rows and isinstance(event, Refused | Ended):
             self._written = _append(self._file, REFUSED, self._rows, self._written)
@@ -273,7 +324,12 @@ class Checkpoints:
     """
 
     def __init__(self, history: History, folder: Path, started: Started) -> None:
-        self._history, self._folder, self._started, self._writer = history, folder, started, Writer(folder)
+        self._history, self._folder, self._started, self._writer = (
+            history,
+            folder,
+            started,
+            Writer(folder),
+        )
         self.close = self._writer.close
 
     def __call__(self, event: Event) -> None:
@@ -283,7 +339,15 @@ class Checkpoints:
             case Checkpoint() if history.config.results.checkpoint_minutes:
                 arrays = {name: unpack(array) for name, array in history.arrays.items()}
                 config, rows = identity(history.config.flat()), len(history.rows)
-                saved = Saved(config, *self._started, history.federation, rows, arrays, event.state(), event.offers())
+                saved = Saved(
+                    config,
+                    *self._started,
+                    history.federation,
+                    rows,
+                    arrays,
+                    event.state(),
+                    event.offers(),
+                )
                 self._writer.write(saved, self._folder / "metrics.csv")
             case Ended(None):
                 self._writer.finish()
@@ -321,18 +385,27 @@ class Pictures:
             plots.save(plots.who_has_what(counts), self._folder / "sites.png")
         if isinstance(config.plan, PeerPlan):
             found = graph_of(config)
-            plots.save(plots.graph(found, config.topology.name, sites.iloc[:, 1].tolist()), self._folder / "topology.png")
+            plots.save(
+                plots.graph(found, config.topology.name, sites.iloc[:, 1].tolist()),
+                self._folder / "topology.png",
+            )
 
     def draw(self) -> None:
         """What was reached."""
         metrics, config = self._history.metrics, self._history.config
         title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
-        plots.save(plots.curves(metrics, title, config.unit, config.task.headline), self._folder / "curves.png")
+        plots.save(
+            plots.curves(metrics, title, config.unit, config.task.headline),
+            self._folder / "curves.png",
+        )
         if isinstance(config.plan, ArrivalPlan):
             plots.save(plots.arrivals(metrics, title), self._folder / "arrivals.png")
         elif not isinstance(config.plan, PeerPlan):
             epsilon = getattr(config.keys, "epsilon", 0.0)
-            plots.save(plots.schedule(metrics, title, config.training.lr_shape, epsilon), self._folder / "schedule.png")
+            plots.save(
+                plots.schedule(metrics, title, config.training.lr_shape, epsilon),
+                self._folder / "schedule.png",
+            )
         self._drawn = time.monotonic()
 
 
@@ -390,7 +463,11 @@ class Printed:
         )
 
     def _end(self) -> None:
-        metrics, config, console = self._history.metrics, self._history.config, Console(width=100, highlight=False)
+        metrics, config, console = (
+            self._history.metrics,
+            self._history.config,
+            Console(width=100, highlight=False),
+        )
         tested = metrics[metrics["split"] == "test"]
         if not tested.empty:
             last = tested[tested["round"] == tested["round"].max()]
@@ -417,15 +494,25 @@ class Printed:
 
         def row(key: str, name: str, train: int, test: int, style: str = "") -> None:
             if key in values.index.get_level_values("site"):
-                found = [values.get((key, metric)) for metric in measured]  # a site may keep them to itself
+                found = [
+                    values.get((key, metric)) for metric in measured
+                ]  # a site may keep them to itself
                 shown = ["" if value is None else f"{value:.4f}" for value in found]
                 table.add_row(escape(name), f"{train:,}", f"{test:,}", *shown, style=style)
 
         for site in sites:
             row(str(site.number), site.name, site.num_train, site.num_test)
         table.add_section()
-        tested = [site for site in sites if str(site.number) in values.index.get_level_values("site")]  # others were away
-        row(EVERYBODY, "all", sum(site.num_train for site in tested), sum(site.num_test for site in tested), "bold")
+        tested = [
+            site for site in sites if str(site.number) in values.index.get_level_values("site")
+        ]  # others were away
+        row(
+            EVERYBODY,
+            "all",
+            sum(site.num_train for site in tested),
+            sum(site.num_test for site in tested),
+            "bold",
+        )
         return table
 
 
@@ -451,16 +538,22 @@ class Folder(History):
         ConfigError: nothing can be written where it should be.
     """
 
-    def __init__(self, config: Config, run: int = 0, before: tuple[Path, Saved] | None = None) -> None:
+    def __init__(
+        self, config: Config, run: int = 0, before: tuple[Path, Saved] | None = None
+    ) -> None:
         super().__init__(config)
         self._before, self._started = before, before[1].next_start() if before else Started(run, 0)
         try:
             wanted = Path(config.results.folder).expanduser().absolute()
             with suppress(FileNotFoundError):
                 wanted.lstat()
-            TemporaryFile(dir=next(path for path in (wanted, *wanted.parents) if path.exists())).close()
+            TemporaryFile(
+                dir=next(path for path in (wanted, *wanted.parents) if path.exists())
+            ).close()
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a user who is not there
-            raise ConfigError(f"results.folder = {config.results.folder!r}: nothing can be written there: {error}") from error
+            raise ConfigError(
+                f"results.folder = {config.results.folder!r}: nothing can be written there: {error}"
+            ) from error
         self._trackers = Trackers(config)
         self._logged = Logged(config) if config.results.log == "json" else None
 
@@ -480,12 +573,31 @@ class Folder(History):
             if self._logged:
                 self._logged.lines.run = self.path.name
             console, drawn = self._logged or Printed(self, self.path), Pictures(self, self.path)
-            files = Rows(self, self.path), Models(self, self.path), Refusals(self.path), Journal(self.config, self.path)
+            files = (
+                Rows(self, self.path),
+                Models(self, self.path),
+                Refusals(self.path),
+                Journal(self.config, self.path),
+            )
             kept = Checkpoints(self, self.path, self._started)
-            self._sinks = [console, *files, drawn, Report(self.path), self._trackers.begin(self.path), kept]
-        failures = [error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))]
+            self._sinks = [
+                console,
+                *files,
+                drawn,
+                Report(self.path),
+                self._trackers.begin(self.path),
+                kept,
+            ]
+        failures = [
+            error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))
+        ]
         for error in failures:
-            log(WARNING, "%s: %s; the run goes on in memory, and this is tried again", self.path, error)
+            log(
+                WARNING,
+                "%s: %s; the run goes on in memory, and this is tried again",
+                self.path,
+                error,
+            )
         if failures and isinstance(event, Ended):
             raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
 

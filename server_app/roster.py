@@ -69,7 +69,9 @@ class Roster:
 
     # What happened.
 
-    def lose(self, site: int, reason: str, now: float, *, failed: bool = False, again: int = 0) -> None:
+    def lose(
+        self, site: int, reason: str, now: float, *, failed: bool = False, again: int = 0
+    ) -> None:
         """A site failed or is silent: it is away, and called again from the driver's count ``again`` on."""
         standing = self._sites[site]
         if standing.state == "here":
@@ -99,7 +101,9 @@ class Roster:
 
     def see(self, connected: Collection[int], now: float) -> list[int]:
         """Which sites the grid has: those that it has again, whose time to answer begins now."""
-        back = [site for site, each in self._sites.items() if site in connected and not each.connected]
+        back = [
+            site for site, each in self._sites.items() if site in connected and not each.connected
+        ]
         for site, standing in self._sites.items():
             standing.connected = site in connected
         for site in back:
@@ -138,7 +142,9 @@ class Roster:
 
     def left_s(self, now: float) -> float:
         """Seconds until the run stops since too few sites are here; infinite while there are enough."""
-        gone = sorted(standing.since for standing in self._sites.values() if standing.state != "here")
+        gone = sorted(
+            standing.since for standing in self._sites.values() if standing.state != "here"
+        )
         spare = len(self._sites) - self.least
         if len(gone) <= spare:
             return math.inf
@@ -147,7 +153,11 @@ class Roster:
     def shortage(self, who: str = "sites") -> str:
         """Why a run stops whose time is over."""
         when = f"after patience-s = {self._patience_s:g}" if self.hope else "and no others will"
-        reasons = {self._names[site]: each.reason for site, each in self._sites.items() if each.state != "here"}
+        reasons = {
+            self._names[site]: each.reason
+            for site, each in self._sites.items()
+            if each.state != "here"
+        }
         return f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. {together(reasons)}"
 
 
@@ -156,5 +166,8 @@ def together(reasons: Mapping[str, str]) -> str:
     of_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         of_reason.setdefault(reason, []).append(name)
-    shown = [f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: {reason}" for reason, names in of_reason.items()]
+    shown = [
+        f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: {reason}"
+        for reason, names in of_reason.items()
+    ]
     return "; ".join(shown[:5]) + ("; ..." if len(shown) > 5 else "")

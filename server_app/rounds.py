@@ -113,12 +113,19 @@ class Rounds:
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._latest: dict[int, Metadata] = {}  # of the message to each site
-        self._sent: dict[int, dict[str, Tensor]] = {}  # the model that each trains, before the codec
+        self._sent: dict[
+            int, dict[str, Tensor]
+        ] = {}  # the model that each trains, before the codec
         self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
-        self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)  # whether a test comes with training
+        self._beside = not (
+            isinstance(config.plan, AlonePlan) and config.plan.ensemble
+        )  # whether a test comes with training
         self._number, self._done = 0, 0.0  # rounds and epochs that are over
-        self._reached, self._tested = self._report.moment(), dict[str, float]()  # the last model, and the last test
+        self._reached, self._tested = (
+            self._report.moment(),
+            dict[str, float](),
+        )  # the last model, and the last test
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on after the round of a checkpoint."""
@@ -141,8 +148,13 @@ class Rounds:
             "tested": self._tested,
             "now": tuple(self._report.moment()),
             "reached": tuple(self._reached),
-            "bounds": {name: {numbers[node]: each for node, each in bound.largest.items()} for name, bound in self._bounds.items()},
-            "strategy": self._strategy.state_dict() if isinstance(self._strategy, Remembers) else {},
+            "bounds": {
+                name: {numbers[node]: each for node, each in bound.largest.items()}
+                for name, bound in self._bounds.items()
+            },
+            "strategy": self._strategy.state_dict()
+            if isinstance(self._strategy, Remembers)
+            else {},
         }
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
@@ -162,13 +174,17 @@ class Rounds:
         short: float | None = None  # since when too few sites answer
         while self._done < total - 1e-9:
             number = self._number + 1
-            local = self._instruct(Moment(number, self._done, total, self._an_epoch), unpack(arrays[X]))
+            local = self._instruct(
+                Moment(number, self._done, total, self._an_epoch), unpack(arrays[X])
+            )
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
             tested: dict[int, TestMetrics] = {}
             with_test = self._beside and number > 1
             try:
-                newest, metrics = self._aggregate(number, arrays, local, trained, tested if with_test else None)
+                newest, metrics = self._aggregate(
+                    number, arrays, local, trained, tested if with_test else None
+                )
             except _TooFew as error:
                 short = self._clock.now() if short is None else short
                 if reason := self._wait_for_more(number, len(trained), short):
@@ -181,7 +197,9 @@ class Rounds:
             if with_test:
                 self._tested = self._report_test(number - 1, tested, self._reached)
             if newest is None:
-                raise RunError(f"round {number}: {self._config.strategy} makes no model of {len(trained)} answers")
+                raise RunError(
+                    f"round {number}: {self._config.strategy} makes no model of {len(trained)} answers"
+                )
             arrays, self._number, self._done = newest, number, self._done + epochs
             self._reached = self._report.moment()
             self._report.emit(Kept(arrays))
@@ -193,7 +211,9 @@ class Rounds:
                 self._reached = self._report.moment()
                 self._tested = self._report_test(number, tested, self._reached)
             before = None if at_once else number - 1
-            self._report.progress(number, epochs, self._done, self._reached, train, self._tested, before)
+            self._report.progress(
+                number, epochs, self._done, self._reached, train, self._tested, before
+            )
             self._report.emit(Checkpoint(self._checkpoint))
         if not self._tested:
             raise RunError(f"round {self._number}: no site could test the model: it is of no use")
@@ -224,7 +244,9 @@ class Rounds:
         Raises:
             RunError: it fails, or makes a model that is not finite.
         """
-        messages = self._messages(self._strategy.configure_train, number, arrays, local, tested is not None)
+        messages = self._messages(
+            self._strategy.configure_train, number, arrays, local, tested is not None
+        )
 
         def replies() -> Iterator[Message]:
             answers = self._answers(number, "training", messages, self._read_trained)
@@ -246,17 +268,26 @@ class Rounds:
         except _TooFew:
             raise
         except Exception as error:
-            raise RunError(f"round {number}: {self._config.strategy} fails: {type(error).__name__}: {error}") from error
+            raise RunError(
+                f"round {number}: {self._config.strategy} fails: {type(error).__name__}: {error}"
+            ) from error
         for vector in map(unpack, (newest or {}).values()):
             if reason := too_large(magnitude(vector)):
-                raise RunError(f"round {number}: {self._config.strategy}: {reason}; a smaller rate may help")
+                raise RunError(
+                    f"round {number}: {self._config.strategy}: {reason}; a smaller rate may help"
+                )
         return newest, metrics
 
-    def _take_test(self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]) -> None:
+    def _take_test(
+        self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]
+    ) -> None:
         """What came with a training; a flaw in it costs the site no more than the test. The strategy sees nothing of it."""
         try:
             tested[answer.node] = read_tested(
-                answer.reply, self._sites[answer.node].num_test, beside=True, means=self._report.measure.means
+                answer.reply,
+                self._sites[answer.node].num_test,
+                beside=True,
+                means=self._report.measure.means,
             )
         except Refusal as refusal:
             self._report.refuse(answer.node, number, "test", str(refusal))
@@ -265,11 +296,18 @@ class Rounds:
     def _test(self, number: int, arrays: ArrayRecord) -> dict[int, TestMetrics]:
         """Test everywhere."""
         messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
-        return {answer.node: answer.found for answer in self._answers(number, "test", messages, self._read_tested)}
+        return {
+            answer.node: answer.found
+            for answer in self._answers(number, "test", messages, self._read_tested)
+        }
 
-    def _report_test(self, number: int, tested: dict[int, TestMetrics], reached: Reached) -> dict[str, float]:
+    def _report_test(
+        self, number: int, tested: dict[int, TestMetrics], reached: Reached
+    ) -> dict[str, float]:
         """Report a test as of a moment; what all sites found together, {} where nobody could."""
-        return self._report.test(number, {node: found.named() for node, found in tested.items()}, reached)
+        return self._report.test(
+            number, {node: found.named() for node, found in tested.items()}, reached
+        )
 
     def _messages(
         self,
@@ -281,13 +319,20 @@ class Rounds:
     ) -> list[Message]:
         """The messages of a phase."""
         self._wait_for_enough(number)
-        messages = configure(number, arrays, write_order(Order(number, self._federation.agreed(), local, test)), self._grid)
+        messages = configure(
+            number,
+            arrays,
+            write_order(Order(number, self._federation.agreed(), local, test)),
+            self._grid,
+        )
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         if local:
             self._sent = {message.metadata.dst_node_id: _model(message) for message in known}
             if self._down:
-                for message in {id(message.content): message for message in known}.values():  # most share one content
+                for message in {
+                    id(message.content): message for message in known
+                }.values():  # most share one content
                     _replace(message, write_model(arrays_of(message), self._down))
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
 
@@ -302,7 +347,13 @@ class Rounds:
                 )
             if there != said or self._clock.now() >= again:
                 said, again = there, self._clock.now() + TELL_EVERY_S
-                log(WARNING, "round %d: waiting for sites: %d are connected, min-sites = %d", number, there, least)
+                log(
+                    WARNING,
+                    "round %d: waiting for sites: %d are connected, min-sites = %d",
+                    number,
+                    there,
+                    least,
+                )
             self._clock.wait(LONGEST_WAIT_S, deadline - self._clock.now())
 
     def _look(self) -> int:
@@ -314,7 +365,11 @@ class Rounds:
         return len(connected & self._sites.keys())
 
     def _answers(
-        self, number: int, phase: str, messages: list[Message], read: Callable[[int, Message, Message], T]
+        self,
+        number: int,
+        phase: str,
+        messages: list[Message],
+        read: Callable[[int, Message, Message], T],
     ) -> Iterator[Answer[T]]:
         """The replies that can be used, as they come.
 
@@ -334,7 +389,9 @@ class Rounds:
                 if late:
                     continue
                 missing.discard(node)
-                found = self._report.receive(node, reply, number, phase, partial(read, node, message))
+                found = self._report.receive(
+                    node, reply, number, phase, partial(read, node, message)
+                )
                 if not isinstance(found, Refusal):
                     usable += 1
                     yield Answer(node, message, reply, found)
@@ -363,20 +420,34 @@ class Rounds:
 
     def _read_trained(self, node: int, message: Message, reply: Message) -> Trained:
         tested = read_order(config_of(message)).test
-        found = read_trained(reply, self._layout, self._sites[node].num_train, self._sent[node], tested)
-        if found.metrics.loss is None and isinstance(self._config.plan, ForeignPlan) and self._config.plan.by_loss:
+        found = read_trained(
+            reply, self._layout, self._sites[node].num_train, self._sent[node], tested
+        )
+        if (
+            found.metrics.loss is None
+            and isinstance(self._config.plan, ForeignPlan)
+            and self._config.plan.by_loss
+        ):
             raise Refusal(f"it keeps its loss to itself, by which {self._config.strategy} weighs")
         return found
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
         models = 1 if self._beside else len(self._sites)
-        return read_tested(reply, self._sites[node].num_test, models, means=self._report.measure.means)
+        return read_tested(
+            reply, self._sites[node].num_test, models, means=self._report.measure.means
+        )
 
-    def _bounded(self, number: int, answers: Iterator[Answer[Trained]], local: Local) -> Iterator[Answer[Trained]]:
+    def _bounded(
+        self, number: int, answers: Iterator[Answer[Trained]], local: Local
+    ) -> Iterator[Answer[Trained]]:
         """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
         first = self._bounds[X].few
         # On disk, where TMPDIR says: in memory they would be as many models as there are sites.
-        with TemporaryFile(buffering=0) if first and len(self._sent) >= FEW else nullcontext() as file:
+        with (
+            TemporaryFile(buffering=0)
+            if first and len(self._sent) >= FEW
+            else nullcontext() as file
+        ):
             others: dict[int, dict[str, Change]] = {}
             if file:
                 answers = self._after_all(answers, Shelf(file), local, others)
@@ -386,7 +457,9 @@ class Rounds:
                     each = {node: found[name] for node, found in others.items()} if first else None
                     size = extent(sent.get(name, sent[X]))[1] if first else 0.0
                     if reason := self._bounds[name].refusal(change, size, each):
-                        self._report.refuse(answer.node, number, "training", f"{name}: {reason}", "max-change")
+                        self._report.refuse(
+                            answer.node, number, "training", f"{name}: {reason}", "max-change"
+                        )
                         break
                 else:
                     for name, change in changes.items():
@@ -395,7 +468,11 @@ class Rounds:
                 del answer  # a model: before the next one comes
 
     def _after_all(
-        self, answers: Iterator[Answer[Trained]], shelf: Shelf, local: Local, changes: dict[int, dict[str, Change]]
+        self,
+        answers: Iterator[Answer[Trained]],
+        shelf: Shelf,
+        local: Local,
+        changes: dict[int, dict[str, Change]],
     ) -> Iterator[Answer[Trained]]:
         """The answers when all of them have come; the changes of each site are put into ``changes`` before."""
         waiting = []
@@ -419,7 +496,10 @@ class Rounds:
         rate = rates(local.lr, *cycle, steps=steps, epoch=epoch, warmup=keys.lr_warmup)
         some = range(0, steps, max(1, steps // 1000))  # a site may say that it has many examples
         total = sum(map(rate, some)) * steps / len(some)
-        return {name: Change(norm, total if name == X else 1.0) for name, norm in answer.found.change.items()}
+        return {
+            name: Change(norm, total if name == X else 1.0)
+            for name, norm in answer.found.change.items()
+        }
 
 
 def _replace(message: Message, arrays: ArrayRecord) -> None:
@@ -434,9 +514,14 @@ def _model(message: Message) -> dict[str, Tensor]:
 
 
 def _named(metrics: dict[int, TrainMetrics]) -> dict[int, dict[str, float]]:
-    return {node: {key: float(value) for key, value in each.named().items()} for node, each in metrics.items()}
+    return {
+        node: {key: float(value) for key, value in each.named().items()}
+        for node, each in metrics.items()
+    }
 
 
 def _numbers(record: MetricRecord | None) -> dict[str, float]:
     """A record's single numbers."""
-    return {key: float(value) for key, value in (record or {}).items() if isinstance(value, int | float)}
+    return {
+        key: float(value) for key, value in (record or {}).items() if isinstance(value, int | float)
+    }

@@ -45,9 +45,15 @@ class Shelf:
 
     def take(self, places: Mapping[str, _Place] | ArrayRecord) -> ArrayRecord:
         """The arrays again."""
-        return places if isinstance(places, ArrayRecord) else ArrayRecord({name: self._read(at) for name, at in places.items()})
+        return (
+            places
+            if isinstance(places, ArrayRecord)
+            else ArrayRecord({name: self._read(at) for name, at in places.items()})
+        )
 
     def _read(self, place: _Place) -> Array:
-        with open(self._file.fileno(), "rb", closefd=False) as reader:  # which reads on until all is there
+        with open(
+            self._file.fileno(), "rb", closefd=False
+        ) as reader:  # which reads on until all is there
             reader.seek(place.start)
             return Array(place.dtype, place.shape, place.stype, reader.read(place.length))

@@ -27,7 +27,9 @@ class PeerTest:
     def train_means(self) -> dict[str, float]:
         """Over the peers that report it, each metric."""
         names = sorted({name for each in self.train.values() for name in each})
-        found = {name: [each[name] for each in self.train.values() if name in each] for name in names}
+        found = {
+            name: [each[name] for each in self.train.values() if name in each] for name in names
+        }
         return {name: sum(values) / len(values) for name, values in found.items()}
 
 
@@ -45,7 +47,10 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        tests = {number: (tuple(test.moment), test.answers, test.train) for number, test in self._tests.items()}
+        tests = {
+            number: (tuple(test.moment), test.answers, test.train)
+            for number, test in self._tests.items()
+        }
         return {"tests": tests, "train": {peer: dict(found) for peer, found in self._train.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -67,7 +72,11 @@ class Tally:
             self._trained(peer, metrics)
 
     def _trained(self, peer: int, metrics: StepMetrics) -> None:
-        for name, value in (("loss", metrics.loss), ("lr-first", metrics.lr_first), ("lr-last", metrics.lr_last)):
+        for name, value in (
+            ("loss", metrics.loss),
+            ("lr-first", metrics.lr_first),
+            ("lr-last", metrics.lr_last),
+        ):
             if value is not None:
                 self._train[peer][name].append(value)
 
@@ -83,7 +92,11 @@ class Tally:
         test.answers[peer] = {name: value for name, value in found.items() if value is not None}
         trained = self._train.pop(peer, {})
         test.train[peer] = {name: sum(values) / len(values) for name, values in trained.items()}
-        test.train[peer] |= {name: trained[name][end] for name, end in (("lr-first", 0), ("lr-last", -1)) if name in trained}
+        test.train[peer] |= {
+            name: trained[name][end]
+            for name, end in (("lr-first", 0), ("lr-last", -1))
+            if name in trained
+        }
 
     def pending(self) -> list[int]:
         """After which exchanges peers tested, of what was not taken yet."""

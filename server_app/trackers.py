@@ -49,7 +49,9 @@ class Trackers:
 
     def begin(self, folder: Path) -> "Trackers":
         """A run begins, whose results are in a folder."""
-        self._threads = [Thread(target=self._work, args=[folder], daemon=True)] if self._names else []
+        self._threads = (
+            [Thread(target=self._work, args=[folder], daemon=True)] if self._names else []
+        )
         for thread in self._threads:
             thread.start()
         return self
@@ -71,7 +73,13 @@ class Trackers:
             try:
                 writers[name] = STARTS[name](self._config, folder)
             except Exception as error:
-                log(WARNING, "%s: %s: %s; the run goes on without it", name, type(error).__name__, error)
+                log(
+                    WARNING,
+                    "%s: %s: %s; the run goes on without it",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
         while True:
             event = self._events.get()
             for name, (write, end) in list(writers.items()):
@@ -82,18 +90,32 @@ class Trackers:
                         write(event.number, values)
                 except Exception as error:
                     del writers[name]
-                    log(WARNING, "%s: %s: %s; the run goes on without it", name, type(error).__name__, error)
+                    log(
+                        WARNING,
+                        "%s: %s: %s; the run goes on without it",
+                        name,
+                        type(error).__name__,
+                        error,
+                    )
             if isinstance(event, Ended):
                 return
 
     def _values(self, event: Reported) -> dict[str, float]:
         chosen = dict(event.metrics)
         if event.site == EVERYBODY:
-            chosen |= {"seconds": event.seconds, "bytes-up": event.bytes_up, "bytes-down": event.bytes_down}
+            chosen |= {
+                "seconds": event.seconds,
+                "bytes-up": event.bytes_up,
+                "bytes-down": event.bytes_down,
+            }
         else:
             known = (self._config.task.headline, "loss")
             chosen = {f"{name}/site-{event.site}": chosen[name] for name in known if name in chosen}
-        return {f"{event.split}/{name}": float(value) for name, value in chosen.items() if math.isfinite(value)}
+        return {
+            f"{event.split}/{name}": float(value)
+            for name, value in chosen.items()
+            if math.isfinite(value)
+        }
 
 
 def _tensorboard(config: Config, folder: Path) -> tuple[Write, Callable[[str], None]]:
@@ -118,10 +140,15 @@ def _mlflow(config: Config, folder: Path) -> tuple[Write, Callable[[str], None]]
 
     def write(number: int, values: Mapping[str, float]) -> None:
         moment = time.time_ns() // 10**6
-        entities = [mlflow.entities.Metric(name, value, moment, number) for name, value in values.items()]
+        entities = [
+            mlflow.entities.Metric(name, value, moment, number) for name, value in values.items()
+        ]
         client.log_batch(run.info.run_id, entities)
 
     return write, lambda status: client.set_terminated(run.info.run_id, status)
 
 
-STARTS: dict[str, Callable[[Config, Path], tuple[Write, Callable[[str], None]]]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
+STARTS: dict[str, Callable[[Config, Path], tuple[Write, Callable[[str], None]]]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+}

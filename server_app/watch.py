@@ -64,13 +64,28 @@ def _metrics(chosen: list[dict[str, Any]]) -> Iterator[Metric]:
         "epochs": "local epochs of a site in the whole run",
         "seconds_left": "time left, if it goes on at this pace",
     }
-    families = {name: GaugeMetricFamily(f"archipelago_{name}", help, labels=["run"]) for name, help in gauges.items()}
-    headline = GaugeMetricFamily("archipelago_headline", "the metric by which the task is judged", labels=["run", "metric", "site"])
+    families = {
+        name: GaugeMetricFamily(f"archipelago_{name}", help, labels=["run"])
+        for name, help in gauges.items()
+    }
+    headline = GaugeMetricFamily(
+        "archipelago_headline",
+        "the metric by which the task is judged",
+        labels=["run", "metric", "site"],
+    )
     loss = GaugeMetricFamily("archipelago_loss", "of all sites", labels=["run", "split"])
-    up = GaugeMetricFamily("archipelago_site_up", "1 while a site takes part", labels=["run", "site"])
-    speed = GaugeMetricFamily("archipelago_site_samples_per_second", "examples trained on", labels=["run", "site"])
-    traffic = CounterMetricFamily("archipelago_bytes", "content of messages", labels=["run", "site", "direction"])
-    refused = CounterMetricFamily("archipelago_refused", "what could not be used", labels=["run", "site", "rule"])
+    up = GaugeMetricFamily(
+        "archipelago_site_up", "1 while a site takes part", labels=["run", "site"]
+    )
+    speed = GaugeMetricFamily(
+        "archipelago_site_samples_per_second", "examples trained on", labels=["run", "site"]
+    )
+    traffic = CounterMetricFamily(
+        "archipelago_bytes", "content of messages", labels=["run", "site", "direction"]
+    )
+    refused = CounterMetricFamily(
+        "archipelago_refused", "what could not be used", labels=["run", "site", "rule"]
+    )
     for run in chosen:
         name, progress, metric = run["name"], run["progress"], run["headline"]
         values = run["live"], run["round"], progress["done"], progress["total"], progress["left"]
@@ -98,9 +113,13 @@ def _metrics(chosen: list[dict[str, Any]]) -> Iterator[Metric]:
 
 def main() -> None:
     """Serve until it is ended."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, help="the folder of runs")
-    parser.add_argument("--address", default="127.0.0.1:8080", help="where to listen (default: %(default)s)")
+    parser.add_argument(
+        "--address", default="127.0.0.1:8080", help="where to listen (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     root = arguments.runs.expanduser().absolute()
     if not root.is_dir():
@@ -108,7 +127,9 @@ def main() -> None:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Runs(root))
     try:
-        served = server(address_of(arguments.address), partial(data, root), partial(generate_latest, registry))
+        served = server(
+            address_of(arguments.address), partial(data, root), partial(generate_latest, registry)
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"--address {arguments.address}: {error}") from None
     print(f"{root}: {served.address}", flush=True)

@@ -49,7 +49,9 @@ class Peers:
         self._config, self._federation, self._history = config, federation, history
         self._topology, self._n = graph_of(config), len(federation.sites)
         sites = [SiteId(site.number, self._n, "") for site in federation.sites]
-        self._data = [site_data(config, site, federation.classes, federation.moments) for site in sites]
+        self._data = [
+            site_data(config, site, federation.classes, federation.moments) for site in sites
+        ]
         self._network = network_of(config, federation.shape, len(federation.classes))
         self._measure = Measure.of(config, federation)
         model = self._network.model
@@ -70,7 +72,9 @@ class Peers:
         self._gradient_memories: dict[tuple[int, int], Tensor] = {}
         self._networks = Networks(config, model, [data.train for data in self._data])
         self._losses: list[Tensor] = []
-        self._traffic = torch.zeros(self._n, 2, dtype=torch.int64)  # bytes up to the relay and down from it
+        self._traffic = torch.zeros(
+            self._n, 2, dtype=torch.int64
+        )  # bytes up to the relay and down from it
         batches = an_epoch(federation, config.training.batch_size)
         self.exchanges, self._every = budget(config, self._peer.plan, batches)
 
@@ -84,7 +88,10 @@ class Peers:
 
     def step(self, number: int) -> None:
         """Local steps and the exchange ``number``, counted from 0."""
-        plan, lr = self._peer.plan, learning_rate(self._config, number / self.exchanges, (number + 1) / self.exchanges)
+        plan, lr = (
+            self._peer.plan,
+            learning_rate(self._config, number / self.exchanges, (number + 1) / self.exchanges),
+        )
         if plan.gradient.at == "own":
             for _ in range(plan.steps):
                 self.state = self._algorithm.descend(self.state, self._own_gradients(), lr)
@@ -119,19 +126,27 @@ class Peers:
         readers, others = torch.tensor(links, device=self._device).T
         model, owner = (readers, others) if gradient.at == "data" else (others, readers)
         own = readers == others
-        shift = owners_shift(lambda x, _: self._networks.gradients(x, batch), self.state.x, gradient)
+        shift = owners_shift(
+            lambda x, _: self._networks.gradients(x, batch), self.state.x, gradient
+        )
 
         def pair(x: Tensor, rows: Tensor | None) -> Gradients:
             chosen = owner if rows is None else owner[rows]
             return self._networks.gradients(x, Batch(*(part[chosen] for part in batch)))
 
         points = torch.where(own[:, None], self.state.x[model], received[model])
-        taken = neighbourhood_gradients(pair, points, own, gradient, self._peer.regular, None if shift is None else shift[model])
+        taken = neighbourhood_gradients(
+            pair, points, own, gradient, self._peer.regular, None if shift is None else shift[model]
+        )
         self._losses.append(taken.losses[own])
         found: list[dict[int, Tensor]] = [{} for _ in range(self._n)]
         for (i, j), row in zip(links, taken.gradients, strict=True):
-            found[i][j] = self._carried(row, j, i, number) if gradient.at == "data" and i != j else row
-        return torch.stack([weighted(each.pop(i), each, weights[i]) for i, each in enumerate(found)])
+            found[i][j] = (
+                self._carried(row, j, i, number) if gradient.at == "data" and i != j else row
+            )
+        return torch.stack(
+            [weighted(each.pop(i), each, weights[i]) for i, each in enumerate(found)]
+        )
 
     # Exchanges.
 
@@ -139,7 +154,9 @@ class Peers:
         """A gradient [d] as it reaches its reader; its bytes are counted."""
         memory = self._gradient_memories.get((sender, reader))
         memory = self._peer.cross.init(gradient) if memory is None else memory
-        payload, memory, arrived = encode_gradient(self._peer._replace(number=sender), memory, gradient, reader, 2 * number + 1)
+        payload, memory, arrived = encode_gradient(
+            self._peer._replace(number=sender), memory, gradient, reader, 2 * number + 1
+        )
         self._gradient_memories[sender, reader] = memory
         self._traffic[sender, 0] += num_bytes(payload)
         self._traffic[reader, 1] += num_bytes(payload)
@@ -150,12 +167,17 @@ class Peers:
         peer, offered = self._peer, self._algorithm.outgoing(self.state)
         gradient = peer.plan.gradient
         if peer.channel.exact:
-            sent, sizes = offered, [sum(vector.shape[1] * vector.element_size() for vector in offered)] * self._n
+            sent, sizes = (
+                offered,
+                [sum(vector.shape[1] * vector.element_size() for vector in offered)] * self._n,
+            )
         else:
             rows, sizes = [], []
             for k, own in enumerate(zip(*offered, strict=True)):
                 step = gradient.messages * number
-                payload, self._memories[k], decoded = encode(peer._replace(number=k), self._memories[k], own, step)
+                payload, self._memories[k], decoded = encode(
+                    peer._replace(number=k), self._memories[k], own, step
+                )
                 rows.append(decoded)
                 sizes.append(num_bytes(payload))
             sent = tuple(map(torch.stack, zip(*rows, strict=True)))
@@ -173,14 +195,21 @@ class Peers:
             RunError: a model is not finite.
         """
         if wrong := (~self.state.x.isfinite().all(1)).nonzero().flatten().tolist():
-            raise RunError(f"exchange {number}: training diverged: the models of the sites {wrong} are not finite; {MEND}")
+            raise RunError(
+                f"exchange {number}: training diverged: the models of the sites {wrong} are not finite; {MEND}"
+            )
         mean = self.state.x.double().mean(0).float()
         own = [self._tested(x, data) for x, data in zip(self.state.x, self._data, strict=True)]
         of_mean = [self._tested(mean, data) for data in self._data]
         losses = torch.stack(self._losses).mean(0)
         self._losses.clear()
-        since, n = (number - 1) // self._every * self._every, self.exchanges  # the first exchange after the last test; all
-        first, last = (learning_rate(self._config, each / n, (each + 1) / n) for each in (since, number - 1))
+        since, n = (
+            (number - 1) // self._every * self._every,
+            self.exchanges,
+        )  # the first exchange after the last test; all
+        first, last = (
+            learning_rate(self._config, each / n, (each + 1) / n) for each in (since, number - 1)
+        )
         train = {
             "loss": float(losses.mean()),
             "lr-first": first,
@@ -190,10 +219,31 @@ class Peers:
         }
         measure, headline = self._measure, self._config.task.headline
         test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
-        test |= {f"{headline}-of-mean": value for name, value in measure.together(of_mean).items() if name == headline}
+        test |= {
+            f"{headline}-of-mean": value
+            for name, value in measure.together(of_mean).items()
+            if name == headline
+        }
         self._write(number, seconds, train, test, losses.tolist(), own)
-        done, epochs, sent = number / self.exchanges, self._config.epochs, float(self._traffic.sum()) / 1e6
-        watch(Progress("exchange", number, None, done * epochs, epochs, seconds, sent, train, test, headline=headline))
+        done, epochs, sent = (
+            number / self.exchanges,
+            self._config.epochs,
+            float(self._traffic.sum()) / 1e6,
+        )
+        watch(
+            Progress(
+                "exchange",
+                number,
+                None,
+                done * epochs,
+                epochs,
+                seconds,
+                sent,
+                train,
+                test,
+                headline=headline,
+            )
+        )
 
     def _tested(self, x: Tensor, data: SiteData) -> dict[str, float | list[float]]:
         found = self._network.test(x[None], x.new_empty(1, 0), data.test)
@@ -209,9 +259,13 @@ class Peers:
         own: list[dict[str, float | list[float]]],
     ) -> None:
         history = self._history
-        for site, loss, found, traffic in zip(self._federation.sites, losses, own, self._traffic.tolist(), strict=True):
+        for site, loss, found, traffic in zip(
+            self._federation.sites, losses, own, self._traffic.tolist(), strict=True
+        ):
             history.record(number, seconds, site.number, "train", {"loss": loss}, *traffic)
-            history.record(number, seconds, site.number, "test", self._measure.of_site(found), *traffic)
+            history.record(
+                number, seconds, site.number, "test", self._measure.of_site(found), *traffic
+            )
         for split, means in (("train", train), ("test", test)):
             history.record(number, seconds, EVERYBODY, split, means, *self._traffic.sum(0).tolist())
         history.keep(pack({X: self.state.x}))

@@ -24,7 +24,9 @@ from strategies.protocol import TEST
 from strategies.records import metrics_of, num_bytes
 
 FIRST_NODE = 1000  # node ids differ from site numbers, so that mixing them up fails
-NOTICED_AFTER_S = 60.0  # Flower misses a site that went without a word after so many seconds without a heartbeat
+NOTICED_AFTER_S = (
+    60.0  # Flower misses a site that went without a word after so many seconds without a heartbeat
+)
 RAISED, UNAVAILABLE = 2, 5  # Flower's error codes
 TEST_COST = 1 / 3  # of a forward pass, in forward and backward passes
 
@@ -82,7 +84,8 @@ class VirtualGrid(Grid):
             node: Context(
                 run_id=1,
                 node_id=node,
-                node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(sites)} | kept,
+                node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(sites)}
+                | kept,
                 state=RecordDict(),
                 # Else sites of a simulation keep what they remember among the results.
                 run_config=dict(run_config) | {"results.checkpoint-minutes": 0.0},
@@ -112,7 +115,12 @@ class VirtualGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message; ``Message(...)`` does the same."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -123,7 +131,10 @@ class VirtualGrid(Grid):
 
     def _missed(self, site: SiteWorld) -> bool:
         outage = site.next_outage(self._now)
-        return outage is not None and outage[0] + (NOTICED_AFTER_S if outage[0] > 0 else 0) <= self._now
+        return (
+            outage is not None
+            and outage[0] + (NOTICED_AFTER_S if outage[0] > 0 else 0) <= self._now
+        )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages: each is answered by its site, and the answer put down for the moment at which it arrives."""
@@ -133,7 +144,9 @@ class VirtualGrid(Grid):
         identity = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         node = message.metadata.dst_node_id
         absent = self._missed(self._sites[node])
-        time, reply = (self._now, self._unavailable(message)) if absent else self._work(message, node)
+        time, reply = (
+            (self._now, self._unavailable(message)) if absent else self._work(message, node)
+        )
         if self._tamper and reply is not None:
             reply = self._tamper(node - FIRST_NODE, message, reply)
         if reply is not None and time <= self._now + message.metadata.ttl:
@@ -149,19 +162,29 @@ class VirtualGrid(Grid):
             outage = site.next_outage(self._now)
             assert outage is not None
             return outage[0] + NOTICED_AFTER_S, self._unavailable(message)
-        while (outage := site.next_outage(start)) and outage[0] <= start:  # off, and nobody knows yet
+        while (outage := site.next_outage(start)) and outage[
+            0
+        ] <= start:  # off, and nobody knows yet
             if outage[1] - outage[0] > NOTICED_AFTER_S:
                 return max(start, outage[0] + NOTICED_AFTER_S), self._unavailable(message)
             start = outage[1]
         known = self.contexts[node]
-        context = Context(known.run_id, known.node_id, known.node_config, RecordDict(dict(known.state)), known.run_config)
+        context = Context(
+            known.run_id,
+            known.node_id,
+            known.node_config,
+            RecordDict(dict(known.state)),
+            known.run_config,
+        )
         try:
             reply = self._client_app(message=message, context=context)
         except Exception as error:  # as Flower does for an app that raises
             reply = Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
         done = start + site.travel_s(num_bytes(message)) + self._samples(reply) / site.samples_per_s
         arrival = done + site.travel_s(num_bytes(reply))
-        if outage and outage[0] < arrival:  # it goes off on the way: what it did is lost, unless it was done and only the reply is
+        if (
+            outage and outage[0] < arrival
+        ):  # it goes off on the way: what it did is lost, unless it was done and only the reply is
             self._busy_until[node] = outage[1]
             if outage[0] >= done:
                 self.contexts[node] = context
@@ -193,7 +216,9 @@ class VirtualGrid(Grid):
             self._there[event.identity] = event.reply
         return [self._there.pop(identity) for identity in message_ids if identity in self._there]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Both at once: the replies that come within ``timeout`` seconds."""
         waiting, replies = set(self.push_messages(messages)), []
         deadline = self._now + (math.inf if timeout is None else timeout)
@@ -206,7 +231,11 @@ class VirtualGrid(Grid):
 
 
 def run_in_process(
-    server_app: ServerApp, client_app: ClientApp, num_sites: int, run_config: Mapping[str, Any], tamper: Tamper | None = None
+    server_app: ServerApp,
+    client_app: ClientApp,
+    num_sites: int,
+    run_config: Mapping[str, Any],
+    tamper: Tamper | None = None,
 ) -> None:
     """Run an app in this process, in the world of :class:`World`'s defaults.
 
@@ -214,4 +243,9 @@ def run_in_process(
         Exception: whatever the ServerApp raises.
     """
     grid = VirtualGrid(client_app, World().sites(num_sites, 0), run_config, tamper)
-    server_app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)))
+    server_app(
+        grid,
+        Context(
+            run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)
+        ),
+    )

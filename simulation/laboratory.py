@@ -42,7 +42,14 @@ from server_app.checkpoint import Saved
 from server_app.events import EVERYBODY, Began, Event, Progress
 from server_app.overview import read_metrics
 from server_app.plots import who_has_what
-from server_app.results import Checkpoints, History, Rows, class_counts, write_description, write_models
+from server_app.results import (
+    Checkpoints,
+    History,
+    Rows,
+    class_counts,
+    write_description,
+    write_models,
+)
 from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
@@ -86,7 +93,9 @@ class Run:
             ValueError: there is none, or one a site.
         """
         if set(self.models) != {"model"}:
-            raise ValueError(f"this run has the models {', '.join(self.models) or 'none yet'}: take one from .models")
+            raise ValueError(
+                f"this run has the models {', '.join(self.models) or 'none yet'}: take one from .models"
+            )
         return self.models["model"]
 
     @property
@@ -100,8 +109,14 @@ class Run:
         chosen = (self.metrics["split"] == "test") & (self.metrics["site"] == EVERYBODY)
         tested = self.metrics[chosen]
         index = ["round", "seconds", "bytes_up", "bytes_down"]
-        table = tested.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
-        for measured in {self.headline, "loss"} - set(table.columns):  # of a run that could not be tested
+        table = (
+            tested.pivot_table(index=index, columns="metric", values="value")
+            .reset_index()
+            .rename_axis(columns=None)
+        )
+        for measured in {self.headline, "loss"} - set(
+            table.columns
+        ):  # of a run that could not be tested
             table[measured] = math.nan
         table["hours"] = table["seconds"] / 3600
         table["megabytes"] = (table["bytes_up"] + table["bytes_down"]) / 1e6
@@ -149,9 +164,13 @@ class Run:
             ValueError: the sites of a deployment do not tell; examples have no classes.
         """
         if self.config.task.target != "class":
-            raise ValueError(f"training.task = {self.config.training.task!r}: examples have no classes to count; see .sites")
+            raise ValueError(
+                f"training.task = {self.config.training.task!r}: examples have no classes to count; see .sites"
+            )
         if (counts := class_counts(self.sites)).empty:
-            raise ValueError("these sites keep the number of their examples of each class to themselves")
+            raise ValueError(
+                "these sites keep the number of their examples of each class to themselves"
+            )
         return who_has_what(counts)
 
     def save(self, folder: str | Path) -> Path:
@@ -169,19 +188,27 @@ class Run:
         folder = Path(folder)
         config = Config.read(tomllib.loads((folder / "config.toml").read_text()))
         metrics = read_metrics(folder / "metrics.csv")
-        epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)]["value"].sum()
+        epochs = metrics[(metrics["metric"] == "local-epochs") & (metrics["site"] == EVERYBODY)][
+            "value"
+        ].sum()
         files = sorted(folder.glob("model*.safetensors"))
         models = {file.stem: load_file(file) for file in files}
         description = Description.read(files[0]) if files and is_described(files[0]) else None
         finished = bool(epochs >= config.epochs - 1e-6)
-        return cls(config, metrics, models, pd.read_csv(folder / "sites.csv"), finished, description)
+        return cls(
+            config, metrics, models, pd.read_csv(folder / "sites.csv"), finished, description
+        )
 
 
 class _Watched(History):
     """Calls ``watch`` with the progress of each round; where there is a folder, the run can go on from there."""
 
     def __init__(
-        self, config: Config, watch: Callable[[Progress], None], folder: Path | None = None, saved: Saved | None = None
+        self,
+        config: Config,
+        watch: Callable[[Progress], None],
+        folder: Path | None = None,
+        saved: Saved | None = None,
     ) -> None:
         super().__init__(config)
         self._watch, self._folder, self._saved = watch, folder, saved
@@ -252,13 +279,26 @@ def simulate(
     with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
 
         def watch(reached: Progress) -> None:
-            tested = {reached.headline: f"{reached.test[reached.headline]:.4f}"} if reached.headline in reached.test else {}
+            tested = (
+                {reached.headline: f"{reached.test[reached.headline]:.4f}"}
+                if reached.headline in reached.test
+                else {}
+            )
             bar.set_postfix({"round": reached.round_number} | tested, refresh=False)
             bar.update(round(reached.done) - bar.n)
 
-        run = _simulate(config, world or World(), engine, threads, watch, None if folder is None else Path(folder))
+        run = _simulate(
+            config,
+            world or World(),
+            engine,
+            threads,
+            watch,
+            None if folder is None else Path(folder),
+        )
     if not run.finished:
-        warnings.warn(f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=2)
+        warnings.warn(
+            f"{config.strategy} was interrupted: this run holds what it had reached", stacklevel=2
+        )
     return run
 
 
@@ -268,15 +308,25 @@ def _check_engine(engine: str, config: Config, world: World | None) -> None:
     if engine == "batched" and not isinstance(config.plan, PeerPlan):
         raise ConfigError(f"engine = 'batched': runs peers, not strategy = {config.strategy!r}")
     if engine == "batched" and config.computing.checkpointing:
-        raise ConfigError("computing.checkpointing = True: not with engine = 'batched'; allowed: False, or engine = 'app'")
+        raise ConfigError(
+            "computing.checkpointing = True: not with engine = 'batched'; allowed: False, or engine = 'app'"
+        )
     if engine == "batched" and (size := config.computing.micro_batch):
-        raise ConfigError(f"computing.micro-batch = {size}: has no effect with engine = 'batched'; allowed: 0, or engine = 'app'")
+        raise ConfigError(
+            f"computing.micro-batch = {size}: has no effect with engine = 'batched'; allowed: 0, or engine = 'app'"
+        )
     if engine == "batched" and config.max_change != (most := Config().max_change):
-        raise ConfigError(f"max-change = {config.max_change:g}: has no effect with engine = 'batched'; allowed: {most:g}")
+        raise ConfigError(
+            f"max-change = {config.max_change:g}: has no effect with engine = 'batched'; allowed: {most:g}"
+        )
     if engine == "batched" and config.robust.mean != "mean":
-        raise ConfigError(f"robust.mean = {config.robust.mean!r}: not with engine = 'batched'; allowed: 'mean', or engine = 'app'")
+        raise ConfigError(
+            f"robust.mean = {config.robust.mean!r}: not with engine = 'batched'; allowed: 'mean', or engine = 'app'"
+        )
     if engine == "batched" and world is not None:
-        raise ConfigError("engine = 'batched': knows no world; leave it out, or take engine = 'app'")
+        raise ConfigError(
+            "engine = 'batched': knows no world; leave it out, or take engine = 'app'"
+        )
 
 
 def _finished(config: Config, folder: Path) -> Run | None:
@@ -289,7 +339,11 @@ def _finished(config: Config, folder: Path) -> Run | None:
         return None
     known = Config.read(tomllib.loads((folder / "config.toml").read_text()))
     checkpoint.check(config, identity(known.flat()), folder)
-    return None if (folder / checkpoint.FOLDER).exists() or not (run := Run.load(folder)).finished else run
+    return (
+        None
+        if (folder / checkpoint.FOLDER).exists() or not (run := Run.load(folder)).finished
+        else run
+    )
 
 
 def _simulate(
@@ -301,7 +355,9 @@ def _simulate(
     folder: Path | None = None,
 ) -> Run:
     saved = checkpoint.read(folder) if folder and (folder / checkpoint.FOLDER).exists() else None
-    if folder and not saved:  # what sites remember of a run that was killed before its first checkpoint
+    if (
+        folder and not saved
+    ):  # what sites remember of a run that was killed before its first checkpoint
         shutil.rmtree(folder / SITES, ignore_errors=True)
     grid = VirtualGrid(
         client_app,
@@ -353,14 +409,21 @@ class Comparison:
         target = self._target() if target is None else target
         rows = {}
         for name, runs in self.runs.items():
-            found = pd.DataFrame([{**run.summary, **run.until(target).add_suffix(f" to {target:g}")} for run in runs])
+            found = pd.DataFrame(
+                [{**run.summary, **run.until(target).add_suffix(f" to {target:g}")} for run in runs]
+            )
             found[f"reached {target:g}"] = found[f"rounds to {target:g}"].notna().astype(float)
             rows[name] = found.agg(["mean", "sem"]).rename(index={"sem": "s.e."}).T.stack()
-        return pd.DataFrame(rows).T.reindex(columns=max((row.index for row in rows.values()), key=len))
+        return pd.DataFrame(rows).T.reindex(
+            columns=max((row.index for row in rows.values()), key=len)
+        )
 
     def _target(self) -> float:
         task = self._some.config.task
-        finals = [pd.Series([run.summary.get(task.headline, math.nan) for run in runs]).mean() for runs in self.runs.values()]
+        finals = [
+            pd.Series([run.summary.get(task.headline, math.nan) for run in runs]).mean()
+            for runs in self.runs.values()
+        ]
         known = [final for final in finals if not math.isnan(final)]
         if task.larger:
             return round(0.95 * max(known, default=math.nan), 2)
@@ -392,7 +455,9 @@ class Comparison:
             for run in runs
         }
         histories = {name: [run.history for run in runs] for name, runs in self.runs.items()}
-        return plots.comparison(histories, metric or self._some.headline, " or ".join(sorted(units)))
+        return plots.comparison(
+            histories, metric or self._some.headline, " or ".join(sorted(units))
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder for each strategy, and in it one for each run, as :meth:`Run.save` does."""
@@ -466,13 +531,17 @@ def compare(
     """
     chosen = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
     if not chosen or not strategies:
-        raise ConfigError(f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed")
+        raise ConfigError(
+            f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed"
+        )
     if not isinstance(world, World | None):
         raise ConfigError(f"world = {world!r}: a World(...) is expected")
     jobs: list[tuple[str, Config, Path | None]] = []
     for name, changes in strategies.items():
         if not isinstance(changes, Mapping) or "seed" in changes:
-            raise ConfigError(f"{name}: {changes!r}: a dictionary of the run configuration is expected, without seed (see seeds)")
+            raise ConfigError(
+                f"{name}: {changes!r}: a dictionary of the run configuration is expected, without seed (see seeds)"
+            )
         own = _shared(common, changes) | flatten(changes)
         conf = own.pop("conf", None)
         try:
@@ -502,7 +571,13 @@ def compare(
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
         calls = (
             joblib.delayed(_run_one)(
-                name, config, world or World(), engine, index % gpus if gpus else None, Path(bars) / str(index), place
+                name,
+                config,
+                world or World(),
+                engine,
+                index % gpus if gpus else None,
+                Path(bars) / str(index),
+                place,
             )
             for index, (name, config, place) in enumerate(jobs)
         )
@@ -520,19 +595,37 @@ def compare(
             warnings.warn(f"interrupted: {done} of {len(jobs)} runs are finished", stacklevel=2)
     if len(failures) == len(jobs):
         raise RunError("\n".join(failures))
-    return Comparison({name: [found[seed] for seed in chosen if seed in found] for name, found in runs.items() if found})
+    return Comparison(
+        {
+            name: [found[seed] for seed in chosen if seed in found]
+            for name, found in runs.items()
+            if found
+        }
+    )
 
 
 def _shared(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """What is common to all, without the sections of other methods than this run's."""
     flat = flatten(common)
     strategy = flatten(changes).get("strategy", flat.get("strategy", Config().strategy))
-    others = {method.table for name, method in METHODS.items() if name != strategy} - {find(strategy).table}
-    return {key: value for key, value in flat.items() if key.partition(".")[0] not in others or "." not in key}
+    others = {method.table for name, method in METHODS.items() if name != strategy} - {
+        find(strategy).table
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.partition(".")[0] not in others or "." not in key
+    }
 
 
 def _run_one(
-    name: str, config: Config, world: World, engine: str, gpu: int | None, file: Path, folder: Path | None
+    name: str,
+    config: Config,
+    world: World,
+    engine: str,
+    gpu: int | None,
+    file: Path,
+    folder: Path | None,
 ) -> tuple[str, int, Run | str]:
     """The run, or why there is none: one that fails does not take the others with it."""
     if gpu is not None:
@@ -540,7 +633,9 @@ def _run_one(
 
     def watch(reached: Progress) -> None:
         value = reached.test.get(reached.headline, math.nan)
-        file.write_text(f"{round(reached.done)} {name}, seed {config.seed}: {reached.headline} {value:.4f}")
+        file.write_text(
+            f"{round(reached.done)} {name}, seed {config.seed}: {reached.headline} {value:.4f}"
+        )
 
     try:
         known = _finished(config, folder) if folder else None
@@ -559,7 +654,9 @@ def _watching(folder: Path, bar: "tqdm[Any]") -> Iterator[None]:
             show()
 
     def show() -> None:
-        states = [(file.stat().st_mtime, file.read_text().partition(" ")) for file in folder.iterdir()]
+        states = [
+            (file.stat().st_mtime, file.read_text().partition(" ")) for file in folder.iterdir()
+        ]
         if not states:
             return
         bar.set_postfix_str(max(states)[1][2], refresh=False)

@@ -28,22 +28,34 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
     Raises:
         ValueError: nobody measured the metric.
     """
-    known = {column for tables in histories.values() for table in tables for column in table.columns}
+    known = {
+        column for tables in histories.values() for table in tables for column in table.columns
+    }
     if metric not in known:
-        raise ValueError(f"metric = {metric!r}: measured were {', '.join(sorted(known - set(AXES)))}")
+        raise ValueError(
+            f"metric = {metric!r}: measured were {', '.join(sorted(known - set(AXES)))}"
+        )
     figure = Picture(figsize=(15, 4.6), layout="constrained")
-    longest = max(table["seconds"].iloc[-1] for tables in histories.values() for table in tables if len(table))
+    longest = max(
+        table["seconds"].iloc[-1] for tables in histories.values() for table in tables if len(table)
+    )
     unit = next(unit for unit, length in UNITS.items() if longest >= 2 * length or length == 1)
     labels = AXES | {"round": step, "seconds": f"time ({unit})"}
-    for axes, (column, label) in zip(figure.subplots(1, len(AXES), sharey=True), labels.items(), strict=True):
+    for axes, (column, label) in zip(
+        figure.subplots(1, len(AXES), sharey=True), labels.items(), strict=True
+    ):
         ends = []
-        for (name, tables), colour in zip(histories.items(), COLOURS * (1 + len(histories) // len(COLOURS)), strict=False):
+        for (name, tables), colour in zip(
+            histories.items(), COLOURS * (1 + len(histories) // len(COLOURS)), strict=False
+        ):
             used = [table for table in tables if metric in table and len(table)]
             if not used:
                 continue
             x, mean, error = _mean_curve(used, column, metric)
             x = x / UNITS[unit] if column == "seconds" else x
-            axes.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) == 1 else "")  # one test is no line
+            axes.plot(
+                x, mean, color=colour, lw=1.8, marker="o" if len(x) == 1 else ""
+            )  # one test is no line
             axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
             ends.append((float(mean[-1]), name, colour))
         style(axes, label, f"test {metric}" if column == "round" else "")
@@ -57,7 +69,10 @@ def _mean_curve(
     tables: Sequence[pd.DataFrame], column: str, metric: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """``x`` [points], the mean over the seeds and its standard error; a seed that ends early keeps its last value."""
-    start, stop = max(table[column].iloc[0] for table in tables), max(table[column].iloc[-1] for table in tables)
+    start, stop = (
+        max(table[column].iloc[0] for table in tables),
+        max(table[column].iloc[-1] for table in tables),
+    )
     x = np.linspace(start, stop, POINTS) if stop > start else np.array([start], dtype=np.float64)
     values = np.stack([np.interp(x, table[column], table[metric]) for table in tables])
     error = values.std(0, ddof=1) / np.sqrt(len(tables)) if len(tables) > 1 else np.zeros_like(x)
@@ -76,4 +91,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         places[index] = min(places[index], limit)
         limit = places[index] - LABEL_GAP
     for place, (_, name, colour) in zip(places, ordered, strict=True):
-        axes.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)
+        axes.annotate(
+            name,
+            (1.01, place),
+            xycoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )

@@ -44,7 +44,9 @@ class Trained(nn.Module):
         self.network, self.description = network, description
         variance = torch.tensor(description.variance, dtype=torch.float64)
         self.register_buffer("mean", torch.tensor(description.mean, dtype=torch.float64))
-        self.register_buffer("deviation", torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance)))
+        self.register_buffer(
+            "deviation", torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+        )
 
     @property
     def task(self) -> Task:
@@ -59,7 +61,9 @@ class Trained(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of examples [n, ...]: logits, or numbers [n, numbers] in their own units."""
         if size := len(self.description.columns):
-            x = torch.cat([((x - self.mean[:size]) / self.deviation[:size]).nan_to_num(), x.isnan()], 1)
+            x = torch.cat(
+                [((x - self.mean[:size]) / self.deviation[:size]).nan_to_num(), x.isnan()], 1
+            )
         outputs: Tensor = self.network(prepare(x))
         if self.task.target == "numbers":
             outputs = (outputs * self.deviation[size:] + self.mean[size:]).float()
@@ -76,7 +80,9 @@ class Trained(nn.Module):
         """
         target = self.task.target
         if target in ("tokens", "map"):
-            raise SourceError(f"training.task = {self.description.task!r}: no table holds its outputs; call the network itself")
+            raise SourceError(
+                f"training.task = {self.description.task!r}: no table holds its outputs; call the network itself"
+            )
         names, x = self._read(existing(source))
         outputs = torch.cat([self(chunk) for chunk in x.split(EVALUATION_BATCH)])
         if target != "numbers":
@@ -91,7 +97,11 @@ class Trained(nn.Module):
         known = self.description
         match known.data.source:
             case "csv" | "parquet" as source:
-                x = unlabelled(path, known.columns, path.suffix if path.suffix in (".csv", ".parquet") else f".{source}")
+                x = unlabelled(
+                    path,
+                    known.columns,
+                    path.suffix if path.suffix in (".csv", ".parquet") else f".{source}",
+                )
             case "text-csv":
                 x = unlabelled_text(path, known.data.text_buckets)
             case "audio-folder":
@@ -108,8 +118,16 @@ class Trained(nn.Module):
 
     def export(self, file: str | Path) -> None:
         """Write a program that needs none of this code, see :func:`write_program`."""
-        raw = [len(self.description.columns)] if self.description.columns else list(self.description.shape)
-        kind = torch.uint8 if len(raw) == 3 and self.description.data.source != "audio-folder" else torch.float32
+        raw = (
+            [len(self.description.columns)]
+            if self.description.columns
+            else list(self.description.shape)
+        )
+        kind = (
+            torch.uint8
+            if len(raw) == 3 and self.description.data.source != "audio-folder"
+            else torch.float32
+        )
         kind = torch.int64 if self.task.target == "tokens" else kind
         write_program(self, torch.zeros(2, *raw, dtype=kind), file)
 
@@ -127,17 +145,31 @@ def write_program(network: nn.Module, examples: Tensor, file: str | Path) -> Non
     """
     onnx = Path(file).suffix == ".onnx"
     if onnx and (missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
-        raise ValueError(f"--export {file}: {' and '.join(missing)} not installed: pip install onnx onnxscript; or FILE.pt2")
+        raise ValueError(
+            f"--export {file}: {' and '.join(missing)} not installed: pip install onnx onnxscript; or FILE.pt2"
+        )
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network.eval(), (examples,), dynamic_shapes=({0: batch},))
     if not onnx:
         torch.export.save(program, file)
         return
-    torch.onnx.export(program, (), file, input_names=["examples"], output_names=["logits"], external_data=False, verbose=False)
+    torch.onnx.export(
+        program,
+        (),
+        file,
+        input_names=["examples"],
+        output_names=["logits"],
+        external_data=False,
+        verbose=False,
+    )
 
 
 def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings) if path.is_dir() else [path]
+    files = (
+        sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+        if path.is_dir()
+        else [path]
+    )
     if not files:
         raise SourceError(f"{path}: no file ends in {', '.join(endings)}")
     return files
@@ -159,7 +191,9 @@ def load(path: str | Path, name: str = "model") -> Trained:
     if file.is_dir():
         there = sorted(each.stem for each in file.glob("model*.safetensors"))
         if name not in there:
-            raise ValueError(f"{file} has no model {name!r}: allowed: {', '.join(there) or 'it has none'}")
+            raise ValueError(
+                f"{file} has no model {name!r}: allowed: {', '.join(there) or 'it has none'}"
+            )
         file /= f"{name}.safetensors"
     described = Description.read(file)
     task, classes = find_task(described.task), len(described.classes)
@@ -170,11 +204,21 @@ def load(path: str | Path, name: str = "model") -> Trained:
 
 def main() -> None:
     """Print predictions as CSV, or export."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run's folder, or a file with a model")
-    parser.add_argument("input", nargs="?", help="a file or folder like those that it was trained on; labels are not needed")
+    parser.add_argument(
+        "input",
+        nargs="?",
+        help="a file or folder like those that it was trained on; labels are not needed",
+    )
     parser.add_argument("--model", default="model", help="model-0, ... where sites learn alone")
-    parser.add_argument("--export", metavar="FILE", help="write a program of torch.export, or ONNX where it ends in .onnx")
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write a program of torch.export, or ONNX where it ends in .onnx",
+    )
     arguments = parser.parse_args()
     if not (arguments.input or arguments.export):
         parser.error("INPUT or --export FILE is needed")
@@ -183,7 +227,9 @@ def main() -> None:
         if arguments.export:
             trained.export(arguments.export)
         if arguments.input:
-            digits = "%.6g" if trained.task.target == "numbers" else "%.4f"  # numbers have units of their own
+            digits = (
+                "%.6g" if trained.task.target == "numbers" else "%.4f"
+            )  # numbers have units of their own
             trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format=digits)
     except ValueError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -64,13 +64,19 @@ class World(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(dict.fromkeys(_explain(each, values) for each in error.errors()))) from None
+            raise ConfigError(
+                "\n".join(dict.fromkeys(_explain(each, values) for each in error.errors()))
+            ) from None
         for site, periods in self.offline.items():
             borders = [border for period in periods for border in period]
             if borders and (borders[0] < 0 or any(not a < b for a, b in pairwise(borders))):
-                raise ConfigError(f"offline = {{{site}: {periods}}}: periods (from, to) in order are expected, from 0 on")
+                raise ConfigError(
+                    f"offline = {{{site}: {periods}}}: periods (from, to) in order are expected, from 0 on"
+                )
         if (self.mean_up_s is None) != (self.mean_down_s is None):
-            raise ConfigError(f"mean_up_s = {self.mean_up_s}, mean_down_s = {self.mean_down_s}: both or neither must be given")
+            raise ConfigError(
+                f"mean_up_s = {self.mean_up_s}, mean_down_s = {self.mean_down_s}: both or neither must be given"
+            )
 
     def sites(self, num_sites: int, seed: int) -> list["SiteWorld"]:
         """What each site of a run lives in.
@@ -80,7 +86,9 @@ class World(BaseModel):
         """
         values = {name: self._for_each(name, num_sites, seed) for name in PER_SITE}
         if strangers := [site for site in self.offline if site >= num_sites]:
-            raise ConfigError(f"offline = {self.offline}: there is no site {strangers[0]}, sites are 0 to {num_sites - 1}")
+            raise ConfigError(
+                f"offline = {self.offline}: there is no site {strangers[0]}, sites are 0 to {num_sites - 1}"
+            )
         found = [
             SiteWorld(
                 samples_per_s=values["samples_per_s"][site],
@@ -146,7 +154,11 @@ class SiteWorld:
     def travel_s(self, num_bytes: int) -> float:
         """How long the next message is on its way."""
         seconds = self._latency_s + num_bytes / self._bytes_per_s
-        return seconds * math.exp(self._jitter * self._luck.standard_normal()) if self._jitter else seconds
+        return (
+            seconds * math.exp(self._jitter * self._luck.standard_normal())
+            if self._jitter
+            else seconds
+        )
 
     def next_outage(self, time: float) -> Period | None:
         """The first period that is not over at ``time``, or None where none will come."""
@@ -155,7 +167,9 @@ class SiteWorld:
         candidates = [period for period in self._fixed if period[1] > time][:1]
         if self._up_s is not None and self._down_s is not None:
             while not self._random or self._random[-1][1] <= time:
-                start = (self._random[-1][1] if self._random else 0.0) + self._fate.exponential(self._up_s)
+                start = (self._random[-1][1] if self._random else 0.0) + self._fate.exponential(
+                    self._up_s
+                )
                 self._random.append((start, start + self._fate.exponential(self._down_s)))
             candidates += [period for period in self._random if period[1] > time][:1]
         return min(candidates, default=None)
@@ -174,5 +188,7 @@ def _explain(error: ErrorDetails, values: Mapping[str, object]) -> str:
     least = "0 or more" if key == "latency_ms" else "above 0"
     allowed = error["msg"].replace("Input should be", "must be")
     if key in PER_SITE:
-        allowed = f"a number {least}, a list with one for each site, or Lognormal(median=..., sigma=...)"
+        allowed = (
+            f"a number {least}, a list with one for each site, or Lognormal(median=..., sigma=...)"
+        )
     return f"{key} = {values[key]!r}: {allowed}"

@@ -22,9 +22,20 @@ from torch import Tensor
 from strategies.imported import imported
 
 Payload = dict[str, Tensor]
-TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
+TYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+)
 BITS = (2, 4, 8, 16)  # what packs evenly into bytes
-_BLOCK = 1 << 18  # elements worked on at a time: what is computed on the way needs no memory of the vector's size
+_BLOCK = (
+    1 << 18
+)  # elements worked on at a time: what is computed on the way needs no memory of the vector's size
 
 
 class Codec(NamedTuple):
@@ -48,7 +59,9 @@ def num_bytes(payload: Payload) -> int:
 
 def identity(sizes: Sequence[int] = ()) -> Codec:
     """The numbers themselves."""
-    return Codec(lambda vector, _: {"values": vector}, lambda payload: payload["values"], exact=True)
+    return Codec(
+        lambda vector, _: {"values": vector}, lambda payload: payload["values"], exact=True
+    )
 
 
 def rounded(dtype: torch.dtype) -> Codec:
@@ -89,21 +102,31 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
     in_a_byte = max(1, 8 // bits)
     total = sum(sizes)
 
-    def parts(vector: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def parts(
+        vector: Tensor, scales: Tensor, codes: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks of the vector, each with its layer's scale [] and its codes."""
-        for layer, scale, code in zip(vector.split(list(sizes)), scales, codes.split(list(sizes)), strict=True):
+        for layer, scale, code in zip(
+            vector.split(list(sizes)), scales, codes.split(list(sizes)), strict=True
+        ):
             for block, part in zip(layer.split(_BLOCK), code.split(_BLOCK), strict=True):
                 yield block, scale, part
 
     def encode(vector: Tensor, generator: torch.Generator) -> Payload:
-        scales = torch.stack([torch.linalg.vector_norm(layer, torch.inf) for layer in vector.split(list(sizes))])
-        codes = vector.new_zeros(total + -total % in_a_byte, dtype=torch.int16 if bits == 16 else torch.uint8)
+        scales = torch.stack(
+            [torch.linalg.vector_norm(layer, torch.inf) for layer in vector.split(list(sizes))]
+        )
+        codes = vector.new_zeros(
+            total + -total % in_a_byte, dtype=torch.int16 if bits == 16 else torch.uint8
+        )
         steps = levels / scales.clamp_min(torch.finfo(vector.dtype).tiny)
         for block, step, code in parts(vector, steps, codes[:total]):
             # Drawn on the CPU: every device sees the same numbers.
             chance = torch.rand(len(block), generator=generator).to(block)
             level = (block.abs() * step).add_(chance).to(torch.int32).clamp_(max=levels)
-            code.copy_(level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit))  # the sign bit of an int16 counts below 0
+            code.copy_(
+                level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit)
+            )  # the sign bit of an int16 counts below 0
         packed = codes[::in_a_byte].clone()
         for place in range(1, in_a_byte):
             packed |= codes[place::in_a_byte] << place * bits
@@ -130,8 +153,12 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
         places = [
-            start + torch.sort(layer.abs(), descending=True, stable=True).indices[: _kept(len(layer), share)]
-            if len(layer) <= 64  # few numbers are often equal; topk, which is faster, takes any of them
+            start
+            + torch.sort(layer.abs(), descending=True, stable=True).indices[
+                : _kept(len(layer), share)
+            ]
+            if len(layer)
+            <= 64  # few numbers are often equal; topk, which is faster, takes any of them
             else start + layer.abs().topk(_kept(len(layer), share), sorted=False).indices
             for start, layer in zip(starts.tolist(), vector.split(list(sizes)), strict=True)
         ]
@@ -247,7 +274,11 @@ def trial(found: Codec, d: int) -> str | None:
     try:
         payload = found.encode(vector, torch.Generator())
         for name, part in payload.items():
-            if not re.fullmatch(r"[a-z0-9.-]{1,24}", name) or not part.numel() or part.dtype not in TYPES:
+            if (
+                not re.fullmatch(r"[a-z0-9.-]{1,24}", name)
+                or not part.numel()
+                or part.dtype not in TYPES
+            ):
                 return f"it sends {name!r}, {part.dtype} [{part.numel()}]; a name of a-z, 0-9, -, numbers of {TYPES}, at least one"
         decoded = found.decode(payload)
     except Exception as error:
@@ -272,5 +303,7 @@ def _scatter(values: Tensor, places: Tensor, d: int) -> Tensor:
     if (
         places.numel() and not 0 <= int(places.min()) <= int(places.max()) < d
     ):  # a neighbour's numbers; a GPU would stop the process
-        raise ValueError(f"places from {int(places.min())} to {int(places.max())} in a vector of {d}")
+        raise ValueError(
+            f"places from {int(places.min())} to {int(places.max())} in a vector of {d}"
+        )
     return values.new_zeros(d).index_put_((places,), values)

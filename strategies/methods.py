@@ -2,8 +2,25 @@
 
 from typing import Any
 
-from strategies.asynchronous import asgd, asgd_momentum, dc_asgd, delayed_nesterov, fedasync, fedbuff, gsgm
-from strategies.averaging import centralized, co_learning, diloco, ensemble, fedavg, flower, local, scaffold
+from strategies.asynchronous import (
+    asgd,
+    asgd_momentum,
+    dc_asgd,
+    delayed_nesterov,
+    fedasync,
+    fedbuff,
+    gsgm,
+)
+from strategies.averaging import (
+    centralized,
+    co_learning,
+    diloco,
+    ensemble,
+    fedavg,
+    flower,
+    local,
+    scaffold,
+)
 from strategies.imported import imported
 from strategies.method import Method
 from strategies.peer import (

@@ -29,7 +29,16 @@ SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
 ARRAY_NAME = re.compile(rf"({OFFER}|{TO}\d+)/[a-z0-9.-]{{1,32}}")
-NUMBERS = {"uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}  # types of arrays between peers
+NUMBERS = {
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+}  # types of arrays between peers
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -62,8 +71,12 @@ Examples = Annotated[int, Field(ge=1, le=10**12)]
 Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
-Means = Annotated[list[Finite], Field(max_length=10**5)]  # below 0: of a task of one's own, such as a signed error
-Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]  # datasets.names makes no others
+Means = Annotated[
+    list[Finite], Field(max_length=10**5)
+]  # below 0: of a task of one's own, such as a signed error
+Name = Annotated[
+    str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)
+]  # datasets.names makes no others
 Nonce = Annotated[bytes, Field(min_length=NONCE, max_length=NONCE)]
 Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]
 
@@ -129,9 +142,14 @@ class StepMetrics(Part):
 
     @model_validator(mode="after")
     def _together(self) -> "StepMetrics":
-        if (self.lr_first is None) != (self.lr_last is None) or (self.loss is not None and self.lr_first is None):
+        if (self.lr_first is None) != (self.lr_last is None) or (
+            self.loss is not None and self.lr_first is None
+        ):
             raise ValueError("loss and rates go together")
-        if self.test_examples is None and (self.test_loss, self.test_accuracy, self.test_means) != (None,) * 3:
+        if (
+            self.test_examples is None
+            and (self.test_loss, self.test_accuracy, self.test_means) != (None,) * 3
+        ):
             raise ValueError("what a test found goes with test-examples")
         return self
 
@@ -195,14 +213,19 @@ class SiteCard(Part):
     def _together(self) -> "SiteCard":
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes must differ")
-        if self.counts is not None and (len(self.counts), sum(self.counts)) != (len(self.classes), self.train + self.test):
+        if self.counts is not None and (len(self.counts), sum(self.counts)) != (
+            len(self.classes),
+            self.train + self.test,
+        ):
             raise ValueError("counts must be those of the classes, train + test in all")
         moments = (self.known, self.mean, self.variance)
         if len({None if each is None else len(each) for each in moments}) > 1:
             raise ValueError("known, mean and variance go together")
         # Whether there are numbers to predict the server knows.
         if len(self.known or ()) not in (len(self.columns), len(self.columns) + len(self.classes)):
-            raise ValueError("known, mean and variance must be those of the columns and of the numbers to predict")
+            raise ValueError(
+                "known, mean and variance must be those of the columns and of the numbers to predict"
+            )
         if self.columns and self.shape != [len(self.columns)]:
             raise ValueError("shape must be that of the columns")
         return self
@@ -210,7 +233,9 @@ class SiteCard(Part):
     @property
     def moments(self) -> tuple[tuple[float, ...], ...]:
         """``known``, ``mean`` and ``variance``; empty where the data are no table."""
-        return tuple(tuple(each) for each in (self.known, self.mean, self.variance) if each is not None)
+        return tuple(
+            tuple(each) for each in (self.known, self.mean, self.variance) if each is not None
+        )
 
 
 # Orders: what the server tells.
@@ -233,7 +258,9 @@ class Agreed(NamedTuple):
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
         told = dict(zip(MOMENTS, map(list, self.moments), strict=False))
-        return {"classes": list(self.classes)} | told | (self.started.config() if self.started else {})
+        return (
+            {"classes": list(self.classes)} | told | (self.started.config() if self.started else {})
+        )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Agreed":
@@ -255,13 +282,21 @@ class Started(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
-        return {"run": str(self.run), "started": self.times}  # Flower's numbers are too large for a message's
+        return {
+            "run": str(self.run),
+            "started": self.times,
+        }  # Flower's numbers are too large for a message's
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Started | None":
         """What a message tells; None of a run that was never killed, and of what cannot be."""
         run, times = config.get("run"), config.get("started")
-        if not (isinstance(run, str) and re.fullmatch("[0-9]{1,20}", run) and isinstance(times, int) and times >= 0):
+        if not (
+            isinstance(run, str)
+            and re.fullmatch("[0-9]{1,20}", run)
+            and isinstance(times, int)
+            and times >= 0
+        ):
             return None
         return cls(int(run), times)
 
@@ -291,7 +326,9 @@ def write_order(order: Order) -> ConfigRecord:
 
 def write_local(local: Local) -> dict[str, bool | int | float | str]:
     """What a site is to do, as an order says it: what differs from the default."""
-    found: dict[str, bool | int | float | str] = {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
+    found: dict[str, bool | int | float | str] = (
+        {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
+    )
     found |= {"lr": local.lr, "cycle-from": local.cycle[0], "cycle-to": local.cycle[1]}
     found |= {"proximal-mu": local.proximal} if local.proximal else {}
     return found | {key: True for key in SWITCHES if getattr(local, key.replace("-", "_"))}
@@ -314,7 +351,9 @@ def read_order(record: ConfigRecord) -> Order:
             proximal=float(config.get("proximal-mu", 0.0)),
             **{key.replace("-", "_"): bool(config.get(key, False)) for key in SWITCHES},
         )
-    return Order(int(config["server-round"]), Agreed.of(config), local, bool(config.get("test", False)))
+    return Order(
+        int(config["server-round"]), Agreed.of(config), local, bool(config.get("test", False))
+    )
 
 
 class PeerOrder(NamedTuple):
@@ -362,7 +401,9 @@ def write_peer_order(order: PeerOrder) -> ConfigRecord:
     }
     found |= {} if order.listeners is None else {"listeners": list(order.listeners)}
     found |= {f"key-{number}": key for number, key in order.keys.items()}
-    return ConfigRecord(found | {f"nonce-{number}": nonce for number, nonce in order.nonces.items()})
+    return ConfigRecord(
+        found | {f"nonce-{number}": nonce for number, nonce in order.nonces.items()}
+    )
 
 
 def read_peer_order(record: ConfigRecord) -> PeerOrder:
@@ -418,7 +459,10 @@ class Layout(NamedTuple):
     def with_codec(self, codec: Codec) -> "Layout":
         """With updates in a codec, whose payloads are always of the same size."""
         payload = codec.encode(torch.ones(self.sizes[X]), torch.Generator())
-        coded = {name: (str(part.dtype).removeprefix("torch."), tuple(part.shape)) for name, part in payload.items()}
+        coded = {
+            name: (str(part.dtype).removeprefix("torch."), tuple(part.shape))
+            for name, part in payload.items()
+        }
         return self._replace(codec=codec, coded=coded)
 
 
@@ -461,7 +505,9 @@ T = TypeVar("T")
 P = TypeVar("P", bound=Part)
 
 
-def _border(read: Callable[Concatenate[RecordDict, Rest], T]) -> Callable[Concatenate[Message, Rest], T]:
+def _border(
+    read: Callable[Concatenate[RecordDict, Rest], T],
+) -> Callable[Concatenate[Message, Rest], T]:
     """A reader of replies that raises nothing but :class:`Refusal`, whatever the reply holds."""
 
     def reader(reply: Message, /, *args: Rest.args, **kwargs: Rest.kwargs) -> T:
@@ -491,7 +537,9 @@ def why(reply: Message) -> str:
 def _records(content: Mapping[str, Any], **expected: type) -> Iterator[Any]:
     """The records of a reply in the order asked for; there must be these and no others."""
     if set(content) != set(expected):
-        raise Refusal(f"the reply holds the records {_shown(sorted(content))}, {sorted(expected)} are expected")
+        raise Refusal(
+            f"the reply holds the records {_shown(sorted(content))}, {sorted(expected)} are expected"
+        )
     for name, kind in expected.items():
         if not isinstance(content[name], kind):
             raise Refusal(f"{name} is {type(content[name]).__name__}, {kind.__name__} is expected")
@@ -535,7 +583,9 @@ def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
 def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     """The vectors of a model; they share the reply's memory. Their values are still to be looked at."""
     if set(record) != set(layout.sizes):
-        raise Refusal(f"the reply holds the arrays {_shown(sorted(record))}, {sorted(layout.sizes)} are expected")
+        raise Refusal(
+            f"the reply holds the arrays {_shown(sorted(record))}, {sorted(layout.sizes)} are expected"
+        )
     found = {}
     for name, size in layout.sizes.items():
         array = record[name]
@@ -560,31 +610,48 @@ def write_model(arrays: ArrayRecord, codec: Codec) -> ArrayRecord:
 def read_model(arrays: ArrayRecord, codec: Codec | None) -> dict[str, Tensor]:
     """The vectors of a message to a site."""
     vectors = {name: unpack(array) for name, array in arrays.items()}
-    coded = {name.removeprefix(CODED): vectors.pop(name) for name in list(vectors) if name.startswith(CODED)}
+    coded = {
+        name.removeprefix(CODED): vectors.pop(name)
+        for name in list(vectors)
+        if name.startswith(CODED)
+    }
     return vectors | ({X: codec.decode(coded)} if coded and codec else {})
 
 
 def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
     """How far a site moved ``x``, and what it sent besides."""
     assert layout.codec is not None
-    parts = {name.removeprefix(CODED): array for name, array in record.items() if name.startswith(CODED)}
+    parts = {
+        name.removeprefix(CODED): array for name, array in record.items() if name.startswith(CODED)
+    }
     if set(parts) != set(layout.coded):
-        raise Refusal(f"the update holds {_shown(sorted(parts))}, {sorted(layout.coded)} are expected")
+        raise Refusal(
+            f"the update holds {_shown(sorted(parts))}, {sorted(layout.coded)} are expected"
+        )
     for name, (dtype, shape) in layout.coded.items():
         if parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
-            raise Refusal(f"{CODED}{name} is {_shown(parts[name].dtype)} of shape {_shown(tuple(parts[name].shape))}")
+            raise Refusal(
+                f"{CODED}{name} is {_shown(parts[name].dtype)} of shape {_shown(tuple(parts[name].shape))}"
+            )
         _whole(f"{CODED}{name}", parts[name], dtype, shape)
     x = layout.codec.decode({name: unpack(array) for name, array in parts.items()})
     if x.shape != (layout.sizes[X],) or x.dtype != torch.float32:
         raise Refusal(f"the update decodes to {x.dtype} of shape {tuple(x.shape)}")
-    return x, ArrayRecord({name: array for name, array in record.items() if not name.startswith(CODED)})
+    return x, ArrayRecord(
+        {name: array for name, array in record.items() if not name.startswith(CODED)}
+    )
 
 
-def _model(record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float, dict[str, float]]:
+def _model(
+    record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], float, dict[str, float]]:
     """The vectors of a model, the largest magnitude in ``x``, and how far each is from what was sent."""
     if layout.codec:
         moved, rest = _decoded(record, layout)
-        vectors = _vectors(rest, layout._replace(sizes={name: size for name, size in layout.sizes.items() if name != X}))
+        vectors = _vectors(
+            rest,
+            layout._replace(sizes={name: size for name, size in layout.sizes.items() if name != X}),
+        )
         vectors[X] = sent[X] + moved if X in sent else moved
     else:
         vectors = _vectors(record, layout)
@@ -597,7 +664,11 @@ def _model(record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]) -> t
 
 @_border
 def read_trained(
-    content: RecordDict, layout: Layout, num_examples: int, sent: Mapping[str, Tensor], tested: bool = False
+    content: RecordDict,
+    layout: Layout,
+    num_examples: int,
+    sent: Mapping[str, Tensor],
+    tested: bool = False,
 ) -> Trained:
     """What a site made of an order to train.
 
@@ -619,7 +690,9 @@ def read_trained(
     return Trained(vectors, metrics, largest, change)
 
 
-def write_trained(vectors: Mapping[str, Tensor], metrics: TrainMetrics, tested: TestMetrics | None = None) -> RecordDict:
+def write_trained(
+    vectors: Mapping[str, Tensor], metrics: TrainMetrics, tested: TestMetrics | None = None
+) -> RecordDict:
     """As a reply's content."""
     test = {TEST: MetricRecord(tested.named())} if tested else {}
     return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named()), **test})
@@ -631,7 +704,9 @@ def _few(means: list[float] | None, expected: int) -> None:
 
 
 @_border
-def read_tested(content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0) -> TestMetrics:
+def read_tested(
+    content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0
+) -> TestMetrics:
     """What a site found when it tested the mean prediction of so many models; ``beside`` what it trained or in a reply of its own.
 
     ``means``: how many the task has.
@@ -639,14 +714,18 @@ def read_tested(content: RecordDict, num_examples: int, models: int = 1, beside:
     Raises:
         Refusal: it cannot be used.
     """
-    records = {name: record for name, record in content.items() if name == TEST} if beside else content
+    records = (
+        {name: record for name, record in content.items() if name == TEST} if beside else content
+    )
     [record] = _records(records, **{TEST if beside else METRICS: MetricRecord})
     metrics = _part(TestMetrics, record)
     _examples(metrics.num_examples, num_examples)
     _few(metrics.means, means)
     several = (metrics.accuracy_vote, metrics.accuracy_single)
     if models == 1 and several != (None, None):
-        raise Refusal(f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}")
+        raise Refusal(
+            f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}"
+        )
     return metrics
 
 
@@ -681,7 +760,9 @@ def read_offer(
         Refusal: it cannot be used.
     """
     rest = {name: record for name, record in content.items() if not (model and name == MODEL)}
-    arrays, record, config = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord, CONFIG: ConfigRecord})
+    arrays, record, config = _records(
+        rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord, CONFIG: ConfigRecord}
+    )
     metrics, notes = _part(StepMetrics, record), _part(StepNotes, config)
     _examples(metrics.num_examples, num_examples)
     if (metrics.test_examples is not None) != order.test:
@@ -692,7 +773,11 @@ def read_offer(
     if strangers := set(notes.broken) - set(order.neighbours):
         raise Refusal(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
     if (notes.nonce is None) != (order.listeners is None):
-        raise Refusal("it tells no nonce" if notes.nonce is None else "it tells a nonce, and nothing is sealed")
+        raise Refusal(
+            "it tells no nonce"
+            if notes.nonce is None
+            else "it tells a nonce, and nothing is sealed"
+        )
     _payloads(arrays, [] if order.last else [OFFER, *(f"{TO}{reader}" for reader in readers)])
     made, flaw = None, ""
     if model:

@@ -17,9 +17,17 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records of a message; Flower's strategies use these names
+ARRAYS, CONFIG, METRICS = (
+    "arrays",
+    "config",
+    "metrics",
+)  # the records of a message; Flower's strategies use these names
 X, STATS = "x", "stats"  # the arrays of a model
-OFFER, TO, FROM = "offer", "to-", "from-"  # what a peer offers to all neighbours, or to one; what came from one
+OFFER, TO, FROM = (
+    "offer",
+    "to-",
+    "from-",
+)  # what a peer offers to all neighbours, or to one; what came from one
 _COUNTED = "_archipelago_bytes"  # where a message keeps its size
 
 
@@ -42,7 +50,9 @@ def _written(values: "np.ndarray[Any, Any]") -> Array:
 def header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
     """What numpy's format writes before the elements of a plain array in C order."""
     stream = BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    )
     return stream.getvalue()
 
 
@@ -77,7 +87,11 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, type and where the data begin. Cached: numpy compiles each header as Python, a quarter of a millisecond."""
     stream = BytesIO(header)
     version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read_header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran, dtype = read_header(stream)
     if (fortran and len(shape) > 1) or dtype.hasobject:
         raise ValueError("only plain arrays in C order")
@@ -135,5 +149,7 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for folder in ("client_app", "configuration", "datasets", "models", "strategies"):
         for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+            digest.update(
+                file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0"
+            )
     return digest.hexdigest()[:16]

@@ -78,10 +78,14 @@ def krum(squares: Tensor, faulty: int) -> list[int]:
     return sorted(scores.argsort(stable=True)[: max(1, n - faulty)].tolist())
 
 
-Rows = Callable[[int, int], Tensor]  # the rows' coordinates from the first to before the second, [n, .]
+Rows = Callable[
+    [int, int], Tensor
+]  # the rows' coordinates from the first to before the second, [n, .]
 
 
-def combined(rows: Rows, count: int, size: int, robust: Robust, judged: int | None = None) -> Tensor:
+def combined(
+    rows: Rows, count: int, size: int, robust: Robust, judged: int | None = None
+) -> Tensor:
     """The robust mean [size] of ``count`` rows, which are looked at block by block: they may be on disk.
 
     Args:
@@ -95,11 +99,16 @@ def combined(rows: Rows, count: int, size: int, robust: Robust, judged: int | No
     blocks = [(start, min(start + step, size)) for start in range(0, size, step)]
     kept = list(range(count))
     if robust.kind == "krum":
-        squares, end = torch.zeros(count, count, dtype=torch.float64), size if judged is None else judged
+        squares, end = (
+            torch.zeros(count, count, dtype=torch.float64),
+            size if judged is None else judged,
+        )
         for start, stop in blocks:
             if start < end:
                 block = rows(start, min(stop, end)).double()
-                squares += torch.cdist(block, block, compute_mode="donot_use_mm_for_euclid_dist").square_()
+                squares += torch.cdist(
+                    block, block, compute_mode="donot_use_mm_for_euclid_dist"
+                ).square_()
         kept = krum(squares, robust.faulty)
     faulty = {"median": count, "trimmed-mean": robust.faulty}.get(robust.kind, 0)
     found = torch.empty(size)
@@ -110,12 +119,20 @@ def combined(rows: Rows, count: int, size: int, robust: Robust, judged: int | No
 
 def mean_of(vectors: Sequence[Tensor], robust: Robust) -> Tensor:
     """The robust mean [d] of vectors [d] in memory."""
-    return combined(lambda a, b: torch.stack([each[a:b] for each in vectors]), len(vectors), len(vectors[0]), robust)
+    return combined(
+        lambda a, b: torch.stack([each[a:b] for each in vectors]),
+        len(vectors),
+        len(vectors[0]),
+        robust,
+    )
 
 
-def clipped(own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], faulty: int) -> Tensor:
+def clipped(
+    own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], faulty: int
+) -> Tensor:
     """ClippedGossip: ``own`` [d] and what neighbours sent, each pulled to within a radius of it. The ``faulty`` furthest decide
-    nothing about the radius; where no others sent anything, it is 0."""
+    nothing about the radius; where no others sent anything, it is 0.
+    """
     lengths = {j: float(torch.linalg.vector_norm(vector - own)) for j, vector in theirs.items()}
     furthest = sorted(lengths, key=lambda j: lengths[j])[max(0, len(lengths) - faulty) :]
     delta = sum(weights[j] for j in furthest)
@@ -128,9 +145,12 @@ def clipped(own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, flo
     return found
 
 
-def neighbourhood_mean(own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], robust: Robust) -> Tensor:
+def neighbourhood_mean(
+    own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], robust: Robust
+) -> Tensor:
     """What a peer goes to, of its ``own`` vector [d] and its neighbours'. Median and trimmed mean are those of all of these, which
-    count the same (BRIDGE: Yang and Bajwa, "BRIDGE: Byzantine-Resilient Decentralized Gradient Descent", arXiv 1908.08098)."""
+    count the same (BRIDGE: Yang and Bajwa, "BRIDGE: Byzantine-Resilient Decentralized Gradient Descent", arXiv 1908.08098).
+    """
     if robust.kind == "clipped":
         return clipped(own, theirs, weights, robust.faulty)
     return mean_of([own, *theirs.values()], robust)

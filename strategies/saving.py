@@ -48,7 +48,9 @@ def restore(kind: type[T], parts: Mapping[str, Any], **kinds: type) -> T:
         KeyError: a number is missing.
     """
     fields: Any = kind
-    return kind(*(_read(kinds.get(name, hint), name, parts) for name, hint in _hints(fields).items()))
+    return kind(
+        *(_read(kinds.get(name, hint), name, parts) for name, hint in _hints(fields).items())
+    )
 
 
 @cache
@@ -70,9 +72,13 @@ def _read(kind: Any, path: str, parts: Mapping[str, Any]) -> Any:
     origin, arguments = _arguments(kind)
     if origin is None:
         return kind(*(_read(hint, f"{path}.{name}", parts) for name, hint in _hints(kind).items()))
-    names = {name[len(path) + 1 :].split(".", 1)[0] for name in parts if name.startswith(f"{path}.")}
+    names = {
+        name[len(path) + 1 :].split(".", 1)[0] for name in parts if name.startswith(f"{path}.")
+    }
     if origin in (Union, UnionType):  # X | None
         return _read(arguments[0], path, parts) if names else None
     if origin is tuple:
-        return tuple(_read(arguments[0], f"{path}.{name}", parts) for name in sorted(names, key=int))
+        return tuple(
+            _read(arguments[0], f"{path}.{name}", parts) for name in sorted(names, key=int)
+        )
     return {int(name): _read(arguments[1], f"{path}.{name}", parts) for name in names}

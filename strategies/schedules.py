@@ -44,7 +44,15 @@ def progress(step: int, steps: int, epoch: int, every: str) -> float:
 
 
 def rates(
-    lr: float, shape: str, ratio: float, every: str, cycle: tuple[float, float], *, steps: int, epoch: int, warmup: float = 0.0
+    lr: float,
+    shape: str,
+    ratio: float,
+    every: str,
+    cycle: tuple[float, float],
+    *,
+    steps: int,
+    epoch: int,
+    warmup: float = 0.0,
 ) -> Callable[[int], float]:
     """The learning rate before each batch of a site's ``steps``, counted from 0.
 

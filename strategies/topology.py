@@ -60,7 +60,9 @@ class Topology(NamedTuple):
 
     def parts(self, peers: set[int]) -> list[list[int]]:
         """The parts that these peers fall into when the others are not there; none where they hang together."""
-        found = [sorted(part) for part in nx.connected_components(nx.Graph(self.graph).subgraph(peers))]
+        found = [
+            sorted(part) for part in nx.connected_components(nx.Graph(self.graph).subgraph(peers))
+        ]
         return sorted(found) if len(found) > 1 else []
 
 
@@ -68,7 +70,10 @@ class Topology(NamedTuple):
 def _neighbours_of(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
     """Of each matrix and peer; looked up for every message."""
     return [
-        [{j: weight for j, weight in enumerate(row) if weight and j != peer} for peer, row in enumerate(matrix.tolist())]
+        [
+            {j: weight for j, weight in enumerate(row) if weight and j != peer}
+            for peer, row in enumerate(matrix.tolist())
+        ]
         for matrix in matrices
     ]
 
@@ -82,15 +87,23 @@ def torus(n: int) -> "nx.Graph[int]":
     """A grid a x b whose borders are joined, as square as ``n`` allows, both at least 3."""
     rows = next((a for a in range(math.isqrt(n), 2, -1) if n % a == 0), 0)
     if not rows:
-        raise TopologyError(f"topology.name = 'torus': num-sites = {n} is no product of two numbers from 3 on")
-    return nx.convert_node_labels_to_integers(nx.grid_2d_graph(rows, n // rows, periodic=True), ordering="sorted")
+        raise TopologyError(
+            f"topology.name = 'torus': num-sites = {n} is no product of two numbers from 3 on"
+        )
+    return nx.convert_node_labels_to_integers(
+        nx.grid_2d_graph(rows, n // rows, periodic=True), ordering="sorted"
+    )
 
 
 def hypercube(n: int) -> "nx.Graph[int]":
     """Corners of a cube of log2 n dimensions."""
     if n & (n - 1):
-        raise TopologyError(f"topology.name = 'hypercube': num-sites = {n} is no power of two; allowed: 2, 4, 8, 16, ...")
-    return nx.convert_node_labels_to_integers(nx.hypercube_graph(n.bit_length() - 1), ordering="sorted")
+        raise TopologyError(
+            f"topology.name = 'hypercube': num-sites = {n} is no power of two; allowed: 2, 4, 8, 16, ..."
+        )
+    return nx.convert_node_labels_to_integers(
+        nx.hypercube_graph(n.bit_length() - 1), ordering="sorted"
+    )
 
 
 def hubs(n: int) -> "nx.Graph[int]":
@@ -142,7 +155,9 @@ def random_regular(n: int, degree: int, seed: int) -> "nx.Graph[int]":
 
 def one_peer_exponential(n: int) -> "list[nx.Graph[int]]":
     """Peers read that 1, 2, 4, ... before them, one of these in turn."""
-    return [nx.DiGraph((i, (i - (1 << k)) % n) for i in range(n)) for k in range((n - 1).bit_length())]
+    return [
+        nx.DiGraph((i, (i - (1 << k)) % n) for i in range(n)) for k in range((n - 1).bit_length())
+    ]
 
 
 def exponential(n: int) -> "nx.Graph[int]":
@@ -163,19 +178,35 @@ def read_edges(n: int, edges: str) -> "nx.Graph[int]":
         if not Path(edges).is_file():
             raise FileNotFoundError("there is no such file, or it is no regular one")
         lines = [line.split("#")[0].split() for line in Path(edges).read_text().splitlines()]
-        rows = [(int(row[0]), int(row[1]), [float(weight) for weight in row[2:]]) for row in lines if row]
+        rows = [
+            (int(row[0]), int(row[1]), [float(weight) for weight in row[2:]])
+            for row in lines
+            if row
+        ]
     except (OSError, ValueError, IndexError) as error:
         raise TopologyError(
             f"topology.edges = {edges!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}"
         ) from None
-    if wrong := [row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]]:
-        raise TopologyError(f"topology.edges = {edges!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}")
+    if wrong := [
+        row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]
+    ]:
+        raise TopologyError(
+            f"topology.edges = {edges!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}"
+        )
     if {len(row[2]) for row in rows} not in (set(), {0}, {1}):
         raise TopologyError(f"topology.edges = {edges!r}: either all links have one weight or none")
-    if twice := [link for link, count in Counter(frozenset(row[:2]) for row in rows if row[2]).items() if count > 1]:
-        raise TopologyError(f"topology.edges = {edges!r}: the link {tuple(sorted(twice[0]))} has two weights")
+    if twice := [
+        link
+        for link, count in Counter(frozenset(row[:2]) for row in rows if row[2]).items()
+        if count > 1
+    ]:
+        raise TopologyError(
+            f"topology.edges = {edges!r}: the link {tuple(sorted(twice[0]))} has two weights"
+        )
     if zero := [row[:2] for row in rows if row[2] == [0]]:
-        raise TopologyError(f"topology.edges = {edges!r}: the link {zero[0]} has the weight 0; above 0, or leave it out")
+        raise TopologyError(
+            f"topology.edges = {edges!r}: the link {zero[0]} has the weight 0; above 0, or leave it out"
+        )
     links = nx.Graph()
     for i, j, weight in rows:
         links.add_edge(i, j, **dict(zip(("weight",), weight, strict=False)))
@@ -260,11 +291,17 @@ def _built(name: str, n: int, keys: dict[str, Any]) -> "list[nx.Graph[int]]":
     graphs: list[nx.Graph[int]] = list(found) if isinstance(found, list | tuple) else [found]
     for graph in graphs:
         if not isinstance(graph, nx.Graph) or graph.is_multigraph():
-            raise TopologyError(f"topology.name = {name!r}: a graph of networkx is expected, or a list; got {type(graph).__name__}")
+            raise TopologyError(
+                f"topology.name = {name!r}: a graph of networkx is expected, or a list; got {type(graph).__name__}"
+            )
         if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= peers]:
-            raise TopologyError(f"topology.name = {name!r}: {wrong[0]} is no link between two of the peers 0 to {n - 1}")
+            raise TopologyError(
+                f"topology.name = {name!r}: {wrong[0]} is no link between two of the peers 0 to {n - 1}"
+            )
     if not graphs or len({graph.is_directed() for graph in graphs}) > 1:
-        raise TopologyError(f"topology.name = {name!r}: at least one graph is expected, all directed or none")
+        raise TopologyError(
+            f"topology.name = {name!r}: at least one graph is expected, all directed or none"
+        )
     return graphs
 
 
@@ -273,7 +310,9 @@ def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
     known.add_nodes_from(range(n))
     given = len(nx.get_edge_attributes(links, "weight")) > 0
     try:
-        array = nx.to_numpy_array(known, nodelist=range(n), weight="weight" if given else None, dtype=np.float64)
+        array = nx.to_numpy_array(
+            known, nodelist=range(n), weight="weight" if given else None, dtype=np.float64
+        )
     except (ValueError, TypeError) as error:
         raise TopologyError(f"a weight is no number: {error}") from None
     matrix = torch.from_numpy(array)
@@ -301,7 +340,9 @@ def metropolis_weights(adjacency: Tensor) -> Tensor:
 
 def uniform_weights(adjacency: Tensor) -> Tensor:
     """All neighbours and the peer itself count the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
-    return (adjacency + torch.eye(len(adjacency), dtype=torch.float64)) / (1 + adjacency.sum(1, keepdim=True))
+    return (adjacency + torch.eye(len(adjacency), dtype=torch.float64)) / (
+        1 + adjacency.sum(1, keepdim=True)
+    )
 
 
 def spectral_gap(*matrices: Tensor) -> float:
@@ -335,9 +376,13 @@ def check(matrices: list[Tensor], name: str) -> None:
                 )
         if float(matrix.min()) < -TOLERANCE:
             i, j = divmod(int(matrix.argmin()), len(matrix))
-            raise TopologyError(f"topology.name = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0")
+            raise TopologyError(
+                f"topology.name = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0"
+            )
     graph = nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)
     if not nx.is_strongly_connected(graph):
         parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
         first = ", ".join(map(str, parts[:4]))
-        raise TopologyError(f"topology.name = {name!r}: the graph is not connected, its parts are {first}")
+        raise TopologyError(
+            f"topology.name = {name!r}: the graph is not connected, its parts are {first}"
+        )

@@ -65,7 +65,11 @@ def default_config() -> dict[str, Any]:
 def own(strategy: str, **keys: Any) -> dict[str, Any]:
     """Those of the keys that a method takes, in its own section."""
     method = find(strategy)
-    return {f"{method.table}.{key}": value for key, value in keys.items() if key in method.keys.model_fields}
+    return {
+        f"{method.table}.{key}": value
+        for key, value in keys.items()
+        if key in method.keys.model_fields
+    }
 
 
 class Run(NamedTuple):
@@ -77,7 +81,11 @@ class Run(NamedTuple):
 
     def trace(self, metric: str, split: str = "test", site: str = "all") -> list[float]:
         """A metric, round by round."""
-        chosen = (self.metrics["metric"] == metric) & (self.metrics["split"] == split) & (self.metrics["site"] == site)
+        chosen = (
+            (self.metrics["metric"] == metric)
+            & (self.metrics["split"] == split)
+            & (self.metrics["site"] == site)
+        )
         return [float(value) for value in self.metrics[chosen]["value"]]
 
 
@@ -87,9 +95,18 @@ RunApp = Callable[..., Run]
 @pytest.fixture
 def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
     """``run_app(tamper=None, draw=False, epochs=2, ...)`` runs the app on digits, small and fast unless told otherwise."""
-    small = {"num-sites": 3, "epochs": 2, "model.name": "mlp", "results.folder": str(tmp_path / "runs")}
+    small = {
+        "num-sites": 3,
+        "epochs": 2,
+        "model.name": "mlp",
+        "results.folder": str(tmp_path / "runs"),
+    }
 
-    def run(tamper: Callable[[int, Message, Message], Message | None] | None = None, draw: bool = False, **changes: Any) -> Run:
+    def run(
+        tamper: Callable[[int, Message, Message], Message | None] | None = None,
+        draw: bool = False,
+        **changes: Any,
+    ) -> Run:
         if not draw:  # most of the time of a small run
             monkeypatch.setattr(Pictures, "draw", lambda pictures: None)
             monkeypatch.setattr(plots, "save", lambda *arguments: None)
@@ -106,4 +123,6 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
 def read_run(folder: Path) -> Run:
     """A run from its folder."""
     model = folder / "model.safetensors"
-    return Run(folder, pd.read_csv(folder / "metrics.csv"), load_file(model) if model.exists() else {})
+    return Run(
+        folder, pd.read_csv(folder / "metrics.csv"), load_file(model) if model.exists() else {}
+    )

@@ -22,9 +22,14 @@ def write_audio(folder: Path) -> None:
         (folder / str(digit)).mkdir(parents=True)
         for speaker in "abcdef":
             for take in range(4):
-                with wave.open(str(folder / str(digit) / f"{digit}_{speaker}_{take}.wav"), "wb") as file:
+                with wave.open(
+                    str(folder / str(digit) / f"{digit}_{speaker}_{take}.wav"), "wb"
+                ) as file:
                     file.setparams((1, 2, 8000, 0, "NONE", ""))
-                    tone = np.sin(np.arange(4000) * (0.1 + 0.3 * digit)) * 20000 + generator.normal(size=4000) * 500
+                    tone = (
+                        np.sin(np.arange(4000) * (0.1 + 0.3 * digit)) * 20000
+                        + generator.normal(size=4000) * 500
+                    )
                     file.writeframes(struct.pack("<4000h", *tone.astype(int)))
 
 
@@ -41,12 +46,17 @@ def write_keys(folder: Path, sites: int = 4) -> list[dict[str, Any]]:
     folder.mkdir()
     private = [X25519PrivateKey.generate() for _ in range(sites)]
     public = [b64encode(key.public_key().public_bytes_raw()).decode() for key in private]
-    (folder / "peers.toml").write_text("\n".join(f'{site} = "{key}"' for site, key in enumerate(public)))
+    (folder / "peers.toml").write_text(
+        "\n".join(f'{site} = "{key}"' for site, key in enumerate(public))
+    )
     nodes = []
     for site, key in enumerate(private):
         (folder / f"{site}.key").write_bytes(b64encode(key.private_bytes_raw()))
         (folder / f"{site}.key").chmod(0o600)
-        files = {"private-key": str(folder / f"{site}.key"), "peer-keys": str(folder / "peers.toml")}
+        files = {
+            "private-key": str(folder / f"{site}.key"),
+            "peer-keys": str(folder / "peers.toml"),
+        }
         nodes.append({"site": site, "data": "", **files})
     return nodes
 
@@ -54,7 +64,9 @@ def write_keys(folder: Path, sites: int = 4) -> list[dict[str, Any]]:
 def write_numbers(file: Path, rows: int = 240) -> pd.DataFrame:
     """A table of two features, two numbers that follow from them, and two labels that may both hold."""
     generator = np.random.default_rng(1)
-    frame = pd.DataFrame({"age": generator.uniform(20, 90, rows), "height": generator.normal(170, 9, rows)})
+    frame = pd.DataFrame(
+        {"age": generator.uniform(20, 90, rows), "height": generator.normal(170, 9, rows)}
+    )
     frame["pressure"] = 80 + 0.6 * frame["age"] + generator.normal(0, 2, rows)
     frame["pulse"] = 60 + 0.2 * (frame["height"] - 170)
     frame["old"] = (frame["age"] > 60).astype(int)
@@ -68,7 +80,9 @@ def squares(path: str) -> Examples:
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 90, (60, 1, 16, 16), generator=generator, dtype=torch.uint8)
     y = torch.zeros(60, 16, 16, dtype=torch.int64)
-    for picture, (row, column) in enumerate(torch.randint(1, 8, (60, 2), generator=generator).tolist()):
+    for picture, (row, column) in enumerate(
+        torch.randint(1, 8, (60, 2), generator=generator).tolist()
+    ):
         x[picture, 0, row : row + 7, column : column + 7] += 150
         y[picture, row : row + 7, column : column + 7] = 1
     y[:, 0] = IGNORED

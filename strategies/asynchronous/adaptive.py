@@ -32,7 +32,9 @@ class Adaptive(NamedTuple):
     recent: tuple[tuple[Part, ...], ...]
 
 
-def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Weight, correct: bool) -> ServerRule[Adaptive]:
+def adaptive(
+    *, eta: float, beta: float, beta_2: float, window: int, weight: Weight, correct: bool
+) -> ServerRule[Adaptive]:
     """Adam (``correct``) or RMSProp (not ``correct``, ``beta`` = 0) on updates in the order of arrival.
 
     Args:
@@ -49,16 +51,23 @@ def adaptive(*, eta: float, beta: float, beta_2: float, window: int, weight: Wei
     def absorb(state: Adaptive, update: Update) -> Adaptive:
         t = state.version + 1
         first, second = (1 - beta**t, 1 - beta_2**t) if correct else (1.0, 1.0)
-        new = tuple(Part(part.delta, weight(part.staleness) / part.lr / len(update.parts)) for part in update.parts)
+        new = tuple(
+            Part(part.delta, weight(part.staleness) / part.lr / len(update.parts))
+            for part in update.parts
+        )
         averaged = (*state.recent, new)
         parts = [part for contribution in averaged for part in contribution]
-        for x, mean, square, *deltas in blocks(state.x, state.mean, state.square, *(part.vector for part in parts)):
+        for x, mean, square, *deltas in blocks(
+            state.x, state.mean, state.square, *(part.vector for part in parts)
+        ):
             g = torch.zeros_like(x)
             for delta, part in zip(deltas, parts, strict=True):
                 g.add_(delta, alpha=part.weight / len(averaged))
             mean.lerp_(g, 1 - beta)
             square.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
-            x.addcdiv_(mean, torch.div(square, second, out=g).sqrt_().add_(EPSILON), value=-eta / first)
+            x.addcdiv_(
+                mean, torch.div(square, second, out=g).sqrt_().add_(EPSILON), value=-eta / first
+            )
         return state._replace(version=t, recent=averaged[-window + 1 :] if window > 1 else ())
 
     def reach(x: float, delta: float, lr: float) -> float:

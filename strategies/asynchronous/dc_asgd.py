@@ -37,7 +37,9 @@ def constant(keys: ConstantKeys, run: Run) -> ArrivalPlan:
 
 def adaptive(keys: AdaptiveKeys, run: Run) -> ArrivalPlan:
     """A lambda that adapts to the gradients."""
-    rule = descent(eta=keys.server_lr, weight=keys.weight(), compensation=keys.compensation, adaptive=True)
+    rule = descent(
+        eta=keys.server_lr, weight=keys.weight(), compensation=keys.compensation, adaptive=True
+    )
     return ArrivalPlan(rule, steps=keys.local_steps)
 
 

@@ -47,7 +47,12 @@ def delayed_nesterov(*, eta: float, beta: float, period: int, share: float) -> S
         return Delayed(x.clone(), 0, torch.zeros_like(x), torch.zeros_like(x), 0)
 
     def absorb(state: Delayed, update: Update) -> Delayed:
-        momentum, buffer, collected, along = state.momentum, state.buffer, state.collected + 1, share / period
+        momentum, buffer, collected, along = (
+            state.momentum,
+            state.buffer,
+            state.collected + 1,
+            share / period,
+        )
         for part in update.parts:
             buffer.add_(part.delta, alpha=1 / len(update.parts))
         if collected == period:
@@ -83,7 +88,9 @@ class Keys(ArrivalKeys):
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
     """Apply everything at once."""
-    rule = delayed_nesterov(eta=keys.server_lr, beta=keys.momentum, period=keys.period, share=keys.share)
+    rule = delayed_nesterov(
+        eta=keys.server_lr, beta=keys.momentum, period=keys.period, share=keys.share
+    )
     return ArrivalPlan(rule, steps=keys.local_steps, by_speed=keys.by_speed)
 
 

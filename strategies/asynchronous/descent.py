@@ -62,7 +62,11 @@ def descent(
     def init(x: Tensor) -> Descent:
         none = x.new_empty(0)
         return Descent(
-            x.clone(), 0, torch.zeros_like(x) if beta else none, torch.zeros_like(x) if compensation and adaptive else none, ()
+            x.clone(),
+            0,
+            torch.zeros_like(x) if beta else none,
+            torch.zeros_like(x) if compensation and adaptive else none,
+            (),
         )
 
     def compensate(state: Descent, update: Update, place: slice, out: Tensor) -> None:
@@ -70,14 +74,21 @@ def descent(
         delta = update.delta[place]
         torch.sub(state.x[place], update.base[place], out=out).mul_(delta).mul_(delta)
         if adaptive:
-            square = state.square[place].mul_(DECAY).addcmul_(delta, delta, value=(1 - DECAY) / update.lr**2)
+            square = (
+                state.square[place]
+                .mul_(DECAY)
+                .addcmul_(delta, delta, value=(1 - DECAY) / update.lr**2)
+            )
             out.div_(torch.add(square, EPSILON).sqrt_())
         torch.add(delta, out, alpha=compensation / update.lr, out=out)
 
     def absorb(state: Descent, update: Update) -> Descent:
         d = len(state.x)
         # Where nothing is remembered, a compensated update is made block by block.
-        made = [state.x.new_empty(d if window > 1 else min(d, BLOCK)) if compensation else part.delta for part in update.parts]
+        made = [
+            state.x.new_empty(d if window > 1 else min(d, BLOCK)) if compensation else part.delta
+            for part in update.parts
+        ]
         shares = [weight(part.staleness) / len(made) for part in update.parts]
         averaged = (*state.recent, tuple(map(Part, made, shares)))
         for start in range(0, d, BLOCK):

@@ -65,7 +65,9 @@ def plan(keys: Keys, run: Run) -> ArrivalPlan:
     size = keys.buffer_size
     if run.robust.on:
         one = fedbuff(eta=keys.server_lr, size=1, weight=constant)
-        rule: ServerRule[Any] = robust_window(one, size=size, weight=weight, robust=run.robust, collect=True)
+        rule: ServerRule[Any] = robust_window(
+            one, size=size, weight=weight, robust=run.robust, collect=True
+        )
     else:
         rule = fedbuff(eta=keys.server_lr, size=size, weight=weight)
     return ArrivalPlan(rule, steps=keys.local_steps, least=size, window=size)

@@ -74,9 +74,13 @@ def plan(keys: Keys, run: Run) -> ArrivalPlan:
     rule = _rule(keys, keys.window, keys.weight())
     compensated = keys.base.startswith("dc")  # by the model that each contribution was made of
     if run.robust.on and not compensated:
-        rule = robust_window(_rule(keys, 1, constant), size=keys.window, weight=keys.weight(), robust=run.robust)
+        rule = robust_window(
+            _rule(keys, 1, constant), size=keys.window, weight=keys.weight(), robust=run.robust
+        )
     window = 0 if compensated else keys.window
-    return ArrivalPlan(rule, Schedule(keys.schedule, keys.slack), steps=keys.local_steps, window=window)
+    return ArrivalPlan(
+        rule, Schedule(keys.schedule, keys.slack), steps=keys.local_steps, window=window
+    )
 
 
 METHOD = Method("gsgm", Keys, plan)

@@ -41,7 +41,9 @@ class Newest(NamedTuple):
         return version
 
 
-def robust_window(rule: ServerRule[Any], *, size: int, weight: Weight, robust: Robust, collect: bool = False) -> ServerRule[Newest]:
+def robust_window(
+    rule: ServerRule[Any], *, size: int, weight: Weight, robust: Robust, collect: bool = False
+) -> ServerRule[Newest]:
     """A rule on robust means.
 
     Args:
@@ -65,7 +67,9 @@ def robust_window(rule: ServerRule[Any], *, size: int, weight: Weight, robust: R
         collected = state.collected + 1
         if len(newest) < min(size, robust.majority) or (collect and collected < size):
             return state._replace(sites=sites, vectors=vectors, collected=collected)
-        together = update._replace(delta=mean_of(list(newest.values()), robust), staleness=0, earlier=())
+        together = update._replace(
+            delta=mean_of(list(newest.values()), robust), staleness=0, earlier=()
+        )
         inner = rule.absorb(state.inner, together)
         return Newest(inner) if collect else Newest(inner, sites, vectors)
 

@@ -10,7 +10,9 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-BLOCK = 1 << 20  # elements worked on at a time: what a rule computes on the way stays in the processor's cache
+BLOCK = (
+    1 << 20
+)  # elements worked on at a time: what a rule computes on the way stays in the processor's cache
 
 
 class State(Protocol):

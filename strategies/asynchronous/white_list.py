@@ -65,11 +65,16 @@ class WhiteList(Generic[Site]):
         return self._release()
 
     def _least(self) -> int:
-        return min((self.counts[site] for site in self._active), default=max(self.counts.values(), default=0))
+        return min(
+            (self.counts[site] for site in self._active),
+            default=max(self.counts.values(), default=0),
+        )
 
     def _release(self) -> list[Site]:
         released: list[Site] = []
-        while allowed := [site for site in self._waiting if self.counts[site] - self._least() <= self._slack]:
+        while allowed := [
+            site for site in self._waiting if self.counts[site] - self._least() <= self._slack
+        ]:
             self._waiting.remove(allowed[0])
             self.counts[allowed[0]] += 1
             released.append(allowed[0])

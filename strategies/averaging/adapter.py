@@ -82,7 +82,9 @@ class Planned(FedAvg):
         """Go on from it with the model of the next round."""
         self.state = state.get("state")
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """The same model, what the plan sends beside it and the same order for every site."""
         vectors = {name: unpack(array) for name, array in arrays.items()}
         if "lr" not in config:  # nobody has told what to do
@@ -99,7 +101,9 @@ class Planned(FedAvg):
         self._equal = 1 / max(1, len(messages))
         return messages
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The plan's next model, and the mean of the sites' metrics with ``model-change`` beside them."""
         metrics: list[RecordDict] = []
         mean, answered = (self._robustly if self._robust.on else self._streaming)(replies, metrics)
@@ -111,9 +115,13 @@ class Planned(FedAvg):
         self.state = self._plan.absorb(self.state, Mean(mean, answered))
         x, sent = self.state.x, self._sent[X]
         if before._version != version:
-            raise TypeError("absorb writes into the x that it is given, which is the model that was sent")
+            raise TypeError(
+                "absorb writes into the x that it is given, which is the model that was sent"
+            )
         if (x.dtype, x.shape) != (sent.dtype, sent.shape):
-            raise TypeError(f"absorb made x {x.dtype} {list(x.shape)} of {sent.dtype} {list(sent.shape)}")
+            raise TypeError(
+                f"absorb made x {x.dtype} {list(x.shape)} of {sent.dtype} {list(sent.shape)}"
+            )
         summary = weighted_metrics(metrics, NUM_EXAMPLES)
         summary[CHANGE] = relative_change(self.state.x, self._sent[X])
         made = pack({X: self.state.x, STATS: stats})
@@ -123,7 +131,9 @@ class Planned(FedAvg):
     def _share(self, reply: Message) -> float:
         return self._shares[reply.metadata.src_node_id] if self._shares else self._equal
 
-    def _streaming(self, replies: Iterable[Message], metrics: list[RecordDict]) -> tuple[dict[str, Tensor], float]:
+    def _streaming(
+        self, replies: Iterable[Message], metrics: list[RecordDict]
+    ) -> tuple[dict[str, Tensor], float]:
         """The mean of each vector, and the share of the sites that answered; what they report is added to ``metrics``."""
         means: dict[str, StreamingMean] = {}
         for reply in replies:
@@ -133,7 +143,9 @@ class Planned(FedAvg):
         answered = means[X].share if means else 0.0
         return {name: means.pop(name).result() for name in list(means)}, answered
 
-    def _robustly(self, replies: Iterable[Message], metrics: list[RecordDict]) -> tuple[dict[str, Tensor], float]:
+    def _robustly(
+        self, replies: Iterable[Message], metrics: list[RecordDict]
+    ) -> tuple[dict[str, Tensor], float]:
         """The same with the robust mean."""
         shares: list[float] = []
         with TemporaryFile(buffering=0) as file:

@@ -33,14 +33,17 @@ class Alone(Strategy):
     def summary(self) -> None:
         """Nothing to say."""
 
-    def _messages(self, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, kind: str) -> list[Message]:
+    def _messages(
+        self, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, kind: str
+    ) -> list[Message]:
         connected = set(grid.get_node_ids())  # asked once: each time is a request to the SuperLink
         shared = pack(self._models) if self._ensemble and kind == MessageType.EVALUATE else None
         return [
             Message(
                 RecordDict(
                     {
-                        ARRAYS: shared or pack({name: models[row] for name, models in self._models.items()}),
+                        ARRAYS: shared
+                        or pack({name: models[row] for name, models in self._models.items()}),
                         CONFIG: config,
                     }
                 ),
@@ -51,15 +54,20 @@ class Alone(Strategy):
             if node in connected
         ]
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """Each site's own model; a single model, as at the start of a run, is everybody's."""
         vectors = {name: unpack(array) for name, array in arrays.items()}
         self._models = {
-            name: (vector if vector.dim() == 2 else vector.expand(len(self._rows), -1)).clone() for name, vector in vectors.items()
+            name: (vector if vector.dim() == 2 else vector.expand(len(self._rows), -1)).clone()
+            for name, vector in vectors.items()
         }
         return self._messages(arrays, config, grid, MessageType.TRAIN)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The rows of the sites that answered; the others keep what they had."""
         contents = []
         for reply in replies:
@@ -70,11 +78,15 @@ class Alone(Strategy):
             return None, None
         return pack(self._models), weighted_metrics(contents, NUM_EXAMPLES)
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """Each site's own model, or all models for everybody."""
         return self._messages(arrays, config, grid, MessageType.EVALUATE)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         """Means over sites, weighted by their test examples."""
         contents = [reply.content for reply in replies]
         return weighted_metrics(contents, NUM_EXAMPLES) if contents else None

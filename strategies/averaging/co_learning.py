@@ -36,7 +36,9 @@ class Keys(RoundKeys):
     @model_validator(mode="after")
     def _cap(self) -> Self:
         if self.max_local_epochs < self.local_epochs:
-            raise ValueError(f"max-local-epochs = {self.max_local_epochs}: at least local-epochs, which is {self.local_epochs}")
+            raise ValueError(
+                f"max-local-epochs = {self.max_local_epochs}: at least local-epochs, which is {self.local_epochs}"
+            )
         return self
 
 
@@ -49,7 +51,11 @@ class Cycle(NamedTuple):
 
 def next_local_epochs(local_epochs: int, change: float, epsilon: float, largest: int) -> int:
     """Local epochs of the next round, given how far the average moved in this one. Never fewer; 0 for ``epsilon`` never grows."""
-    return max(local_epochs, min(2 * local_epochs, largest)) if epsilon > 0 and change <= epsilon else local_epochs
+    return (
+        max(local_epochs, min(2 * local_epochs, largest))
+        if epsilon > 0 and change <= epsilon
+        else local_epochs
+    )
 
 
 def plan(keys: Keys, run: Run) -> RoundPlan[Cycle]:
@@ -57,13 +63,20 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Cycle]:
 
     def instruct(state: Cycle, moment: Moment) -> Local:
         epochs = min(state.local_epochs, round(moment.total - moment.done))
-        return Local(run.lr * keys.lr_envelope ** (moment.round_number - 1), (0.0, 1.0), epochs=epochs)
+        return Local(
+            run.lr * keys.lr_envelope ** (moment.round_number - 1), (0.0, 1.0), epochs=epochs
+        )
 
     def absorb(state: Cycle, mean: Mean) -> Cycle:
         change = relative_change(mean.x, state.x)
-        return Cycle(mean.x, next_local_epochs(state.local_epochs, change, keys.epsilon, keys.max_local_epochs))
+        return Cycle(
+            mean.x,
+            next_local_epochs(state.local_epochs, change, keys.epsilon, keys.max_local_epochs),
+        )
 
-    return RoundPlan(lambda x: Cycle(x, keys.local_epochs), instruct, absorb, weighting=keys.weighting)
+    return RoundPlan(
+        lambda x: Cycle(x, keys.local_epochs), instruct, absorb, weighting=keys.weighting
+    )
 
 
 METHOD = Method("co-learning", Keys, plan)

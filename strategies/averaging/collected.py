@@ -52,11 +52,17 @@ class Collected:
         """The robust mean of each vector. Krum keeps the same rows of all, judged by the first one."""
         total, on_disk = sum(self._sizes.values()), len(self._keys) - len(self._rest)
         order = np.argsort(self._keys, kind="stable")
-        rows = np.memmap(self._file, np.float32, "r", shape=(on_disk, total)) if on_disk else np.empty((0, total), np.float32)
+        rows = (
+            np.memmap(self._file, np.float32, "r", shape=(on_disk, total))
+            if on_disk
+            else np.empty((0, total), np.float32)
+        )
 
         def block(start: int, stop: int) -> Tensor:
             parts = [rows[:, start:stop], *(row[None, start:stop] for row in self._rest)]
             return torch.from_numpy(np.concatenate(parts)[order])
 
-        found = combined(block, len(self._keys), total, self._robust, judged=next(iter(self._sizes.values())))
+        found = combined(
+            block, len(self._keys), total, self._robust, judged=next(iter(self._sizes.values()))
+        )
         return dict(zip(self._sizes, found.split(list(self._sizes.values())), strict=True))

@@ -58,7 +58,9 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Outer]:
         step = torch.add(outer, v, alpha=keys.outer_momentum)
         return Outer(torch.sub(state.x, step, alpha=keys.outer_lr), v)
 
-    return RoundPlan(lambda x: Outer(x, torch.zeros_like(x)), instruct, absorb, weighting=keys.weighting)
+    return RoundPlan(
+        lambda x: Outer(x, torch.zeros_like(x)), instruct, absorb, weighting=keys.weighting
+    )
 
 
 METHOD = Method("diloco", Keys, plan)

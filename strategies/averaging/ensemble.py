@@ -12,4 +12,6 @@ class Keys(local.Keys):
     """How often sites are tested."""
 
 
-METHOD = Method("ensemble", Keys, lambda keys, run: AlonePlan(decaying(keys.local_epochs, run), True))
+METHOD = Method(
+    "ensemble", Keys, lambda keys, run: AlonePlan(decaying(keys.local_epochs, run), True)
+)

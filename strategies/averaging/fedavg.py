@@ -32,7 +32,9 @@ def plan(keys: RoundKeys, run: Run, *, pooled: bool = False) -> RoundPlan[Averag
     def absorb(_: Average, mean: Mean) -> Average:
         return Average(mean.x)
 
-    return RoundPlan(Average, lambda _, moment: instruct(moment), absorb, weighting=keys.weighting, pooled=pooled)
+    return RoundPlan(
+        Average, lambda _, moment: instruct(moment), absorb, weighting=keys.weighting, pooled=pooled
+    )
 
 
 METHOD = Method("fedavg", Keys, plan)

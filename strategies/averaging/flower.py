@@ -49,21 +49,27 @@ def arguments_of(name: str, text: str) -> dict[str, int | float]:
     parameters = {
         key: parameter
         for key, parameter in inspect.signature(_classes()[name]).parameters.items()
-        if key not in OURS and not key.endswith(("_fn", "_rule")) and not key.startswith(("fraction_", "min_"))
+        if key not in OURS
+        and not key.endswith(("_fn", "_rule"))
+        and not key.startswith(("fraction_", "min_"))
     }
     found: dict[str, int | float] = {}
     for item in text.split():
         key, _, value = item.partition("=")
         if key not in parameters or key in found:
             wrong = "is given twice" if key in found else "is unknown"
-            raise ValueError(f"{where}: argument {key!r} of {name} {wrong}; allowed: {', '.join(parameters) or 'none'}")
+            raise ValueError(
+                f"{where}: argument {key!r} of {name} {wrong}; allowed: {', '.join(parameters) or 'none'}"
+            )
         try:
             found[key] = int(value) if value.lstrip("+-").isdigit() else float(value)
         except ValueError:
             raise ValueError(f"{where}: {value!r} is not a number") from None
         if not 0 <= found[key] < math.inf:
             raise ValueError(f"{where}: {value!r} is negative or not finite")
-    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    required = [
+        key for key, parameter in parameters.items() if parameter.default is parameter.empty
+    ]
     if missing := [key for key in required if key not in found]:
         raise ValueError(f"{where}: {name} needs {' '.join(f'{key}=...' for key in missing)}")
     return found
@@ -74,19 +80,33 @@ def _classes() -> dict[str, type[shipped.Strategy]]:
     return {
         name: found
         for name in shipped.__all__
-        if inspect.isclass(found := getattr(shipped, name)) and issubclass(found, shipped.FedAvg) and not name.startswith("FedXgb")
+        if inspect.isclass(found := getattr(shipped, name))
+        and issubclass(found, shipped.FedAvg)
+        and not name.startswith("FedXgb")
     }
 
 
 def _plan(name: str, keys: Keys, run: Run) -> ForeignPlan:
     build = _classes()[name]
-    given = {key: value for key, value in GIVEN.items() if key in inspect.signature(build).parameters}
-    make: Callable[[], shipped.Strategy] = partial(build, **given | arguments_of(name, keys.arguments))
+    given = {
+        key: value for key, value in GIVEN.items() if key in inspect.signature(build).parameters
+    }
+    make: Callable[[], shipped.Strategy] = partial(
+        build, **given | arguments_of(name, keys.arguments)
+    )
     try:
         _ = keys.arguments and make()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"flower.arguments = {keys.arguments!r}: {name} refuses it: {error}") from error
-    return ForeignPlan(make, decaying(keys.local_epochs, run), keys.weighting, "train_loss_key" in given, name not in NOT_AVERAGING)
+        raise ValueError(
+            f"flower.arguments = {keys.arguments!r}: {name} refuses it: {error}"
+        ) from error
+    return ForeignPlan(
+        make,
+        decaying(keys.local_epochs, run),
+        keys.weighting,
+        "train_loss_key" in given,
+        name not in NOT_AVERAGING,
+    )
 
 
 METHODS = tuple(Method(name, Keys, partial(_plan, name), section="flower") for name in _classes())

@@ -16,7 +16,9 @@ from torch import Tensor
 
 ONE = 2.0**40
 LARGEST = 2.0**22
-_BLOCK = 1 << 18  # elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache
+_BLOCK = (
+    1 << 18
+)  # elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache
 
 
 def refusal(x: Tensor) -> str | None:
@@ -34,7 +36,9 @@ def too_large(largest: float) -> str | None:
     if not math.isfinite(largest):
         return "the model holds NaN or infinite values"
     if largest >= LARGEST:
-        return f"the model diverged: it holds {largest:.3g}, the largest value taken is {LARGEST:.3g}"
+        return (
+            f"the model diverged: it holds {largest:.3g}, the largest value taken is {LARGEST:.3g}"
+        )
     return None
 
 
@@ -54,7 +58,9 @@ def extent(x: Tensor, origin: Tensor | None = None, *, norm: bool = True) -> tup
         if norm:
             moved = block if origin is None else torch.sub(block, start, out=here)
             squares.append(torch.dot(moved, moved))
-    return torch.stack(largest).amax().item(), math.sqrt(math.fsum(square.item() for square in squares))
+    return torch.stack(largest).amax().item(), math.sqrt(
+        math.fsum(square.item() for square in squares)
+    )
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:
@@ -74,12 +80,17 @@ class StreamingMean:
         self._shares: list[float] = []
         self._shape = shape
         block = min(_BLOCK, self._sum.numel())
-        self._scaled, self._whole = torch.empty(block, dtype=torch.float64), torch.empty(block, dtype=torch.int64)
+        self._scaled, self._whole = (
+            torch.empty(block, dtype=torch.float64),
+            torch.empty(block, dtype=torch.int64),
+        )
 
     def add(self, x: Tensor, share: float) -> None:
         """Add ``x`` (float32, the shape of the mean) with a share in (0, 1]; all shares together at most 1."""
         first = not self._shares
-        for source, target in zip(x.reshape(-1).split(_BLOCK), self._sum.split(_BLOCK), strict=True):
+        for source, target in zip(
+            x.reshape(-1).split(_BLOCK), self._sum.split(_BLOCK), strict=True
+        ):
             product = self._scaled[: source.numel()].copy_(source).mul_(share * ONE)
             if first:
                 target.copy_(product)
@@ -101,7 +112,9 @@ class StreamingMean:
         if not self._shares:
             raise ValueError("the mean of nothing")
         total = math.fsum(self._shares) * ONE
-        mean = self._sum.view(torch.float32)[: self._sum.numel()]  # a block of it ends before the integers still to be read
+        mean = self._sum.view(torch.float32)[
+            : self._sum.numel()
+        ]  # a block of it ends before the integers still to be read
         for source, target in zip(self._sum.split(_BLOCK), mean.split(_BLOCK), strict=True):
             target.copy_(self._scaled[: source.numel()].copy_(source).div_(total))
         return mean.reshape(self._shape)
@@ -115,5 +128,7 @@ def weighted_mean(rows: Sequence[Mapping[str, float]], weight: str) -> dict[str,
     means = {}
     for key in dict.fromkeys(key for row in rows for key in row if key != weight):
         known = [row for row in rows if key in row]
-        means[key] = math.fsum(row[weight] * row[key] for row in known) / math.fsum(row[weight] for row in known)
+        means[key] = math.fsum(row[weight] * row[key] for row in known) / math.fsum(
+            row[weight] for row in known
+        )
     return {**means, weight: math.fsum(row[weight] for row in rows)} if rows else {}

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from strategies.keys import Above0, Positive, decaying
-from strategies.method import Local, Mean, Method, Moment, RoundPlan, Run, Section, SiteRule, Vectors
+from strategies.method import (
+    Local,
+    Mean,
+    Method,
+    Moment,
+    RoundPlan,
+    Run,
+    Section,
+    SiteRule,
+    Vectors,
+)
 
 C = "c"  # the server's variate, and a site's change of its own, on the wire
 
@@ -78,4 +88,9 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Server]:
     )
 
 
-METHOD = Method("scaffold", Keys, plan, frozenset({"training.optimizer", "training.momentum", "training.nesterov"}))
+METHOD = Method(
+    "scaffold",
+    Keys,
+    plan,
+    frozenset({"training.optimizer", "training.momentum", "training.nesterov"}),
+)

@@ -39,7 +39,13 @@ class Shipped(Strategy):
         robust: another mean of the models.
     """
 
-    def __init__(self, strategy: Strategy, shares: Mapping[int, float], most: float = 1.0, robust: Robust = PLAIN) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        shares: Mapping[int, float],
+        most: float = 1.0,
+        robust: Robust = PLAIN,
+    ) -> None:
         self._strategy = strategy
         self._shares, self._most, self._robust = shares, most, robust
         self._order = {node: place for place, node in enumerate(shares)}
@@ -66,13 +72,19 @@ class Shipped(Strategy):
             message.content[ARRAYS] = arrays
         return messages
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """The strategy's messages, with the statistics."""
         self._sent = arrays
         plain = ArrayRecord({X: arrays[X]})
-        return self._with_stats(self._strategy.configure_train(server_round, plain, config, grid), arrays)
+        return self._with_stats(
+            self._strategy.configure_train(server_round, plain, config, grid), arrays
+        )
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the strategy makes of the models, and the mean of the statistics."""
         stats = dict.fromkeys(self._sent, None).keys() & {STATS}
         mean = StreamingMean(unpack(self._sent[STATS]).shape) if stats else None
@@ -80,7 +92,10 @@ class Shipped(Strategy):
         def without_stats() -> Iterator[Message]:
             for reply in replies:
                 if mean is not None:
-                    mean.add(unpack(arrays_of(reply).pop(STATS)), self._shares[reply.metadata.src_node_id])
+                    mean.add(
+                        unpack(arrays_of(reply).pop(STATS)),
+                        self._shares[reply.metadata.src_node_id],
+                    )
                 yield reply
 
         ordered = sorted(without_stats(), key=lambda reply: self._order[reply.metadata.src_node_id])
@@ -102,19 +117,30 @@ class Shipped(Strategy):
     def _as_one(self, replies: Sequence[Message], records: Sequence[MetricRecord]) -> Message:
         """The first reply, with the robust mean of all models and the mean of what sites report."""
         models = [unpack(arrays_of(reply)[X]) for reply in replies]
-        together = weighted_metrics([RecordDict({METRICS: record}) for record in records], NUM_EXAMPLES)
+        together = weighted_metrics(
+            [RecordDict({METRICS: record}) for record in records], NUM_EXAMPLES
+        )
         first = replies[0]
-        for name, record in ((ARRAYS, pack({X: mean_of(models, self._robust)})), (METRICS, together)):
+        for name, record in (
+            (ARRAYS, pack({X: mean_of(models, self._robust)})),
+            (METRICS, together),
+        ):
             first.content.pop(name)  # else Flower says that they are replaced
             first.content[name] = record
         return first
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """The strategy's messages, with the statistics."""
         plain = ArrayRecord({X: arrays[X]})
-        return self._with_stats(self._strategy.configure_evaluate(server_round, plain, config, grid), arrays)
+        return self._with_stats(
+            self._strategy.configure_evaluate(server_round, plain, config, grid), arrays
+        )
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         """The strategy's mean of the sites' metrics."""
         return self._strategy.aggregate_evaluate(server_round, replies)
 

@@ -16,7 +16,8 @@ Vectors = tuple[Tensor, ...]
 
 class State(Protocol):
     """What every algorithm remembers at least; further fields are tensors, an empty one where there is nothing to remember, or
-    dictionaries of tensors by neighbour."""
+    dictionaries of tensors by neighbour.
+    """
 
     @property
     def x(self) -> Tensor:
@@ -59,8 +60,12 @@ class LinkAlgorithm(NamedTuple, Generic[S]):
     mix: Callable[[S, Mapping[int, Vectors]], S]
 
 
-def exchange(algorithm: PeerAlgorithm[S], state: S, sent: Vectors, mixed: Vectors, gamma: float) -> S:
+def exchange(
+    algorithm: PeerAlgorithm[S], state: S, sent: Vectors, mixed: Vectors, gamma: float
+) -> S:
     """The exchange with averaging rate ``gamma``: ``x + gamma (mixed - sent)`` where plain averaging has ``x + mixed - sent``."""
     if gamma != 1:
-        mixed = tuple(torch.lerp(own, together, gamma) for own, together in zip(sent, mixed, strict=True))
+        mixed = tuple(
+            torch.lerp(own, together, gamma) for own, together in zip(sent, mixed, strict=True)
+        )
     return algorithm.mix(state, sent, mixed)

@@ -42,26 +42,42 @@ class Channel(NamedTuple):
 def channel(codec: Codec, feedback: str) -> Channel:
     """A channel; ``feedback`` is one of ``FEEDBACKS``."""
 
-    def plain(memory: Tensor, vector: Tensor, generator: torch.Generator) -> tuple[Payload, Tensor, Tensor]:
+    def plain(
+        memory: Tensor, vector: Tensor, generator: torch.Generator
+    ) -> tuple[Payload, Tensor, Tensor]:
         payload = codec.encode(vector, generator)
         return payload, memory, codec.decode(payload)
 
-    def squeezed(memory: Tensor, vector: Tensor, generator: torch.Generator) -> tuple[Payload, Tensor, Tensor]:
+    def squeezed(
+        memory: Tensor, vector: Tensor, generator: torch.Generator
+    ) -> tuple[Payload, Tensor, Tensor]:
         wanted = vector + memory
         payload = codec.encode(wanted, generator)
         own = codec.decode(payload)
         return payload, wanted - own, own
 
-    def difference(memory: Tensor, vector: Tensor, generator: torch.Generator) -> tuple[Payload, Tensor, Tensor]:
+    def difference(
+        memory: Tensor, vector: Tensor, generator: torch.Generator
+    ) -> tuple[Payload, Tensor, Tensor]:
         payload = codec.encode(vector - memory, generator)
         hat = memory + codec.decode(payload)
         return payload, hat, hat
 
     match feedback:
         case "none":
-            return Channel(lambda vector: vector.new_empty(0), plain, lambda payload, _: codec.decode(payload), exact=codec.exact)
+            return Channel(
+                lambda vector: vector.new_empty(0),
+                plain,
+                lambda payload, _: codec.decode(payload),
+                exact=codec.exact,
+            )
         case "deep-squeeze":
             return Channel(torch.zeros_like, squeezed, lambda payload, _: codec.decode(payload))
         case "choco":
-            return Channel(torch.zeros_like, difference, lambda payload, last: last + codec.decode(payload), chained=True)
+            return Channel(
+                torch.zeros_like,
+                difference,
+                lambda payload, last: last + codec.decode(payload),
+                chained=True,
+            )
     raise ValueError(f"feedback {feedback!r}: {', '.join(FEEDBACKS)}")

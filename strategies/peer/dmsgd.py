@@ -57,7 +57,9 @@ def dmsgd(*, beta: float, omega: float, velocity: bool) -> PeerAlgorithm[HeavyBa
     def mix(state: HeavyBall, sent: Vectors, mixed: Vectors) -> HeavyBall:
         push = torch.add(state.p, mixed[1] - sent[1], alpha=omega).mul_(beta)
         x = (state.x + push).add_(mixed[0] - sent[0])
-        return HeavyBall(x, x, push.add_(state.x).sub_(state.start) if velocity else x - state.start)
+        return HeavyBall(
+            x, x, push.add_(state.x).sub_(state.start) if velocity else x - state.start
+        )
 
     return PeerAlgorithm(init, descend, outgoing, mix)
 
@@ -74,7 +76,15 @@ def growth(matrices: Sequence[Tensor], *, beta: float, omega: float) -> float:
     for matrix in matrices:
         w = matrix @ apart
         momentum = beta * ((1 - omega) * apart + omega * w)
-        product = torch.cat([torch.cat([w + momentum, -momentum], 1), torch.cat([apart, torch.zeros_like(w)], 1)]) @ product
+        product = (
+            torch.cat(
+                [
+                    torch.cat([w + momentum, -momentum], 1),
+                    torch.cat([apart, torch.zeros_like(w)], 1),
+                ]
+            )
+            @ product
+        )
     return float(torch.linalg.eigvals(product).abs().max() ** (1 / len(matrices)))
 
 
@@ -104,7 +114,9 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
                 "dmsgd.form = 'velocity' or a smaller momentum may help"
             )
 
-    algorithm = dmsgd(beta=keys.momentum, omega=keys.consensus_weight, velocity=keys.form == "velocity")
+    algorithm = dmsgd(
+        beta=keys.momentum, omega=keys.consensus_weight, velocity=keys.form == "velocity"
+    )
     return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, check)
 
 

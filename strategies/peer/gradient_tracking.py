@@ -45,7 +45,9 @@ def gradient_tracking(*, adapt_first: bool) -> PeerAlgorithm[Tracking]:
 
     def mix(state: Tracking, sent: Vectors, mixed: Vectors) -> Tracking:
         x = state.x + (mixed[0] - sent[0])
-        return Tracking(x, state.start if adapt_first else x, state.y + (mixed[1] - sent[1]), state.g)
+        return Tracking(
+            x, state.start if adapt_first else x, state.y + (mixed[1] - sent[1]), state.g
+        )
 
     return PeerAlgorithm(init, descend, outgoing, mix)
 

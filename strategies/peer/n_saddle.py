@@ -25,7 +25,9 @@ class Keys(ngm.Keys, SharpKeys):
 def plan(keys: Keys, run: Run) -> PeerPlan:
     """Combine while adapting."""
     if keys.perturbed_by == "owner-of-model" and keys.gradients == "model":
-        raise ValueError("n-saddle.perturbed-by = 'owner-of-model': needs n-saddle.gradients = 'data'")
+        raise ValueError(
+            "n-saddle.perturbed-by = 'owner-of-model': needs n-saddle.gradients = 'data'"
+        )
     algorithm = dsgd(beta=keys.momentum, nesterov=keys.nesterov, adapt_first=False)
     return PeerPlan(algorithm, Neighbourhood(keys.gradients, keys.rho, keys.perturbed_by))
 

@@ -25,7 +25,9 @@ from torch import Tensor
 from strategies.gradients import perturbed
 from strategies.method import Neighbourhood
 
-Regular = Callable[[Tensor, Tensor], Tensor]  # gradients and the models they were taken at, each [..., d], to gradients
+Regular = Callable[
+    [Tensor, Tensor], Tensor
+]  # gradients and the models they were taken at, each [..., d], to gradients
 
 
 class Gradients(NamedTuple):
@@ -43,7 +45,12 @@ class PairGradient(Protocol):
 
 
 def neighbourhood_gradients(
-    pair: PairGradient, x: Tensor, own: Tensor, gradient: Neighbourhood, regular: Regular, shift: Tensor | None = None
+    pair: PairGradient,
+    x: Tensor,
+    own: Tensor,
+    gradient: Neighbourhood,
+    regular: Regular,
+    shift: Tensor | None = None,
 ) -> Gradients:
     """The gradients of m pairs: a peer's batch at its own and its neighbours' models, or everybody's at once.
 
@@ -64,7 +71,9 @@ def neighbourhood_gradients(
         g = pair(perturbed(points, g, gradient.rho), None).gradients
     elif gradient.rho and gradient.perturbed_by == "none":
         rows = own.nonzero().flatten()
-        g = g.index_copy(0, rows, pair(perturbed(points[rows], g[rows], gradient.rho), rows).gradients)
+        g = g.index_copy(
+            0, rows, pair(perturbed(points[rows], g[rows], gradient.rho), rows).gradients
+        )
     return Gradients(losses, regular(g, x), stats)
 
 

@@ -35,7 +35,9 @@ class Outer(NamedTuple):
     v: Tensor
 
 
-def noloco(*, alpha: float, beta: float, gamma: float, momentum: float = 0.0) -> PeerAlgorithm[Outer]:
+def noloco(
+    *, alpha: float, beta: float, gamma: float, momentum: float = 0.0
+) -> PeerAlgorithm[Outer]:
     """NoLoCo.
 
     Args:

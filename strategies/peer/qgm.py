@@ -52,7 +52,11 @@ def qgm(*, beta: float, mu: float, nesterov: bool) -> PeerAlgorithm[Quasi]:
     def mix(state: Quasi, sent: Vectors, mixed: Vectors) -> Quasi:
         x = state.x + (mixed[0] - sent[0])
         # Without a local step in between nothing moved by a gradient, and nothing is learned from the move.
-        moved = torch.where(state.lr > 0, (state.start - x) / state.lr.clamp_min(torch.finfo(x.dtype).tiny), state.m_hat)
+        moved = torch.where(
+            state.lr > 0,
+            (state.start - x) / state.lr.clamp_min(torch.finfo(x.dtype).tiny),
+            state.m_hat,
+        )
         return Quasi(x, x, torch.lerp(moved, state.m_hat, mu), torch.zeros_like(state.lr))
 
     return PeerAlgorithm(init, descend, outgoing, mix)

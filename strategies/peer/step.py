@@ -18,13 +18,35 @@ from strategies.averaging.mean import refusal
 from strategies.codecs import Payload
 from strategies.gradients import Diverged
 from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm, Vectors, exchange
-from strategies.peer.neighbourhood import Gradients, disagreement, neighbourhood_gradients, owners_shift, weighted
-from strategies.peer.state import Hat, Metrics, Oracle, Order, Peer, PeerState, Pending, Received, Refusal, Result
+from strategies.peer.neighbourhood import (
+    Gradients,
+    disagreement,
+    neighbourhood_gradients,
+    owners_shift,
+    weighted,
+)
+from strategies.peer.state import (
+    Hat,
+    Metrics,
+    Oracle,
+    Order,
+    Peer,
+    PeerState,
+    Pending,
+    Received,
+    Refusal,
+    Result,
+)
 from strategies.randomness import derive
 from strategies.robust import neighbourhood_mean
 from strategies.saving import flatten
 
-STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"  # parts of a payload, beside those of the codec
+STATS, SHIFT, NEW, AFTER = (
+    "stats",
+    "shift",
+    "fresh",
+    "after",
+)  # parts of a payload, beside those of the codec
 OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
 T = TypeVar("T")
 
@@ -35,7 +57,11 @@ class Refused(ValueError):
 
 def why(error: Exception) -> str:
     """What is wrong with a neighbour's payload that raised ``error``."""
-    return str(error) if isinstance(error, Refused) else f"cannot be read: {type(error).__name__}: {error}"
+    return (
+        str(error)
+        if isinstance(error, Refused)
+        else f"cannot be read: {type(error).__name__}: {error}"
+    )
 
 
 class Model(NamedTuple):
@@ -51,7 +77,9 @@ def begin(peer: Peer, x: Tensor, stats: Tensor) -> PeerState:
     return PeerState(peer.plan.algorithm.init(x), stats, shift=x.new_empty(0))
 
 
-def models_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
+def models_step(
+    peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
+) -> Result:
     """Mix what neighbours sent, train, offer the result; or end an exchange of neighbourhood gradients.
 
     Raises:
@@ -75,10 +103,14 @@ def models_step(peer: Peer, state: PeerState, received: Iterable[Received], orde
         state = state._replace(shift=state.x.new_empty(0) if shift is None else shift[0])
     restarted = peer.channel.chained and state.restart
     state, offers = _offer(peer, _finite(state), order)
-    return Result(state if peer.channel.exact else _finite(state), offers, metrics, refused, restarted)
+    return Result(
+        state if peer.channel.exact else _finite(state), offers, metrics, refused, restarted
+    )
 
 
-def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle) -> Result:
+def cross_step(
+    peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
+) -> Result:
     """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
     state, mixed = _mix_stats(peer, state, found, order), _mixed(peer, state, found, order)
@@ -95,14 +127,20 @@ def cross_step(peer: Peer, state: PeerState, received: Iterable[Received], order
 
 
 def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
-    if peer.channel.chained and (order.again or order.restart):  # neighbours may lack what was offered last
+    if peer.channel.chained and (
+        order.again or order.restart
+    ):  # neighbours may lack what was offered last
         state = state._replace(memories=(), restart=True)
     if order.done < state.done:
-        raise ValueError(f"step {order.step}: {order.done:g} of the run is over, and {state.done:g} was before")
+        raise ValueError(
+            f"step {order.step}: {order.done:g} of the run is over, and {state.done:g} was before"
+        )
     return state._replace(step=order.step, done=order.done)
 
 
-def encode(peer: Peer, memories: Vectors, vectors: Vectors, step: int) -> tuple[Payload, Vectors, Vectors]:
+def encode(
+    peer: Peer, memories: Vectors, vectors: Vectors, step: int
+) -> tuple[Payload, Vectors, Vectors]:
     """The payload of what a peer offers, the channel's new memories, and the vectors as neighbours have them.
 
     Args:
@@ -114,7 +152,9 @@ def encode(peer: Peer, memories: Vectors, vectors: Vectors, step: int) -> tuple[
     generator = torch.Generator().manual_seed(derive(peer.seed, "codec", peer.number, step))
     payload: Payload = {}
     kept, sent = list[Tensor](), list[Tensor]()
-    for k, (vector, memory) in enumerate(zip(vectors, memories or map(peer.channel.init, vectors), strict=True)):
+    for k, (vector, memory) in enumerate(
+        zip(vectors, memories or map(peer.channel.init, vectors), strict=True)
+    ):
         encoded, memory, own = peer.channel.encode(memory, vector, generator)
         payload |= {f"{k}.{name}": value for name, value in encoded.items()}
         kept.append(memory)
@@ -122,7 +162,9 @@ def encode(peer: Peer, memories: Vectors, vectors: Vectors, step: int) -> tuple[
     return payload, tuple(kept), tuple(sent)
 
 
-def encode_gradient(peer: Peer, memory: Tensor, gradient: Tensor, reader: int, step: int) -> tuple[Payload, Tensor, Tensor]:
+def encode_gradient(
+    peer: Peer, memory: Tensor, gradient: Tensor, reader: int, step: int
+) -> tuple[Payload, Tensor, Tensor]:
     """The payload of a gradient [d] for one neighbour, the new memory, and the gradient as the neighbour has it."""
     seed = derive(peer.seed, "cross-codec", peer.number, reader, step)
     return peer.cross.encode(memory, gradient, torch.Generator().manual_seed(seed))
@@ -170,8 +212,12 @@ def _usable(
 def _check_age(peer: Peer, each: Received, order: Order) -> None:
     if each.step >= order.step:
         raise Refused(f"step {each.step} is not before this peer's step {order.step}")
-    if order.step - each.step > OLDEST and not peer.channel.chained:  # chained payloads must all come
-        raise Refused(f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use")
+    if (
+        order.step - each.step > OLDEST and not peer.channel.chained
+    ):  # chained payloads must all come
+        raise Refused(
+            f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use"
+        )
 
 
 def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerState, Model]:
@@ -184,11 +230,15 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
             if hat is None or int(payload[AFTER]) != hat.step:
                 raise Refused(f"step {each.step} goes on from a step that is missing here")
             before = hat.vectors
-    vectors = tuple(peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before))
+    vectors = tuple(
+        peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before)
+    )
     for vector, wanted in zip(vectors, like, strict=True):
         _check(vector, wanted)
         _check_distance(peer, vector, wanted, state.x)
-    model = Model(vectors, payload.get(STATS, state.stats), payload.get(SHIFT, state.x.new_empty(0)))
+    model = Model(
+        vectors, payload.get(STATS, state.stats), payload.get(SHIFT, state.x.new_empty(0))
+    )
     _check(model.stats, state.stats)
     _check_distance(peer, model.stats, state.stats, state.stats)
     if model.shift.numel():
@@ -226,7 +276,11 @@ def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) 
 
 
 def _part(payload: Payload, prefix: str) -> Payload:
-    return {name.removeprefix(prefix): value for name, value in payload.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in payload.items()
+        if name.startswith(prefix)
+    }
 
 
 # What becomes of it.
@@ -247,7 +301,9 @@ def _sent(peer: Peer, state: PeerState) -> Vectors:
 
 def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> Vectors:
     """Weighted means of every vector."""
-    theirs = [{j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))]
+    theirs = [
+        {j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))
+    ]
     pairs = zip(_sent(peer, state), theirs, strict=True)
     return tuple(_together(peer, own, other, order) for own, other in pairs)
 
@@ -262,7 +318,9 @@ def _together(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Orde
 def _mix_stats(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> PeerState:
     if not state.stats.numel():
         return state
-    return state._replace(stats=_together(peer, state.stats, {j: model.stats for j, model in found.items()}, order))
+    return state._replace(
+        stats=_together(peer, state.stats, {j: model.stats for j, model in found.items()}, order)
+    )
 
 
 def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
@@ -273,11 +331,15 @@ def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Orde
 def _exchange(peer: Peer, state: PeerState, sent: Vectors, mixed: Vectors) -> PeerState:
     algorithm = peer.plan.algorithm
     assert isinstance(algorithm, PeerAlgorithm)
-    return state._replace(algorithm=exchange(algorithm, state.algorithm, sent, mixed, peer.averaging_rate))
+    return state._replace(
+        algorithm=exchange(algorithm, state.algorithm, sent, mixed, peer.averaging_rate)
+    )
 
 
 def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> PeerState:
-    return state._replace(algorithm=peer.plan.algorithm.descend(state.algorithm, gradient, order.lr))
+    return state._replace(
+        algorithm=peer.plan.algorithm.descend(state.algorithm, gradient, order.lr)
+    )
 
 
 def _meet(
@@ -285,7 +347,11 @@ def _meet(
 ) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
     """The neighbours' models: mix them; in the model variant, descend along the own gradients there too."""
     state, found, refused = _models(peer, state, received, order)
-    state, algorithm, metrics = _mix_stats(peer, state, found, order), peer.plan.algorithm, Metrics()
+    state, algorithm, metrics = (
+        _mix_stats(peer, state, found, order),
+        peer.plan.algorithm,
+        Metrics(),
+    )
     if isinstance(algorithm, LinkAlgorithm):
         vectors = {j: model.vectors for j, model in found.items()}
         return state._replace(algorithm=algorithm.mix(state.algorithm, vectors)), metrics, refused
@@ -307,7 +373,9 @@ def _finish(
     """The neighbours' gradients: descend along them, mix the models that came before them."""
     pending, sent = state.pending, _sent(peer, state)
     if pending is None:
-        raise ValueError(f"step {order.step} ends an exchange that this site does not remember to have begun")
+        raise ValueError(
+            f"step {order.step} ends an exchange that this site does not remember to have begun"
+        )
     state, found, refused = _usable(peer, state, received, order, _decode_gradient)
     state = _descend(peer, state, _together(peer, pending.gradient, found, order), order)
     state = _exchange(peer, state, sent, pending.mixed)._replace(pending=None)
@@ -327,19 +395,32 @@ def _pair(state: PeerState, oracle: Oracle) -> Callable[[Tensor, Tensor | None],
             values.append(value)
             rows.append(gradient if len(x) == 1 else gradient.clone())
             stats.append(after)
-        return Gradients(torch.stack(values), rows[0][None] if len(x) == 1 else torch.stack(rows), torch.stack(stats))
+        return Gradients(
+            torch.stack(values),
+            rows[0][None] if len(x) == 1 else torch.stack(rows),
+            torch.stack(stats),
+        )
 
     return pair
 
 
-def _gradients(peer: Peer, state: PeerState, found: Mapping[int, Model], oracle: Oracle) -> tuple[PeerState, Gradients]:
+def _gradients(
+    peer: Peer, state: PeerState, found: Mapping[int, Model], oracle: Oracle
+) -> tuple[PeerState, Gradients]:
     """The own gradients at the own model (row 0) and at the neighbours', on the next batch; statistics follow row 0."""
-    x = torch.stack([state.x, *(model.vectors[0] for model in found.values())]) if found else state.x[None]
+    x = (
+        torch.stack([state.x, *(model.vectors[0] for model in found.values())])
+        if found
+        else state.x[None]
+    )
     own = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     own[0] = True
     shift = None
     if state.shift.numel():
-        shifts = [model.shift if model.shift.numel() else torch.zeros_like(state.x) for model in found.values()]
+        shifts = [
+            model.shift if model.shift.numel() else torch.zeros_like(state.x)
+            for model in found.values()
+        ]
         shift = torch.stack([state.shift, *shifts])
     pair = _pair(state, oracle)
     taken = neighbourhood_gradients(pair, x, own, peer.plan.gradient, peer.regular, shift)
@@ -368,11 +449,15 @@ def _trained(peer: Peer, state: PeerState, loss: float, order: Order) -> tuple[P
 # What is offered and kept.
 
 
-def _offer(peer: Peer, state: PeerState, order: Order) -> tuple[PeerState, dict[int | None, Payload]]:
+def _offer(
+    peer: Peer, state: PeerState, order: Order
+) -> tuple[PeerState, dict[int | None, Payload]]:
     """The vectors, and what goes with them, for all neighbours or for each."""
     beside = {STATS: state.stats} if state.stats.numel() else {}
     if isinstance(peer.plan.algorithm, LinkAlgorithm):
-        offers = {j: encode(peer, (), _outgoing(peer, state, j), order.step)[0] for j in order.readers}
+        offers = {
+            j: encode(peer, (), _outgoing(peer, state, j), order.step)[0] for j in order.readers
+        }
         return state, {j: payload | beside for j, payload in offers.items()}
     payload, memories, sent = encode(peer, state.memories, _outgoing(peer, state), order.step)
     if not peer.channel.exact:
@@ -393,7 +478,13 @@ def _finite(state: PeerState) -> PeerState:
         Diverged: part of the state is not finite.
     """
     tensors, numbers = flatten(state)
-    wrong = [name for name, part in tensors.items() if not bool(torch.stack(torch.aminmax(part)).isfinite().all())]
+    wrong = [
+        name
+        for name, part in tensors.items()
+        if not bool(torch.stack(torch.aminmax(part)).isfinite().all())
+    ]
     if wrong := wrong + [name for name, number in numbers.items() if not math.isfinite(number)]:
-        raise Diverged(f"in step {state.step} this site's {wrong[0].removeprefix('algorithm.')} is not finite")
+        raise Diverged(
+            f"in step {state.step} this site's {wrong[0].removeprefix('algorithm.')} is not finite"
+        )
     return state

@@ -39,7 +39,11 @@ class _Forked:
         self._process = FORK.Process(target=_serve, args=[file, log, dict(os.environ)])
         self._process.start()
         assert self._process.pid
-        self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
+        self.pid, self.kill, self.terminate = (
+            self._process.pid,
+            self._process.kill,
+            self._process.terminate,
+        )
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -69,16 +73,31 @@ class Service:
     process: "_Forked | subprocess.Popen[bytes]"
 
     def __init__(self, folder: Path, *, processes: int = 1, **keys: Any) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+            1,
+            1,
+            1,
+        )  # Flower's messages need one
         self._processes = processes
         self.socket, self.audit = str(folder / "site.sock"), folder / "audit.jsonl"
         self.file, self.log = folder / "site.toml", folder / "log"
-        common = {"site": 1, "socket": self.socket, "audit": str(self.audit), "data": {"source": "digits"}}
+        common = {
+            "site": 1,
+            "socket": self.socket,
+            "audit": str(self.audit),
+            "data": {"source": "digits"},
+        }
         self.file.write_text(tomli_w.dumps(common | keys))
         self.start()
 
     def start(self) -> None:
-        several = ["torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={self._processes}", "-m"]
+        several = [
+            "torch.distributed.run",
+            "--standalone",
+            "--max-restarts=3",
+            f"--nproc-per-node={self._processes}",
+            "-m",
+        ]
         Path(self.socket).unlink(missing_ok=True)  # of one that was killed
         if self._processes == 1:
             self.process = _Forked(self.file, self.log)
@@ -92,7 +111,11 @@ class Service:
 
     def lines(self) -> list[dict[str, Any]]:
         """The audit log: a line for each letter, and one for its answer."""
-        return [json.loads(line) for line in self.audit.read_text().splitlines()] if self.audit.exists() else []
+        return (
+            [json.loads(line) for line in self.audit.read_text().splitlines()]
+            if self.audit.exists()
+            else []
+        )
 
     def end(self) -> None:
         if self._processes == 1:
@@ -116,10 +139,17 @@ def deployed(config: Config, **of_sites: str) -> History:
 
 
 def config_of(strategy: str, **keys: Any) -> Config:
-    return configuration(strategy=strategy, num_sites=SITES, epochs=2, model={"name": "mlp"}, **keys)
+    return configuration(
+        strategy=strategy, num_sites=SITES, epochs=2, model={"name": "mlp"}, **keys
+    )
 
 
-def answer_to(service: Service, run_config: dict[str, Any], kind: str = "query.site", content: RecordDict | None = None) -> Message:
+def answer_to(
+    service: Service,
+    run_config: dict[str, Any],
+    kind: str = "query.site",
+    content: RecordDict | None = None,
+) -> Message:
     context = Context(next(RUN_IDS), 5, {"service": service.socket}, RecordDict(), run_config)
     return client_app(Message(content or RecordDict(), dst_node_id=5, message_type=kind), context)
 
@@ -134,5 +164,12 @@ def flat(strategy: str = "fedavg", **keys: Any) -> dict[str, Any]:
 
 
 def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
-    told = {"server-round": 1, "classes": list("0123456789"), "lr": 0.05, "cycle-from": 0.0, "cycle-to": 1.0, **keys}
+    told = {
+        "server-round": 1,
+        "classes": list("0123456789"),
+        "lr": 0.05,
+        "cycle-from": 0.0,
+        "cycle-to": 1.0,
+        **keys,
+    }
     return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(told)})

@@ -77,7 +77,9 @@ def honest(config: Config, site: int, message: Message) -> RecordDict:
         case "train":
             return trained(config, read_order(config_of(message)), site, message)
         case "evaluate":
-            return write_tested(reached(site, 1 if len(arrays_of(message)[X].shape) == 1 else config.num_sites))
+            return write_tested(
+                reached(site, 1 if len(arrays_of(message)[X].shape) == 1 else config.num_sites)
+            )
         case kind:
             return stepped(config, site, message, kind == "train.cross")
 
@@ -126,7 +128,10 @@ def trained(config: Config, order: Order, site: int, message: Message) -> Record
         classes = len(order.agreed.classes)
         codec = codec_of(config.wire, (4 * classes, classes, classes, classes))
         del made[X]
-        made |= {f"{CODED}{part}": value for part, value in codec.encode(moved, torch.Generator()).items()}
+        made |= {
+            f"{CODED}{part}": value
+            for part, value in codec.encode(moved, torch.Generator()).items()
+        }
     return write_trained(made, metrics, reached(site) if order.test else None)
 
 

@@ -16,15 +16,32 @@ from tests.conftest import RunApp, default_config
 def test_metrics_are_tidy_and_read_in_one_line(run_app: RunApp) -> None:
     run = run_app(epochs=3, co_learning={"epsilon": 0.0})
     metrics = pd.read_csv(run.folder / "metrics.csv")
-    assert list(metrics.columns) == ["round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value"]
+    assert list(metrics.columns) == [
+        "round",
+        "seconds",
+        "bytes_up",
+        "bytes_down",
+        "site",
+        "split",
+        "metric",
+        "value",
+    ]
     assert not metrics.isna().any().any()
     assert not metrics.duplicated(["round", "site", "split", "metric"]).any()
     assert metrics["seconds"].is_monotonic_increasing
     assert set(metrics["site"]) == {"0", "1", "2", "all"}
-    assert set(metrics[metrics["split"] == "test"]["metric"]) == {"accuracy", "loss", "num-examples"}
+    assert set(metrics[metrics["split"] == "test"]["metric"]) == {
+        "accuracy",
+        "loss",
+        "num-examples",
+    }
     accuracy = metrics.query("metric == 'accuracy' and round == 3").set_index("site")["value"]
-    sizes = metrics.query("metric == 'num-examples' and round == 3 and split == 'test'").set_index("site")["value"]
-    assert accuracy["all"] == pytest.approx(sum(accuracy[site] * sizes[site] for site in "012") / 360)
+    sizes = metrics.query("metric == 'num-examples' and round == 3 and split == 'test'").set_index(
+        "site"
+    )["value"]
+    assert accuracy["all"] == pytest.approx(
+        sum(accuracy[site] * sizes[site] for site in "012") / 360
+    )
 
 
 def test_bytes_are_one_vector_each_way_and_message(run_app: RunApp) -> None:
@@ -59,10 +76,14 @@ def test_pictures_are_drawn(run_app: RunApp) -> None:
     assert not list(run.folder.glob("*.partial"))
 
 
-def test_progress_and_table_are_printed(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_and_table_are_printed(
+    run_app: RunApp, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_app(epochs=2, co_learning={"epsilon": 0.0})
     printed = capsys.readouterr().out
-    assert "co-learning: 3 sites, 1,437 training examples of digits (1, 8, 8) in 10 classes" in printed
+    assert (
+        "co-learning: 3 sites, 1,437 training examples of digits (1, 8, 8) in 10 classes" in printed
+    )
     assert "round   1 | epoch 1/2 (+1) | lr 0.05 to 0.014" in printed
     assert f"test accuracy {run.trace('accuracy')[-1]:.4f}" in printed
     assert f"│ {run.trace('accuracy')[-1]:>8.4f} │" in printed
@@ -74,7 +95,12 @@ def test_progress_and_table_are_printed(run_app: RunApp, capsys: pytest.CaptureF
     [
         {"model.name": "resnet20", "model.norm": "group"},
         {"model.name": "cnn", "computing.precision": "bfloat16", "computing.channels-last": True},
-        {"model.name": "cnn", "data.augment": "flip-crop", "training.clip-norm": 1.0, "training.nesterov": True},
+        {
+            "model.name": "cnn",
+            "data.augment": "flip-crop",
+            "training.clip-norm": 1.0,
+            "training.nesterov": True,
+        },
         {
             "model.name": "cnn",
             "partition.kind": "dirichlet-equal",
@@ -118,7 +144,9 @@ def test_table_with_natural_sites_is_named_after_its_files(
     generator = torch.Generator().manual_seed(1)
     for shift, name in enumerate(("bern", "lyon", "oslo")):
         values = torch.randn(80, 2, generator=generator) + shift
-        table = pd.DataFrame({"a": values[:, 0], "b": values[:, 1], "sick": (values[:, 0] > values[:, 1]).long()})
+        table = pd.DataFrame(
+            {"a": values[:, 0], "b": values[:, 1], "sick": (values[:, 0] > values[:, 1]).long()}
+        )
         table.loc[:5, "b"] = None
         table.to_csv(folder / f"{name}.csv", index=False)
     run = run_app(
@@ -128,21 +156,33 @@ def test_table_with_natural_sites_is_named_after_its_files(
         epochs=40,
     )
     assert run.trace("accuracy")[-1] > 0.85
-    assert "bern: of 80 rows, missing values in b (6): filled with the mean of all sites" in caplog.text
+    assert (
+        "bern: of 80 rows, missing values in b (6): filled with the mean of all sites"
+        in caplog.text
+    )
 
 
 def test_classes_that_only_some_sites_have_are_counted_alike(run_app: RunApp) -> None:
     """Sites with four of ten classes each: a site that counted its own from 0 would be right on four of ten at best."""
-    run = run_app(partition={"kind": "classes", "classes_per_site": 4}, training={"lr": 0.02}, epochs=12)
+    run = run_app(
+        partition={"kind": "classes", "classes_per_site": 4}, training={"lr": 0.02}, epochs=12
+    )
     assert run.trace("accuracy")[-1] > 0.6
 
 
-def test_relative_results_folder_is_made_absolute(run_app: RunApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_results_folder_is_made_absolute(
+    run_app: RunApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     from client_app.app import app as client_app
     from server_app.app import app as server_app
     from simulation.grid import run_in_process
 
-    run_in_process(server_app, client_app, 2, default_config() | {"num-sites": 2, "epochs": 2, "model.name": "mlp"})
+    run_in_process(
+        server_app,
+        client_app,
+        2,
+        default_config() | {"num-sites": 2, "epochs": 2, "model.name": "mlp"},
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "model.safetensors").exists()

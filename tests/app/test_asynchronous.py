@@ -46,17 +46,29 @@ def updates(found: Run, site: str = "all") -> list[float]:
 
 def staleness(found: Run) -> Counter[int]:
     rows = found.metrics[found.metrics["metric"].str.startswith("staleness-")]
-    return Counter({int(str(name).removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
+    return Counter(
+        {
+            int(str(name).removeprefix("staleness-")): int(n)
+            for name, n in rows.groupby("metric")["value"].sum().items()
+        }
+    )
 
 
 @pytest.mark.parametrize("base", ["dc-asgd-c", "dc-asgd-a", "adam", "rmsprop"])
 def test_gsgm_stands_on_other_optimizers(base: str) -> None:
-    found = run(strategy="gsgm", epochs=10, gsgm={"base": base, "server_lr": 0.003 if base in ("adam", "rmsprop") else 1.0})
+    found = run(
+        strategy="gsgm",
+        epochs=10,
+        gsgm={"base": base, "server_lr": 0.003 if base in ("adam", "rmsprop") else 1.0},
+    )
     assert found.history["accuracy"].iloc[-1] > 0.7
 
 
 def test_gsgm_with_everything_off_is_asgd_bit_for_bit() -> None:
-    gsgm, asgd = run(strategy="gsgm", gsgm={"window": 1, "momentum": 0.0, "slack": 1e9}), run(strategy="asgd")
+    gsgm, asgd = (
+        run(strategy="gsgm", gsgm={"window": 1, "momentum": 0.0, "slack": 1e9}),
+        run(strategy="asgd"),
+    )
     assert all(torch.equal(gsgm.model[name], asgd.model[name]) for name in asgd.model)
     assert gsgm.metrics.equals(asgd.metrics)
 
@@ -80,12 +92,21 @@ def test_white_list_is_even_and_bounds_staleness_where_asgd_does_neither() -> No
 
 
 def test_waiting_for_the_slowest_costs_time_and_the_local_reading_uses_it() -> None:
-    asgd, strict, local = run(strategy="asgd"), run(strategy="gsgm"), run(strategy="gsgm", gsgm={"schedule": "local"})
+    asgd, strict, local = (
+        run(strategy="asgd"),
+        run(strategy="gsgm"),
+        run(strategy="gsgm", gsgm={"schedule": "local"}),
+    )
     assert strict.summary["hours"] > 1.3 * asgd.summary["hours"]
     counts = [sum(updates(local, str(site))) for site in range(4)]
     assert max(counts) - min(counts) <= 1
-    bytes_of = {name: found.metrics["bytes_up"].max() for name, found in (("strict", strict), ("local", local))}
-    assert bytes_of["local"] > 1.3 * bytes_of["strict"]  # nobody idles: what fast sites send is averaged
+    bytes_of = {
+        name: found.metrics["bytes_up"].max()
+        for name, found in (("strict", strict), ("local", local))
+    }
+    assert (
+        bytes_of["local"] > 1.3 * bytes_of["strict"]
+    )  # nobody idles: what fast sites send is averaged
 
 
 def test_slack_trades_evenness_for_time() -> None:
@@ -132,10 +153,15 @@ def spoil(site: int) -> Any:
     return tamper
 
 
-def test_site_that_sends_nan_is_left_out_by_name(run_app: RunApp, caplog: pytest.LogCaptureFixture) -> None:
+def test_site_that_sends_nan_is_left_out_by_name(
+    run_app: RunApp, caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("flwr").propagate = True
     found = run_app(spoil(1), strategy="gsgm", num_sites=3, epochs=3)
-    assert "update 1: site 1 (site 1) is left out of the training: loss is nan: must be a finite number" in caplog.text
+    assert (
+        "update 1: site 1 (site 1) is left out of the training: loss is nan: must be a finite number"
+        in caplog.text
+    )
     assert found.trace("updates", "train", "1") == [0] * len(found.trace("updates", "train", "1"))
     assert sum(found.trace("updates", "train")) == 3 * 45
 
@@ -146,11 +172,24 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
 
     config = configuration(strategy="gsgm", num_sites=3, epochs=2, model={"name": "mlp"})
     history = History(config)
-    with pytest.raises(RunError, match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: loss is nan"):
-        run_server(VirtualGrid(client_app, World().sites(3, 1), config.flat(), all_but_one), config, history)
+    with pytest.raises(
+        RunError,
+        match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: loss is nan",
+    ):
+        run_server(
+            VirtualGrid(client_app, World().sites(3, 1), config.flat(), all_but_one),
+            config,
+            history,
+        )
 
 
-AWAY: dict[str, Any] = {"strategy": "gsgm", "num_sites": 2, "min_sites": 1, "epochs": 2, "training.batch-size": 64}
+AWAY: dict[str, Any] = {
+    "strategy": "gsgm",
+    "num_sites": 2,
+    "min_sites": 1,
+    "epochs": 2,
+    "training.batch-size": 64,
+}
 
 
 def test_test_that_nobody_can_take_is_not_waited_for() -> None:
@@ -174,22 +213,36 @@ def test_site_that_died_at_work_is_missed_even_where_sites_come_and_go() -> None
 
 def test_everybody_dead_ends_the_run_with_what_was_reached() -> None:
     dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in range(4)})
-    with pytest.raises(RunError, match=r"0 sites go on after patience-s = 21600, min-sites = 2: stopped"):
+    with pytest.raises(
+        RunError, match=r"0 sites go on after patience-s = 21600, min-sites = 2: stopped"
+    ):
         run(dead, strategy="gsgm")
 
 
 def test_everybody_too_slow_ends_the_run() -> None:
-    with pytest.raises(RunError, match=r"0 sites go on after patience-s = 5, min-sites = 2: stopped"):
+    with pytest.raises(
+        RunError, match=r"0 sites go on after patience-s = 5, min-sites = 2: stopped"
+    ):
         run(World(samples_per_s=1), strategy="gsgm", timeout_s=5.0, patience_s=5.0)
 
 
 def test_site_that_fails_and_then_is_gone_counts_once() -> None:
     def fail(number: int, message: Message, reply: Message) -> Message:
         training = message.metadata.message_type == "train"
-        return Message(Error(2, "out of memory"), reply_to=message) if number == 3 and training else reply
+        return (
+            Message(Error(2, "out of memory"), reply_to=message)
+            if number == 3 and training
+            else reply
+        )
 
     config = configuration(
-        strategy="asgd", num_sites=4, min_sites=3, epochs=8, model={"name": "mlp"}, results={"evaluate_every": 20}, timeout_s=50.0
+        strategy="asgd",
+        num_sites=4,
+        min_sites=3,
+        epochs=8,
+        model={"name": "mlp"},
+        results={"evaluate_every": 20},
+        timeout_s=50.0,
     )
     history = History(config)
     sites = World(samples_per_s=100, offline={3: [(2.0, math.inf)]}).sites(4, 1)
@@ -203,7 +256,11 @@ def test_service_that_is_away_is_called_ever_less_often() -> None:
     def away(number: int, message: Message, reply: Message) -> Message:
         if number == 3 and message.metadata.message_type == "train":
             calls.append(grid.now())
-            return reply if len(calls) > 9 else Message(Error(STOPPED, "nobody listens"), reply_to=message)
+            return (
+                reply
+                if len(calls) > 9
+                else Message(Error(STOPPED, "nobody listens"), reply_to=message)
+            )
         return reply
 
     config = configuration(strategy="asgd", num_sites=4, epochs=8, model={"name": "mlp"})
@@ -214,13 +271,19 @@ def test_service_that_is_away_is_called_ever_less_often() -> None:
 
 
 def test_budget_that_holds_no_update_is_refused() -> None:
-    with pytest.raises(RunError, match="local-steps = 1000: epochs = 2 have 96 batches; at most these"):
+    with pytest.raises(
+        RunError, match="local-steps = 1000: epochs = 2 have 96 batches; at most these"
+    ):
         run(strategy="gsgm", gsgm={"local_steps": 1000}, epochs=2)
-    with pytest.raises(RunError, match="epochs = 2: 19 contributions, and fedbuff needs 100 for a step"):
+    with pytest.raises(
+        RunError, match="epochs = 2: 19 contributions, and fedbuff needs 100 for a step"
+    ):
         run(strategy="fedbuff", fedbuff={"buffer_size": 100}, epochs=2)
 
 
-def test_results_show_staleness_and_contributions(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_show_staleness_and_contributions(
+    run_app: RunApp, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = run_app(strategy="gsgm", epochs=3, draw=True)
     assert imread(found.folder / "arrivals.png").shape[0] > 200
     assert not (found.folder / "schedule.png").exists()
@@ -233,7 +296,11 @@ def test_results_show_staleness_and_contributions(run_app: RunApp, capsys: pytes
 
 def test_batch_norm_statistics_are_averaged_too() -> None:
     found = run(
-        strategy="gsgm", model={"name": "resnet20"}, data={"source": "tests.equivalence.test_averaging:few"}, num_sites=2, epochs=2
+        strategy="gsgm",
+        model={"name": "resnet20"},
+        data={"source": "tests.equivalence.test_averaging:few"},
+        num_sites=2,
+        epochs=2,
     )
     assert not torch.equal(found.model["stem.1.running_mean"], torch.zeros(16))
     assert (found.model["stem.1.running_var"] > 0).all()

@@ -38,19 +38,31 @@ class Sites:
         nonces: that the sites told last.
     """
 
-    def __init__(self, node: dict[str, Any] | list[dict[str, Any]] | None = None, **changes: Any) -> None:
+    def __init__(
+        self, node: dict[str, Any] | list[dict[str, Any]] | None = None, **changes: Any
+    ) -> None:
         self.config = configuration(**(COMMON | changes))
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+            1,
+            1,
+            1,
+        )  # Flower's messages need one
         self.offered: dict[int, dict[int, ArrayRecord]] = {}
         self.nodes = (
-            node if isinstance(node, list) else [{"partition-id": site, "num-partitions": 4} | (node or {}) for site in SITES]
+            node
+            if isinstance(node, list)
+            else [{"partition-id": site, "num-partitions": 4} | (node or {}) for site in SITES]
         )
         self.contexts = [self.context(site, self.config) for site in SITES]
         self.public: dict[str, Any] = {}
         self.nonces: dict[str, Any] = {}
         if self.config.wire.sealing != "off":
             cards = [config_of(self.ask(site, "query.site", {})) for site in SITES]
-            self.public = {f"key-{site}": card["public-key"] for site, card in enumerate(cards) if "public-key" in card}
+            self.public = {
+                f"key-{site}": card["public-key"]
+                for site, card in enumerate(cards)
+                if "public-key" in card
+            }
 
     def context(self, site: int, config: Config, run: int = 1) -> Context:
         """Of a site that remembers nothing."""
@@ -70,7 +82,11 @@ class Sites:
             "fresh": False,
             "cycle-from": min(1.0, step / 48),
         }
-        told = {name: value for name, value in (self.public | self.nonces).items() if name.rpartition("-")[2] != str(site)}
+        told = {
+            name: value
+            for name, value in (self.public | self.nonces).items()
+            if name.rpartition("-")[2] != str(site)
+        }
         return fields | told | {name.replace("_", "-"): value for name, value in changes.items()}
 
     def ask(
@@ -82,8 +98,12 @@ class Sites:
         x: torch.Tensor | None = None,
     ) -> Message:
         """The answer to a message."""
-        records: dict[str, Any] = {"config": ConfigRecord(fields)} | ({} if x is None else {"arrays": pack({"x": x})})
-        records |= {f"from-{sender}": ArrayRecord(arrays) for sender, arrays in (received or {}).items()}
+        records: dict[str, Any] = {"config": ConfigRecord(fields)} | (
+            {} if x is None else {"arrays": pack({"x": x})}
+        )
+        records |= {
+            f"from-{sender}": ArrayRecord(arrays) for sender, arrays in (received or {}).items()
+        }
         message = Message(RecordDict(records), 1000 + site, kind)
         message.metadata.__dict__["_message_id"] = "1"
         reply = client_app(message=message, context=self.contexts[site])
@@ -91,16 +111,32 @@ class Sites:
             self.nonces[f"nonce-{site}"] = config_of(reply)["nonce"]
         return reply
 
-    def delivery(self, site: int, step: int, sender: int, labelled: int | None = None) -> dict[str, Array]:
+    def delivery(
+        self, site: int, step: int, sender: int, labelled: int | None = None
+    ) -> dict[str, Array]:
         """What ``sender`` offered ``site`` in a step, which the relay calls ``labelled``."""
         label = step if labelled is None else labelled
         arrays = self.offered[step][sender].items()
-        return {f"{label}/{name.partition('/')[2]}": array for name, array in arrays if name.startswith(("offer/", f"to-{site}/"))}
+        return {
+            f"{label}/{name.partition('/')[2]}": array
+            for name, array in arrays
+            if name.startswith(("offer/", f"to-{site}/"))
+        }
 
-    def step(self, site: int, step: int, received: dict[int, dict[str, Array]] | None = None, **changes: Any) -> Message:
+    def step(
+        self,
+        site: int,
+        step: int,
+        received: dict[int, dict[str, Array]] | None = None,
+        **changes: Any,
+    ) -> Message:
         """The answer to a step, by default with what the neighbours offered in the one before."""
         if received is None:
-            received = {j: self.delivery(site, step - 1, j) for j in ((site - 1) % 4, (site + 1) % 4)} if step else {}
+            received = (
+                {j: self.delivery(site, step - 1, j) for j in ((site - 1) % 4, (site + 1) % 4)}
+                if step
+                else {}
+            )
         return self.ask(site, "train.peer", self.fields(site, step, **changes), received)
 
     def all_step(self, step: int) -> list[Message]:
@@ -113,7 +149,9 @@ class Sites:
     def state(self, site: int) -> PeerState | None:
         """What a site remembers."""
         algorithm = peer_of(self.config, site, (1,)).plan.algorithm
-        return recall(self.contexts[site], type(algorithm.init(torch.zeros(1))), torch.device("cpu"))
+        return recall(
+            self.contexts[site], type(algorithm.init(torch.zeros(1))), torch.device("cpu")
+        )
 
 
 def after(steps: int, **changes: Any) -> Sites:
@@ -154,7 +192,9 @@ def test_a_sealed_state_is_not_shown_where_the_configuration_is_another_one() ->
     changed = sites.context(0, bare)
     changed.state = sites.contexts[0].state
     sites.contexts[0] = changed
-    assert "run configuration: another one than in this run's first step" in reason(sites.step(0, 3, {}, last=True, cycle_from=1.0))
+    assert "run configuration: another one than in this run's first step" in reason(
+        sites.step(0, 3, {}, last=True, cycle_from=1.0)
+    )
     assert torch.equal(model(sites, 0), kept)
 
 
@@ -187,7 +227,10 @@ def test_a_second_run_of_a_series_begins_as_the_first_did() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": [str(9 - digit) for digit in range(10)]}, "classes and moments: another one than in this run's first step"),
+        (
+            {"classes": [str(9 - digit) for digit in range(10)]},
+            "classes and moments: another one than in this run's first step",
+        ),
         ({"cycle_from": 1e6}, "cycle-from = 1e+06: 0 to 1 is expected"),
         ({"cycle_from": math.nan}, "cycle-from = nan: 0 to 1 is expected"),
         ({"cycle_from": -20.0}, "cycle-from = -20: 0 to 1 is expected"),
@@ -205,7 +248,11 @@ def test_what_may_not_change_in_a_run_is_refused(changes: dict[str, Any], messag
 
 
 def test_a_state_that_is_not_finite_is_never_kept() -> None:
-    rate: dict[str, Any] = {"training.lr": 100.0, "training.lr-ratio": 1.0, "training.weight-decay": 1e6}
+    rate: dict[str, Any] = {
+        "training.lr": 100.0,
+        "training.lr-ratio": 1.0,
+        "training.weight-decay": 1e6,
+    }
     sites = Sites(**rate)
     replies = [sites.step(0, 0)]
     while not replies[-1].has_error() and len(replies) < 50:
@@ -215,12 +262,23 @@ def test_a_state_that_is_not_finite_is_never_kept() -> None:
 
 
 @pytest.mark.parametrize("sealing", ["off", "trust-on-first-use"])
-def test_half_an_exchange_that_is_not_finite_is_never_kept(sealing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_an_exchange_that_is_not_finite_is_never_kept(
+    sealing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sites = after(1, **{"strategy": "n-saddle", "wire.sealing": sealing})
     gradient = Oracle.gradient
-    fields, received = sites.fields(0, 1, cycle_from=0.0), {j: sites.delivery(0, 0, j) for j in (1, 3)}
-    monkeypatch.setattr(Oracle, "gradient", lambda *args: (gradient(*args)[0], gradient(*args)[1] * math.nan, args[2]))
-    assert "in step 1 this site's pending.gradient is not finite" in reason(sites.ask(0, "train.cross", fields, received))
+    fields, received = (
+        sites.fields(0, 1, cycle_from=0.0),
+        {j: sites.delivery(0, 0, j) for j in (1, 3)},
+    )
+    monkeypatch.setattr(
+        Oracle,
+        "gradient",
+        lambda *args: (gradient(*args)[0], gradient(*args)[1] * math.nan, args[2]),
+    )
+    assert "in step 1 this site's pending.gradient is not finite" in reason(
+        sites.ask(0, "train.cross", fields, received)
+    )
     monkeypatch.undo()
     state = sites.state(0)
     assert state is not None
@@ -238,11 +296,19 @@ def test_only_a_step_of_training_ends_what_is_kept_on_disk(tmp_path: Path) -> No
     assert len(files) == 4
     sites.ask(0, "query.site", {"last": True, "server-round": 9})
     assert {file.name for file in tmp_path.iterdir()} == files
-    for step, changes in ((0, {}), (0, {"cycle_from": 1.0}), (1, {}), (1, {"classes": ["0"], "cycle_from": 1.0})):
+    for step, changes in (
+        (0, {}),
+        (0, {"cycle_from": 1.0}),
+        (1, {}),
+        (1, {"classes": ["0"], "cycle_from": 1.0}),
+    ):
         assert sites.step(0, step, last=True, **changes).has_error()
         assert {file.name for file in tmp_path.iterdir()} == files
     assert not sites.step(0, 1, last=True, cycle_from=1.0).has_error()
-    assert {file.name for file in tmp_path.iterdir()} == files - {"1-0.state"} | {"1-0.before", "1-0.ended"}
+    assert {file.name for file in tmp_path.iterdir()} == files - {"1-0.state"} | {
+        "1-0.before",
+        "1-0.ended",
+    }
     assert "1 was before" in reason(sites.step(0, 2, {}))  # who ends a run early has ended it
 
 
@@ -260,7 +326,9 @@ def test_a_finished_model_is_overwritten_by_no_other_run(tmp_path: Path) -> None
     finished.write_bytes(earlier)
     sites = Sites({"save": str(finished)})
     assert "step 0 cannot be the last one" in reason(sites.step(0, 0, last=True, cycle_from=1.0))
-    assert not sites.step(1, 1, {}, last=True, cycle_from=1.0).has_error()  # remembers nothing, has trained on nothing
+    assert not sites.step(
+        1, 1, {}, last=True, cycle_from=1.0
+    ).has_error()  # remembers nothing, has trained on nothing
     assert finished.read_bytes() == earlier
     sites.step(0, 0)
     for _ in range(2):  # once more, as where an answer was lost: it is the same run's
@@ -286,9 +354,15 @@ def test_a_finished_model_is_overwritten_by_no_other_run(tmp_path: Path) -> None
 def test_a_payload_without_a_step_is_its_senders_fault() -> None:
     sites = after(1)
     received = {j: sites.delivery(0, 0, j) for j in (1, 3)}
-    received[1] = {"x/sealed": Array(np.zeros(3, np.uint8)), "9999999999/values": Array(np.zeros(3, np.float32))}
+    received[1] = {
+        "x/sealed": Array(np.zeros(3, np.uint8)),
+        "9999999999/values": Array(np.zeros(3, np.float32)),
+    }
     reply = sites.step(0, 1, received)
-    assert refused(reply) == ["site 1: 'x/sealed' is no part of a step", "site 1: '9999999999/values' is no part of a step"]
+    assert refused(reply) == [
+        "site 1: 'x/sealed' is no part of a step",
+        "site 1: '9999999999/values' is no part of a step",
+    ]
 
 
 def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
@@ -300,7 +374,9 @@ def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
     assert refused(reply) == ["site 1: step 0 is 20 steps old, at most 16 are of use"]
     reply = late.step(0, 21, {3: late.delivery(0, 0, 3, labelled=9999)})
     assert refused(reply) == ["site 3: step 9999 is not before this peer's step 21"]
-    assert refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []  # it blocked nothing
+    assert (
+        refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []
+    )  # it blocked nothing
 
 
 def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:
@@ -311,11 +387,17 @@ def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:
 
 
 def test_a_difference_without_those_before_it_is_refused() -> None:
-    choco: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+    choco: dict[str, Any] = {
+        "wire.codec": "qsgd",
+        "wire.error-feedback": "choco",
+        "topology.averaging-rate": 0.5,
+    }
     sites = after(3, **choco)
     sites.contexts[0] = sites.context(0, sites.config)  # it remembers nothing
     reply = sites.step(0, 3)
-    assert refused(reply) == [f"site {j}: step 2 goes on from a step that is missing here" for j in (1, 3)]
+    assert refused(reply) == [
+        f"site {j}: step 2 goes on from a step that is missing here" for j in (1, 3)
+    ]
     assert config_of(reply)["broken"] == [1, 3]
     whole = after(3, **choco)  # what site 1 offered in step 2 is not delivered
     whole.offered[3] = {1: arrays_of(whole.step(1, 3))}
@@ -324,13 +406,23 @@ def test_a_difference_without_those_before_it_is_refused() -> None:
 
 
 def test_a_sender_whose_newest_difference_is_bad_is_left_out_whole() -> None:
-    choco: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+    choco: dict[str, Any] = {
+        "wire.codec": "qsgd",
+        "wire.error-feedback": "choco",
+        "topology.averaging-rate": 0.5,
+    }
     found = []
     for delivered in ((0, 1), ()):  # of site 1: a good difference and a bad one; nothing
         sites = after(2, **choco)
         sites.contexts[0] = sites.context(0, sites.config)
-        received = {name: array for step in delivered for name, array in sites.delivery(0, step, 1).items()}
-        received |= {name: Array(np.zeros(3, np.float32)) for name in received if name.startswith("1/") and "codes" in name}
+        received = {
+            name: array for step in delivered for name, array in sites.delivery(0, step, 1).items()
+        }
+        received |= {
+            name: Array(np.zeros(3, np.float32))
+            for name in received
+            if name.startswith("1/") and "codes" in name
+        }
         reply = sites.step(0, 2, {1: received})
         assert len(refused(reply)) == (1 if delivered else 0)
         found.append(model(sites, 0))
@@ -350,13 +442,18 @@ def test_what_is_sealed_for_another_reader_is_refused(reader: int, sender: int) 
     sites = after(1, **SEALED)
     reply = sites.step(0, 1, {sender: sites.delivery(reader, 0, sender)})
     assert len(refused(reply)) == 1
-    assert refused(reply)[0].startswith(f"site {sender}: step 0 was changed on the way, or is not for this site")
+    assert refused(reply)[0].startswith(
+        f"site {sender}: step 0 was changed on the way, or is not for this site"
+    )
 
 
 def test_sealed_peers_answer_no_plain_training_and_no_new_keys() -> None:
     sites = after(1, **SEALED)
     x = model(sites, 0)
-    for kind, message in (("train", "a peer trains its own model"), ("evaluate", "a sealed peer tests no model but its own")):
+    for kind, message in (
+        ("train", "a peer trains its own model"),
+        ("evaluate", "a sealed peer tests no model but its own"),
+    ):
         assert message in reason(sites.ask(0, kind, sites.fields(0, 1), {}, x))
     stranger = sites.step(0, 1, key_9=bytes(32), listeners=[9])
     assert "site 9 has a public key, and had none at first" in reason(stranger)
@@ -372,17 +469,29 @@ def test_keys_that_come_after_the_first_message_are_not_believed(keys: dict[str,
 
 
 @pytest.mark.parametrize(
-    "told", [{"key-1": b"short"}, {"key-1": 5}, {"nonce-1": b"short"}, {"nonce-1": "0" * 16}, {"nonce-1": 1.5}]
+    "told",
+    [
+        {"key-1": b"short"},
+        {"key-1": 5},
+        {"nonce-1": b"short"},
+        {"nonce-1": "0" * 16},
+        {"nonce-1": 1.5},
+    ],
 )
 def test_keys_and_nonces_that_are_none_are_refused(told: dict[str, Any]) -> None:
     sites = Sites(**SEALED)
     [name] = told
-    assert f"{name} is {told[name]!r}: {16 if 'nonce' in name else 32} bytes are expected" in reason(sites.step(0, 0, **told))
+    assert (
+        f"{name} is {told[name]!r}: {16 if 'nonce' in name else 32} bytes are expected"
+        in reason(sites.step(0, 0, **told))
+    )
     assert not sites.step(0, 0).has_error()
 
 
 @pytest.mark.parametrize("told", ["the first run's nonces", "the second run's nonces"])
-def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(told: str, tmp_path: Path) -> None:
+def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(
+    told: str, tmp_path: Path
+) -> None:
     nodes, keys = write_keys(tmp_path / "keys"), {"wire.sealing": "keys"}
     first = after(5, node=nodes, **keys)
     second = Sites(nodes, **keys, **{"training.lr": 0.01})
@@ -399,7 +508,9 @@ def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(told: str, tmp
     assert refused(first.step(0, 5)) == []  # where they belong, they are good
 
 
-def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(tmp_path: Path) -> None:
+def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(
+    tmp_path: Path,
+) -> None:
     sites = after(3, node=write_keys(tmp_path / "keys"), **{"wire.sealing": "keys"})
     sites.contexts[1] = sites.context(1, sites.config)
     problems = []
@@ -407,10 +518,18 @@ def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(t
         told = dict(sites.nonces)  # all are called before anybody has answered
         replies = []
         for site in SITES:
-            fields = sites.fields(site, step) | {name: told[name] for name in told if name != f"nonce-{site}"}
+            fields = sites.fields(site, step) | {
+                name: told[name] for name in told if name != f"nonce-{site}"
+            }
             replies.append(
                 sites.ask(
-                    site, "train.peer", fields, {j: sites.delivery(site, step - 1, j) for j in ((site - 1) % 4, (site + 1) % 4)}
+                    site,
+                    "train.peer",
+                    fields,
+                    {
+                        j: sites.delivery(site, step - 1, j)
+                        for j in ((site - 1) % 4, (site + 1) % 4)
+                    },
                 )
             )
         sites.offered[step] = {site: arrays_of(reply) for site, reply in enumerate(replies)}
@@ -432,13 +551,19 @@ def test_sealed_peers_tell_no_losses_on_a_few_examples(fraction: float) -> None:
 
 def test_sealed_peers_report_losses_as_means_over_many_batches() -> None:
     """One loss of a known network on one example tells the example."""
-    batches: dict[str, Any] = {"training.batch-size": 1, "training.lr": 1e-30, "training.lr-ratio": 1.0}
+    batches: dict[str, Any] = {
+        "training.batch-size": 1,
+        "training.lr": 1e-30,
+        "training.lr-ratio": 1.0,
+    }
     sealed, plain = Sites(**SEALED, **batches), Sites(**batches)
     losses: list[float] = []
     of_sealed: Any
     of_plain: Any
     for step in range(200):
-        of_sealed, of_plain = (metrics_of(each.step(0, step, {}, test=step == 0)) for each in (sealed, plain))
+        of_sealed, of_plain = (
+            metrics_of(each.step(0, step, {}, test=step == 0)) for each in (sealed, plain)
+        )
         assert "loss" in of_plain
         assert ("loss" in of_sealed) == ("lr-first" in of_sealed) == ("lr-last" in of_sealed)
         losses.append(of_plain["loss"])

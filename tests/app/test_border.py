@@ -22,7 +22,12 @@ from tests.app.stubs import NETWORK, SITES, Answer, Outcome, outcome
 
 CASES = int(os.environ.get("BORDER_CASES", "300"))
 BAD = 1  # the site whose answers are changed
-COMMON: dict[str, Any] = {"num_sites": SITES, "epochs": 2, "model": {"name": NETWORK}, "training": {"batch_size": 4}}
+COMMON: dict[str, Any] = {
+    "num_sites": SITES,
+    "epochs": 2,
+    "model": {"name": NETWORK},
+    "training": {"batch_size": 4},
+}
 RUNS: dict[str, dict[str, Any]] = {
     "co-learning": {},
     "scaffold": {},
@@ -96,12 +101,75 @@ def answers(name: str) -> dict[str, list[RecordDict]]:
 
 # --- changes ----------------------------------------------------------------------------------------------------------
 
-TEXTS = ["", "[/]", "[/foo]", "$x_$", r"$\foo$", "=cmd|' /C calc'!A0", "\x1b[31m", "a\nb", "x" * 10**5, "\u202e", "\0", "Bern"]
-NUMBERS: list[Any] = [0, -1, 1, 3, 10**9, 10**15, 2**63 - 1, 0.5, -0.5, 1e300, 1e-300, float("nan"), float("inf"), float("-inf")]
+TEXTS = [
+    "",
+    "[/]",
+    "[/foo]",
+    "$x_$",
+    r"$\foo$",
+    "=cmd|' /C calc'!A0",
+    "\x1b[31m",
+    "a\nb",
+    "x" * 10**5,
+    "\u202e",
+    "\0",
+    "Bern",
+]
+NUMBERS: list[Any] = [
+    0,
+    -1,
+    1,
+    3,
+    10**9,
+    10**15,
+    2**63 - 1,
+    0.5,
+    -0.5,
+    1e300,
+    1e-300,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+]
 LISTS: list[Any] = [[], [1], [-1], [0.5], [float("nan")], [2**40] * 3, list(range(2000))]
 METRICS = st.sampled_from([1, 3, 4, 8, 9, *NUMBERS, *LISTS])
-VALUES = st.sampled_from([*NUMBERS, *LISTS, *TEXTS, True, False, b"", b"\0" * 32, ["a"], ["a"] * 101, ["", "\n"], [b"x"], [True]])
-DTYPES = ["f4", "f8", "f2", ">f4", "i1", "i4", "i8", "u1", "u2", "u8", "c8", "c16", "?", "O", "U4", "S4", "M8[s]", "m8[s]", "V3"]
+VALUES = st.sampled_from(
+    [
+        *NUMBERS,
+        *LISTS,
+        *TEXTS,
+        True,
+        False,
+        b"",
+        b"\0" * 32,
+        ["a"],
+        ["a"] * 101,
+        ["", "\n"],
+        [b"x"],
+        [True],
+    ]
+)
+DTYPES = [
+    "f4",
+    "f8",
+    "f2",
+    ">f4",
+    "i1",
+    "i4",
+    "i8",
+    "u1",
+    "u2",
+    "u8",
+    "c8",
+    "c16",
+    "?",
+    "O",
+    "U4",
+    "S4",
+    "M8[s]",
+    "m8[s]",
+    "V3",
+]
 
 
 @st.composite
@@ -109,7 +177,9 @@ def arrays(draw: st.DrawFn, like: Array | None) -> Array:
     """Any array, or one that is not what it is said to be."""
     if like is not None and draw(st.booleans()):
         return draw(near(like))
-    shape = draw(st.sampled_from([(14,), (4,), (14, 1)]) | st.lists(st.integers(0, 5), max_size=3).map(tuple))
+    shape = draw(
+        st.sampled_from([(14,), (4,), (14, 1)]) | st.lists(st.integers(0, 5), max_size=3).map(tuple)
+    )
     kind = draw(st.sampled_from([*DTYPES, "record"]))
     values = np.zeros(shape, dtype=[("a", "<f4"), ("b", "<i2")] if kind == "record" else kind)
     stream = BytesIO()
@@ -124,7 +194,9 @@ def arrays(draw: st.DrawFn, like: Array | None) -> Array:
 def near(draw: st.DrawFn, like: Array) -> Array:
     """An honest array with a few bytes or numbers changed."""
     data = bytearray(like.data)
-    what = draw(st.sampled_from(["cut", "longer", "header", "number", "numbers", "numbers", "random"]))
+    what = draw(
+        st.sampled_from(["cut", "longer", "header", "number", "numbers", "numbers", "random"])
+    )
     if what == "cut":
         del data[draw(st.integers(0, max(0, len(data) - 1))) :]
     elif what == "longer":
@@ -142,7 +214,20 @@ def near(draw: st.DrawFn, like: Array) -> Array:
 
 
 NAMES = st.sampled_from(
-    ["x", "stats", "loss", "weight", "model", "arrays", "config", "metrics", "offer/0.values", "to-9/key", "", "é"]
+    [
+        "x",
+        "stats",
+        "loss",
+        "weight",
+        "model",
+        "arrays",
+        "config",
+        "metrics",
+        "offer/0.values",
+        "to-9/key",
+        "",
+        "é",
+    ]
 )
 
 
@@ -161,7 +246,10 @@ def change_record(draw: st.DrawFn, record: Any) -> None:
 
 def change_content(draw: st.DrawFn, content: RecordDict) -> None:
     """Leave out, add or replace a record, or something in one."""
-    what, names = draw(st.sampled_from(["in", "in", "in", "in", "in", "in", "drop", "add", "replace"])), list(content)
+    what, names = (
+        draw(st.sampled_from(["in", "in", "in", "in", "in", "in", "drop", "add", "replace"])),
+        list(content),
+    )
     if what == "in":
         if names:
             change_record(draw, content[draw(st.sampled_from(names))])
@@ -196,8 +284,15 @@ def bad_array(array: Array, honest: Array | None) -> bool:
     try:
         stream = BytesIO(array.data)
         values = np.load(stream, allow_pickle=False)
-        wrong = stream.read(1) != b"" or (values.dtype.name, values.shape) != (array.dtype, tuple(array.shape))
-        wrong |= array.stype != "numpy.ndarray" or values.dtype.byteorder == ">" or not values.flags.c_contiguous
+        wrong = stream.read(1) != b"" or (values.dtype.name, values.shape) != (
+            array.dtype,
+            tuple(array.shape),
+        )
+        wrong |= (
+            array.stype != "numpy.ndarray"
+            or values.dtype.byteorder == ">"
+            or not values.flags.c_contiguous
+        )
     except Exception:
         return True
     if wrong or honest is None:
@@ -209,15 +304,29 @@ def bad_array(array: Array, honest: Array | None) -> bool:
 
 def bad_arrays(kind: str, record: ArrayRecord, honest: ArrayRecord) -> bool:
     if kind == "train":
-        return set(record) != set(honest) or any(bad_array(record[name], honest[name]) for name in honest)
-    return not set(record) <= {*honest, "offer/0.values"} or any(bad_array(array, None) for array in record.values())
+        return set(record) != set(honest) or any(
+            bad_array(record[name], honest[name]) for name in honest
+        )
+    return not set(record) <= {*honest, "offer/0.values"} or any(
+        bad_array(array, None) for array in record.values()
+    )
 
 
 def bad_metrics(kind: str, record: MetricRecord, honest: MetricRecord) -> bool:
     missing, more = set(honest) - set(record), set(record) - set(honest)
-    may_be_left_out = {"loss", "accuracy", "accuracy-vote", "accuracy-single", "test-loss", "test-accuracy", "disagreement"}
+    may_be_left_out = {
+        "loss",
+        "accuracy",
+        "accuracy-vote",
+        "accuracy-single",
+        "test-loss",
+        "test-accuracy",
+        "disagreement",
+    }
     may_be_left_out |= {"lr-first", "lr-last"} if kind.startswith("train.") else set()
-    may_be_there = {"loss", "lr-first", "lr-last", "disagreement"} if kind.startswith("train.") else set()
+    may_be_there = (
+        {"loss", "lr-first", "lr-last", "disagreement"} if kind.startswith("train.") else set()
+    )
     return (
         not missing <= may_be_left_out
         or not more <= may_be_there
@@ -229,7 +338,10 @@ def bad_notes(record: ConfigRecord, honest: ConfigRecord) -> bool:
     if set(record) != set(honest):
         return True
     lists = {"refused": str, "broken": int}
-    whole = all(isinstance(record[key], list) and all(type(each) is kind for each in record[key]) for key, kind in lists.items())  # type: ignore[union-attr]
+    whole = all(
+        isinstance(record[key], list) and all(type(each) is kind for each in record[key])
+        for key, kind in lists.items()
+    )  # type: ignore[union-attr]
     return not whole or not all(type(record[key]) is bool for key in ("fresh", "anew"))
 
 
@@ -242,12 +354,16 @@ def bad_counts(card: dict[str, Any]) -> bool:
 
 
 def bad_card(record: ConfigRecord, honest: ConfigRecord) -> bool:
-    if {*record, "counts"} != set(honest) or any(type(record[key]) is not type(honest[key]) for key in record):
+    if {*record, "counts"} != set(honest) or any(
+        type(record[key]) is not type(honest[key]) for key in record
+    ):
         return True
     card: dict[str, Any] = {"counts": None, **record}
     texts = [card["name"], *card["classes"]]
     return (
-        not all(isinstance(text, str) and 0 < len(text) <= 64 and text.isprintable() for text in texts)
+        not all(
+            isinstance(text, str) and 0 < len(text) <= 64 and text.isprintable() for text in texts
+        )
         or not all(1 <= card[key] <= 10**12 for key in ("train", "test"))
         or card["code"] != honest["code"]
         or card["shape"] != honest["shape"]
@@ -258,7 +374,9 @@ def bad_card(record: ConfigRecord, honest: ConfigRecord) -> bool:
 def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
     """Whether an answer must be refused whole; a peer's last model, and what was tested before it trained, are another matter."""
     names = [name for name in honest if name not in ("model", "test")]
-    if set(answer) - {"model", "test"} != set(names) or any(type(answer[name]) is not type(honest[name]) for name in names):
+    if set(answer) - {"model", "test"} != set(names) or any(
+        type(answer[name]) is not type(honest[name]) for name in names
+    ):
         return True
     if any(name in answer and name not in honest for name in ("model", "test")):
         return True
@@ -307,7 +425,13 @@ def check_named(lines: list[str], refused: bool) -> None:
         assert any(len(line.partition(": ")[2]) > 10 for line in named), lines
 
 
-@settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(
+    max_examples=CASES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
 @given(st.data())
 def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(RUNS)))

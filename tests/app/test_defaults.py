@@ -25,9 +25,13 @@ DRIVERS = ("co-learning", "gsgm", "dmsgd")
 
 def learns(method: str, split: str, **keys: Any) -> bool:
     """Peers by the batched engine, which is the relay step for step, and faster."""
-    common: dict[str, Any] = {"strategy": method, "data.test-part": "pooled"} | NEEDED.get(method, {})
+    common: dict[str, Any] = {"strategy": method, "data.test-part": "pooled"} | NEEDED.get(
+        method, {}
+    )
     engine = "batched" if isinstance(configuration(**common).plan, PeerPlan) else "app"
-    return reached(simulate(engine=engine, progress=False, **(common | SPLITS[split] | keys))).learned
+    return reached(
+        simulate(engine=engine, progress=False, **(common | SPLITS[split] | keys))
+    ).learned
 
 
 @pytest.mark.slow
@@ -46,7 +50,9 @@ def write_pictures(folder: Path) -> None:
     digits = load_digits()
     for i, (pixels, label) in enumerate(zip(digits.images[:600], digits.target[:600], strict=True)):
         (folder / "pictures" / str(label)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype(np.uint8)).save(folder / "pictures" / str(label) / f"{i}.png")
+        Image.fromarray((pixels * 15).astype(np.uint8)).save(
+            folder / "pictures" / str(label) / f"{i}.png"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("text-csv", {"data.path": "texts.csv", "model.name": "mlp"}),
     ],
 )
-def test_every_kind_of_data_is_learned(source: str, keys: dict[str, Any], method: str, data: Path) -> None:
+def test_every_kind_of_data_is_learned(
+    source: str, keys: dict[str, Any], method: str, data: Path
+) -> None:
     path = str(data / keys["data.path"])
-    assert learns(method, "Dirichlet", **(keys | {"data.source": source, "data.path": path}), epochs=12)
+    assert learns(
+        method, "Dirichlet", **(keys | {"data.source": source, "data.path": path}), epochs=12
+    )

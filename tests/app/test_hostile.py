@@ -22,7 +22,12 @@ from tests.app.test_bad_relay import after, refused
 from tests.app.test_results import config_of_run, only, written
 
 mpl.use("agg")
-SMALL: dict[str, Any] = {"num_sites": SITES, "epochs": 2, "model": {"name": NETWORK}, "training": {"batch_size": 4}}
+SMALL: dict[str, Any] = {
+    "num_sites": SITES,
+    "epochs": 2,
+    "model": {"name": NETWORK},
+    "training": {"batch_size": 4},
+}
 
 
 def replies_of(
@@ -40,7 +45,9 @@ def replies_of(
 
     found = outcome(configuration(**SMALL | {"strategy": strategy} | keys), spoil)
     assert found.error is None, found.error
-    return [sent[site] for site in range(SITES)], {name: value.numpy() for name, value in found.kept[0].items()}
+    return [sent[site] for site in range(SITES)], {
+        name: value.numpy() for name, value in found.kept[0].items()
+    }
 
 
 @pytest.mark.parametrize("strategy", ["co-learning", "fedavg", "FedAvg", "FedProx"])
@@ -72,23 +79,40 @@ def test_site_that_claims_most_examples_does_not_decide_alone(strategy: str) -> 
         if message.metadata.message_type == "train":
             if site == 0:
                 content["metrics"]["num-examples"] = 8000
-            sent.setdefault(site, unpack(arrays_of(Message(content, dst_node_id=1, message_type="train"))[X]).numpy().copy())
+            sent.setdefault(
+                site,
+                unpack(arrays_of(Message(content, dst_node_id=1, message_type="train"))[X])
+                .numpy()
+                .copy(),
+            )
         return content
 
     table = "flower" if strategy == "FedAvg" else "fedavg"
     for most in (0.5, 0.3, 1.0):
-        keys = SMALL | {"strategy": strategy, f"{table}.weighting": "samples", "robust.max-share": most}
+        keys = SMALL | {
+            "strategy": strategy,
+            f"{table}.weighting": "samples",
+            "robust.max-share": most,
+        }
         found = outcome(configuration(**keys), boastful)
         assert found.error is None, found.error
         share = min(most, 8000 / 8032)
-        wanted = share * sent[0] + (1 - share) * np.mean([sent[site] for site in range(1, SITES)], axis=0)
+        wanted = share * sent[0] + (1 - share) * np.mean(
+            [sent[site] for site in range(1, SITES)], axis=0
+        )
         np.testing.assert_allclose(found.kept[0][X].numpy(), wanted, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mean"),
-    [("FedAdam", "krum"), ("gsgm", "trimmed-mean"), ("fedbuff", "median"), ("dmsgd", "clipped"), ("q-saddle", "trimmed-mean")],
+    [
+        ("FedAdam", "krum"),
+        ("gsgm", "trimmed-mean"),
+        ("fedbuff", "median"),
+        ("dmsgd", "clipped"),
+        ("q-saddle", "trimmed-mean"),
+    ],
 )
 def test_change_reversed_tenfold_destroys_nothing(method: str, mean: str) -> None:
     logging.getLogger("flwr").propagate = False
@@ -110,7 +134,10 @@ def test_change_reversed_tenfold_destroys_nothing(method: str, mean: str) -> Non
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "q-saddle"])
 def test_peer_refuses_what_is_too_far_and_says_by_which_key(strategy: str) -> None:
     sites = after(2, strategy=strategy)
-    far = {name: Array(np.full(array.shape, 1e4, np.float32)) for name, array in sites.delivery(0, 1, 1).items()}
+    far = {
+        name: Array(np.full(array.shape, 1e4, np.float32))
+        for name, array in sites.delivery(0, 1, 1).items()
+    }
     reply = sites.step(0, 2, {1: far, 3: sites.delivery(0, 1, 3)})
     [said] = refused(reply)
     assert said.startswith("site 1: it is ")
@@ -122,8 +149,16 @@ def test_peer_refuses_what_is_too_far_and_says_by_which_key(strategy: str) -> No
 
 def test_what_peers_refuse_of_each_other_is_an_event_of_the_sender() -> None:
     def spoil(site: int, message: Message, content: Any) -> Any:
-        if site == 3 and message.metadata.message_type == "train.peer" and content["config"]["anew"] is False:
-            content["config"]["refused"] = ["site 2: it is far (max-change)", "site 77: x", "rub\nbish" * 1000]
+        if (
+            site == 3
+            and message.metadata.message_type == "train.peer"
+            and content["config"]["anew"] is False
+        ):
+            content["config"]["refused"] = [
+                "site 2: it is far (max-change)",
+                "site 77: x",
+                "rub\nbish" * 1000,
+            ]
         return content
 
     found = outcome(configuration(**SMALL | {"strategy": "d-psgd"}), spoil)
@@ -152,7 +187,11 @@ def test_what_is_refused_is_listed_with_site_round_and_rule(tmp_path: Path) -> N
     written(config_of_run(tmp_path, num_sites=6, epochs=2), spoil)
     table = pd.read_csv(only(tmp_path / "runs") / "refused.csv", keep_default_na=False)
     assert list(table) == ["when", "seconds", "site", "name", "phase", "rule", "reason", "by"]
-    rows = table.sort_values(["when", "site"])[["when", "site", "name", "phase", "rule", "by"]].to_numpy().tolist()
+    rows = (
+        table.sort_values(["when", "site"])[["when", "site", "name", "phase", "rule", "by"]]
+        .to_numpy()
+        .tolist()
+    )
     assert rows == [
         [f"round {number}", site, f"site {site}", "training", rule, ""]
         for number in (1, 2)
@@ -167,8 +206,13 @@ def test_nothing_is_listed_where_nothing_is_refused(tmp_path: Path) -> None:
     assert not (only(tmp_path / "runs") / "refused.csv").exists()
 
 
-def test_list_of_what_is_refused_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sink, sites = Refusals(tmp_path), [Site(k, k, f"=site {k}", 1, 1, (), b"", b"") for k in range(3)]
+def test_list_of_what_is_refused_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, sites = (
+        Refusals(tmp_path),
+        [Site(k, k, f"=site {k}", 1, 1, (), b"", b"") for k in range(3)],
+    )
     for number in range(REFUSALS + 50):
         sink(Refused(f"round {number}", sites[1], "training", "=cmd|x", "max-change"))
     sink(Refused("round 9", sites[2], "training", "b", by="site 1"))

@@ -25,19 +25,26 @@ SMALL: dict[str, Any] = {
     "progress": False,
 }
 ROUGH = World(
-    samples_per_s=Lognormal(median=200, sigma=1), bandwidth_mbps=1, latency_ms=Lognormal(median=50, sigma=0.5), jitter=0.5
+    samples_per_s=Lognormal(median=200, sigma=1),
+    bandwidth_mbps=1,
+    latency_ms=Lognormal(median=50, sigma=0.5),
+    jitter=0.5,
 )
 
 
 def same(a: Run, b: Run) -> bool:
-    return a.metrics.equals(b.metrics) and all(torch.equal(a.model[name], b.model[name]) for name in a.model)
+    return a.metrics.equals(b.metrics) and all(
+        torch.equal(a.model[name], b.model[name]) for name in a.model
+    )
 
 
 def test_same_seed_same_history_bit_for_bit_and_another_seed_another() -> None:
     first, again, other = (simulate(**SMALL, world=ROUGH, seed=seed) for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
-    assert other.summary["hours"] != pytest.approx(first.summary["hours"], rel=0.01)  # another world, too
+    assert other.summary["hours"] != pytest.approx(
+        first.summary["hours"], rel=0.01
+    )  # another world, too
 
 
 def test_world_changes_the_time_and_nothing_else_where_all_sites_take_part() -> None:
@@ -57,7 +64,11 @@ def test_it_is_the_app_that_runs(run_app: RunApp) -> None:
 def test_time_of_a_round_by_hand() -> None:
     world = World(samples_per_s=[100, 200, 400], bandwidth_mbps=0.8, latency_ms=250)
     run = simulate(**SMALL, world=world)
-    rows = run.metrics[(run.metrics["split"] == "train") & (run.metrics["metric"] == "samples") & (run.metrics["round"] == 1)]
+    rows = run.metrics[
+        (run.metrics["split"] == "train")
+        & (run.metrics["metric"] == "samples")
+        & (run.metrics["round"] == 1)
+    ]
     each = rows[rows["site"] != "all"]
     seconds = 0.5 + (each["bytes_up"] + each["bytes_down"]) / 1e5 + each["value"] / [100, 200, 400]
     assert list(each["value"]) == [479, 479, 479]
@@ -67,7 +78,10 @@ def test_time_of_a_round_by_hand() -> None:
 def test_sam_takes_twice_the_time() -> None:
     world = World(samples_per_s=10, bandwidth_mbps=1e6, latency_ms=0)
     plain, sharp = (
-        simulate(**SMALL, world=world, training={"sam_radius": rho}).metrics.query("split == 'train'") for rho in (0.0, 0.05)
+        simulate(**SMALL, world=world, training={"sam_radius": rho}).metrics.query(
+            "split == 'train'"
+        )
+        for rho in (0.0, 0.05)
     )
     assert sharp["seconds"].iloc[0] == pytest.approx(2 * plain["seconds"].iloc[0], rel=1e-4)
 
@@ -97,13 +111,24 @@ def test_run_that_cannot_go_on_ends_at_once_and_says_so() -> None:
     ("changes", "message"),
     [
         ({"training.lr": -1.0}, "training.lr = -1.0: must be greater than or equal to 0"),
-        ({"local_epoch": 3}, "local-epoch = 3: unknown key; did you mean 'co-learning.local-epochs'"),
-        ({"seed": 3}, "{'seed': 3}: a dictionary of the run configuration is expected, without seed"),
+        (
+            {"local_epoch": 3},
+            "local-epoch = 3: unknown key; did you mean 'co-learning.local-epochs'",
+        ),
+        (
+            {"seed": 3},
+            "{'seed': 3}: a dictionary of the run configuration is expected, without seed",
+        ),
         ({"conf": "conf/nothing.toml"}, "conf = 'conf/nothing.toml': there is no such file"),
-        ({"world": World(samples_per_s=[1, 2])}, r"samples_per_s = \[1.0, 2.0\]: 2 values for 3 sites"),
+        (
+            {"world": World(samples_per_s=[1, 2])},
+            r"samples_per_s = \[1.0, 2.0\]: 2 values for 3 sites",
+        ),
     ],
 )
-def test_wrong_configuration_is_named_before_anything_runs(changes: dict[str, Any], message: str) -> None:
+def test_wrong_configuration_is_named_before_anything_runs(
+    changes: dict[str, Any], message: str
+) -> None:
     common = SMALL | {key: changes[key] for key in changes if key == "world"}
     own = {key: value for key, value in changes.items() if key != "world"}
     with pytest.raises(ConfigError, match=f"bad: {message}"):
@@ -137,7 +162,9 @@ def test_interrupted_run_holds_what_it_had_reached(monkeypatch: pytest.MonkeyPat
     assert run.plot().axes
 
 
-def test_interrupted_before_the_first_round_is_an_empty_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_before_the_first_round_is_an_empty_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -166,22 +193,33 @@ def test_number_of_processes_changes_no_result(comparison: Comparison) -> None:
         for run, other in zip(runs, several.runs[name], strict=True):
             assert run.metrics.equals(other.metrics)
             assert run.models.keys() == other.models.keys()
-            assert all(torch.equal(run.models[m][k], other.models[m][k]) for m in run.models for k in run.models[m])
+            assert all(
+                torch.equal(run.models[m][k], other.models[m][k])
+                for m in run.models
+                for k in run.models[m]
+            )
 
 
 def test_run_that_fails_is_left_out_of_a_comparison_by_name() -> None:
     strategies = {"fine": {}, "lost": {"data.source": "csv", "data.path": "/nowhere"}}
-    with pytest.warns(UserWarning, match=r"lost, seed 1: 0 sites can take part.*no such file.*left out"):
+    with pytest.warns(
+        UserWarning, match=r"lost, seed 1: 0 sites can take part.*no such file.*left out"
+    ):
         found = compare(strategies, seeds=1, processes=1, **SMALL)
     assert list(found.runs) == ["fine"]
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(RunError, match="lost, seed 1: 0 sites can take part"):
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(RunError, match="lost, seed 1: 0 sites can take part"),
+    ):
         compare({"lost": strategies["lost"]}, seeds=1, processes=1, **SMALL)
 
 
 def test_run_that_diverges_does_not_spoil_the_table() -> None:
     diverging = {"strategy": "FedAdam", "flower.arguments": "eta=1e38"}
     with pytest.warns(UserWarning, match="diverging, seed 1: round 1: FedAdam: the model diverged"):
-        found = compare({"fine": {}, "diverging": diverging}, seeds=1, processes=1, **(SMALL | {"epochs": 1}))
+        found = compare(
+            {"fine": {}, "diverging": diverging}, seeds=1, processes=1, **(SMALL | {"epochs": 1})
+        )
     text = found.text()
     assert list(text.index) == ["fine"]
     assert float(str(text.loc["fine", "accuracy"])) > 0.3
@@ -203,16 +241,30 @@ def test_saved_comparison_loads_as_it_was(comparison: Comparison, tmp_path: Path
 def artificial(seed: int, accuracies: list[float], seconds: float, megabytes: float) -> Run:
     """A run with one row a round."""
     rows = [
-        (number + 1, seconds * (number + 1), 1e6 * megabytes * (number + 1), 0, "all", "test", "accuracy", accuracy)
+        (
+            number + 1,
+            seconds * (number + 1),
+            1e6 * megabytes * (number + 1),
+            0,
+            "all",
+            "test",
+            "accuracy",
+            accuracy,
+        )
         for number, accuracy in enumerate(accuracies)
     ]
     rows += [(*row[:6], "loss", 1 - float(row[7])) for row in rows]
     columns = ["round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value"]
-    return Run(configuration(seed=seed), pd.DataFrame(rows, columns=columns), {}, pd.DataFrame(), True)
+    return Run(
+        configuration(seed=seed), pd.DataFrame(rows, columns=columns), {}, pd.DataFrame(), True
+    )
 
 
 def test_table_by_hand() -> None:
-    runs = [artificial(1, [0.5, 0.7, 0.9, 0.8], 1800, 3), artificial(2, [0.2, 0.4, 0.6, 0.6], 3600, 3)]
+    runs = [
+        artificial(1, [0.5, 0.7, 0.9, 0.8], 1800, 3),
+        artificial(2, [0.2, 0.4, 0.6, 0.6], 3600, 3),
+    ]
     table = Comparison({"a": runs}).table(target=0.7).loc["a"]
     assert table["accuracy", "mean"] == pytest.approx(0.7)
     assert table["accuracy", "s.e."] == pytest.approx(0.1)
@@ -229,7 +281,9 @@ def test_table_by_hand() -> None:
 
 
 def test_target_nobody_names_is_95_percent_of_the_best() -> None:
-    comparison = Comparison({"a": [artificial(1, [0.5, 0.8], 1, 1)], "b": [artificial(1, [0.3, 0.4], 1, 1)]})
+    comparison = Comparison(
+        {"a": [artificial(1, [0.5, 0.8], 1, 1)], "b": [artificial(1, [0.3, 0.4], 1, 1)]}
+    )
     assert "rounds to 0.76" in comparison.table().columns
     assert comparison.table()["reached 0.76", "mean"].to_dict() == {"a": 1, "b": 0}
 

@@ -32,7 +32,9 @@ from simulation.laboratory import simulate
 from tests.data import write_audio
 from tests.own_data import CLASSES, Numbers, Stuck, read_ahead
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than there are cores
 STREAMED = {"data.memory-gb": 1e-9}
 OWN: dict[str, Any] = {"model.name": "mlp", "num-sites": 2, "progress": False}
 
@@ -50,18 +52,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(folder: Path, **changes: Any) -> dict[str, Any]:
-    keys = {"data.source": "image-folder", "data.path": str(folder), "data.image-size": 8, "model.name": "mlp"}
-    return keys | {"num-sites": 2, "epochs": 2, "training.batch-size": 8, "progress": False, "computing.device": "cpu"} | changes
+    keys = {
+        "data.source": "image-folder",
+        "data.path": str(folder),
+        "data.image-size": 8,
+        "model.name": "mlp",
+    }
+    return (
+        keys
+        | {
+            "num-sites": 2,
+            "epochs": 2,
+            "training.batch-size": 8,
+            "progress": False,
+            "computing.device": "cpu",
+        }
+        | changes
+    )
 
 
 def vectors(**keys: Any) -> Tensor:
     run = simulate(**keys)
     assert run.finished
-    return torch.cat([value.double().reshape(-1) for model in run.models.values() for value in model.values()])
+    return torch.cat(
+        [value.double().reshape(-1) for model in run.models.values() for value in model.values()]
+    )
 
 
 def test_model_is_the_same_streamed_and_with_any_number_of_workers(folder: Path) -> None:
-    keys = pictures(folder) | {"strategy": "fedavg", "fedavg.local-epochs": 1, "data.augment": "flip-crop"}
+    keys = pictures(folder) | {
+        "strategy": "fedavg",
+        "fedavg.local-epochs": 1,
+        "data.augment": "flip-crop",
+    }
     in_memory = vectors(**keys)
     for workers in (0, 1, 3):
         assert torch.equal(vectors(**keys | STREAMED | {"computing.workers": workers}), in_memory)
@@ -84,7 +107,10 @@ def test_nth_batch_is_the_same_at_random_and_one_after_the_other(folder: Path) -
     other, streamed = data_of(**pictures(folder, **STREAMED, **{"computing.workers": 2}))
     assert isinstance(streamed.train.x, Lazy)
     for number in (5, 0, 1, 2, 3, 1, 2, 9):
-        wanted, found = (nth_batch(each, 0, data.train, number) for each, data in ((config, memory), (other, streamed)))
+        wanted, found = (
+            nth_batch(each, 0, data.train, number)
+            for each, data in ((config, memory), (other, streamed))
+        )
         assert torch.equal(wanted[0], found[0])
         assert torch.equal(wanted[1], found[1])
         if number == 2:  # a test in between takes the readers away
@@ -95,7 +121,9 @@ def test_nth_batch_is_the_same_at_random_and_one_after_the_other(folder: Path) -
 def test_two_readings_side_by_side_lose_nothing(folder: Path) -> None:
     _, memory = data_of(**pictures(folder))
     _, streamed = data_of(**pictures(folder, **STREAMED))
-    streamed = streamed._replace(train=streamed.train._replace(x=replace(streamed.train.x, workers=3)))
+    streamed = streamed._replace(
+        train=streamed.train._replace(x=replace(streamed.train.x, workers=3))
+    )
     lists = torch.arange(24).split(4)
     both = [lazy.stream(*streamed.train, lists), lazy.stream(*streamed.train, reversed(lists))]
     found = [[next(each) for each in both] for _ in lists]
@@ -130,21 +158,29 @@ def whole(data: SiteData) -> Part:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_picture_in_a_stream_ends_in_an_error_that_names_it(folder: Path, tmp_path: Path, workers: int) -> None:
+def test_broken_picture_in_a_stream_ends_in_an_error_that_names_it(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
     for file in folder.rglob("*.png"):
         copy = tmp_path / file.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes() if file.stem != "31" else file.read_bytes()[:-30])
     _, data = data_of(**pictures(tmp_path, **STREAMED, **{"computing.workers": workers}))
     batches = training.batches(whole(data), 4, torch.Generator().manual_seed(3), None)
-    with pytest.raises(SourceError, match=r"^'.*light/images/31.png' is not a picture that can be read: \w+"):
+    with pytest.raises(
+        SourceError, match=r"^'.*light/images/31.png' is not a picture that can be read: \w+"
+    ):
         list(batches)
     lazy.close()
 
 
 def test_sounds_are_the_same_streamed(tmp_path: Path) -> None:
     write_audio(tmp_path)
-    keys = pictures(tmp_path) | {"data.source": "audio-folder", "data.audio-seconds": 0.5, "epochs": 1}
+    keys = pictures(tmp_path) | {
+        "data.source": "audio-folder",
+        "data.audio-seconds": 0.5,
+        "epochs": 1,
+    }
     del keys["data.image-size"]
     assert torch.equal(vectors(**keys | STREAMED), vectors(**keys))
 
@@ -153,21 +189,32 @@ def write_tables(folder: Path) -> None:
     """Two files of 120 rows in all, in row groups of 20; a value is missing."""
     generator = np.random.default_rng(1)
     for name in "ab":
-        rows = pd.DataFrame(generator.normal(size=(60, 3)).astype(np.float32), columns=["p", "q", "r"])
+        rows = pd.DataFrame(
+            generator.normal(size=(60, 3)).astype(np.float32), columns=["p", "q", "r"]
+        )
         rows["label"] = np.where(rows["p"] > 0, "light", "dark")
         rows.loc[3, "q"] = np.nan
         rows.to_parquet(folder / f"{name}.parquet", row_group_size=20)
 
 
-def test_parquet_files_are_the_same_in_memory_and_decoded_into_a_mapped_file(tmp_path: Path) -> None:
+def test_parquet_files_are_the_same_in_memory_and_decoded_into_a_mapped_file(
+    tmp_path: Path,
+) -> None:
     write_tables(tmp_path)
-    keys = pictures(tmp_path) | {"data.source": "parquet", "partition.kind": "natural", "strategy": "fedavg"}
+    keys = pictures(tmp_path) | {
+        "data.source": "parquet",
+        "partition.kind": "natural",
+        "strategy": "fedavg",
+    }
     del keys["data.image-size"]
     _, memory = data_of(**keys)
     _, streamed = data_of(**keys | STREAMED)
     assert isinstance(streamed.train.x, Lazy)
     wanted = torch.cat([x for x, _ in training.chunks(memory.train)])
-    assert torch.equal(torch.cat([x for x, _ in training.chunks(streamed.train)]).nan_to_num(9), wanted.nan_to_num(9))
+    assert torch.equal(
+        torch.cat([x for x, _ in training.chunks(streamed.train)]).nan_to_num(9),
+        wanted.nan_to_num(9),
+    )
     assert torch.equal(vectors(**keys | STREAMED), vectors(**keys))
     by_file = pd.read_parquet(tmp_path / "a.parquet").assign(p="text")
     by_file.to_parquet(tmp_path / "a.parquet")
@@ -196,7 +243,9 @@ def test_processes_that_read_end_with_a_parent_that_is_killed() -> None:
 
 def readers_there() -> set[int | None]:
     """Those of this process; other tests leave joblib's."""
-    return {process.pid for process in multiprocessing.active_children() if "Loky" not in process.name}
+    return {
+        process.pid for process in multiprocessing.active_children() if "Loky" not in process.name
+    }
 
 
 def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
@@ -210,7 +259,9 @@ def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
     lazy.close()
 
 
-def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading_begins_with_others() -> None:
+def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading_begins_with_others() -> (
+    None
+):
     def late(*_: object) -> None:
         raise TimeoutError
 
@@ -237,8 +288,17 @@ def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading
 
 
 def mine(name: str, **changes: Any) -> dict[str, Any]:
-    keys = {"data.source": f"tests.own_data:{name}", "model.name": "mlp", "progress": False, "strategy": "fedavg"}
-    return keys | {"num-sites": 2, "epochs": 2, "training.batch-size": 8, "computing.device": "cpu"} | changes
+    keys = {
+        "data.source": f"tests.own_data:{name}",
+        "model.name": "mlp",
+        "progress": False,
+        "strategy": "fedavg",
+    }
+    return (
+        keys
+        | {"num-sites": 2, "epochs": 2, "training.batch-size": 8, "computing.device": "cpu"}
+        | changes
+    )
 
 
 def test_own_data_set_is_the_same_with_its_labels_and_for_any_number_of_workers() -> None:
@@ -252,13 +312,17 @@ def test_own_data_set_is_the_same_with_its_labels_and_for_any_number_of_workers(
 
 def test_own_data_set_without_labels_in_memory_cannot_be_dealt_by_class() -> None:
     with pytest.raises(
-        Exception, match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: iid, sizes, natural"
+        Exception,
+        match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: iid, sizes, natural",
     ):
         simulate(**mine("labelled", **{"partition.kind": "dirichlet"}))
 
 
 def test_item_that_cannot_be_read_is_named() -> None:
-    with pytest.raises(Exception, match=r"SourceError: example [67][0-9] of the data set cannot be read: KeyError: 'lost'"):
+    with pytest.raises(
+        Exception,
+        match=r"SourceError: example [67][0-9] of the data set cannot be read: KeyError: 'lost'",
+    ):
         simulate(**mine("lost", epochs=2))
 
 
@@ -272,9 +336,13 @@ def test_numbers_to_predict_come_as_a_tensor() -> None:
         simulate(**OWN | {"data.source": "tests.own_data:labelled", "training.task": "regression"})
 
 
-def test_what_a_killed_process_decoded_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_decoded_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pd.DataFrame({"age": range(60), "ill": [0, 1] * 30}).to_parquet(file := tmp_path / "table.parquet")
+    pd.DataFrame({"age": range(60), "ill": [0, 1] * 30}).to_parquet(
+        file := tmp_path / "table.parquet"
+    )
     parquet(file, "ill", "", 1e-9)
     [decoded] = (tmp_path / "cache").rglob("*.float32")
     decoded.unlink()
@@ -284,21 +352,37 @@ def test_what_a_killed_process_decoded_is_deleted(tmp_path: Path, monkeypatch: p
         (part / "rows").touch()
         os.utime(part / "rows", (time.time() - age,) * 2)
     parquet(file, "ill", "", 1e-9)
-    assert [path.parent.name.rpartition("-")[2] for path in decoded.parent.glob("*/rows")] == ["young"]
+    assert [path.parent.name.rpartition("-")[2] for path in decoded.parent.glob("*/rows")] == [
+        "young"
+    ]
 
 
 def test_parts_and_sites_of_a_table_have_one_reader(tmp_path: Path) -> None:
     """With each reader other processes would be started: two times a round and site."""
     pd.DataFrame({"age": range(60), "ill": [0, 1] * 30}).to_parquet(tmp_path / "table.parquet")
-    keys: dict[str, Any] = {"data.source": "parquet", "data.path": str(tmp_path), "data.label": "ill", "model.name": "mlp"}
-    config, common = configuration(None, **keys | STREAMED | {"num-sites": 2}), Moments((60.0,), (29.5,), (300.0,))
-    parts = [part for site in range(2) for part in site_data(config, SiteId(site, 2, ""), ("0", "1"), common)[:2]]
+    keys: dict[str, Any] = {
+        "data.source": "parquet",
+        "data.path": str(tmp_path),
+        "data.label": "ill",
+        "model.name": "mlp",
+    }
+    config, common = (
+        configuration(None, **keys | STREAMED | {"num-sites": 2}),
+        Moments((60.0,), (29.5,), (300.0,)),
+    )
+    parts = [
+        part
+        for site in range(2)
+        for part in site_data(config, SiteId(site, 2, ""), ("0", "1"), common)[:2]
+    ]
     assert len({part.x.reader for part in parts}) == 1
 
 
 def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
     official = {"data.test-part": "official"}
-    config = configuration(None, **{key: value for key, value in mine("flow", **official).items() if key != "progress"})
+    config = configuration(
+        None, **{key: value for key, value in mine("flow", **official).items() if key != "progress"}
+    )
     data = site_data(config, SiteId(0, 2, ""), CLASSES, None)
     for _ in range(2):
         batches = list(training.batches(data.train, 5, torch.Generator().manual_seed(1), None))
@@ -315,22 +399,39 @@ def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("flow", {}, "data.test-part = 'own': an IterableDataset cannot be split; allowed: 'official'"),
-        ("untested", {}, "beside an IterableDataset of .x, y., y is None and test a map-style Dataset"),
+        (
+            "flow",
+            {},
+            "data.test-part = 'own': an IterableDataset cannot be split; allowed: 'official'",
+        ),
+        (
+            "untested",
+            {},
+            "beside an IterableDataset of .x, y., y is None and test a map-style Dataset",
+        ),
         ("endless", {}, "Endless: a torch Dataset needs a length"),
         (
             "flow",
             {"strategy": "d-psgd", "data.test-part": "official"},
             "strategy = 'd-psgd': an IterableDataset is read from its",
         ),
-        ("flow", {"strategy": "diloco", "data.test-part": "official"}, "allowed: methods with local-epochs"),
+        (
+            "flow",
+            {"strategy": "diloco", "data.test-part": "official"},
+            "allowed: methods with local-epochs",
+        ),
     ],
 )
-def test_what_an_iterable_data_set_cannot_do_is_said(name: str, changes: dict[str, Any], said: str) -> None:
+def test_what_an_iterable_data_set_cannot_do_is_said(
+    name: str, changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(Exception, match=said):
         simulate(**mine(name, **changes))
 
 
 def test_workers_without_effect_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"computing.workers = 2: has no effect with data.source = 'digits', which is in memory"):
+    with pytest.raises(
+        ConfigError,
+        match=r"computing.workers = 2: has no effect with data.source = 'digits', which is in memory",
+    ):
         configuration(None, **{"computing.workers": 2})

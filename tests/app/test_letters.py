@@ -33,9 +33,51 @@ CONFIGS = {
     for strategy in ("scaffold", "dmsgd", "gsgm")
 }
 VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 3, 10**6, 10**15, 2**63, -(2**70), 0.5, -0.5, 1e300, float("nan"), float("inf")),
-    *("", "x", "7", "\x1b[31m", "a\nb", "\0", "é" * 70, "x" * 10**5, "os:system", "/etc/passwd", "../../x"),
-    *([], [1], [[]], [None], ["a"], [1.5, 2], [2**62] * 3, {}, {"base64": "AAAA"}, {"base64": 5}, {"arrays": []}, {"a": {"b": {}}}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        3,
+        10**6,
+        10**15,
+        2**63,
+        -(2**70),
+        0.5,
+        -0.5,
+        1e300,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        "x",
+        "7",
+        "\x1b[31m",
+        "a\nb",
+        "\0",
+        "é" * 70,
+        "x" * 10**5,
+        "os:system",
+        "/etc/passwd",
+        "../../x",
+    ),
+    *(
+        [],
+        [1],
+        [[]],
+        [None],
+        ["a"],
+        [1.5, 2],
+        [2**62] * 3,
+        {},
+        {"base64": "AAAA"},
+        {"base64": 5},
+        {"arrays": []},
+        {"a": {"b": {}}},
+    ),
 ]
 SLOW = {"computing.compile"}  # it takes a minute, which says nothing about letters
 
@@ -60,7 +102,9 @@ class Inside(Service):
 
     def hurry(self, seconds: float) -> None:
         """From now on work takes no longer."""
-        self._site = self._site.model_copy(update={"policy": self._site.policy.model_copy(update={"seconds": seconds})})
+        self._site = self._site.model_copy(
+            update={"policy": self._site.policy.model_copy(update={"seconds": seconds})}
+        )
 
     def ask(self, data: bytes) -> bytes:
         """The kind of the last frame that comes back; nothing where the line is closed without a word."""
@@ -93,28 +137,58 @@ class Inside(Service):
         """All that it remembers of a run, in memory and on disk."""
         files = sorted(Path(self._site.state).glob(f"{run}-*"))
         memory = self._runs[run]
-        return b"".join([letter.to_bytes({"asked": memory.asked}, memory.state), *(file.read_bytes() for file in files)])
+        return b"".join(
+            [
+                letter.to_bytes({"asked": memory.asked}, memory.state),
+                *(file.read_bytes() for file in files),
+            ]
+        )
 
     def forget_since(self, run: int, memory: Any, files: dict[Path, bytes]) -> None:
         """What an answer changed."""
-        self._runs[run] = memory._replace(state=letter.from_bytes(letter.to_bytes({}, memory.state))[1])
+        self._runs[run] = memory._replace(
+            state=letter.from_bytes(letter.to_bytes({}, memory.state))[1]
+        )
         for file, content in files.items():
             file.write_bytes(content)
 
 
 def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
     """A letter of a run."""
-    told: dict[str, Any] = {"server-round": step, "classes": list("0123456789"), "cycle-from": step / 100}
+    told: dict[str, Any] = {
+        "server-round": step,
+        "classes": list("0123456789"),
+        "cycle-from": step / 100,
+    }
     if strategy == "dmsgd":
-        told |= {"neighbours": [], "weights": [], "test": False, "last": False, "rejoin": False, "fresh": False}
+        told |= {
+            "neighbours": [],
+            "weights": [],
+            "test": False,
+            "last": False,
+            "rejoin": False,
+            "fresh": False,
+        }
     else:
-        told |= {"lr": 0.05, "cycle-to": 0.5, "local-steps": 2, **({"delta": True} if strategy == "gsgm" else {})}
+        told |= {
+            "lr": 0.05,
+            "cycle-to": 0.5,
+            "local-steps": 2,
+            **({"delta": True} if strategy == "gsgm" else {}),
+        }
     records: dict[str, Any] = {"config": ConfigRecord(told)}
     if strategy != "dmsgd":
-        vectors = {"x": torch.linspace(-0.1, 0.1, SIZE)} | ({"c": torch.zeros(SIZE)} if strategy == "scaffold" else {})
+        vectors = {"x": torch.linspace(-0.1, 0.1, SIZE)} | (
+            {"c": torch.zeros(SIZE)} if strategy == "scaffold" else {}
+        )
         records["arrays"] = pack(vectors)
     kind = "train.peer" if strategy == "dmsgd" else "train"
-    return {"kind": kind, "run": RUN, "node": 1001, "run-config": dict(CONFIGS[strategy])}, RecordDict(records)
+    return {
+        "kind": kind,
+        "run": RUN,
+        "node": 1001,
+        "run-config": dict(CONFIGS[strategy]),
+    }, RecordDict(records)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
@@ -137,7 +211,16 @@ def change_bytes(random: Random, data: bytearray) -> None:
 
 def change_length(random: Random, data: bytearray) -> None:
     length = int.from_bytes(data[1:9], "big")
-    lengths = [0, 1, length - 1, length + 1, letter.LARGEST_HEAD + 1, letter.LARGEST + 1, 2**63, 2**64 - 1]
+    lengths = [
+        0,
+        1,
+        length - 1,
+        length + 1,
+        letter.LARGEST_HEAD + 1,
+        letter.LARGEST + 1,
+        2**63,
+        2**64 - 1,
+    ]
     data[1:9] = random.choice(lengths).to_bytes(8, "big")
 
 
@@ -160,7 +243,9 @@ def change_json(random: Random, data: bytearray) -> None:
         case "drop":
             del where[key]
         case "add" if isinstance(where, dict):
-            where[random.choice(["x", "", "lr", "arrays", "state", "é" * 100])] = random.choice(VALUES)
+            where[random.choice(["x", "", "lr", "arrays", "state", "é" * 100])] = random.choice(
+                VALUES
+            )
         case _:
             where.append(random.choice(VALUES))
     text = json.dumps(head).encode()
@@ -170,18 +255,31 @@ def change_json(random: Random, data: bytearray) -> None:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [place for key, each in items for place in ((value, key), *_places(each))]
 
 
-CHANGES: Sequence[Callable[[Random, bytearray], None]] = (*[change_json] * 5, *[change_bytes] * 3, change_length, change_kind)
+CHANGES: Sequence[Callable[[Random, bytearray], None]] = (
+    *[change_json] * 5,
+    *[change_bytes] * 3,
+    change_length,
+    change_kind,
+)
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)
-def test_no_letter_changes_what_a_site_remembers_unless_it_is_answered(strategy: str, tmp_path: Path) -> None:
+def test_no_letter_changes_what_a_site_remembers_unless_it_is_answered(
+    strategy: str, tmp_path: Path
+) -> None:
     service = Inside(tmp_path)
     for step in (0, 1):
         assert service.ask(letter.to_bytes(*honest(strategy, step))) == letter.HEAD

@@ -15,7 +15,9 @@ NETWORK = f"{__name__}:network"
 def network(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Two million parameters, 8 MB."""
     inputs, width = torch.Size(shape).numel(), 2_000_000 // 7
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, num_classes)
+    )
 
 
 SIZES = tuple(parameter.numel() for parameter in network(SHAPE, 2).parameters())
@@ -24,7 +26,9 @@ SIZES = tuple(parameter.numel() for parameter in network(SHAPE, 2).parameters())
 @pytest.fixture(scope="module", autouse=True)
 def handed_back() -> None:
     """The C library hands vectors back to the system as soon as they are freed; what is loaded only once is loaded."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; without it, it grows with what is freed
+    ctypes.CDLL(None).mallopt(
+        -3, 1 << 20
+    )  # M_MMAP_THRESHOLD; without it, it grows with what is freed
     peak(short("fedavg", 3, NETWORK), SIZES)
 
 

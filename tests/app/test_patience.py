@@ -38,7 +38,9 @@ def gone(from_s: float, **keys: Any) -> Run:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method["strategy"]))
-def test_run_goes_on_when_all_sites_are_back(method: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_run_goes_on_when_all_sites_are_back(
+    method: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("flwr").propagate = True
     undisturbed = simulate(**COMMON, **method, world=World(samples_per_s=SLOW))
     found = gone(4.0, **method)
@@ -47,15 +49,23 @@ def test_run_goes_on_when_all_sites_are_back(method: dict[str, Any], caplog: pyt
     for site in range(3):
         assert f"(site {site}) is not connected" in caplog.text
         assert f"(site {site}) is connected again" in caplog.text
-    if isinstance(found.config.plan, RoundPlan):  # a round that was lost is taken again, from the same model
-        assert all(torch.equal(found.model[name], value) for name, value in undisturbed.model.items())
+    if isinstance(
+        found.config.plan, RoundPlan
+    ):  # a round that was lost is taken again, from the same model
+        assert all(
+            torch.equal(found.model[name], value) for name, value in undisturbed.model.items()
+        )
 
 
 def test_site_that_stayed_forgets_the_round_that_is_taken_again(tmp_path: Path) -> None:
     common = COMMON | {"strategy": "scaffold", "scaffold": {"local_epochs": 1}}
-    undisturbed = simulate(**common, world=World(samples_per_s=SLOW), folder=tmp_path / "undisturbed")
+    undisturbed = simulate(
+        **common, world=World(samples_per_s=SLOW), folder=tmp_path / "undisturbed"
+    )
     periods = {site: [(4.0, 4.0 + HOURS)] for site in (1, 2)}
-    found = simulate(**common, world=World(samples_per_s=SLOW, offline=periods), folder=tmp_path / "found")
+    found = simulate(
+        **common, world=World(samples_per_s=SLOW, offline=periods), folder=tmp_path / "found"
+    )
     assert all(torch.equal(found.model[name], value) for name, value in undisturbed.model.items())
 
 

@@ -33,14 +33,22 @@ from strategies.topology import TopologyError
 from tests.conftest import RunApp, own
 from tests.data import write_keys
 
-SMALL: dict[str, Any] = {"num_sites": 4, "epochs": 4, "model.name": "mlp", "training.lr": 0.05, "progress": False}
+SMALL: dict[str, Any] = {
+    "num_sites": 4,
+    "epochs": 4,
+    "model.name": "mlp",
+    "training.lr": 0.05,
+    "progress": False,
+}
 SEALED: dict[str, Any] = {"wire.sealing": "trust-on-first-use"}
 
 
 def small(**changes: Any) -> Config:
     """The configuration of :func:`run`."""
     half = own(changes.get("strategy", "dmsgd"), momentum=0.5)
-    return configuration(**{key: value for key, value in (SMALL | half | changes).items() if key != "progress"})
+    return configuration(
+        **{key: value for key, value in (SMALL | half | changes).items() if key != "progress"}
+    )
 
 
 def run(world: World | None = None, engine: str = "app", **changes: Any) -> Run:
@@ -55,7 +63,13 @@ ALIKE: list[dict[str, Any]] = [
     {"strategy": "cdmsgd", "cdmsgd.nesterov": True, "topology.lazy": True},
     {"strategy": "dsgdm", "partition.kind": "sizes", "dsgdm.local-steps": 2},
     {"strategy": "dmsgd", "topology.name": "path", "dmsgd.form": "velocity"},
-    {"strategy": "dmsgd", "topology.name": "torus", "num_sites": 9, "dmsgd.consensus-weight": 1.0, "topology.averaging-rate": 0.7},
+    {
+        "strategy": "dmsgd",
+        "topology.name": "torus",
+        "num_sites": 9,
+        "dmsgd.consensus-weight": 1.0,
+        "topology.averaging-rate": 0.7,
+    },
     {"strategy": "qgm", "topology.name": "one-peer-exponential", "training.clip-norm": 0.5},
     {"strategy": "q-saddle", "topology.name": "exponential", "partition.kind": "dirichlet"},
     {
@@ -65,7 +79,12 @@ ALIKE: list[dict[str, Any]] = [
         "wire.error-feedback": "choco",
         "topology.averaging-rate": 0.4,
     },
-    {"strategy": "q-saddle", "wire.codec": "random-k", "wire.error-feedback": "deep-squeeze", "topology.averaging-rate": 0.2},
+    {
+        "strategy": "q-saddle",
+        "wire.codec": "random-k",
+        "wire.error-feedback": "deep-squeeze",
+        "topology.averaging-rate": 0.2,
+    },
     {"strategy": "gradient-tracking"},
     {"strategy": "dfedsam", "dfedsam.local-steps": 3},
     {"strategy": "ngm"},
@@ -84,7 +103,11 @@ ALIKE: list[dict[str, Any]] = [
     },
     # Whoever mixes up w_ij and w_ji is found out where they differ.
     {"strategy": "ngm", "ngm.gradients": "model", "topology.name": "exponential"},
-    {"strategy": "n-saddle", "n-saddle.perturbed-by": "owner-of-model", "training.weight-decay": 0.1},
+    {
+        "strategy": "n-saddle",
+        "n-saddle.perturbed-by": "owner-of-model",
+        "training.weight-decay": 0.1,
+    },
     {"strategy": "d-psgd", "data.augment": "flip-crop"},
     {"strategy": NOLOCO, "topology.name": "matching", "num_sites": 5, "noloco.local-steps": 3},
     {"strategy": "d-psgd", "topology.name": "examples.my_topology:cities"},
@@ -95,7 +118,10 @@ def smooth(shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
     """A network without kinks, at which a rounding error of one engine would become far more than itself."""
     hidden = 64
     return torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, num_classes)
+        torch.nn.Flatten(),
+        torch.nn.Linear(math.prod(shape), hidden),
+        torch.nn.Tanh(),
+        torch.nn.Linear(hidden, num_classes),
     )
 
 
@@ -109,13 +135,17 @@ def test_batched_engine_is_the_relay_step_for_step(changes: dict[str, Any]) -> N
             torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-6)
     assert list(relay.history["round"]) == list(batched.history["round"])
     np.testing.assert_allclose(relay.history["accuracy"], batched.history["accuracy"], atol=1e-9)
-    trained = (found.metrics.query("metric == 'loss' and split == 'train'") for found in (relay, batched))
+    trained = (
+        found.metrics.query("metric == 'loss' and split == 'train'") for found in (relay, batched)
+    )
     own, other = (each.set_index(["round", "site"])["value"].sort_index() for each in trained)
     pd.testing.assert_series_equal(own, other, rtol=1e-4)
     # The relay's messages hold more than payloads: headers, metrics, what sites are told.
     assert 1 < relay.history["megabytes"].iloc[-1] / batched.history["megabytes"].iloc[-1] < 1.3
     distance = batched.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]
-    assert relay.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1] == pytest.approx(distance, rel=1e-4, abs=1e-6)
+    assert relay.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1] == pytest.approx(
+        distance, rel=1e-4, abs=1e-6
+    )
 
 
 JUMPING: list[dict[str, Any]] = [
@@ -132,7 +162,8 @@ JUMPING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", JUMPING, ids=lambda changes: next(iter(changes.values())))
 def test_what_jumps_is_close_in_both_engines(changes: dict[str, Any]) -> None:
     """A rounding error of one engine can move a number to a codec's next level, or past the kink of a ReLU or of max-pooling, and
-    then by far more than itself, but seldom."""
+    then by far more than itself, but seldom.
+    """
     changes = {"strategy": "q-saddle"} | changes
     relay, batched = (run(engine=engine, epochs=2, **changes) for engine in ("app", "batched"))
     for name, model in relay.models.items():
@@ -154,7 +185,9 @@ def test_sealing_changes_no_number_and_keeps_models_from_the_server() -> None:
     assert sealed.models == {}
     assert sealed.metrics.query("split == 'consensus'").empty
     coded: dict[str, Any] = {"strategy": "ngm", "wire.cross-codec": "sign", "epochs": 2}
-    assert list(run(**coded, **SEALED).history["accuracy"]) == list(run(**coded).history["accuracy"])
+    assert list(run(**coded, **SEALED).history["accuracy"]) == list(
+        run(**coded).history["accuracy"]
+    )
 
 
 def test_same_seed_same_history_and_seeds_differ() -> None:
@@ -173,7 +206,12 @@ def test_state_survives_the_process() -> None:
 
     for changes in (
         {"strategy": "dmsgd"},
-        {"strategy": "qgm", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5},
+        {
+            "strategy": "qgm",
+            "wire.codec": "qsgd",
+            "wire.error-feedback": "choco",
+            "topology.averaging-rate": 0.5,
+        },
     ):
         _, history = watched(forget, **changes, epochs=1)
         assert (
@@ -205,13 +243,20 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
         def context_of_site_2() -> Context:
             return list(grid.contexts.values())[2]
 
-        grid, history = VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget), History(config)
+        grid, history = (
+            VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget),
+            History(config),
+        )
         context_of_site_2().node_config |= settings
         run_server(grid, config, history)
-        found: list[float] = history.metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
+        found: list[float] = history.metrics.query("metric == 'accuracy' and site == '2'")[
+            "value"
+        ].tolist()
         return found
 
-    undisturbed = run(**changes).metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
+    undisturbed = (
+        run(**changes).metrics.query("metric == 'accuracy' and site == '2'")["value"].tolist()
+    )
     assert accuracies({"state": str(folder)}) == undisturbed
     # Until the next run: while the last answer was on its way, the server might have been killed.
     assert sorted(path.name for path in folder.iterdir()) == ["1-2.before", "1-2.ended"]
@@ -220,7 +265,9 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["a file", "no state"])
-def test_state_that_cannot_be_used_is_named_before_any_work(wrong: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_state_that_cannot_be_used_is_named_before_any_work(
+    wrong: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("flwr").propagate = True
     folder = tmp_path / "state"
     if wrong == "a file":
@@ -254,11 +301,15 @@ class Between(VirtualGrid):
         return super().push_messages(passed)
 
 
-def watched(tamper: Tamper | None, world: World | None = None, **changes: Any) -> tuple[VirtualGrid, History]:
+def watched(
+    tamper: Tamper | None, world: World | None = None, **changes: Any
+) -> tuple[VirtualGrid, History]:
     """A run whose messages ``tamper`` sees."""
     config = small(**changes)
     history = History(config)
-    grid = VirtualGrid(client_app, (world or World()).sites(config.num_sites, config.seed), config.flat(), tamper)
+    grid = VirtualGrid(
+        client_app, (world or World()).sites(config.num_sites, config.seed), config.flat(), tamper
+    )
     run_server(grid, config, history)
     return grid, history
 
@@ -274,7 +325,10 @@ def test_relay_does_no_arithmetic_on_payloads() -> None:
     }
     assert not any(name.split(".")[0] in ("torch", "numpy") for name in imported)
     assert not {"unpack", "pack", "arrays"} & {
-        alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
     offered: set[bytes] = set()
     delivered: list[bytes] = []
@@ -331,7 +385,9 @@ def accuracy(found: Run, site: int) -> list[float]:
 
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "n-saddle"])
 def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
-    found = run(World(samples_per_s=100, offline={2: [(6.0, math.inf)]}), strategy=strategy, epochs=6)
+    found = run(
+        World(samples_per_s=100, offline={2: [(6.0, math.inf)]}), strategy=strategy, epochs=6
+    )
     assert found.finished
     assert len(accuracy(found, 2)) < len(accuracy(found, 0)) == 6
     assert found.history["accuracy"].iloc[-1] > 0.6
@@ -343,7 +399,13 @@ def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
     "changes",
     [
         {"strategy": "dmsgd"},
-        {"strategy": "q-saddle", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5, **SEALED},
+        {
+            "strategy": "q-saddle",
+            "wire.codec": "qsgd",
+            "wire.error-feedback": "choco",
+            "topology.averaging-rate": 0.5,
+            **SEALED,
+        },
         {
             "strategy": "n-saddle",
             "wire.codec": "qsgd",
@@ -355,7 +417,9 @@ def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
     ids=["dmsgd", "choco, sealed", "n-saddle, choco"],
 )
 @pytest.mark.slow
-def test_peer_that_comes_back_rejoins_with_its_state(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_peer_that_comes_back_rejoins_with_its_state(
+    changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("flwr").propagate = True
     found = run(World(samples_per_s=100, offline={2: [(6.0, 68.0)]}), epochs=16, **changes)
     assert found.finished
@@ -379,7 +443,10 @@ def test_slow_peer_gets_all_that_its_neighbours_offered() -> None:
         "training.batch-size": 16,
         "epochs": 2,
     }
-    slow, batched = run(World(samples_per_s=[5.0, *[1000.0] * 7]), **changes), run(engine="batched", **changes)
+    slow, batched = (
+        run(World(samples_per_s=[5.0, *[1000.0] * 7]), **changes),
+        run(engine="batched", **changes),
+    )
     for name, model in slow.models.items():
         for key, value in model.items():
             torch.testing.assert_close(batched.models[name][key], value, rtol=0, atol=1e-5)
@@ -387,7 +454,9 @@ def test_slow_peer_gets_all_that_its_neighbours_offered() -> None:
 
 def test_each_exchange_is_tested_once_though_a_peer_comes_late() -> None:
     late = World(samples_per_s=100, offline={2: [(1.0, 2.0)]})
-    found = run(late, strategy="d-psgd", num_sites=3, epochs=1, results={"evaluate_every": 1}, timeout_s=3.0)
+    found = run(
+        late, strategy="d-psgd", num_sites=3, epochs=1, results={"evaluate_every": 1}, timeout_s=3.0
+    )
     assert list(found.history["round"]) == list(range(1, 16))
 
 
@@ -395,22 +464,31 @@ def test_each_exchange_is_tested_once_though_a_peer_comes_late() -> None:
 @pytest.mark.parametrize("lost_at", [2.98, 3.0])  # while the replies are on their way; before
 def test_peers_that_are_all_away_for_a_while_go_on(sealing: str, lost_at: float) -> None:
     away = World(samples_per_s=100, offline={site: [(lost_at, 20.0)] for site in range(3)})
-    found = run(away, strategy="dmsgd", num_sites=3, epochs=8, timeout_s=30.0, wire={"sealing": sealing})
+    found = run(
+        away, strategy="dmsgd", num_sites=3, epochs=8, timeout_s=30.0, wire={"sealing": sealing}
+    )
     assert found.finished
     assert found.history["accuracy"].iloc[-1] > 0.7
 
 
 @pytest.mark.parametrize("engine", ["app", "batched"])
 def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
-    found = run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, results={"evaluate_every": 7})
+    found = run(
+        engine=engine, strategy="d-psgd", num_sites=3, epochs=1, results={"evaluate_every": 7}
+    )
     rows = found.metrics.query("metric == 'local-epochs'")
     assert list(rows["value"]) == pytest.approx([7 / 15, 7 / 15, 1 / 15])
-    with pytest.raises(RunError, match="local-steps = 1000: epochs = 1 have 15 batches; at most these"):
+    with pytest.raises(
+        RunError, match="local-steps = 1000: epochs = 1 have 15 batches; at most these"
+    ):
         run(engine=engine, strategy="d-psgd", num_sites=3, epochs=1, d_psgd={"local_steps": 1000})
 
 
 def test_batched_run_that_diverges_says_so() -> None:
-    with pytest.raises(RunError, match=r"exchange \d+: training diverged: the models of the sites \[0, 1, 2, 3\] are not finite"):
+    with pytest.raises(
+        RunError,
+        match=r"exchange \d+: training diverged: the models of the sites \[0, 1, 2, 3\] are not finite",
+    ):
         run(engine="batched", strategy="d-psgd", training={"lr": 1e6})
 
 
@@ -429,7 +507,9 @@ def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) 
     assert "site 1 is back, remembers nothing of this run and starts anew" in caplog.text
 
 
-def test_peer_that_fails_every_time_costs_the_others_little(caplog: pytest.LogCaptureFixture) -> None:
+def test_peer_that_fails_every_time_costs_the_others_little(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     logging.getLogger("flwr").propagate = True
 
     def fail(number: int, message: Message, reply: Message) -> Message:
@@ -449,13 +529,18 @@ def test_peers_that_all_fail_stop_the_run_at_once() -> None:
             reply.content.metric_records["metrics"]["num-examples"] = 0
         return reply
 
-    with pytest.raises(RunError, match=r"and no others will, .* stopped\. site 0, site 1, site 2, site 3: num-examples is 0"):
+    with pytest.raises(
+        RunError,
+        match=r"and no others will, .* stopped\. site 0, site 1, site 2, site 3: num-examples is 0",
+    ):
         watched(fail, strategy="d-psgd")
 
 
 def test_too_few_peers_stop_the_run_after_the_timeout() -> None:
     dead = World(samples_per_s=100, offline={site: [(10.0, math.inf)] for site in (0, 1, 2)})
-    with pytest.raises(RunError, match="1 peers go on after patience-s = 50, min-sites = 2: stopped"):
+    with pytest.raises(
+        RunError, match="1 peers go on after patience-s = 50, min-sites = 2: stopped"
+    ):
         run(dead, strategy="dmsgd", epochs=30, timeout_s=50.0, patience_s=50.0)
 
 
@@ -465,10 +550,17 @@ def test_silent_neighbours_weight_goes_to_the_peer_itself() -> None:
     def mute(number: int, message: Message, reply: Message) -> Message | None:
         return None if number == 1 and message.metadata.message_type == "train.peer" else reply
 
-    _, history = watched(mute, strategy="d-psgd", num_sites=3, topology={"name": "path"}, epochs=2, timeout_s=30.0)
+    _, history = watched(
+        mute, strategy="d-psgd", num_sites=3, topology={"name": "path"}, epochs=2, timeout_s=30.0
+    )
     both = history.models
     _, alone = watched(
-        mute, strategy="d-psgd", num_sites=3, topology={"name": "path", "averaging_rate": 0.001}, epochs=2, timeout_s=30.0
+        mute,
+        strategy="d-psgd",
+        num_sites=3,
+        topology={"name": "path", "averaging_rate": 0.001},
+        epochs=2,
+        timeout_s=30.0,
     )
     for name in ("model-0", "model-2"):
         for key, value in both[name].items():
@@ -481,7 +573,11 @@ def spoil(what: str) -> Tamper:
 
     def tamper(number: int, message: Message, reply: Message) -> Message:
         arrays = reply.content.get("arrays") if not reply.has_error() else None
-        if number != 1 or message.metadata.message_type != "train.peer" or not isinstance(arrays, ArrayRecord):
+        if (
+            number != 1
+            or message.metadata.message_type != "train.peer"
+            or not isinstance(arrays, ArrayRecord)
+        ):
             return reply
         for name in [name for name in arrays if name.endswith(("values", "sealed"))]:
             data = bytearray(arrays[name].data)
@@ -495,7 +591,9 @@ def spoil(what: str) -> Tamper:
                 case "short":
                     arrays[name] = Array(unpack(arrays[name])[:10].numpy())
                     continue
-            arrays[name] = Array(arrays[name].dtype, arrays[name].shape, arrays[name].stype, bytes(data))
+            arrays[name] = Array(
+                arrays[name].dtype, arrays[name].shape, arrays[name].stype, bytes(data)
+            )
         return reply
 
     return tamper
@@ -551,16 +649,32 @@ def test_payload_delivered_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "dmsgd", "topology.name": "torus"}, "num-sites = 4 is no product of two numbers"),
-        ({"strategy": "dmsgd", "topology.name": "star", "topology.mixing": "uniform"}, "not doubly stochastic"),
-        ({"strategy": "dmsgd", "topology.name": "edges", "topology.edges": "/nowhere"}, "edges = '/nowhere'"),
         (
-            {"strategy": "dmsgd", "topology.name": "bipartite", "num_sites": 8, "dmsgd.consensus-weight": 1.0},
+            {"strategy": "dmsgd", "topology.name": "torus"},
+            "num-sites = 4 is no product of two numbers",
+        ),
+        (
+            {"strategy": "dmsgd", "topology.name": "star", "topology.mixing": "uniform"},
+            "not doubly stochastic",
+        ),
+        (
+            {"strategy": "dmsgd", "topology.name": "edges", "topology.edges": "/nowhere"},
+            "edges = '/nowhere'",
+        ),
+        (
+            {
+                "strategy": "dmsgd",
+                "topology.name": "bipartite",
+                "num_sites": 8,
+                "dmsgd.consensus-weight": 1.0,
+            },
             "dmsgd.momentum = 0.5, dmsgd.consensus-weight = 1: disagreement grows by 1.16",
         ),
     ],
 )
-def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[str, Any], message: str) -> None:
+def test_topology_that_cannot_be_stops_before_the_first_message(
+    changes: dict[str, Any], message: str
+) -> None:
     sent: list[Message] = []
     config = small(**changes)
     grid = Between(client_app, World().sites(4, 1), config.flat())
@@ -573,20 +687,39 @@ def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "q-saddle", "q-saddle.rho": 0.0}, "q-saddle.rho = 0.0: must be greater than 0"),
-        ({"strategy": "dmsgd", "num_sites": 1, "min_sites": 1}, "num-sites = 1: dmsgd needs peers to exchange with; at least 2"),
-        ({"strategy": "dmsgd", "wire.codec": "top-k"}, "error-feedback = 'none': codec = 'top-k' loses what it leaves out"),
+        (
+            {"strategy": "q-saddle", "q-saddle.rho": 0.0},
+            "q-saddle.rho = 0.0: must be greater than 0",
+        ),
+        (
+            {"strategy": "dmsgd", "num_sites": 1, "min_sites": 1},
+            "num-sites = 1: dmsgd needs peers to exchange with; at least 2",
+        ),
+        (
+            {"strategy": "dmsgd", "wire.codec": "top-k"},
+            "error-feedback = 'none': codec = 'top-k' loses what it leaves out",
+        ),
         (
             {"strategy": "gradient-tracking", "wire.codec": "qsgd"},
             "wire.codec = 'qsgd': gradient-tracking would carry on every error",
         ),
         ({"strategy": "ngm", "ngm.local-steps": 2}, "ngm.local-steps = 2: unknown key"),
         (
-            {"strategy": "qgm", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.name": "one-peer-exponential"},
+            {
+                "strategy": "qgm",
+                "wire.codec": "qsgd",
+                "wire.error-feedback": "choco",
+                "topology.name": "one-peer-exponential",
+            },
             "error-feedback = 'choco': neighbours change",
         ),
         (
-            {"strategy": "qgm", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.name": "matching"},
+            {
+                "strategy": "qgm",
+                "wire.codec": "qsgd",
+                "wire.error-feedback": "choco",
+                "topology.name": "matching",
+            },
             "error-feedback = 'choco': neighbours change",
         ),
         (
@@ -598,14 +731,24 @@ def test_topology_that_cannot_be_stops_before_the_first_message(changes: dict[st
             "topology.name = 'exponential': gradients go back where models came from",
         ),
         (
-            {"strategy": "n-saddle", "n-saddle.rho": 0.05, "n-saddle.perturbed-by": "owner-of-model", "wire.codec": "fp16"},
+            {
+                "strategy": "n-saddle",
+                "n-saddle.rho": 0.05,
+                "n-saddle.perturbed-by": "owner-of-model",
+                "wire.codec": "fp16",
+            },
             "wire.codec = 'fp16': n-saddle.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'",
         ),
         ({"strategy": "dmsgd", "wire.bits": 3}, "wire.bits = 3: must be 2, 4, 8 or 16"),
-        ({"strategy": "dmsgd", "topology.name": "circle"}, "topology.name = 'circle': allowed: ring"),
+        (
+            {"strategy": "dmsgd", "topology.name": "circle"},
+            "topology.name = 'circle': allowed: ring",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_an_error_that_names_the_key(changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_together_is_an_error_that_names_the_key(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         run(**changes)
 
@@ -618,23 +761,38 @@ def test_engine_of_the_laboratory_is_checked() -> None:
     with pytest.raises(ConfigError, match="engine = 'ray': allowed: 'app', 'batched'"):
         run(strategy="dmsgd", engine="ray")
     with pytest.raises(ConfigError, match=r"norm = 'batch': engine = 'batched' takes no BatchNorm"):
-        run(strategy="dmsgd", engine="batched", model={"name": "resnet20"}, data={"source": "tests.equivalence.test_averaging:few"})
+        run(
+            strategy="dmsgd",
+            engine="batched",
+            model={"name": "resnet20"},
+            data={"source": "tests.equivalence.test_averaging:few"},
+        )
 
 
 def test_batch_norm_statistics_are_averaged_with_the_models() -> None:
     found = run(
-        strategy="dmsgd", model={"name": "resnet20"}, data={"source": "tests.equivalence.test_averaging:few"}, num_sites=2, epochs=1
+        strategy="dmsgd",
+        model={"name": "resnet20"},
+        data={"source": "tests.equivalence.test_averaging:few"},
+        num_sites=2,
+        epochs=1,
     )
     means = [model["stem.1.running_mean"] for model in found.models.values()]
     assert not torch.equal(means[0], torch.zeros(16))
-    torch.testing.assert_close(means[0], means[1])  # two peers with weights 1/2 agree after each exchange
+    torch.testing.assert_close(
+        means[0], means[1]
+    )  # two peers with weights 1/2 agree after each exchange
 
 
-def test_results_show_the_graph_the_worst_peer_and_every_link(run_app: RunApp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_show_the_graph_the_worst_peer_and_every_link(
+    run_app: RunApp, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = run_app(strategy="dmsgd", num_sites=4, topology={"name": "path"}, epochs=2, draw=True)
     assert imread(found.folder / "topology.png").shape[0] > 200
     assert not (found.folder / "schedule.png").exists()
-    assert {file.name for file in found.folder.glob("model*")} == {f"model-{site}.safetensors" for site in range(4)}
+    assert {file.name for file in found.folder.glob("model*")} == {
+        f"model-{site}.safetensors" for site in range(4)
+    }
     printed = capsys.readouterr().out
     assert "exchange    24 | epoch 2/2 | lr" in printed
     assert "worst 0." in printed
@@ -653,7 +811,11 @@ def test_results_show_the_graph_the_worst_peer_and_every_link(run_app: RunApp, c
     parameters = sum(value.numel() for value in Run.load(found.folder).models["model-0"].values())
     # 24 exchanges of model and momentum, 128 bytes of a header each.
     assert set(links["value"]) == {24 * 2 * (4 * parameters + 128)}
-    assert found.trace("accuracy-worst")[-1] <= found.trace("accuracy")[-1] <= found.trace("accuracy-best")[-1]
+    assert (
+        found.trace("accuracy-worst")[-1]
+        <= found.trace("accuracy")[-1]
+        <= found.trace("accuracy-best")[-1]
+    )
 
 
 def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> None:
@@ -667,11 +829,16 @@ def test_site_writes_its_model_into_the_file_that_it_names(tmp_path: Path) -> No
     models = [load_file(tmp_path / f"site-{number}" / "model.safetensors") for number in range(4)]
     expected = run(strategy="dmsgd").models
     for number, model in enumerate(models):
-        assert all(torch.equal(model[name], value) for name, value in expected[f"model-{number}"].items())
+        assert all(
+            torch.equal(model[name], value) for name, value in expected[f"model-{number}"].items()
+        )
 
 
 def test_site_with_keys_takes_part_in_sealed_runs_only(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="sealing = 'off': this site has peer-keys and takes part in sealed runs only"):
+    with pytest.raises(
+        RunError,
+        match="sealing = 'off': this site has peer-keys and takes part in sealed runs only",
+    ):
         deployed(small(strategy="dmsgd"), write_keys(tmp_path / "keys"))
 
 
@@ -698,12 +865,17 @@ def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
         run_server(grid, config, History(config))
         assert ("model" in handed) is expected
     # A content key for each neighbour on the ring, and for nobody else.
-    assert wrapped == {(peer, f"to-{(peer + side) % 4}/key") for peer in range(4) for side in (1, -1)}
+    assert wrapped == {
+        (peer, f"to-{(peer + side) % 4}/key") for peer in range(4) for side in (1, -1)
+    }
 
 
 def deployed(config: Config, nodes: Iterable[dict[str, Any]]) -> History:
     """A run of sites with such a ``--node-config``."""
-    grid, history = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat()), History(config)
+    grid, history = (
+        VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat()),
+        History(config),
+    )
     for context, node in zip(grid.contexts.values(), nodes, strict=True):
         context.node_config = dict(node)
     run_server(grid, config, history)
@@ -714,8 +886,13 @@ def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
     nodes = write_keys(tmp_path / "keys")
     config = small(strategy="dmsgd", epochs=2, wire={"sealing": "keys"})
     sealed = deployed(config, nodes)
-    plain = deployed(small(strategy="dmsgd", epochs=2), [{"site": node["site"], "data": ""} for node in nodes])
-    found = (history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() for history in (sealed, plain))
+    plain = deployed(
+        small(strategy="dmsgd", epochs=2), [{"site": node["site"], "data": ""} for node in nodes]
+    )
+    found = (
+        history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist()
+        for history in (sealed, plain)
+    )
     assert next(found) == next(found)
 
     listed = (tmp_path / "keys" / "peers.toml").read_text().splitlines()
@@ -725,13 +902,20 @@ def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
         deployed(config.model_copy(update={"min_sites": 4}), few)
 
 
-CHOCO: dict[str, Any] = {"wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5}
+CHOCO: dict[str, Any] = {
+    "wire.codec": "qsgd",
+    "wire.error-feedback": "choco",
+    "topology.averaging-rate": 0.5,
+}
 
 
 @pytest.mark.parametrize(
-    ("strategy", "seed", "timeout_s"), [("qgm", 2, 5.0), ("qgm", 3, 600.0), ("n-saddle", 1, 30.0), ("d-psgd", 4, 5.0)]
+    ("strategy", "seed", "timeout_s"),
+    [("qgm", 2, 5.0), ("qgm", 3, 600.0), ("n-saddle", 1, 30.0), ("d-psgd", 4, 5.0)],
 )
-def test_hats_are_never_wrong_whoever_comes_and_goes(strategy: str, seed: int, timeout_s: float) -> None:
+def test_hats_are_never_wrong_whoever_comes_and_goes(
+    strategy: str, seed: int, timeout_s: float
+) -> None:
     """CHOCO: what a reader has of a neighbour that it mixes with is what that neighbour thinks it has, at the same step."""
     hats: dict[tuple[int, int], torch.Tensor] = {}
     compared = 0
@@ -752,7 +936,9 @@ def test_hats_are_never_wrong_whoever_comes_and_goes(strategy: str, seed: int, t
             for sender, hat in known.hats.items() if known else ():
                 if (sender, hat.step) in hats:
                     compared += 1
-                    torch.testing.assert_close(hat.vectors[0], hats[sender, hat.step], rtol=0, atol=0)
+                    torch.testing.assert_close(
+                        hat.vectors[0], hats[sender, hat.step], rtol=0, atol=0
+                    )
 
     config = small(strategy=strategy, min_sites=1, seed=seed, timeout_s=timeout_s, **CHOCO)
     assert isinstance(config.plan, PeerPlan)
@@ -768,15 +954,25 @@ def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCapt
 
     def spoil_once(number: int, message: Message, reply: Message) -> Message:
         arrays = reply.content.get("arrays") if not reply.has_error() else None
-        if number == 1 and isinstance(arrays, ArrayRecord) and config_of(message).get("server-round") == 5:
+        if (
+            number == 1
+            and isinstance(arrays, ArrayRecord)
+            and config_of(message).get("server-round") == 5
+        ):
             for name in [name for name in arrays if name.endswith("sealed")]:
                 data = bytearray(arrays[name].data)
                 data[-1] ^= 1
-                arrays[name] = Array(arrays[name].dtype, arrays[name].shape, arrays[name].stype, bytes(data))
+                arrays[name] = Array(
+                    arrays[name].dtype, arrays[name].shape, arrays[name].stype, bytes(data)
+                )
         return reply
 
     _, history = watched(spoil_once, strategy="qgm", epochs=4, **CHOCO, **SEALED)
-    assert caplog.text.count("refuses what came from site 1") in (2, 3, 4)  # both neighbours, once or twice
+    assert caplog.text.count("refuses what came from site 1") in (
+        2,
+        3,
+        4,
+    )  # both neighbours, once or twice
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].iloc[-1] > 0.3
 
 
@@ -784,18 +980,30 @@ def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCapt
     ("settings", "part", "wrong"),
     [
         (
-            {"wire.codec": "top-k", "wire.error-feedback": "deep-squeeze", "topology.averaging-rate": 0.5},
+            {
+                "wire.codec": "top-k",
+                "wire.error-feedback": "deep-squeeze",
+                "topology.averaging-rate": 0.5,
+            },
             "places",
             np.full(481, 10**8, np.int32),
         ),
         (
-            {"wire.codec": "sign", "wire.error-feedback": "deep-squeeze", "topology.averaging-rate": 0.2},
+            {
+                "wire.codec": "sign",
+                "wire.error-feedback": "deep-squeeze",
+                "topology.averaging-rate": 0.2,
+            },
             "signs",
             np.ones(602, np.float32),
         ),
         ({"strategy": "ngm"}, "values", np.ones(3, np.float32)),
         (
-            {"strategy": "n-saddle", "n-saddle.rho": 0.05, "n-saddle.perturbed-by": "owner-of-model"},
+            {
+                "strategy": "n-saddle",
+                "n-saddle.rho": 0.05,
+                "n-saddle.perturbed-by": "owner-of-model",
+            },
             "shift",
             np.ones(7, np.float32),
         ),
@@ -832,9 +1040,9 @@ def test_weights_that_the_server_tells_are_not_believed() -> None:
     grid = Between(client_app, World().sites(4, 1), config.flat())
     grid.change = weigh
     run_server(grid, config, history)
-    assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() == list(
-        run(strategy="d-psgd").history["accuracy"]
-    )
+    assert history.metrics.query("metric == 'accuracy' and site == 'all'")[
+        "value"
+    ].tolist() == list(run(strategy="d-psgd").history["accuracy"])
 
 
 def test_sites_that_do_not_take_part_must_not_cut_the_graph() -> None:
@@ -844,9 +1052,12 @@ def test_sites_that_do_not_take_part_must_not_cut_the_graph() -> None:
 
 
 def test_training_is_reported_alike_by_both_engines() -> None:
-    relay, batched = (run(engine=engine, strategy="dmsgd", epochs=3).metrics for engine in ("app", "batched"))
+    relay, batched = (
+        run(engine=engine, strategy="dmsgd", epochs=3).metrics for engine in ("app", "batched")
+    )
     for metric in ("loss", "lr-first", "lr-last"):
         one, two = (
-            each.query(f"metric == '{metric}' and site == 'all' and split == 'train'")["value"] for each in (relay, batched)
+            each.query(f"metric == '{metric}' and site == 'all' and split == 'train'")["value"]
+            for each in (relay, batched)
         )
         np.testing.assert_allclose(one, two, rtol=1e-5)

@@ -27,8 +27,15 @@ mpl.use("agg")
 
 
 def config_of_run(tmp_path: Path, **changes: Any) -> Config:
-    small: dict[str, Any] = {"strategy": "fedavg", "fedavg.local-epochs": 1, "num_sites": 3, "epochs": 4}
-    return configuration(**small | changes | {"model.name": NETWORK, "results.folder": str(tmp_path / "runs")})
+    small: dict[str, Any] = {
+        "strategy": "fedavg",
+        "fedavg.local-epochs": 1,
+        "num_sites": 3,
+        "epochs": 4,
+    }
+    return configuration(
+        **small | changes | {"model.name": NETWORK, "results.folder": str(tmp_path / "runs")}
+    )
 
 
 def written(config: Config, spoil: Spoil) -> Folder:
@@ -62,10 +69,14 @@ def whole(folder: Path, config: Config) -> None:
     undisturbed = in_memory(config)
     pd.testing.assert_frame_equal(read_metrics(folder / "metrics.csv"), undisturbed.metrics)
     assert load_file(folder / "model.safetensors").keys() == undisturbed.models["model"].keys()
-    assert {"config.toml", "sites.csv", "curves.png", "schedule.png"} <= {file.name for file in folder.iterdir()}
+    assert {"config.toml", "sites.csv", "curves.png", "schedule.png"} <= {
+        file.name for file in folder.iterdir()
+    }
 
 
-def test_folder_that_is_deleted_is_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_that_is_deleted_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = config_of_run(tmp_path)
     written(config, in_round(3, lambda: shutil.rmtree(only(tmp_path / "runs"))))
     whole(only(tmp_path / "runs"), config)
@@ -131,13 +142,19 @@ def test_what_stopped_a_run_is_not_hidden_by_what_cannot_be_written(tmp_path: Pa
         nonlocal count
         act(site, message, content)
         count += message.metadata.message_type == "train"
-        return Error(2, "out of memory") if message.metadata.message_type == "train" and count > 6 else content
+        return (
+            Error(2, "out of memory")
+            if message.metadata.message_type == "train" and count > 6
+            else content
+        )
 
     with pytest.raises(RunError, match=r"round 3: 0 sites sent a model .* out of memory"):
         written(config, spoil)
 
 
-def test_error_in_a_sink_at_the_end_does_not_hide_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_error_in_a_sink_at_the_end_does_not_hide_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("flwr").propagate = True
     config = config_of_run(tmp_path)
 
@@ -164,7 +181,9 @@ def test_row_that_was_cut_off_is_no_row(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(found, table[: len(found)])
 
 
-def test_rows_of_an_event_are_written_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_an_event_are_written_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever looks at the file at any time finds whole rows, whatever their number."""
     sizes: list[bytes] = []
 
@@ -178,12 +197,18 @@ def test_rows_of_an_event_are_written_in_one_piece(tmp_path: Path, monkeypatch: 
     assert len(set(sizes)) == 4
 
 
-def test_model_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_on_the_disk_before_it_takes_the_place_of_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
 
     def synced(descriptor: int) -> None:
-        done.extend(["fsync"] if os.readlink(f"/proc/self/fd/{descriptor}").endswith("model.partial") else [])
+        done.extend(
+            ["fsync"]
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("model.partial")
+            else []
+        )
         fsync(descriptor)
 
     def replaced(source: Any, target: Any) -> None:
@@ -202,21 +227,46 @@ def test_folder_that_cannot_be_is_an_error_that_names_the_key(folder: str) -> No
         Folder(configuration(results={"folder": folder}))
 
 
-NAMES = ["[/]", "[/foo]", "[bold]x", "$x_$", r"$\foo$", "=1+1", "@SUM(A1)", "-1", "+49 30", "name", "site", "x" * 64, "a,b\"c'"]
+NAMES = [
+    "[/]",
+    "[/foo]",
+    "[bold]x",
+    "$x_$",
+    r"$\foo$",
+    "=1+1",
+    "@SUM(A1)",
+    "-1",
+    "+49 30",
+    "name",
+    "site",
+    "x" * 64,
+    "a,b\"c'",
+]
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "d-psgd"])
-def test_names_that_sites_choose_do_no_harm(strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_sites_choose_do_no_harm(
+    strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In tables, pictures and files, as names of sites and of classes; a matplotlib that fails would end the run."""
-    small: dict[str, Any] = {"num_sites": len(NAMES), "epochs": 1, "model": {"name": NETWORK}, "training.batch-size": 8}
+    small: dict[str, Any] = {
+        "num_sites": len(NAMES),
+        "epochs": 1,
+        "model": {"name": NETWORK},
+        "training.batch-size": 8,
+    }
     own: dict[str, Any] = {"fedavg.local-epochs": 1} if strategy == "fedavg" else {}
-    config = configuration(strategy=strategy, **small | own | {"results.folder": str(tmp_path / "runs")})
+    config = configuration(
+        strategy=strategy, **small | own | {"results.folder": str(tmp_path / "runs")}
+    )
 
     def named(site: int, message: Message, content: RecordDict) -> Answer:
         if message.metadata.message_type != "query.site":
             return content
         classes = [NAMES[site], NAMES[(site + 1) % len(NAMES)]]
-        content.config_records["config"].update(card(config, site).named() | {"name": NAMES[site], "classes": classes})
+        content.config_records["config"].update(
+            card(config, site).named() | {"name": NAMES[site], "classes": classes}
+        )
         return content
 
     found = written(config, named)

@@ -29,14 +29,27 @@ MORE: dict[str, dict[str, Any]] = {
     "QFedAvg": {"flower.arguments": "client_learning_rate=0.05"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in METHODS} | {
-    "sealed": {"strategy": "dmsgd", "wire.sealing": "trust-on-first-use", "data.test-fraction": 0.5},
+    "sealed": {
+        "strategy": "dmsgd",
+        "wire.sealing": "trust-on-first-use",
+        "data.test-fraction": 0.5,
+    },
     "robust": {"strategy": "co-learning", "robust.mean": "median"},
     "robust window": {"strategy": "gsgm", "robust.mean": "median"},
     "choco": {"strategy": "q-saddle", "wire.codec": "top-k", "wire.error-feedback": "choco"},
-    "deep-squeeze": {"strategy": "d-psgd", "wire.codec": "qsgd", "wire.error-feedback": "deep-squeeze"},
+    "deep-squeeze": {
+        "strategy": "d-psgd",
+        "wire.codec": "qsgd",
+        "wire.error-feedback": "deep-squeeze",
+    },
     "cross-gradients": {"strategy": "n-saddle", "wire.cross-codec": "qsgd"},
     "batch norm": {"strategy": "FedAdam", "model.name": "cnn", "model.norm": "batch"},
-    "coded": {"strategy": "fedavg", "wire.codec": "qsgd", "wire.down-codec": "bf16", "wire.error-feedback": "deep-squeeze"},
+    "coded": {
+        "strategy": "fedavg",
+        "wire.codec": "qsgd",
+        "wire.down-codec": "bf16",
+        "wire.error-feedback": "deep-squeeze",
+    },
 }
 
 
@@ -76,7 +89,9 @@ def serve(config: Config, folder: Path, dies_at: int | None = None) -> tuple[Fol
         count += 1
         history(event)
 
-    grid = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat(), state=folder / "state")
+    grid = VirtualGrid(
+        client_app, World().sites(config.num_sites, 1), config.flat(), state=folder / "state"
+    )
     for context in grid.contexts.values():
         context.run_id = run
     try:
@@ -87,7 +102,11 @@ def serve(config: Config, folder: Path, dies_at: int | None = None) -> tuple[Fol
 
 
 def models(history: Folder) -> dict[str, Tensor]:
-    return {f"{name}/{key}": value for name, model in history.models.items() for key, value in model.items()}
+    return {
+        f"{name}/{key}": value
+        for name, model in history.models.items()
+        for key, value in model.items()
+    }
 
 
 def told(history: Folder) -> pd.DataFrame:
@@ -104,11 +123,15 @@ def test_whatever_is_killed_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
         serve(config, tmp_path / "b", dies_at=int(part * events))
     resumed, _ = serve(config, tmp_path / "b")
     folders = sorted(path for path in (tmp_path / "b").iterdir() if path.name != "state")
-    assert folders[-1] == resumed.path  # with none before it, but for one that was killed before its first checkpoint
+    assert (
+        folders[-1] == resumed.path
+    )  # with none before it, but for one that was killed before its first checkpoint
     assert not any((folder / checkpoint.FOLDER).exists() for folder in folders)
     expected, found = told(undisturbed), told(resumed)
     if isinstance(config.plan, ArrivalPlan):
-        tests = found[(found["split"] == "test") & (found["site"] == "all") & (found["metric"] == "accuracy")]
+        tests = found[
+            (found["split"] == "test") & (found["site"] == "all") & (found["metric"] == "accuracy")
+        ]
         assert tests["round"].is_unique
         assert tests["round"].is_monotonic_increasing
         assert found["round"].max() == expected["round"].max()
@@ -121,13 +144,17 @@ def test_whatever_is_killed_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
 
 def test_what_was_measured_and_kept_is_whole_whenever_the_server_dies(tmp_path: Path) -> None:
     """At every event of a short run."""
-    undisturbed, events = serve(small(tmp_path / "a", strategy="scaffold", epochs=2), tmp_path / "a")
+    undisturbed, events = serve(
+        small(tmp_path / "a", strategy="scaffold", epochs=2), tmp_path / "a"
+    )
     for at in range(events):
         folder = tmp_path / str(at)
         serve(small(folder, strategy="scaffold", epochs=2), folder, dies_at=at)
         resumed, _ = serve(small(folder, strategy="scaffold", epochs=2), folder)
         pd.testing.assert_frame_equal(told(resumed), told(undisturbed))
-        assert all(torch.equal(models(resumed)[key], value) for key, value in models(undisturbed).items())
+        assert all(
+            torch.equal(models(resumed)[key], value) for key, value in models(undisturbed).items()
+        )
 
 
 def test_other_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
@@ -138,8 +165,15 @@ def test_other_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
         ({"seed": 3}, "seed = 3: 1 is that of the run"),
     ):
         with pytest.raises(ConfigError, match=words):
-            checkpoint.find(small(tmp_path, strategy="fedavg", **changes, **{"results.resume": history.path.name}))
-    with pytest.raises(ConfigError, match=r"results.resume = 'nowhere': no folder; allowed: auto, or the folder of a run"):
+            checkpoint.find(
+                small(
+                    tmp_path, strategy="fedavg", **changes, **{"results.resume": history.path.name}
+                )
+            )
+    with pytest.raises(
+        ConfigError,
+        match=r"results.resume = 'nowhere': no folder; allowed: auto, or the folder of a run",
+    ):
         checkpoint.find(small(tmp_path, strategy="fedavg", **{"results.resume": "nowhere"}))
     with pytest.raises(ConfigError, match=r"results.resume = '~nobodyhere/x'"):
         checkpoint.find(small(tmp_path, strategy="fedavg", **{"results.resume": "~nobodyhere/x"}))
@@ -148,7 +182,10 @@ def test_other_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     assert found is not None
     assert found[0] == history.path
     # Of another configuration, auto begins anew.
-    assert checkpoint.find(small(tmp_path, strategy="fedavg", **{"seed": 3, "results.resume": "auto"})) is None
+    assert (
+        checkpoint.find(small(tmp_path, strategy="fedavg", **{"seed": 3, "results.resume": "auto"}))
+        is None
+    )
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
@@ -181,13 +218,23 @@ def test_run_that_is_going_on_is_not_gone_on_with(tmp_path: Path) -> None:
             if (self.path / checkpoint.FOLDER).exists():
                 looked.append(checkpoint.find(config))
 
-    run_server(VirtualGrid(client_app, World().sites(3, 1), config.flat()), config, Looking(config, 1))
+    run_server(
+        VirtualGrid(client_app, World().sites(3, 1), config.flat()), config, Looking(config, 1)
+    )
     assert looked
     assert set(looked) == {None}
 
 
-def test_simulation_goes_on_and_a_finished_one_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys: dict[str, Any] = {"strategy": "dmsgd", "num_sites": 3, "epochs": 2, "model": {"name": "mlp"}, "progress": False}
+def test_simulation_goes_on_and_a_finished_one_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {
+        "strategy": "dmsgd",
+        "num_sites": 3,
+        "epochs": 2,
+        "model": {"name": "mlp"},
+        "progress": False,
+    }
     whole = simulate(**keys)
     count, send = 0, VirtualGrid.push_messages
 
@@ -215,17 +262,31 @@ def test_simulation_goes_on_and_a_finished_one_is_only_read(tmp_path: Path, monk
 
 
 def test_simulation_that_was_killed_while_it_began_begins_again(tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"strategy": "fedavg", "num_sites": 2, "epochs": 1, "model": {"name": "mlp"}, "progress": False}
+    keys: dict[str, Any] = {
+        "strategy": "fedavg",
+        "num_sites": 2,
+        "epochs": 1,
+        "model": {"name": "mlp"},
+        "progress": False,
+    }
     simulate(**keys, folder=tmp_path)
     (tmp_path / "metrics.csv").unlink()
     assert simulate(**keys, folder=tmp_path).finished
 
 
 def test_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    common: dict[str, Any] = {"num_sites": 2, "epochs": 1, "model": {"name": "mlp"}, "progress": False, "processes": 1}
+    common: dict[str, Any] = {
+        "num_sites": 2,
+        "epochs": 1,
+        "model": {"name": "mlp"},
+        "progress": False,
+        "processes": 1,
+    }
     strategies = {"FedAvg": {"strategy": "fedavg"}, "alone": {"strategy": "local"}}
     first = compare({"FedAvg": strategies["FedAvg"]}, seeds=2, folder=tmp_path, **common)
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "FedAvg").rglob("*.safetensors")}
+    before = {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "FedAvg").rglob("*.safetensors")
+    }
     both = compare(strategies, seeds=2, folder=tmp_path, **common)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert both.runs["FedAvg"][1].summary.equals(first.runs["FedAvg"][1].summary)

@@ -112,8 +112,13 @@ def test_too_few_without_a_silent_site_means_waiting_for_it() -> None:
     def slow(site: int, message: Message) -> float:
         return 3.5 if site == 2 else 1.0
 
-    alone = {"strategy": "ensemble", "ensemble.local-epochs": 1}  # whose tests are messages of their own
-    found = outcome(rounds(3, min_sites=4, **alone), silent(2, range(1, 2), ("evaluate",)), seconds=slow)
+    alone = {
+        "strategy": "ensemble",
+        "ensemble.local-epochs": 1,
+    }  # whose tests are messages of their own
+    found = outcome(
+        rounds(3, min_sites=4, **alone), silent(2, range(1, 2), ("evaluate",)), seconds=slow
+    )
     assert found.error is None
     assert took_part(found, 2) == [1, 2, 3]
 
@@ -160,7 +165,9 @@ def test_run_whose_model_nobody_can_test_is_an_error(strategy: str) -> None:
 
 def test_one_test_that_can_be_used_is_enough() -> None:
     spoil = unusable("evaluate")
-    found = outcome(rounds(2), lambda site, message, content: spoil(site, message, content) if site else content)
+    found = outcome(
+        rounds(2), lambda site, message, content: spoil(site, message, content) if site else content
+    )
     assert found.error is None
     assert took_part(found, 0, "test") == [1, 2]
 
@@ -168,10 +175,15 @@ def test_one_test_that_can_be_used_is_enough() -> None:
 def test_steps_that_could_leave_the_bounds_are_not_taken() -> None:
     """With a rate of the server as large as this, one contribution could: the model stays what it was."""
     keys = {"server_lr": 1e9, "window": 1, "momentum": 0.0}
-    config = configuration(strategy="gsgm", num_sites=4, epochs=2, model={"name": NETWORK}, gsgm=keys)
+    config = configuration(
+        strategy="gsgm", num_sites=4, epochs=2, model={"name": NETWORK}, gsgm=keys
+    )
     found = outcome(config)
     assert isinstance(found.error, RunError)
-    assert "with it the model may hold more than 4.19e+06; a smaller lr or server-lr may help" in found.refused[0].reason
+    assert (
+        "with it the model may hold more than 4.19e+06; a smaller lr or server-lr may help"
+        in found.refused[0].reason
+    )
     assert found.kept == []
 
 
@@ -204,12 +216,19 @@ def test_reply_from_somebody_else_is_refused(kind: str) -> None:
     config = rounds(1)
     found = Outcome(config)
     run(Grid(config), config, found)
-    assert [(event.site.number, event.reason) for event in found.refused] == [(1, "it says that it comes from node 1000")]
+    assert [(event.site.number, event.reason) for event in found.refused] == [
+        (1, "it says that it comes from node 1000")
+    ]
 
 
 @pytest.mark.parametrize(
     ("strategy", "table", "tests"),
-    [("fedavg", "fedavg", 1), ("local", "local", 1), ("Krum", "flower", 1), ("ensemble", "ensemble", 3)],
+    [
+        ("fedavg", "fedavg", 1),
+        ("local", "local", 1),
+        ("Krum", "flower", 1),
+        ("ensemble", "ensemble", 3),
+    ],
 )
 def test_round_is_one_message(strategy: str, table: str, tests: int) -> None:
     """What a round made is tested with the next one; alone the last, and common predictions, are tested by themselves."""
@@ -235,11 +254,14 @@ def test_flaw_in_a_test_costs_the_test_only() -> None:
     assert took_part(found, 1) == [1, 2, 3]
     assert took_part(found, 1, "test") == [3]
     assert [str(event) for event in found.refused] == [
-        f"round {number}: site 1 (site 1) is left out of the test: loss is nan: must be a finite number" for number in (1, 2)
+        f"round {number}: site 1 (site 1) is left out of the test: loss is nan: must be a finite number"
+        for number in (1, 2)
     ]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "local", "ensemble", "Krum", "FedAdam", "gsgm", "d-psgd"])
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "scaffold", "local", "ensemble", "Krum", "FedAdam", "gsgm", "d-psgd"]
+)
 @pytest.mark.parametrize("sites", [[1], range(4)])
 def test_sites_that_keep_metrics_to_themselves_take_part(strategy: str, sites: list[int]) -> None:
     def reticent(site: int, message: Message, content: RecordDict) -> Answer:
@@ -254,7 +276,9 @@ def test_sites_that_keep_metrics_to_themselves_take_part(strategy: str, sites: l
     assert found.error is None
     assert found.refused == []
     assert found.model() == honest.model()
-    assert set(took_part(found, 0, "test")) == (set() if 0 in sites else set(took_part(honest, 0, "test")))
+    assert set(took_part(found, 0, "test")) == (
+        set() if 0 in sites else set(took_part(honest, 0, "test"))
+    )
 
 
 @pytest.mark.parametrize("kept", [("loss", "accuracy"), ("accuracy",)])
@@ -268,11 +292,20 @@ def test_results_of_sites_that_keep_metrics_to_themselves_are_printed_and_drawn(
                 del record[name]
         return content
 
-    small: dict[str, Any] = {"model": {"name": NETWORK}, "training": {"batch_size": 4}, "results": {"folder": str(tmp_path)}}
+    small: dict[str, Any] = {
+        "model": {"name": NETWORK},
+        "training": {"batch_size": 4},
+        "results": {"folder": str(tmp_path)},
+    }
     config = configuration(strategy=strategy, num_sites=4, epochs=2, **small)
     run(Sites(config, reticent), config, Folder(config))
     [row] = [line for line in capsys.readouterr().out.splitlines() if "site 1 " in line]
-    assert [cell.strip() for cell in row.split("│")[2:-1]] == ["8", "4", "", "" if "loss" in kept else "2.0000"]
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == [
+        "8",
+        "4",
+        "",
+        "" if "loss" in kept else "2.0000",
+    ]
     assert list(tmp_path.rglob("curves.png"))
 
 
@@ -285,4 +318,6 @@ def test_strategy_that_weighs_by_losses_leaves_out_who_keeps_it_to_himself() -> 
     keys = {"arguments": "client_learning_rate=0.05"}
     found = outcome(rounds(1, strategy="QFedAvg", flower=keys), reticent)
     assert found.error is None
-    assert [event.reason for event in found.refused] == ["it keeps its loss to itself, by which QFedAvg weighs"]
+    assert [event.reason for event in found.refused] == [
+        "it keeps its loss to itself, by which QFedAvg weighs"
+    ]

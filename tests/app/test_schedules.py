@@ -19,17 +19,26 @@ PLAIN = {"lr": 0.1, "lr_ratio": 1.0, "batch_size": 8}  # one batch an epoch
 
 def gsgm(sites: int, epochs: int, gsgm: dict[str, Any] | None = None, **changes: Any) -> Config:
     common: dict[str, Any] = {"model": {"name": NETWORK}, "training": PLAIN, "strategy": "gsgm"}
-    return configuration(num_sites=sites, epochs=epochs, gsgm=GSGM | (gsgm or {}), **common | changes)
+    return configuration(
+        num_sites=sites, epochs=epochs, gsgm=GSGM | (gsgm or {}), **common | changes
+    )
 
 
 def ages(found: Outcome) -> Counter[int]:
     rows = found.metrics[found.metrics["metric"].str.startswith("staleness-")]
-    return Counter({int(str(name).removeprefix("staleness-")): int(n) for name, n in rows.groupby("metric")["value"].sum().items()})
+    return Counter(
+        {
+            int(str(name).removeprefix("staleness-")): int(n)
+            for name, n in rows.groupby("metric")["value"].sum().items()
+        }
+    )
 
 
 def seconds(*of_sites: float) -> Callable[[int, Message], float]:
     """Of training; a test takes a millisecond."""
-    return lambda site, message: of_sites[site] if message.metadata.message_type == "train" else 1e-3
+    return lambda site, message: (
+        of_sites[site] if message.metadata.message_type == "train" else 1e-3
+    )
 
 
 def delta(site: int, number: int) -> Tensor:
@@ -49,7 +58,9 @@ class Numbered:
             return content
         number = self.counts[site]
         self.counts[site] += 1
-        metrics = TrainMetrics(loss=1.0, lr_first=0.1, lr_last=0.1, num_examples=TRAIN, samples=TRAIN)
+        metrics = TrainMetrics(
+            loss=1.0, lr_first=0.1, lr_last=0.1, num_examples=TRAIN, samples=TRAIN
+        )
         stats = torch.full((4,), self._stats(site, number))
         return write_trained({X: delta(site, number), STATS: stats}, metrics)
 
@@ -88,7 +99,11 @@ def test_refill_sends_all_sites_the_same_newest_model() -> None:
 
 def test_refill_does_not_wait_for_a_site_that_failed() -> None:
     def fail(site: int, message: Message, content: RecordDict) -> Answer:
-        return Error(2, "out of memory") if site == 2 and message.metadata.message_type == "train" else content
+        return (
+            Error(2, "out of memory")
+            if site == 2 and message.metadata.message_type == "train"
+            else content
+        )
 
     found = outcome(gsgm(4, 5, {"schedule": "refill"}), fail, seconds=seconds(1.0, 3.0, 2.0, 9.0))
     assert found.error is None
@@ -99,7 +114,9 @@ def test_refill_does_not_wait_for_a_site_that_failed() -> None:
 # --- local ------------------------------------------------------------------------------------------------------------
 
 
-def reference(x: Tensor, contributions: list[list[tuple[Tensor, int]]], strength: float) -> list[Tensor]:
+def reference(
+    x: Tensor, contributions: list[list[tuple[Tensor, int]]], strength: float
+) -> list[Tensor]:
     """The models after each contribution: of its parts' deltas, each compensated against the model of its own version.
 
     ``x' = x - mean_p s(age_p) (delta_p + strength / lr delta_p^2 (x - x_p))`` with ``s(a) = 1 / (1 + a)`` and lr 0.1.
@@ -109,7 +126,11 @@ def reference(x: Tensor, contributions: list[list[tuple[Tensor, int]]], strength
         x, total = versions[-1], torch.zeros(SIZE)
         for moved, version in parts:
             age = len(versions) - 1 - version
-            total += (moved + strength / 0.1 * moved**2 * (x - versions[version])) / (1 + age) / len(parts)
+            total += (
+                (moved + strength / 0.1 * moved**2 * (x - versions[version]))
+                / (1 + age)
+                / len(parts)
+            )
         versions.append(x - total)
     return versions
 
@@ -124,7 +145,13 @@ def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() ->
         [(delta(0, 1), 1), (delta(0, 2), 1), (delta(0, 3), 2), (delta(0, 4), 2), (delta(0, 5), 2)],
         [(delta(1, 1), 2)],  # 1 at 5.2
     ]
-    keys = {"schedule": "local", "base": "dc-asgd-c", "compensation": 0.5, "staleness": "polynomial", "staleness-exponent": 1.0}
+    keys = {
+        "schedule": "local",
+        "base": "dc-asgd-c",
+        "compensation": 0.5,
+        "staleness": "polynomial",
+        "staleness-exponent": 1.0,
+    }
     config = gsgm(3, 2, keys, results={"evaluate_every": 1})
     found = outcome(config, Numbered(), seconds=seconds(1.0, 2.6, 6.5))
     first = found.kept[0][X] + delta(0, 0)
@@ -142,8 +169,18 @@ def test_statistics_are_a_running_mean_over_the_sites() -> None:
     """Each arrival moves them by one of three parts, also where the contribution still waits."""
     values = {0: [3.0, 9.0, 5.0, 0.0], 1: [6.0, 12.0, 0.0], 2: [1.5, 4.5, 0.0]}
     config = gsgm(3, 2, {"schedule": "list"}, results={"evaluate_every": 1}, max_change=10.0)
-    found = outcome(config, Numbered(lambda site, number: values[site][number]), seconds=seconds(1.0, 1.5, 2.2))
-    arrived = [values[0][0], values[1][0], values[0][1], values[2][0], values[1][1], values[0][2], values[2][1]]
+    found = outcome(
+        config, Numbered(lambda site, number: values[site][number]), seconds=seconds(1.0, 1.5, 2.2)
+    )
+    arrived = [
+        values[0][0],
+        values[1][0],
+        values[0][1],
+        values[2][0],
+        values[1][1],
+        values[0][2],
+        values[2][1],
+    ]
     stats = [torch.tensor([0.0, 0.0, 1.0, 1.0])]
     for value in arrived:
         stats.append(stats[-1] + (value - stats[-1]) / 3)

@@ -56,7 +56,11 @@ def service(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Service]
         config_of("diloco", diloco={"local_steps": 9}, training={"optimizer": "adamw"}),
         config_of("gsgm"),
         config_of("dmsgd", wire={"sealing": "trust-on-first-use"}),
-        config_of("q-saddle", wire={"codec": "qsgd", "error_feedback": "choco"}, topology={"averaging_rate": 0.5}),
+        config_of(
+            "q-saddle",
+            wire={"codec": "qsgd", "error_feedback": "choco"},
+            topology={"averaging_rate": 0.5},
+        ),
     ],
     ids=lambda config: config.strategy,
 )
@@ -67,7 +71,10 @@ def test_answers_are_those_of_the_handlers_bit_for_bit(config: Config, service: 
     for name, model in inside.models.items():
         assert all(torch.equal(value, through.models[name][key]) for key, value in model.items())
     accuracy = "metric == 'accuracy'"
-    assert through.metrics.query(accuracy)["value"].tolist() == inside.metrics.query(accuracy)["value"].tolist()
+    assert (
+        through.metrics.query(accuracy)["value"].tolist()
+        == inside.metrics.query(accuracy)["value"].tolist()
+    )
     assert {line["kind"] for line in service.lines()} >= {"query.site"}
     assert not [line for line in service.lines() if "problem" in line or "rule" in line]
 
@@ -88,7 +95,11 @@ STRICT = {
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+        1,
+        1,
+        1,
+    )  # Flower's messages need one
     found = Service(tmp_path_factory.mktemp("site"), policy=STRICT)
     yield found
     found.end()
@@ -98,19 +109,43 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     ("run_config", "rule"),
     [
         (flat("gsgm"), "strategy = 'gsgm': this site's policy has strategies = ["),
-        (flat() | {"model.name": "cnn"}, "model.name = 'cnn': this site's policy has models = ['mlp', 'gpt']"),
-        (flat() | {"training.batch-size": 8}, "training.batch-size = 8: this site's policy has smallest-batch = 16"),
+        (
+            flat() | {"model.name": "cnn"},
+            "model.name = 'cnn': this site's policy has models = ['mlp', 'gpt']",
+        ),
+        (
+            flat() | {"training.batch-size": 8},
+            "training.batch-size = 8: this site's policy has smallest-batch = 16",
+        ),
         (flat("asgd"), "an answer after 1 batches: this site's policy has smallest-steps = 2"),
         (
             flat("dmsgd", dmsgd={"local_steps": 2}) | {"training.batch-size": 16},
             "after 32 examples: this site's policy has smallest-examples",
         ),
-        (flat() | {"training.task": "os:path"}, "training.task = 'os:path': this site's policy has import-paths = []"),
-        (flat() | {"strategy": "os:system"}, "strategy = 'os:system': this site's policy has import-paths = []"),
-        (flat() | {"model.name": "this:x"}, "model.name = 'this:x': this site's policy has import-paths = []"),
-        (flat("dmsgd") | {"wire.codec": "os:path"}, "wire.codec = 'os:path': this site's policy has import-paths = []"),
-        (flat("dmsgd") | {"topology.name": "os:path"}, "topology.name = 'os:path': this site's policy has import-paths = []"),
-        (flat() | {"partition.kind": "os:path"}, "partition.kind = 'os:path': this site's policy has import-paths = []"),
+        (
+            flat() | {"training.task": "os:path"},
+            "training.task = 'os:path': this site's policy has import-paths = []",
+        ),
+        (
+            flat() | {"strategy": "os:system"},
+            "strategy = 'os:system': this site's policy has import-paths = []",
+        ),
+        (
+            flat() | {"model.name": "this:x"},
+            "model.name = 'this:x': this site's policy has import-paths = []",
+        ),
+        (
+            flat("dmsgd") | {"wire.codec": "os:path"},
+            "wire.codec = 'os:path': this site's policy has import-paths = []",
+        ),
+        (
+            flat("dmsgd") | {"topology.name": "os:path"},
+            "topology.name = 'os:path': this site's policy has import-paths = []",
+        ),
+        (
+            flat() | {"partition.kind": "os:path"},
+            "partition.kind = 'os:path': this site's policy has import-paths = []",
+        ),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
@@ -141,7 +176,11 @@ def test_data_are_the_sites_whatever_a_run_says(strict: Service, tmp_path: Path)
     for data in (
         {"data.source": "os:system", "data.path": f"touch {mark}"},
         {"data.source": "shutil:rmtree", "data.path": str(tmp_path)},
-        {"data.source": "csv", "data.path": "/etc/passwd", "data.label": f"@__import__('os').system('touch {mark}')"},
+        {
+            "data.source": "csv",
+            "data.path": "/etc/passwd",
+            "data.label": f"@__import__('os').system('touch {mark}')",
+        },
         {"data.test-part": "pooled", "data.test-fraction": 0.9, "data.group": "(a+)+$"},
     ):
         assert answer_to(strict, flat() | data).content["config"] == honest.content["config"]
@@ -161,7 +200,9 @@ def test_memory_of_a_run_is_open_to_its_configuration_only(strict: Service) -> N
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 2}}], indirect=True)
 def test_runs_of_a_day_are_counted(service: Service) -> None:
     """Those that are refused did not begin."""
-    assert [answer_to(service, flat() | {"training.batch-size": 1}).has_error() for _ in range(3)] == [True] * 3
+    assert [
+        answer_to(service, flat() | {"training.batch-size": 1}).has_error() for _ in range(3)
+    ] == [True] * 3
     assert [answer_to(service, flat()).has_error() for _ in range(3)] == [False, False, True]
     assert "runs-a-day = 2" in service.lines()[-1]["rule"]
 
@@ -171,7 +212,9 @@ def test_what_cannot_be_written_down_does_not_leave(tmp_path: Path) -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     service = Service(tmp_path, audit="/dev/full")
     for _ in range(2):
-        assert "the site's audit log cannot be written: [Errno 28] No space left" in said(answer_to(service, flat()))
+        assert "the site's audit log cannot be written: [Errno 28] No space left" in said(
+            answer_to(service, flat())
+        )
     service.end()
 
 
@@ -191,7 +234,9 @@ def test_what_old_runs_left_on_disk_is_deleted(tmp_path: Path) -> None:
 # --- a service that is not there --------------------------------------------------------------------------------------
 
 
-def test_server_hears_what_is_wrong_with_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_hears_what_is_wrong_with_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     service = Service(tmp_path, policy={"seconds": 8.0})
     long = order({}, 4810, **{"local-epochs": 100_000})
@@ -216,9 +261,14 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
         waiting = [pool.submit(answer_to, service, flat(), "train", long)]
         while len(service.lines()) == before:
             time.sleep(0.05)
-        waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]  # two more than may wait
+        waiting += [
+            pool.submit(answer_to, service, flat()) for _ in range(18)
+        ]  # two more than may wait
         busy = [said(found.result()) for found in islice(as_completed(waiting), 2)]
-        assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [True, True]
+        assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [
+            True,
+            True,
+        ]
         service.end()
         heard = [said(found.result()) for found in waiting]
         assert len([each for each in heard if "died at work or was restarted" in each]) == 17
@@ -240,7 +290,11 @@ def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
             letter.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
             assert letter.receive(line)[0] == letter.WORKING
         assert not answer_to(service, flat()).has_error()
-        [stopped] = [line for line in service.lines() if "nobody waits for the answer" in line.get("problem", "")]
+        [stopped] = [
+            line
+            for line in service.lines()
+            if "nobody waits for the answer" in line.get("problem", "")
+        ]
         assert stopped["run"] == head["run"]
     finally:
         service.end()
@@ -267,9 +321,16 @@ def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
 def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
     """What goes into the audit log, and what a file is named after, comes from letters."""
     service = Service(tmp_path, state=str(tmp_path / "state"))
-    assert not answer_to(service, flat(), content=RecordDict({"config": ConfigRecord({"server-round": b"1"})})).has_error()
+    assert not answer_to(
+        service, flat(), content=RecordDict({"config": ConfigRecord({"server-round": b"1"})})
+    ).has_error()
     for node in range(3):
-        head = {"kind": "query.site", "run": 7, "node": node, "run-config": flat("dmsgd", wire={"sealing": "trust-on-first-use"})}
+        head = {
+            "kind": "query.site",
+            "run": 7,
+            "node": node,
+            "run-config": flat("dmsgd", wire={"sealing": "trust-on-first-use"}),
+        }
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(30)
             line.connect(service.socket)
@@ -307,7 +368,9 @@ def test_lines_on_which_nothing_comes_do_not_stop_the_service(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
-def test_a_service_that_is_ended_takes_its_socket_with_it(ended_by: signal.Signals, tmp_path: Path) -> None:
+def test_a_service_that_is_ended_takes_its_socket_with_it(
+    ended_by: signal.Signals, tmp_path: Path
+) -> None:
     service = Service(tmp_path)
     service.process.send_signal(ended_by)
     assert service.process.wait(30) == 0
@@ -336,7 +399,12 @@ def test_user_who_carries_letters_can_read_nothing_else() -> None:
         table = private / "heart.csv"
         table.write_text("age,label\n" + "\n".join(f"{age},{age % 2}" for age in range(200)))
         group = grp.getgrgid(65534).gr_name
-        service = Service(folder, data={"source": "csv", "path": str(table)}, state=str(private / "state"), group=group)
+        service = Service(
+            folder,
+            data={"source": "csv", "path": str(table)},
+            state=str(private / "state"),
+            group=group,
+        )
         config = config_of("dmsgd").flat()
 
         def attack() -> str:
@@ -382,22 +450,32 @@ def test_noise_of_a_site_is_in_what_leaves_it(strategy: str, private: Service) -
     config = config_of(strategy, **({} if strategy == "dmsgd" else {"max_change": 1e6}))
     before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
     found = deployed(config, site_1=private.socket)
-    answers = [line for line in private.lines() if line["way"] == "out" and "epsilon" in line and line["kind"] != "query.site"]
+    answers = [
+        line
+        for line in private.lines()
+        if line["way"] == "out" and "epsilon" in line and line["kind"] != "query.site"
+    ]
     assert before < answers[-1]["epsilon"] < 1000
-    own = found.metrics[(found.metrics["site"] == "1") & found.metrics["metric"].isin(["loss", "accuracy"])]
+    own = found.metrics[
+        (found.metrics["site"] == "1") & found.metrics["metric"].isin(["loss", "accuracy"])
+    ]
     assert own.empty
     if strategy == "co-learning":
         size = sum(value.numel() for value in found.models["model"].values())
         moved = answers[0]["norms"]["x"]
         wanted = NOISY["clip-norm"] * NOISY["noise-multiplier"] * size**0.5
-        assert abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01  # clipping leaves at most 0.5 of some 140
+        assert (
+            abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01
+        )  # clipping leaves at most 0.5 of some 140
 
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("private")
     rules = {"metrics": [], "smallest-steps": 1, "smallest-examples": 1}
-    found = Service(folder, policy=rules, privacy=NOISY | {"epsilon": 1000.0}, state=str(folder / "state"))
+    found = Service(
+        folder, policy=rules, privacy=NOISY | {"epsilon": 1000.0}, state=str(folder / "state")
+    )
     yield found
     found.end()
 
@@ -419,7 +497,9 @@ def test_that_a_peers_loss_is_not_finite_stops_no_step_with_noise(tmp_path: Path
     data = raw_data(config, SiteId(0, None, ""))
     network = network_of(config, tuple(data.train.x.shape[1:]), 10)
     noise = Noise(1.0, 1.0, Account(tmp_path, 1e-5), 1.0, bytes(32))
-    loss, gradient, _ = Oracle(config, 0, data, network, noise).gradient(torch.full_like(network.x, math.nan), network.stats, 0)
+    loss, gradient, _ = Oracle(config, 0, data, network, noise).gradient(
+        torch.full_like(network.x, math.nan), network.stats, 0
+    )
     assert float(loss) == 0
     assert bool(gradient.isfinite().all())
 
@@ -441,14 +521,21 @@ def test_spent_epsilon_outlives_the_service_and_ends_its_part(tmp_path: Path) ->
 
 
 def test_a_spent_budget_is_a_rule(tmp_path: Path) -> None:
-    service = Service(tmp_path, policy={"metrics": []}, privacy=NOISY | {"epsilon": 0.1}, state=str(tmp_path / "state"))
+    service = Service(
+        tmp_path,
+        policy={"metrics": []},
+        privacy=NOISY | {"epsilon": 0.1},
+        state=str(tmp_path / "state"),
+    )
     reply = answer_to(service, flat(), "train", order({}, 4810, **{"local-epochs": 1}))
     assert "BudgetError: privacy.epsilon = 0.1: with this answer it would be" in said(reply)
     assert "BudgetError" in service.lines()[-1]["rule"]
     service.end()
 
 
-@pytest.mark.parametrize("service", [{"policy": {"metrics": ["accuracy"], "decimals": 1}}], indirect=True)
+@pytest.mark.parametrize(
+    "service", [{"policy": {"metrics": ["accuracy"], "decimals": 1}}], indirect=True
+)
 def test_metrics_leave_as_the_operator_says(service: Service) -> None:
     found = deployed(config_of("co-learning"), site_1=service.socket)
     own = found.metrics[found.metrics["site"] == "1"]
@@ -463,7 +550,9 @@ def test_metrics_leave_as_the_operator_says(service: Service) -> None:
 def test_a_test_on_few_examples_tells_no_metric(service: Service) -> None:
     """359 test examples are fewer than the site wants, its 1,438 for training are not."""
     found = deployed(config_of("co-learning"), site_1=service.socket)
-    own = found.metrics[(found.metrics["site"] == "1") & found.metrics["metric"].isin(["loss", "accuracy"])]
+    own = found.metrics[
+        (found.metrics["site"] == "1") & found.metrics["metric"].isin(["loss", "accuracy"])
+    ]
     assert set(own["split"]) == {"train"}
     assert own["metric"].unique().tolist() == ["loss"]
 
@@ -471,8 +560,18 @@ def test_a_test_on_few_examples_tells_no_metric(service: Service) -> None:
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 20}}], indirect=True)
 def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service) -> None:
     """A relay that starts 160 runs with chosen seeds and batches of one, rate 0, solved a picture from its losses."""
-    tiny = flat("d-psgd") | {"training.batch-size": 1, "training.lr": 1e-30, "training.lr-ratio": 1.0}
-    told: dict[str, Any] = {"server-round": 0, "classes": list("0123456789"), "neighbours": [], "weights": [], "cycle-from": 0.0}
+    tiny = flat("d-psgd") | {
+        "training.batch-size": 1,
+        "training.lr": 1e-30,
+        "training.lr-ratio": 1.0,
+    }
+    told: dict[str, Any] = {
+        "server-round": 0,
+        "classes": list("0123456789"),
+        "neighbours": [],
+        "weights": [],
+        "cycle-from": 0.0,
+    }
     told |= {"test": False, "last": False, "rejoin": False, "fresh": False}
 
     def losses(config: dict[str, Any]) -> list[Any]:
@@ -506,7 +605,12 @@ def test_two_processes_are_as_one(strategy: str, pair: Service) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("pair")
-    found = Service(folder, processes=2, policy={"smallest-steps": 1, "smallest-examples": 1}, state=str(folder / "state"))
+    found = Service(
+        folder,
+        processes=2,
+        policy={"smallest-steps": 1, "smallest-examples": 1},
+        state=str(folder / "state"),
+    )
     yield found
     found.end()
 
@@ -525,16 +629,25 @@ def test_two_processes_with_shards_are_as_one(strategy: str, shards: Service) ->
     through, inside = deployed(config, site_1=shards.socket), deployed(config)
     for name, model in inside.models.items():
         for key, value in model.items():
-            torch.testing.assert_close(through.models[name][key], value, rtol=0, atol=1e-3 if "wire" in SHARDED[strategy] else 1e-5)
+            torch.testing.assert_close(
+                through.models[name][key],
+                value,
+                rtol=0,
+                atol=1e-3 if "wire" in SHARDED[strategy] else 1e-5,
+            )
     assert not [line for line in shards.lines() if "problem" in line or "rule" in line]
 
 
 def test_what_shards_cannot_do_is_said_and_no_process_begins_anew(shards: Service) -> None:
     before = shards.log.read_text().count("device")
-    assert "strategy = 'dmsgd': a peer keeps whole models; this site has sharding = true" in said(answer_to(shards, flat("dmsgd")))
+    assert "strategy = 'dmsgd': a peer keeps whole models; this site has sharding = true" in said(
+        answer_to(shards, flat("dmsgd"))
+    )
     assert "computing.compile = true" in said(answer_to(shards, flat(computing={"compile": True})))
     for kind in ("train", "evaluate"):
-        assert "expected x (4810,), got (3,)" in said(answer_to(shards, flat(), kind, order({}, 3, **{"local-epochs": 1})))
+        assert "expected x (4810,), got (3,)" in said(
+            answer_to(shards, flat(), kind, order({}, 3, **{"local-epochs": 1}))
+        )
     assert shards.log.read_text().count("device") == before
 
 
@@ -548,7 +661,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(("rank", "sharding"), [(0, False), (1, True)])
-def test_process_that_is_killed_is_heard_of_and_all_begin_anew(rank: int, sharding: bool, tmp_path: Path) -> None:
+def test_process_that_is_killed_is_heard_of_and_all_begin_anew(
+    rank: int, sharding: bool, tmp_path: Path
+) -> None:
     service = Service(tmp_path, processes=2, sharding=sharding)
     long = order({}, 4810, **{"local-epochs": 100_000})
     with ThreadPoolExecutor(1) as pool:
@@ -556,7 +671,11 @@ def test_process_that_is_killed_is_heard_of_and_all_begin_anew(rank: int, shardi
         while not service.audit.exists() or len(service.lines()) < 1:
             time.sleep(0.05)
         time.sleep(1.0)  # in the middle of it
-        workers = [each for each in psutil.Process(service.process.pid).children() if "client_app.service" in each.cmdline()]
+        workers = [
+            each
+            for each in psutil.Process(service.process.pid).children()
+            if "client_app.service" in each.cmdline()
+        ]
         [victim] = [each for each in workers if each.environ()["RANK"] == str(rank)]
         victim.kill()
         assert "died at work or was restarted" in said(waiting.result())
@@ -586,10 +705,20 @@ def test_page_of_the_site_says_what_was_asked_and_what_left(tmp_path: Path) -> N
         assert found["policy"]["strategies"] == "['fedavg']"
         assert found["train"] + found["test"] == 1797
         with urlopen(f"http://{address}/metrics", timeout=30) as answer:
-            assert 'archipelago_refused_total{rule="strategies",site="1"} 1.0' in answer.read().decode()
+            assert (
+                'archipelago_refused_total{rule="strategies",site="1"} 1.0'
+                in answer.read().decode()
+            )
         second = tmp_path / "second.toml"
-        second.write_text(service.file.read_text().replace(service.socket, str(tmp_path / "second.sock")))
-        ended = subprocess.run([sys.executable, "-m", "client_app.service", str(second)], cwd=ROOT, capture_output=True, text=True)
+        second.write_text(
+            service.file.read_text().replace(service.socket, str(tmp_path / "second.sock"))
+        )
+        ended = subprocess.run(
+            [sys.executable, "-m", "client_app.service", str(second)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert re.search(f"page = '{address}': .*in use", ended.stderr)
     finally:
         service.end()

@@ -24,9 +24,16 @@ from tests.data import write_keys
 
 def answer(node: dict[str, Any], **changes: Any) -> Message:
     """What a site with such a ``--node-config`` says in the census."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+        1,
+        1,
+        1,
+    )  # Flower's messages need one
     settings = dict(configuration(strategy="dmsgd", num_sites=4, **changes).flat())
-    return client_app(message=Message(RecordDict(), 1000, "query.site"), context=Context(1, 1000, node, RecordDict(), settings))
+    return client_app(
+        message=Message(RecordDict(), 1000, "query.site"),
+        context=Context(1, 1000, node, RecordDict(), settings),
+    )
 
 
 OWN: dict[str, Any] = {"site": 0, "data": ""}
@@ -42,7 +49,10 @@ SIMULATED: dict[str, Any] = {"partition-id": 0, "num-partitions": 4}
         ),
         (OWN | {"naem": "Bern"}, "naem = 'Bern': unknown key; allowed: "),
         (OWN | {"stat": "/srv"}, "stat = '/srv': unknown key"),
-        (OWN | {"private-key": "0.key"}, "private-key = '0.key': there is no peer-keys; private-key and peer-keys belong together"),
+        (
+            OWN | {"private-key": "0.key"},
+            "private-key = '0.key': there is no peer-keys; private-key and peer-keys belong together",
+        ),
         (OWN | {"peer-keys": "p.toml"}, "peer-keys = 'p.toml': there is no private-key"),
         (OWN | {"site": 1.7}, "site = 1.7; allowed: a whole number from 0 to 999999"),
         (OWN | {"site": True}, "site = True; allowed: a whole number"),
@@ -52,7 +62,10 @@ SIMULATED: dict[str, Any] = {"partition-id": 0, "num-partitions": 4}
         ({"data": "/srv"}, "data = '/srv': there is no site; site and data belong together"),
         (SIMULATED | {"site": 1}, "site = 1: there is no data"),
         ({"partition-id": 0}, "partition-id = 0: there is no num-partitions"),
-        (SIMULATED | {"private-key": "a", "peer-keys": "b"}, "private-key = 'a': a site with keys reads no data but its own"),
+        (
+            SIMULATED | {"private-key": "a", "peer-keys": "b"},
+            "private-key = 'a': a site with keys reads no data but its own",
+        ),
         (
             {"service": "/run/site.sock", "peer-keys": "p.toml", "private-key": "0.key"},
             "a site with a service says this in its site.toml",
@@ -84,8 +97,12 @@ def test_a_misspelt_key_ends_the_run_with_words() -> None:
 
 @pytest.mark.parametrize("keys", [False, True])
 def test_a_deployed_site_reads_its_own_data_only(keys: bool, tmp_path: Path) -> None:
-    (tmp_path / "own.csv").write_text("age,label\n" + "\n".join(f"{age},{age % 2}" for age in range(100)))
-    (tmp_path / "secret.csv").write_text("diagnosis,label\n" + "\n".join(f"{row},{row % 2}" for row in range(100)))
+    (tmp_path / "own.csv").write_text(
+        "age,label\n" + "\n".join(f"{age},{age % 2}" for age in range(100))
+    )
+    (tmp_path / "secret.csv").write_text(
+        "diagnosis,label\n" + "\n".join(f"{row},{row % 2}" for row in range(100))
+    )
     node = (write_keys(tmp_path / "keys")[0] if keys else OWN) | {"data": str(tmp_path / "own.csv")}
     changes: dict[str, Any] = {
         "model.name": "mlp",
@@ -97,7 +114,9 @@ def test_a_deployed_site_reads_its_own_data_only(keys: bool, tmp_path: Path) -> 
     assert read_card(answer(node, **changes, **sealing)).columns == ["age"]
     bare = {key: value for key, value in node.items() if key not in ("site", "data")} | SIMULATED
     reply = answer(bare, **changes, **sealing)
-    assert reply.has_error() is keys  # without keys it is a site of a simulation, which reads what the run names
+    assert (
+        reply.has_error() is keys
+    )  # without keys it is a site of a simulation, which reads what the run names
 
 
 # Nonces.
@@ -109,9 +128,17 @@ def test_a_site_that_tells_no_nonce_takes_no_part_in_a_sealed_run() -> None:
             del content.config_records["config"]["nonce"]
         return content
 
-    common: dict[str, Any] = {"strategy": "d-psgd", "num_sites": SITES, "epochs": 2, "model": {"name": NETWORK}}
+    common: dict[str, Any] = {
+        "strategy": "d-psgd",
+        "num_sites": SITES,
+        "epochs": 2,
+        "model": {"name": NETWORK},
+    }
     config = configuration(
-        **common, training={"batch_size": 4}, topology={"name": "complete"}, wire={"sealing": "trust-on-first-use"}
+        **common,
+        training={"batch_size": 4},
+        topology={"name": "complete"},
+        wire={"sealing": "trust-on-first-use"},
     )
     found = outcome(config, spoil)
     assert found.error is None
@@ -120,29 +147,51 @@ def test_a_site_that_tells_no_nonce_takes_no_part_in_a_sealed_run() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["dmsgd", "n-saddle", "qgm"])
-def test_a_site_that_lost_its_memory_goes_on(strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_site_that_lost_its_memory_goes_on(
+    strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With the real relay: it passes the new nonce on, and neither side misses more than the exchanges that were under way."""
     logging.getLogger("flwr").propagate = True
-    choco: dict[str, Any] = {"codec": "qsgd", "error_feedback": "choco"} if strategy == "qgm" else {}
+    choco: dict[str, Any] = (
+        {"codec": "qsgd", "error_feedback": "choco"} if strategy == "qgm" else {}
+    )
     rate: dict[str, Any] = {"topology": {"averaging_rate": 0.5}} if choco else {}
     config = configuration(
-        strategy=strategy, num_sites=4, epochs=1, model={"name": "mlp"}, wire={"sealing": "keys"} | choco, **rate
+        strategy=strategy,
+        num_sites=4,
+        epochs=1,
+        model={"name": "mlp"},
+        wire={"sealing": "keys"} | choco,
+        **rate,
     )
     forgotten: list[int] = []
 
     def forget(number: int, message: Message, reply: Message) -> Message:
-        step = message.content.config_records["config"].get("server-round", -1) if "config" in message.content else -1
+        step = (
+            message.content.config_records["config"].get("server-round", -1)
+            if "config" in message.content
+            else -1
+        )
         if number == 1 and step == 6:
             forgotten.append(1)
             list(grid.contexts.values())[1].state = RecordDict()
         return reply
 
-    grid, history = VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget), History(config)
+    grid, history = (
+        VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget),
+        History(config),
+    )
     for context, node in zip(grid.contexts.values(), write_keys(tmp_path / "keys"), strict=True):
         context.node_config = node
     run_server(grid, config, history)
-    said = [record.getMessage() for record in caplog.records if "refuses what came from" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "refuses what came from" in record.getMessage()
+    ]
     assert forgotten
-    expected = [f"step {step}: site 1 refuses what came from site {j}" for step in (7, 8) for j in (0, 2)]
+    expected = [
+        f"step {step}: site 1 refuses what came from site {j}" for step in (7, 8) for j in (0, 2)
+    ]
     assert [line.partition(": step")[0] for line in said] == expected
     assert set(history.metrics.query("metric == 'accuracy'")["site"]) == {"0", "1", "2", "3", "all"}

@@ -35,7 +35,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_table(folder: Path) -> Path:
     """Who is older is ill; a tenth of the heights is missing."""
     generator = np.random.default_rng(1)
-    frame = pd.DataFrame({"age": generator.uniform(20, 90, 200), "height": generator.normal(170, 9, 200)})
+    frame = pd.DataFrame(
+        {"age": generator.uniform(20, 90, 200), "height": generator.normal(170, 9, 200)}
+    )
     frame["ill"] = np.where(frame["age"] > 55, "yes", "no")
     frame.loc[::10, "height"] = np.nan
     frame.to_csv(folder / "table.csv", index=False)
@@ -66,7 +68,9 @@ def test_predictions_of_pictures_have_their_files_names(pictures: Path, tmp_path
 
 def test_tables_are_standardised_as_in_the_run_and_need_no_label(tmp_path: Path) -> None:
     file = write_table(tmp_path)
-    run = simulate(**SHORT | {"epochs": 16}, data={"source": "csv", "path": str(file), "label": "ill"})
+    run = simulate(
+        **SHORT | {"epochs": 16}, data={"source": "csv", "path": str(file), "label": "ill"}
+    )
     trained, frame = load(run.save(tmp_path / "run")), pd.read_csv(file)
     frame[["height", "age"]].to_csv(tmp_path / "new.csv", index=False)  # in another order
     table = trained.predict(tmp_path / "new.csv")
@@ -86,7 +90,9 @@ def test_sounds_and_texts(tmp_path: Path) -> None:
     write_audio(tmp_path / "audio")
     write_texts(tmp_path / "text.csv")
     sounds = simulate(**SHORT, data={"source": "audio-folder", "path": str(tmp_path / "audio")})
-    texts = simulate(**SHORT, data={"source": "text-csv", "path": str(tmp_path / "text.csv"), "text_buckets": 64})
+    texts = simulate(
+        **SHORT, data={"source": "text-csv", "path": str(tmp_path / "text.csv"), "text_buckets": 64}
+    )
     heard = load(sounds.save(tmp_path / "sounds")).predict(tmp_path / "audio")
     assert len(heard) == len(list((tmp_path / "audio").rglob("*.wav")))
     read = load(texts.save(tmp_path / "texts")).predict(tmp_path / "text.csv")
@@ -98,19 +104,37 @@ def test_export_needs_nothing_of_this_program(tmp_path: Path) -> None:
     file = write_table(tmp_path)
     run = simulate(**SHORT, data={"source": "csv", "path": str(file), "label": "ill"})
     folder = run.save(tmp_path / "run")
-    command = [sys.executable, "-m", "simulation.trained", str(folder), str(file), "--export", str(tmp_path / "net.pt2")]
+    command = [
+        sys.executable,
+        "-m",
+        "simulation.trained",
+        str(folder),
+        str(file),
+        "--export",
+        str(tmp_path / "net.pt2"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     printed = pd.read_csv(StringIO(done.stdout))
-    code = "import sys, torch; x = torch.tensor([[30.0, float('nan')], [80.0, 170.0], [60.0, 180.0]]);"
+    code = (
+        "import sys, torch; x = torch.tensor([[30.0, float('nan')], [80.0, 170.0], [60.0, 180.0]]);"
+    )
     code += "print(torch.export.load(sys.argv[1]).module()(x).softmax(1).tolist())"
     alone = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "net.pt2")], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path / "net.pt2")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     trained = load(folder)
     with torch.no_grad():
-        wanted = trained(torch.tensor([[30.0, float("nan")], [80.0, 170.0], [60.0, 180.0]])).softmax(1)
+        wanted = trained(
+            torch.tensor([[30.0, float("nan")], [80.0, 170.0], [60.0, 180.0]])
+        ).softmax(1)
     np.testing.assert_allclose(np.array(eval(alone.stdout)), wanted.numpy(), atol=1e-6)
-    assert printed.equals(pd.read_csv(StringIO(trained.predict(file).to_csv(index=False, float_format="%.4f"))))
+    assert printed.equals(
+        pd.read_csv(StringIO(trained.predict(file).to_csv(index=False, float_format="%.4f")))
+    )
 
 
 def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
@@ -125,7 +149,11 @@ def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
 def test_export_of_language_takes_tokens(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("the cat sat on the mat. " * 40)
     data = {"source": "text-bytes", "path": str(tmp_path / "texts.txt"), "context": 16}
-    keys = SHORT | {"data": data, "model": {"name": "gpt", "layers": 1, "width": 16}, "training": {"task": "language"}}
+    keys = SHORT | {
+        "data": data,
+        "model": {"name": "gpt", "layers": 1, "width": 16},
+        "training": {"task": "language"},
+    }
     trained, tokens = load(simulate(**keys).save(tmp_path / "run")), torch.randint(256, (3, 16))
     trained.export(tmp_path / "network.pt2")
     program = torch.export.load(tmp_path / "network.pt2").module()
@@ -154,7 +182,8 @@ def test_onnx_of_pictures_tables_and_tokens(pictures: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(find_spec("onnxscript") is not None, reason="it is installed")
 def test_onnx_says_what_to_install(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; or FILE.pt2"
+        ValueError,
+        match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; or FILE.pt2",
     ):
         load(pictures).export(tmp_path / "n.onnx")
 
@@ -169,14 +198,18 @@ def test_what_is_no_model_is_named(pictures: Path, tmp_path: Path) -> None:
         load(tmp_path / "x.safetensors")
 
 
-def test_models_of_sites_that_learn_alone_and_of_peers_are_loaded_by_their_names(tmp_path: Path) -> None:
+def test_models_of_sites_that_learn_alone_and_of_peers_are_loaded_by_their_names(
+    tmp_path: Path,
+) -> None:
     folder = simulate(**SHORT | {"strategy": "d-psgd"}).save(tmp_path)
     trained = load(folder, "model-1")
     assert isinstance(trained, Trained)
     assert trained.description == Description.read(folder / "model-0.safetensors")
 
 
-def test_folders_of_before_models_said_what_they_are_are_still_read_and_written(pictures: Path, tmp_path: Path) -> None:
+def test_folders_of_before_models_said_what_they_are_are_still_read_and_written(
+    pictures: Path, tmp_path: Path
+) -> None:
     older = Path(shutil.copytree(pictures, tmp_path / "older"))
     save_file(load_file(older / "model.safetensors"), older / "model.safetensors")
     run = Run.load(older)

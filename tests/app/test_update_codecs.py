@@ -30,10 +30,16 @@ def exact(strategy: str) -> Run:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     ("wire", "share"),
-    [({"codec": "bf16"}, 0.5), ({"codec": "qsgd"}, 0.25), ({"codec": "qsgd", "bits": 4, "error_feedback": "deep-squeeze"}, 0.125)],
+    [
+        ({"codec": "bf16"}, 0.5),
+        ({"codec": "qsgd"}, 0.25),
+        ({"codec": "qsgd", "bits": 4, "error_feedback": "deep-squeeze"}, 0.125),
+    ],
     ids=["bf16", "qsgd", "qsgd 4"],
 )
-def test_fewer_bytes_go_up_and_as_much_is_learned(strategy: str, wire: dict[str, Any], share: float) -> None:
+def test_fewer_bytes_go_up_and_as_much_is_learned(
+    strategy: str, wire: dict[str, Any], share: float
+) -> None:
     coded = simulate(**SHORT, strategy=strategy, wire=wire)
     up = [run.metrics["bytes_up"].max() / run.summary["rounds"] for run in (exact(strategy), coded)]
     beside = 0.5 if strategy == "scaffold" else 0.0  # its control variates go beside, whole
@@ -45,7 +51,9 @@ def test_fewer_bytes_go_up_and_as_much_is_learned(strategy: str, wire: dict[str,
 def test_half_the_bytes_go_down(strategy: str) -> None:
     """But for the last test, and what goes beside the model."""
     coded = simulate(**SHORT, strategy=strategy, wire={"down_codec": "bf16", "codec": "qsgd"})
-    down = [run.metrics["bytes_down"].max() / run.summary["rounds"] for run in (exact(strategy), coded)]
+    down = [
+        run.metrics["bytes_down"].max() / run.summary["rounds"] for run in (exact(strategy), coded)
+    ]
     assert 0.45 < down[1] / down[0] < 0.85
     assert coded.summary["accuracy"] > exact(strategy).summary["accuracy"] - 0.03
 
@@ -61,7 +69,13 @@ def test_rounding_on_the_way_down_is_no_part_of_the_update() -> None:
 
 def test_what_the_codec_loses_is_made_up_for() -> None:
     """A sign for each number, and the mean magnitude of its layer."""
-    one = SHORT | {"num_sites": 1, "min_sites": 1, "epochs": 12, "strategy": "fedavg", "fedavg.local-epochs": 1}
+    one = SHORT | {
+        "num_sites": 1,
+        "min_sites": 1,
+        "epochs": 12,
+        "strategy": "fedavg",
+        "fedavg.local-epochs": 1,
+    }
     keys = {"codec": "sign", "error_feedback": "deep-squeeze"}
     assert simulate(**one, wire=keys).summary["accuracy"] > 0.85
     with pytest.raises(ConfigError, match="loses what it leaves out"):
@@ -87,12 +101,18 @@ def test_each_update_goes_on_with_what_the_one_before_lost(monkeypatch: pytest.M
     assert len(calls) == SHORT["epochs"]
     for (*_, lost, _), (memory, *_) in pairwise(calls):
         assert torch.equal(memory, lost)
-    wanted, sent = (torch.stack(each).sum(0) for each in (list(zip(*calls, strict=True))[1], list(zip(*calls, strict=True))[3]))
+    wanted, sent = (
+        torch.stack(each).sum(0)
+        for each in (list(zip(*calls, strict=True))[1], list(zip(*calls, strict=True))[3])
+    )
     torch.testing.assert_close(sent + calls[-1][2], wanted, rtol=0, atol=1e-5)
 
 
 def test_choco_is_for_peers() -> None:
-    with pytest.raises(ConfigError, match=r"wire\.error-feedback = 'choco': fedavg has no neighbours; allowed: 'none', "):
+    with pytest.raises(
+        ConfigError,
+        match=r"wire\.error-feedback = 'choco': fedavg has no neighbours; allowed: 'none', ",
+    ):
         configuration(strategy="fedavg", wire={"codec": "qsgd", "error_feedback": "choco"})
 
 

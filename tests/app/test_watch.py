@@ -57,8 +57,15 @@ CONFIG = configuration(strategy="fedavg", num_sites=3, model={"name": NETWORK})
 
 
 def folder_of(root: Path, spoil: Spoil = honest, **changes: Any) -> Path:
-    small: dict[str, Any] = {"strategy": "fedavg", "fedavg.local-epochs": 1} if "strategy" not in changes else {}
-    config = configuration(**small | {"num_sites": 3, "epochs": 4} | changes | {"model.name": NETWORK, "results.folder": str(root)})
+    small: dict[str, Any] = (
+        {"strategy": "fedavg", "fedavg.local-epochs": 1} if "strategy" not in changes else {}
+    )
+    config = configuration(
+        **small
+        | {"num_sites": 3, "epochs": 4}
+        | changes
+        | {"model.name": NETWORK, "results.folder": str(root)}
+    )
     found = Folder(config)
     run(Sites(config, spoil), config, found)
     return found.path
@@ -105,7 +112,9 @@ def test_overview_says_what_the_run_reported(root: Path) -> None:
 def test_peers_and_their_links(root: Path) -> None:
     found = overview(next(folder for name, folder in runs(root).items() if "dmsgd" in name))
     assert {tuple(sorted(edge)) for edge in found["edges"]} == {(0, 1), (0, 2), (1, 2)}
-    metrics = read_metrics(next(root.glob("comparison/seed-1/*/metrics.csv"))).query("split == 'links'")
+    metrics = read_metrics(next(root.glob("comparison/seed-1/*/metrics.csv"))).query(
+        "split == 'links'"
+    )
     assert sorted(count for _, _, count in found["links"]) == sorted(metrics["value"])
     assert found["unit"] == "exchange"
 
@@ -131,7 +140,9 @@ def test_folders_of_killed_and_older_runs(root: Path, tmp_path: Path) -> None:
 
 
 def test_sites_that_are_away_and_back(root: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(next(folder for name, folder in runs(root).items() if "fedavg" in name), tmp_path / "one")
+    folder = shutil.copytree(
+        next(folder for name, folder in runs(root).items() if "fedavg" in name), tmp_path / "one"
+    )
     line = {"time": "2026-11-27T00:00:00Z", "run": "one", "round": 4, "site": 0}
     with (folder / "events.jsonl").open("a") as file:
         for kind in ("away", "back", "away"):
@@ -147,7 +158,12 @@ def test_run_that_goes_on_is_live(tmp_path: Path) -> None:
     def look(site: int, message: Message, content: RecordDict) -> Answer:
         if message.metadata.message_type == "evaluate":
             (folder,) = runs(tmp_path).values()
-            seen.append((overview(folder)["state"], embedded((folder / "report.html").read_text())["run"]["state"]))
+            seen.append(
+                (
+                    overview(folder)["state"],
+                    embedded((folder / "report.html").read_text())["run"]["state"],
+                )
+            )
         return content
 
     folder = folder_of(tmp_path, look)
@@ -167,13 +183,21 @@ def test_report_is_the_page_with_the_data_and_no_name_ends_its_element(root: Pat
 
 
 def test_report_of_a_long_run_stays_small(root: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(next(folder for name, folder in runs(root).items() if "fedavg" in name), tmp_path / "long")
+    folder = shutil.copytree(
+        next(folder for name, folder in runs(root).items() if "fedavg" in name), tmp_path / "long"
+    )
     rows = "".join(
         f"{number},{number / 3},{number},{number},{site},{split},{metric},{number / 7}\n"
         for number in range(1, 20_001)
-        for site, split, metric in (("all", "test", "accuracy"), ("all", "test", "loss"), ("0", "test", "accuracy"))
+        for site, split, metric in (
+            ("all", "test", "accuracy"),
+            ("all", "test", "loss"),
+            ("0", "test", "accuracy"),
+        )
     )
-    (folder / "metrics.csv").write_text("round,seconds,bytes_up,bytes_down,site,split,metric,value\n" + rows)
+    (folder / "metrics.csv").write_text(
+        "round,seconds,bytes_up,bytes_down,site,split,metric,value\n" + rows
+    )
     found = overview(folder)
     assert len(found["curves"]["test"]["round"]) == POINTS
     assert found["curves"]["test"]["round"][0] == 1
@@ -190,7 +214,9 @@ Ask = Callable[..., tuple[HTTPResponse, bytes]]
 def ask(root: Path) -> Iterator[Ask]:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Runs(root))
-    served = server(("127.0.0.1", 0), lambda query: data(root, query), lambda: generate_latest(registry))
+    served = server(
+        ("127.0.0.1", 0), lambda query: data(root, query), lambda: generate_latest(registry)
+    )
     thread = Thread(target=served.serve_forever, args=[0.01])
     thread.start()
 
@@ -246,7 +272,9 @@ def test_folder_that_is_no_runs_does_not_hide_the_others(ask: Ask, root: Path) -
     other.mkdir()
     (other / "metrics.csv").write_text("epoch,value\n1,2\n")
     try:
-        assert [each["name"] for each in json.loads(ask("/data")[1])["runs"]] == [name for name in runs(root) if name != "other"]
+        assert [each["name"] for each in json.loads(ask("/data")[1])["runs"]] == [
+            name for name in runs(root) if name != "other"
+        ]
         answer, body = ask("/data?run=other")
         assert (answer.status, body) == (500, b"KeyError: 'split'\n")
         assert ask("/metrics")[0].status == 200
@@ -288,13 +316,20 @@ def test_prometheus_counts_refusals_of_each_site_by_rule(root: Path, tmp_path: P
     shutil.copytree(folder, tmp_path / "one")
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Runs(tmp_path))
-    families = {each.name: each for each in text_string_to_metric_families(generate_latest(registry).decode())}
-    counts = {sample.labels["site"]: sample.value for sample in families["archipelago_refused"].samples}
+    families = {
+        each.name: each
+        for each in text_string_to_metric_families(generate_latest(registry).decode())
+    }
+    counts = {
+        sample.labels["site"]: sample.value for sample in families["archipelago_refused"].samples
+    }
     (site,) = (each for each in overview(folder)["sites"] if each["refused"])
     assert counts == {str(site["site"]): sum(site["refused"].values())}
 
 
-def test_journal_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -309,7 +344,9 @@ def test_journal_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, mo
 
     write = Journal._write
     folder = folder_of(tmp_path, spoil)
-    kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    kinds = [
+        json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()
+    ]
     assert kinds == ["began", *["progress"] * 4, "ended"]
 
 

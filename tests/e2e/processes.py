@@ -21,7 +21,12 @@ import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = ROOT / ".venv/bin"
@@ -40,17 +45,34 @@ class Deployment:
     """
 
     def __init__(
-        self, home: Path, app: Path = ROOT, *, durable: bool = False, env: Mapping[str, Mapping[str, str]] | None = None
+        self,
+        home: Path,
+        app: Path = ROOT,
+        *,
+        durable: bool = False,
+        env: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self._home, self._app, self._more = home, app, env or {}
         self._commands: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self.address = f"127.0.0.1:{free_port()}"
-        clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
-        quiet = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+        }
+        quiet = {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
         self._env = (
             clean
             | quiet
-            | {"PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25", "OMP_NUM_THREADS": "1"}
+            | {
+                "PATH": f"{BIN}:{os.environ['PATH']}",
+                "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+                "OMP_NUM_THREADS": "1",
+            }
         )
         certify(home)
         (home / "config.toml").write_text(
@@ -66,12 +88,17 @@ class Deployment:
             (home / "superexec.secret").chmod(0o600)
             secret = "--superexec-auth-secret-file superexec.secret"
             arguments += f" --database state.db --isolation process {secret}"
-            self._begin("superexec", f"--runtime-api-address {self.address} --root-certificates server.crt {secret}")
+            self._begin(
+                "superexec",
+                f"--runtime-api-address {self.address} --root-certificates server.crt {secret}",
+            )
         self._begin("superlink", arguments)
         wait_for(lambda: answers(int(port)), 60)
         for site in range(SITES):
             make_node_key(home / f"node-{site}")
-            self._flwr("supernode", "register", str(home / f"node-{site}.pub"), "here").check_returncode()
+            self._flwr(
+                "supernode", "register", str(home / f"node-{site}.pub"), "here"
+            ).check_returncode()
 
     def _begin(self, name: str, arguments: str, *more: str, user: int | None = None) -> None:
         self._commands[name] = lambda: self._start(name, arguments, *more, user=user)
@@ -81,36 +108,63 @@ class Deployment:
         """Start a process, with the command by which it was started before."""
         self._processes[name] = self._commands[name]()
 
-    def _start(self, name: str, arguments: str, *more: str, user: int | None = None) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, name: str, arguments: str, *more: str, user: int | None = None
+    ) -> "subprocess.Popen[bytes]":
         command = [f"flower-{name.split('-')[0]}", *arguments.split(), *more]
         home, env = self._home, self._env | dict(self._more.get(name, {}))
         if user is not None:
             home = self._home / name
             home.mkdir(exist_ok=True)
             os.chown(home, user, user)
-            env, command = env | {"FLWR_HOME": str(home), "HOME": str(home)}, [*as_user(user), *command]
+            env, command = (
+                env | {"FLWR_HOME": str(home), "HOME": str(home)},
+                [*as_user(user), *command],
+            )
         with (self._home / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _flwr(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(["flwr", *arguments], cwd=self._home, env=self._env, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            ["flwr", *arguments],
+            cwd=self._home,
+            env=self._env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-    def join(self, site: int, node_config: str = "", user: int | None = None, address: str = "") -> None:
+    def join(
+        self, site: int, node_config: str = "", user: int | None = None, address: str = ""
+    ) -> None:
         """Start a site's SuperNode, as another user if one is named; it knows the SuperLink by another address if there is one."""
         key = self._home / f"node-{site}"
         if user is not None:
             os.chown(key, user, user)
         keys = f"--root-certificates {self._home / 'server.crt'} --auth-supernode-private-key {key}"
         node = node_config or f"partition-id={site} num-partitions={SITES}"
-        name, arguments = f"supernode-{site}", f"--superlink {address or self.address} --port {free_port()} {keys}"
+        name, arguments = (
+            f"supernode-{site}",
+            f"--superlink {address or self.address} --port {free_port()} {keys}",
+        )
         self._begin(name, arguments, "--node-config", node, user=user)
 
     def run(self, settings: str, *, followed: bool = False) -> "subprocess.Popen[str]":
         """``flwr run``, or with ``followed`` the start command of ``deploy/``; its log on standard output."""
-        command = [sys.executable, str(ROOT / "deploy/run.py"), "--"] if followed else ["flwr", "run"]
+        command = (
+            [sys.executable, str(ROOT / "deploy/run.py"), "--"] if followed else ["flwr", "run"]
+        )
         command += [str(self._app), "here", "--stream", "--run-config", settings]
         return subprocess.Popen(
-            command, cwd=self._home, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+            command,
+            cwd=self._home,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
         )
 
     def running(self, name: str) -> bool:
@@ -164,8 +218,15 @@ class Services:
         self._several = dict(processes or {})
         public = {}
         for site in range(SITES):
-            command = [sys.executable, "-m", "client_app.sealing", str(self.private / f"{site}.seal")]
-            public[site] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            command = [
+                sys.executable,
+                "-m",
+                "client_app.sealing",
+                str(self.private / f"{site}.seal"),
+            ]
+            public[site] = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
         for site in range(SITES):
             others = {str(other): key for other, key in public.items() if other != site}
             (self.private / f"{site}.peers").write_text(tomli_w.dumps(others))
@@ -179,8 +240,13 @@ class Services:
             }
             if sealing:
                 found |= {"save": str(self.private / f"{site}.safetensors")}
-                found |= {"private-key": str(self.private / f"{site}.seal"), "peer-keys": str(self.private / f"{site}.peers")}
-            (self.private / f"{site}.site").write_text(tomli_w.dumps(found | keys | dict((of_sites or {}).get(site, {}))))
+                found |= {
+                    "private-key": str(self.private / f"{site}.seal"),
+                    "peer-keys": str(self.private / f"{site}.peers"),
+                }
+            (self.private / f"{site}.site").write_text(
+                tomli_w.dumps(found | keys | dict((of_sites or {}).get(site, {})))
+            )
             self.start(site)
 
     def socket(self, site: int) -> Path:
@@ -191,12 +257,25 @@ class Services:
         """Start a service, and wait until it listens."""
         self.socket(site).unlink(missing_ok=True)
         with (self.private / f"{site}.log").open("ab") as log:
-            several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self._several.get(site)}", "-m"]
-            service = [*(several if site in self._several else []), "client_app.service", str(self.private / f"{site}.site")]
+            several = [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={self._several.get(site)}",
+                "-m",
+            ]
+            service = [
+                *(several if site in self._several else []),
+                "client_app.service",
+                str(self.private / f"{site}.site"),
+            ]
             command = [sys.executable, "-m", *service]
             env = {**os.environ, "OMP_NUM_THREADS": "1"}  # they share this machine
-            self._processes[site] = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
-        wait_for(lambda: self.socket(site).exists() or self._processes[site].poll() is not None, 300)
+            self._processes[site] = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=log, stderr=log
+            )
+        wait_for(
+            lambda: self.socket(site).exists() or self._processes[site].poll() is not None, 300
+        )
         assert self.socket(site).exists(), (self.private / f"{site}.log").read_text()
 
     def running(self, site: int) -> bool:
@@ -241,12 +320,19 @@ def as_anybody() -> tuple[str, ...]:
     A Python below a folder that is its owner's alone (``/root``) is shown to the command at its place, and nothing beside it.
     """
     python = Path(sys.base_prefix)
-    closed = next((path for path in (*reversed(python.parents), python) if not path.stat().st_mode & 0o001), None)
+    closed = next(
+        (path for path in (*reversed(python.parents), python) if not path.stat().st_mode & 0o001),
+        None,
+    )
     show = (
         'set -e; mount --bind "$1" "$2"; mount -t tmpfs -o mode=755 none "$3"; mkdir -p "$1"; mount --move "$2" "$1"; '
         'shift 3; exec "$@"'
     )
-    return ("unshare", "--mount", "sh", "-c", show, "sh", str(python), tempfile.mkdtemp(), str(closed)) if closed else ()
+    return (
+        ("unshare", "--mount", "sh", "-c", show, "sh", str(python), tempfile.mkdtemp(), str(closed))
+        if closed
+        else ()
+    )
 
 
 def certify(folder: Path) -> None:
@@ -254,14 +340,25 @@ def certify(folder: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
-    here = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    here = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    )
     certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1))
+        x509.CertificateBuilder(
+            name,
+            name,
+            key.public_key(),
+            x509.random_serial_number(),
+            now,
+            now + datetime.timedelta(1),
+        )
         .add_extension(here, critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    (folder / "server.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "server.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
     (folder / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
@@ -269,7 +366,9 @@ def make_node_key(path: Path) -> None:
     """What ``ssh-keygen -t ecdsa -b 384`` makes."""
     key = ec.generate_private_key(ec.SECP384R1())
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    path.with_suffix(".pub").write_bytes(
+        key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    )
 
 
 def free_port() -> int:

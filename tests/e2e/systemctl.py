@@ -93,7 +93,11 @@ class Unit:
                 (Path(place) / name).mkdir(exist_ok=True)
                 (Path(place) / name).chmod(int((self.of[f"{kind}DirectoryMode"] or ["755"])[0], 8))
                 os.chown(Path(place) / name, user.pw_uid, user.pw_gid)
-        groups = [getgrnam(name).gr_gid for each in self.of["SupplementaryGroups"] for name in each.split()]
+        groups = [
+            getgrnam(name).gr_gid
+            for each in self.of["SupplementaryGroups"]
+            for name in each.split()
+        ]
         return subprocess.Popen(
             shlex.split(line),
             cwd=(self.of["WorkingDirectory"] or ["/"])[0],

@@ -1,5 +1,6 @@
 """The guide docs/how-to/deploy.md, typed as it stands: a server and two sites, machines of their own but for the network; and
-what becomes of its runs."""
+what becomes of its runs.
+"""
 
 import os
 import re
@@ -21,11 +22,15 @@ from tests.e2e.processes import as_anybody, as_user
 END = "@@ that was it"
 GUIDE = ROOT / "docs/how-to/deploy.md"
 PROGRAMS = ("nginx", "logrotate", "curl", "unshare", "nsenter", "ip", "useradd")
-MISSING = [name for name in PROGRAMS if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
+MISSING = [
+    name for name in PROGRAMS if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None
+]
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
-    pytest.mark.skipif(os.geteuid() != 0 or not as_user(65534), reason="only root can act as several users"),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not as_user(65534), reason="only root can act as several users"
+    ),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 # Folders of its own over the machine's, and this checkout where the guide has it.
@@ -55,8 +60,19 @@ class Shell:
     """
 
     def __init__(self, process: int) -> None:
-        enter = ["nsenter", f"--target={process}", "--mount", "--net", "--pid", "bash", "-euo", "pipefail"]
-        self._process = subprocess.Popen(enter, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, bufsize=1)
+        enter = [
+            "nsenter",
+            f"--target={process}",
+            "--mount",
+            "--net",
+            "--pid",
+            "bash",
+            "-euo",
+            "pipefail",
+        ]
+        self._process = subprocess.Popen(
+            enter, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, bufsize=1
+        )
         self.type("export PATH=/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin OMP_NUM_THREADS=1; cd /")
 
     def type(self, text: str) -> str:
@@ -96,15 +112,27 @@ class Machine:
     """
 
     def __init__(self, network: "Machine | None" = None) -> None:
-        script = SETTLE.format(root=ROOT, python=sys.executable, shim=ROOT / "tests/e2e/systemctl.py")
-        apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *(() if network else ("--net",)))
+        script = SETTLE.format(
+            root=ROOT, python=sys.executable, shim=ROOT / "tests/e2e/systemctl.py"
+        )
+        apart = (
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            *(() if network else ("--net",)),
+        )
         beside = ("nsenter", f"--net=/proc/{network.process}/ns/net") if network else ()
         command = [*beside, *apart, *as_anybody(), "bash", "-c", script]
         self._outside = subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True)
         assert self._outside.stdout is not None
         said = self._outside.stdout.readline()
         assert said == "settled\n", said
-        (child,) = Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children").read_text().split()
+        (child,) = (
+            Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children").read_text().split()
+        )
         self.process: int = int(child)
         self.etc = Path(f"/proc/{child}/root/etc/archipelago")
         self.shell = Shell(self.process)
@@ -125,7 +153,9 @@ def blocks(first: int, last: int) -> list[tuple[set[str], str]]:
 
 def of_site(text: str, number: int) -> str:
     """What the guide says of site 0, for another."""
-    return text.replace('0 "clinic A"', f'{number} "clinic {"AB"[number]}"').replace("site-0", f"site-{number}")
+    return text.replace('0 "clinic A"', f'{number} "clinic {"AB"[number]}"').replace(
+        "site-0", f"site-{number}"
+    )
 
 
 class Deployment:
@@ -137,14 +167,21 @@ class Deployment:
         generator = torch.Generator().manual_seed(1)
         for site in self.sites:
             rows = torch.randn(200, 4, generator=generator).tolist()
-            lines = [",".join(f"{value:.4f}" for value in row) + f",{int(sum(row) > 0)}" for row in rows]
-            Path(f"/proc/{site.process}/root/srv/data.csv").write_text("age,bp,chol,rate,target\n" + "\n".join(lines))
+            lines = [
+                ",".join(f"{value:.4f}" for value in row) + f",{int(sum(row) > 0)}" for row in rows
+            ]
+            Path(f"/proc/{site.process}/root/srv/data.csv").write_text(
+                "age,bp,chol,rate,target\n" + "\n".join(lines)
+            )
 
     def type(self, kind: set[str], text: str) -> str:
         """A block, on the machines on which it is typed."""
         said = list[str]()
         if "server" in kind:
-            said += [self.server.shell.type(of_site(text, number)) for number in range(2 if "site-0" in text else 1)]
+            said += [
+                self.server.shell.type(of_site(text, number))
+                for number in range(2 if "site-0" in text else 1)
+            ]
         for number, site in enumerate(self.sites):
             if kind & {"site", f"site-{number}"}:
                 said.append(site.shell.type(of_site(text, number)))
@@ -161,17 +198,27 @@ class Deployment:
 
         for number, site in enumerate(self.sites):
             give(self.server.etc / "ca.crt", site.etc / "ca.crt")
-            give(site.etc / f"hand-over/site-{number}.pub", self.server.etc / f"sites/site-{number}.pub")
+            give(
+                site.etc / f"hand-over/site-{number}.pub",
+                self.server.etc / f"sites/site-{number}.pub",
+            )
             for other in self.sites:
                 if other is not site:
-                    give(site.etc / f"hand-over/site-{number}.sealing", other.etc / f"neighbours/site-{number}.sealing")
+                    give(
+                        site.etc / f"hand-over/site-{number}.sealing",
+                        other.etc / f"neighbours/site-{number}.sealing",
+                    )
 
     def start(self, settings: str) -> Shell:
         """Start a run in a shell of its own, which ends with its exit code."""
         shell = Shell(self.server.process)
-        shell.type("cd /opt/archipelago; export PATH=$PWD/.venv/bin:$PATH FLWR_HOME=/etc/archipelago/flwr")
+        shell.type(
+            "cd /opt/archipelago; export PATH=$PWD/.venv/bin:$PATH FLWR_HOME=/etc/archipelago/flwr"
+        )
         common = 'model.name="mlp" data.source="csv" data.label="target" results.folder="/var/lib/archipelago/runs"'
-        shell.begin(f"code=0; python -m deploy.run -- --run-config '{common} {settings}' || code=$?; echo exit code $code")
+        shell.begin(
+            f"code=0; python -m deploy.run -- --run-config '{common} {settings}' || code=$?; echo exit code $code"
+        )
         return shell
 
     def end(self) -> None:
@@ -197,7 +244,13 @@ GOING = "num-sites=2 epochs=12 co-learning.epsilon=0.0"  # six rounds
 
 
 @pytest.mark.parametrize(
-    "path", ["control/list-runs", "runtime/acquire-task", "fleet/../control/list-runs", "fleet/..%2fcontrol/list-runs"]
+    "path",
+    [
+        "control/list-runs",
+        "runtime/acquire-task",
+        "fleet/../control/list-runs",
+        "fleet/..%2fcontrol/list-runs",
+    ],
 )
 def test_sites_reach_the_fleet_api_only(deployed: Deployment, path: str) -> None:
     ask = "curl --silent --path-as-is --cacert /etc/archipelago/ca.crt --output /dev/null --write-out '%{http_code}\\n' -X POST"
@@ -210,9 +263,16 @@ def test_units_are_right_and_harden(deployed: Deployment) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("not installed: systemd-analyze")
     for machine in (deployed.server, deployed.sites[0]):
-        assert machine.shell.type("systemd-analyze verify /etc/archipelago/archipelago-*.{service,timer}") == ""
+        assert (
+            machine.shell.type(
+                "systemd-analyze verify /etc/archipelago/archipelago-*.{service,timer}"
+            )
+            == ""
+        )
         # In tenths: 10 is a service that may do everything.
-        machine.shell.type("systemd-analyze security --offline=true --threshold=40 /etc/archipelago/archipelago-*.service")
+        machine.shell.type(
+            "systemd-analyze security --offline=true --threshold=40 /etc/archipelago/archipelago-*.service"
+        )
 
 
 def test_compose_file_is_right(deployed: Deployment) -> None:
@@ -220,7 +280,8 @@ def test_compose_file_is_right(deployed: Deployment) -> None:
     there = [
         each
         for each in commands
-        if shutil.which(each[0]) and not subprocess.run([*each, "version"], capture_output=True).returncode
+        if shutil.which(each[0])
+        and not subprocess.run([*each, "version"], capture_output=True).returncode
     ]
     if not there:
         pytest.skip("not installed: docker compose")
@@ -231,7 +292,9 @@ def test_compose_file_is_right(deployed: Deployment) -> None:
 def test_run_goes_on_when_the_superlink_is_killed(deployed: Deployment) -> None:
     with closing(deployed.start(GOING)) as run:
         run.wait("round   1")
-        deployed.server.shell.type("kill -KILL $(cut -d' ' -f2 /run/archipelago-superlink.service.pid)")
+        deployed.server.shell.type(
+            "kill -KILL $(cut -d' ' -f2 /run/archipelago-superlink.service.pid)"
+        )
         log = run.wait()
     assert log.endswith("exit code 0\n")
     assert [log.count(f"round   {number} ") for number in range(2, 7)] == [1] * 5
@@ -257,10 +320,16 @@ def test_run_goes_on_when_its_serverapp_was_killed(deployed: Deployment) -> None
     ("settings", "said", "code"),
     [
         ("num-sites=0", "num-sites = 0: must be greater than or equal to 1", Exit.REFUSED),
-        ("num-sites=1 min-sites=1", "num-sites = 1, but 2 sites are connected: set num-sites to their number", Exit.ENDED),
+        (
+            "num-sites=1 min-sites=1",
+            "num-sites = 1, but 2 sites are connected: set num-sites to their number",
+            Exit.ENDED,
+        ),
     ],
 )
-def test_run_that_cannot_be_says_why(deployed: Deployment, settings: str, said: str, code: Exit) -> None:
+def test_run_that_cannot_be_says_why(
+    deployed: Deployment, settings: str, said: str, code: Exit
+) -> None:
     with closing(deployed.start(settings)) as run:
         log = run.wait()
     assert log.endswith(f"{said}\nexit code {code}\n")
@@ -275,7 +344,9 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         for kind, text in blocks(7, 7):
             deployed.type(kind, text)
             if "unregister" in text:  # its key is never taken again
-                said = deployed.server.shell.type("! flwr supernode register /etc/archipelago/sites/site-1.pub")
+                said = deployed.server.shell.type(
+                    "! flwr supernode register /etc/archipelago/sites/site-1.pub"
+                )
                 assert "already in use" in said
         log = run.wait()
     assert "clinic B (site 1) is left out" in log
@@ -284,7 +355,11 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         said = deployed.type(kind, text)
         if "dmsgd" in text:
             assert "dmsgd after" in said
-    nodes = deployed.server.shell.type("flwr supernode list --format json")  # of the database that came back
+    nodes = deployed.server.shell.type(
+        "flwr supernode list --format json"
+    )  # of the database that came back
     for site in range(2):
-        (node,) = re.findall(r"\d{9,}", (deployed.server.etc / f"sites/site-{site}.json").read_text())
+        (node,) = re.findall(
+            r"\d{9,}", (deployed.server.etc / f"sites/site-{site}.json").read_text()
+        )
         assert node in nodes

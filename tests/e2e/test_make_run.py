@@ -24,18 +24,26 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """``make("run", "SET=...")`` with a SuperLink of the tests' own, ended after them."""
     home = tmp_path_factory.mktemp("flwr")
     settings = [f"FLWR_HOME={home}", f"PORT={free_port()}"]
-    clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
 
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = ["make", "--no-print-directory", *arguments, *settings]
-        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.run(
+            command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600, check=False
+        )
 
     yield call
     call("stop")
 
 
 def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_path: Path) -> None:
-    done = make("run", f"RESULTS={tmp_path / 'ray'}", "CONF=conf/fedavg.toml", "SET=epochs=4 seed=3")
+    done = make(
+        "run", f"RESULTS={tmp_path / 'ray'}", "CONF=conf/fedavg.toml", "SET=epochs=4 seed=3"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "ray").iterdir()
     assert {file.name for file in folder.iterdir()} == {
@@ -71,12 +79,17 @@ def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_pa
         ),
         ("SET=num-site=3", "num-site = 3: unknown key; did you mean 'num-sites'?"),
         ("SET=lr=0.1", "lr = 0.1: this key is now training.lr"),
-        ("SET=gsgm.window=5", "gsgm.window = 5: strategy = 'co-learning' does not take it, only gsgm"),
+        (
+            "SET=gsgm.window=5",
+            "gsgm.window = 5: strategy = 'co-learning' does not take it, only gsgm",
+        ),
         ("SET=training.lr=high", "invalid format"),
         ("CONF=conf/nope.toml", "conf = 'conf/nope.toml': there is no such file"),
     ],
 )
-def test_wrong_configuration_is_named_and_nothing_is_started(make: Make, argument: str, message: str, tmp_path: Path) -> None:
+def test_wrong_configuration_is_named_and_nothing_is_started(
+    make: Make, argument: str, message: str, tmp_path: Path
+) -> None:
     failed = make("run", f"RESULTS={tmp_path / 'none'}", argument)
     assert failed.returncode != 0
     assert message in failed.stderr
@@ -85,7 +98,9 @@ def test_wrong_configuration_is_named_and_nothing_is_started(make: Make, argumen
 
 
 def test_run_that_fails_fails_the_command(make: Make, tmp_path: Path) -> None:
-    failed = make("run", f"RESULTS={tmp_path / 'none'}", 'SET=data.source="csv" data.path="/nowhere"')
+    failed = make(
+        "run", f"RESULTS={tmp_path / 'none'}", 'SET=data.source="csv" data.path="/nowhere"'
+    )
     assert failed.returncode != 0
     reason = "0 sites can take part, min-sites = 2. SourceError: data.path = '/nowhere': there is no such file or folder\n"
     assert failed.stderr.partition("make: ***")[0].endswith(reason)

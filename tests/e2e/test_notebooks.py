@@ -18,7 +18,9 @@ def execute_notebook(name: str, **environment: str) -> nbformat.NotebookNode:
     notebook: nbformat.NotebookNode = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     for cell in notebook.cells:
         cell.source = re.sub(r'"epochs": \d+', '"epochs": 2', cell.source)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}})
+    client = NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    )
     client.execute(env=os.environ | environment)
     return notebook
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.e2e
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -42,7 +44,9 @@ def hostile(site: int, message: Message, reply: Message) -> Message:
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it is of the group dev)")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (it is of the group dev)"
+    )
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with playwright.sync_playwright() as started:
@@ -59,7 +63,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(Pictures, "draw", lambda pictures: None)
         patch.setattr(plots, "save", lambda *arguments: None)
         for strategy in ("co-learning", "dmsgd"):
-            small = {"strategy": strategy, "num-sites": 3, "epochs": 3, "model.name": "mlp", "results.folder": str(found)}
+            small = {
+                "strategy": strategy,
+                "num-sites": 3,
+                "epochs": 3,
+                "model.name": "mlp",
+                "results.folder": str(found),
+            }
             config = default_config() | small | own(strategy, local_epochs=1)
             run_in_process(server_app, client_app, 3, config, hostile)
     return found
@@ -87,9 +97,16 @@ def serving(told: Callable[[Mapping[str, str]], object]) -> Iterator[str]:
 def page(browser: "Browser", request: pytest.FixtureRequest) -> "Iterator[Page]":
     """A window, wide and light or narrow and dark; nothing may be complained of in its console."""
     scheme, width = request.param.split("-")
-    context = browser.new_context(viewport={"width": int(width), "height": 900}, color_scheme=scheme)
+    context = browser.new_context(
+        viewport={"width": int(width), "height": 900}, color_scheme=scheme
+    )
     found, complaints = context.new_page(), list[str]()
-    found.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    found.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     found.on("pageerror", lambda error: complaints.append(str(error)))
     found.on("dialog", lambda dialog: complaints.append(f"dialog {dialog.message}"))
     yield found
@@ -108,11 +125,15 @@ def cells(page: "Page", caption: str) -> list[list[str]]:
 
 def fits(page: "Page") -> bool:
     """Whether the page itself need not be moved sideways; wide tables have bars of their own."""
-    found: Any = page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    found: Any = page.evaluate(
+        "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    )
     return bool(found)
 
 
-def test_runs_their_values_and_their_comparison(page: "Page", address: str, root: Path, tmp_path: Path) -> None:
+def test_runs_their_values_and_their_comparison(
+    page: "Page", address: str, root: Path, tmp_path: Path
+) -> None:
     page.goto(address)
     page.get_by_role("heading", name="Runs").wait_for()
     assert fits(page)
@@ -183,9 +204,17 @@ def test_report_needs_no_server_and_no_network(page: "Page", root: Path) -> None
 
 
 def test_page_of_a_site(page: "Page") -> None:
-    site = SiteFile.model_validate({"site": 1, "name": "clinic A", "socket": "s", "data": {"source": "digits"}})
+    site = SiteFile.model_validate(
+        {"site": 1, "name": "clinic A", "socket": "s", "data": {"source": "digits"}}
+    )
     status = Status(site, (1200, 300), {"smallest-batch": "8"}, lambda: ("nothing", 1.0))
-    line = {"time": "2026-11-27T00:00:00Z", "run": 2**60 + 1, "round": 4, "kind": "train", "strategy": HOSTILE}
+    line = {
+        "time": "2026-11-27T00:00:00Z",
+        "run": 2**60 + 1,
+        "round": 4,
+        "kind": "train",
+        "strategy": HOSTILE,
+    }
     status.add({**line, "way": "in", "bytes": 1000})
     status.add({**line, "way": "out", "bytes": 900, "seconds": 2.0, "norms": {"x": 0.5}})
     with serving(status.data) as address:

@@ -59,19 +59,31 @@ def app_with_a_spy(folder: Path) -> Path:
     app = Path(shutil.copytree(ROOT, folder / "app", ignore=ignored))
     (app / "spy.py").write_text(SPY)
     project = app / "pyproject.toml"
-    project.write_text(project.read_text().replace('clientapp = "client_app.app:app"', 'clientapp = "spy:app"'))
+    project.write_text(
+        project.read_text().replace('clientapp = "client_app.app:app"', 'clientapp = "spy:app"')
+    )
     return app
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not as_user(CARRIER), reason="only root can act as two users")
-def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_killed(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not as_user(CARRIER), reason="only root can act as two users"
+)
+def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_killed(
+    folder: Path, tmp_path: Path
+) -> None:
     """The service is started again, and finds on its disk what it did before."""
     rows = torch.randn(SITES, 200, 4, generator=torch.Generator().manual_seed(1))
     for site in range(SITES):
-        lines = [",".join(f"{value:.4f}" for value in row) + f",{int(row.sum() > 0)}" for row in rows[site]]
+        lines = [
+            ",".join(f"{value:.4f}" for value in row) + f",{int(row.sum() > 0)}"
+            for row in rows[site]
+        ]
         (folder / f"{site}.csv").write_text("age,bp,chol,rate,target\n" + "\n".join(lines))
         (folder / f"{site}.csv").chmod(0o600)
-    tables = {site: {"data": {"source": "csv", "path": str(folder / f"{site}.csv"), "label": "target"}} for site in range(SITES)}
+    tables = {
+        site: {"data": {"source": "csv", "path": str(folder / f"{site}.csv"), "label": "target"}}
+        for site in range(SITES)
+    }
     rules = {"sealing": "keys", "strategies": ["dmsgd"], "smallest-steps": 5}
     group = grp.getgrgid(CARRIER).gr_name
     services = Services(folder, sealing=True, of_sites=tables, policy=rules, group=group)
@@ -93,22 +105,39 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
         assert "goes on with what it remembers in" in (services.private / "2.log").read_text()
         for site in range(SITES):
             assert load_file(services.private / f"{site}.safetensors")
-            assert not [letter for letter in services.letters(site) if "rule" in letter or "problem" in letter]
-            loot = "".join(file.read_text() for file in (folder / f"supernode-{site}").rglob("loot"))
-            assert set(loot.splitlines()) == {f"{name.format(site)}: may not be read" for name in WANTED}
+            assert not [
+                letter
+                for letter in services.letters(site)
+                if "rule" in letter or "problem" in letter
+            ]
+            loot = "".join(
+                file.read_text() for file in (folder / f"supernode-{site}").rglob("loot")
+            )
+            assert set(loot.splitlines()) == {
+                f"{name.format(site)}: may not be read" for name in WANTED
+            }
         assert list(run.sites["name"]) == ["clinic 0", "clinic 1", "clinic 2"]
     finally:
         deployment.end()
         services.end()
 
 
-def test_language_is_learnt_where_a_site_has_several_processes(folder: Path, tmp_path: Path) -> None:
+def test_language_is_learnt_where_a_site_has_several_processes(
+    folder: Path, tmp_path: Path
+) -> None:
     """Each holds a shard of the network and of AdamW's moments; the other two sites have one process."""
-    texts = ("the cat sat on the mat. ", "buy low, sell high, hold on. ", "a goal in the last minute! ")
+    texts = (
+        "the cat sat on the mat. ",
+        "buy low, sell high, hold on. ",
+        "a goal in the last minute! ",
+    )
     for site, text in enumerate(texts):
         (folder / f"{site}.csv").write_text("text\n" + f'"{text}"\n' * 150)
     of_sites = {
-        site: {"data": {"source": "text-bytes", "path": str(folder / f"{site}.csv"), "context": 16}, "sharding": site == 2}
+        site: {
+            "data": {"source": "text-bytes", "path": str(folder / f"{site}.csv"), "context": 16},
+            "sharding": site == 2,
+        }
         for site in range(SITES)
     }
     services = Services(folder, of_sites=of_sites, processes={2: 2})
@@ -129,7 +158,11 @@ def test_language_is_learnt_where_a_site_has_several_processes(folder: Path, tmp
         assert run.summary["bits-per-byte"] < 5.5  # by chance 8
         assert "test bits-per-byte" in log
         for site in range(SITES):
-            assert not [letter for letter in services.letters(site) if "rule" in letter or "problem" in letter]
+            assert not [
+                letter
+                for letter in services.letters(site)
+                if "rule" in letter or "problem" in letter
+            ]
     finally:
         deployment.end()
         services.end()

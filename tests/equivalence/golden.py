@@ -27,7 +27,9 @@ EXACT = channel(identity(), "none")
 
 def ring(n: int) -> Tensor:
     """W [n, n] of a ring."""
-    return topology("ring", n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1).mixing(0)
+    return topology(
+        "ring", n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1
+    ).mixing(0)
 
 
 N, LR = 5, 0.1
@@ -80,7 +82,9 @@ def lockstep(
     def regular(g: Tensor, at: Tensor) -> Tensor:
         return regularised(g, at, clip_norm=0.0, weight_decay=weight_decay)
 
-    peers = [Peer(plan, way, cross, regular, averaging_rate, number=i, seed=1) for i in range(len(x))]
+    peers = [
+        Peer(plan, way, cross, regular, averaging_rate, number=i, seed=1) for i in range(len(x))
+    ]
     states = [begin(peer, row, row.new_empty(0)) for peer, row in zip(peers, x, strict=True)]
     offers: list[Mapping[int | None, Payload]] = [{} for _ in peers]
     messages = plan.gradient.messages
@@ -89,10 +93,15 @@ def lockstep(
         for i, (peer, state) in enumerate(zip(peers, states, strict=True)):
             row = matrices[max(step - 1, 0) // messages % len(matrices)][i].tolist()
             neighbours = {j: w for j, w in enumerate(row) if step and w and j != i}
-            readers = tuple(neighbours) or tuple(j for j in range(len(x)) if matrices[0][j, i] and j != i)
+            readers = tuple(neighbours) or tuple(
+                j for j in range(len(x)) if matrices[0][j, i] and j != i
+            )
             order = Order(step, neighbours, lr, readers=readers, last=step == exchanges * messages)
             received = [
-                Received(j, step - 1, payload) for j in neighbours for reader, payload in offers[j].items() if reader in (None, i)
+                Received(j, step - 1, payload)
+                for j in neighbours
+                for reader, payload in offers[j].items()
+                if reader in (None, i)
             ]
             take = cross_step if messages == 2 and step % 2 else models_step
             results.append(take(peer, state, received, order, oracles[i]))
@@ -106,8 +115,16 @@ def models(states: Sequence[PeerState]) -> Tensor:
     return torch.stack([state.x for state in states])
 
 
-def gossip_round(algorithm: PeerAlgorithm[Any], state: Any, grad: Callable[[Tensor], Tensor], lr: float, mixing: Tensor) -> Any:
+def gossip_round(
+    algorithm: PeerAlgorithm[Any],
+    state: Any,
+    grad: Callable[[Tensor], Tensor],
+    lr: float,
+    mixing: Tensor,
+) -> Any:
     """One local step and one exchange of all n peers: ``state`` holds [n, d], ``grad`` goes from [n, d] to [n, d]."""
     state = algorithm.descend(state, grad(state.x), lr)
     sent = algorithm.outgoing(state)
-    return exchange(algorithm, state, sent, tuple(mixing.to(vector) @ vector for vector in sent), 1.0)
+    return exchange(
+        algorithm, state, sent, tuple(mixing.to(vector) @ vector for vector in sent), 1.0
+    )

@@ -32,8 +32,12 @@ RULES: dict[str, Callable[[], ServerRule[Any]]] = {
     "gsgm": lambda: descent(**PLAIN | {"beta": 0.9, "window": 3}),
     "dc-asgd-c": lambda: descent(**PLAIN | {"compensation": 0.04}),
     "dc-asgd-a": lambda: descent(**PLAIN | {"compensation": 2.0, "adaptive": True}),
-    "gsgm-dc-a": lambda: descent(**PLAIN | {"beta": 0.9, "window": 3, "compensation": 2.0, "adaptive": True}),
-    "adam": lambda: adaptive(eta=0.01, beta=0.9, beta_2=0.999, window=2, weight=constant, correct=True),
+    "gsgm-dc-a": lambda: descent(
+        **PLAIN | {"beta": 0.9, "window": 3, "compensation": 2.0, "adaptive": True}
+    ),
+    "adam": lambda: adaptive(
+        eta=0.01, beta=0.9, beta_2=0.999, window=2, weight=constant, correct=True
+    ),
     "fedasync": lambda: fedasync(alpha=0.6, weight=polynomial(0.5)),
     "fedbuff": lambda: fedbuff(eta=1.0, size=2, weight=polynomial(0.5)),
     "delayed-nesterov": lambda: delayed_nesterov(eta=0.7, beta=0.9, period=3, share=0.3),
@@ -44,7 +48,9 @@ def vector(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def update(delta: Tensor, base: Tensor | None = None, lr: float = 0.1, staleness: int = 0) -> Update:
+def update(
+    delta: Tensor, base: Tensor | None = None, lr: float = 0.1, staleness: int = 0
+) -> Update:
     return Update(delta, torch.zeros_like(delta) if base is None else base, lr, staleness)
 
 
@@ -67,32 +73,43 @@ def close(found: list[Tensor], expected: list[float]) -> None:
 def test_asgd_by_hand() -> None:
     rule = descent(**PLAIN | {"eta": 0.5, "weight": polynomial(1.0)})
     close(
-        follow(rule, vector(10), [update(vector(2)), update(vector(4), staleness=1), update(vector(3), staleness=2)]), [9, 8, 7.5]
+        follow(
+            rule,
+            vector(10),
+            [update(vector(2)), update(vector(4), staleness=1), update(vector(3), staleness=2)],
+        ),
+        [9, 8, 7.5],
     )
 
 
 def test_gsgm_by_hand() -> None:
-    """p = 2, beta = 1/2: g_hat = 4, 6, 5; v = 2, 4, 4.5."""
+    """P = 2, beta = 1/2: g_hat = 4, 6, 5; v = 2, 4, 4.5."""
     rule = descent(**PLAIN | {"beta": 0.5, "window": 2})
-    close(follow(rule, vector(10), [update(vector(4)), update(vector(8)), update(vector(2))]), [8, 4, -0.5])
+    close(
+        follow(rule, vector(10), [update(vector(4)), update(vector(8)), update(vector(2))]),
+        [8, 4, -0.5],
+    )
 
 
 def test_dc_asgd_with_constant_lambda_by_hand() -> None:
-    """lr = 0.1, delta = 0.2, so G = 2; x - base = 3; G + 0.5 * 4 * 3 = 8."""
+    """Lr = 0.1, delta = 0.2, so G = 2; x - base = 3; G + 0.5 * 4 * 3 = 8."""
     rule = descent(**PLAIN | {"compensation": 0.5})
     close(follow(rule, vector(4), [update(vector(0.2), vector(1))]), [4 - 0.8])
 
 
 def test_dc_asgd_with_adaptive_lambda_by_hand() -> None:
-    """m = 0.05 * 4 = 0.2, then 0.95 * 0.2 + 0.05 * 1 = 0.24."""
+    """M = 0.05 * 4 = 0.2, then 0.95 * 0.2 + 0.05 * 1 = 0.24."""
     rule = descent(**PLAIN | {"compensation": 2.0, "adaptive": True})
     first = 4 - 0.1 * (2 + 2 / math.sqrt(0.2 + 1e-7) * 4 * (4 - 1))
     second = first - 0.1 * (1 + 2 / math.sqrt(0.24 + 1e-7) * (first - 2))
-    close(follow(rule, vector(4), [update(vector(0.2), vector(1)), update(vector(0.1), vector(2))]), [first, second])
+    close(
+        follow(rule, vector(4), [update(vector(0.2), vector(1)), update(vector(0.1), vector(2))]),
+        [first, second],
+    )
 
 
 def test_adaptive_lambda_of_a_gradient_that_was_hardly_there_by_hand() -> None:
-    """m = 0.05 * 0.0004 = 2e-5, which leaves 1e-7 a say only beside it, under the root."""
+    """M = 0.05 * 0.0004 = 2e-5, which leaves 1e-7 a say only beside it, under the root."""
     rule = descent(**PLAIN | {"compensation": 2.0, "adaptive": True})
     g = 0.02
     found = follow(rule, vector(4), [update(vector(0.1 * g), vector(1))])
@@ -101,7 +118,7 @@ def test_adaptive_lambda_of_a_gradient_that_was_hardly_there_by_hand() -> None:
 
 
 def test_adam_averages_what_there_is_by_hand() -> None:
-    """p = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2. beta = beta_2 = 1/2, corrected."""
+    """P = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2. beta = beta_2 = 1/2, corrected."""
     rule = adaptive(eta=1.0, beta=0.5, beta_2=0.5, window=2, weight=constant, correct=True)
     m, u = 0.5 * 1.5 + 0.5 * 2, 0.5 * 4.5 + 0.5 * 4
     second = 10 - 1 - (m / 0.75) / math.sqrt(u / 0.75)
@@ -109,7 +126,7 @@ def test_adam_averages_what_there_is_by_hand() -> None:
 
 
 def test_window_averages_what_there_is_by_hand() -> None:
-    """p = 3: 6; (6 + 0) / 2; (6 + 0 + 3) / 3; (0 + 3 + 3) / 3."""
+    """P = 3: 6; (6 + 0) / 2; (6 + 0 + 3) / 3; (0 + 3 + 3) / 3."""
     rule = descent(**PLAIN | {"window": 3})
     close(follow(rule, vector(20), [update(vector(each)) for each in (6, 0, 3, 3)]), [14, 11, 8, 6])
 
@@ -117,14 +134,26 @@ def test_window_averages_what_there_is_by_hand() -> None:
 def test_fedasync_by_hand() -> None:
     """The site's model is base - delta = 6, then 2 with weight 1/2."""
     rule = fedasync(alpha=0.5, weight=polynomial(1.0))
-    close(follow(rule, vector(10), [update(vector(4), vector(10)), update(vector(8), vector(10), staleness=1)]), [8, 6.5])
+    close(
+        follow(
+            rule,
+            vector(10),
+            [update(vector(4), vector(10)), update(vector(8), vector(10), staleness=1)],
+        ),
+        [8, 6.5],
+    )
     assert rule.absorb(rule.init(vector(10)), update(vector(4))).version == 1
 
 
 def test_fedbuff_by_hand() -> None:
     """Nothing, then (2 + 4 / 2) / 2 times 3."""
     rule = fedbuff(eta=3.0, size=2, weight=polynomial(1.0))
-    updates = [update(vector(2)), update(vector(4), staleness=1), update(vector(7)), update(vector(1))]
+    updates = [
+        update(vector(2)),
+        update(vector(4), staleness=1),
+        update(vector(7)),
+        update(vector(1)),
+    ]
     close(follow(rule, vector(10), updates), [10, 4, 4, -8])
     state = rule.init(vector(10))
     versions = []
@@ -153,22 +182,33 @@ TOGETHER = PARTS[2]._replace(earlier=tuple(PARTS[:2]))
 
 def test_each_part_is_weighted_by_its_own_age_by_hand() -> None:
     """0.4 / 4, 0.2 / 2 and -0.1, and of these the mean."""
-    close(follow(descent(**PLAIN | {"weight": polynomial(1.0)}), vector(5), [TOGETHER]), [5 - 0.1 / 3])
-    close(follow(fedbuff(eta=1.0, size=1, weight=polynomial(1.0)), vector(5), [TOGETHER]), [5 - 0.1 / 3])
+    close(
+        follow(descent(**PLAIN | {"weight": polynomial(1.0)}), vector(5), [TOGETHER]), [5 - 0.1 / 3]
+    )
+    close(
+        follow(fedbuff(eta=1.0, size=1, weight=polynomial(1.0)), vector(5), [TOGETHER]),
+        [5 - 0.1 / 3],
+    )
 
 
 def test_each_part_is_compensated_against_its_own_base_by_hand() -> None:
-    """delta + lambda / lr delta^2 (x - base) with lambda = 1/2."""
+    """Delta + lambda / lr delta^2 (x - base) with lambda = 1/2."""
     terms = [0.4 + 5 * 0.16 * (5 - 1), 0.2 + 2.5 * 0.04 * (5 - 2), -0.1 + 5 * 0.01 * (5 - 3)]
-    close(follow(descent(**PLAIN | {"compensation": 0.5}), vector(5), [TOGETHER]), [5 - sum(terms) / 3])
+    close(
+        follow(descent(**PLAIN | {"compensation": 0.5}), vector(5), [TOGETHER]),
+        [5 - sum(terms) / 3],
+    )
     windowed = follow(descent(**PLAIN | {"compensation": 0.5, "window": 2}), vector(5), [TOGETHER])
     close(windowed, [5 - sum(terms) / 3])
 
 
 def test_parts_are_one_in_the_window_by_hand() -> None:
-    """p = 2: the mean of the parts is 1/6, then (1/6 + 3) / 2."""
+    """P = 2: the mean of the parts is 1/6, then (1/6 + 3) / 2."""
     rule = descent(**PLAIN | {"window": 2})
-    close(follow(rule, vector(5), [TOGETHER, update(vector(3))]), [5 - 0.5 / 3, 5 - 0.5 / 3 - (0.5 / 3 + 3) / 2])
+    close(
+        follow(rule, vector(5), [TOGETHER, update(vector(3))]),
+        [5 - 0.5 / 3, 5 - 0.5 / 3 - (0.5 / 3 + 3) / 2],
+    )
     assert rule.absorb(rule.init(vector(5)), TOGETHER).version == 1
 
 
@@ -182,7 +222,9 @@ def test_adam_is_fed_the_mean_gradient_of_the_parts() -> None:
 def test_fedasync_goes_towards_the_mean_of_the_models_made_by_hand() -> None:
     """These are 0.6, 1.8 and 3.1, with the rates 1/2 times 1/4, 1/2 and 1, a third each."""
     rates = [0.5 / 4 / 3, 0.5 / 2 / 3, 0.5 / 3]
-    expected = 5 * (1 - sum(rates)) + sum(rate * made for rate, made in zip(rates, (0.6, 1.8, 3.1), strict=True))
+    expected = 5 * (1 - sum(rates)) + sum(
+        rate * made for rate, made in zip(rates, (0.6, 1.8, 3.1), strict=True)
+    )
     close(follow(fedasync(alpha=0.5, weight=polynomial(1.0)), vector(5), [TOGETHER]), [expected])
     alone = follow(fedasync(alpha=1.0, weight=constant), vector(5), [TOGETHER])
     close(alone, [(0.6 + 1.8 + 3.1) / 3])
@@ -193,7 +235,9 @@ def test_fedasync_goes_towards_the_mean_of_the_models_made_by_hand() -> None:
 def test_equal_parts_are_as_one(name: str) -> None:
     one, x = update(vector(0.1, -0.2), vector(1, 2), staleness=2), vector(1, 3)
     many = one._replace(earlier=(one, one))
-    torch.testing.assert_close(*(follow(RULES[name](), x, [each, each])[-1] for each in (one, many)))
+    torch.testing.assert_close(
+        *(follow(RULES[name](), x, [each, each])[-1] for each in (one, many))
+    )
 
 
 # --- limit cases and references ---------------------------------------------------------------------------------------
@@ -202,7 +246,9 @@ def test_equal_parts_are_as_one(name: str) -> None:
 def walk(seed: int, steps: int = 30) -> list[Update]:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(steps, 2, 5, generator=generator, dtype=torch.float64)
-    return [update(0.1 * delta, base, staleness=step % 4) for step, (delta, base) in enumerate(draws)]
+    return [
+        update(0.1 * delta, base, staleness=step % 4) for step, (delta, base) in enumerate(draws)
+    ]
 
 
 @pytest.mark.parametrize("switch", [{"weight": polynomial(0)}, {"weight": hinge(10, 99)}])
@@ -212,15 +258,26 @@ def test_switches_off_is_asgd_bit_for_bit(switch: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(asgd, same, strict=True))
 
 
-@pytest.mark.parametrize("switch", [{"beta": 0.5}, {"window": 2}, {"compensation": 0.5}, {"weight": polynomial(0.5)}, {"eta": 0.5}])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"beta": 0.5},
+        {"window": 2},
+        {"compensation": 0.5},
+        {"weight": polynomial(0.5)},
+        {"eta": 0.5},
+    ],
+)
 def test_every_switch_switches_something(switch: dict[str, Any]) -> None:
     x = torch.ones(5, dtype=torch.float64)
-    asgd, other = (follow(rule, x, walk(1)) for rule in (RULES["asgd"](), descent(**PLAIN | switch)))
+    asgd, other = (
+        follow(rule, x, walk(1)) for rule in (RULES["asgd"](), descent(**PLAIN | switch))
+    )
     assert not torch.allclose(asgd[-1], other[-1])
 
 
 def test_one_site_is_sgd_with_damped_momentum() -> None:
-    """torch's momentum with dampening, from its second step on; its first is not damped, so start both with a zero gradient."""
+    """Torch's momentum with dampening, from its second step on; its first is not damped, so start both with a zero gradient."""
     curvature, lr = vector(1, 3, 0.5), 0.2
     x = torch.nn.Parameter(vector(1, -2, 3))
     reference = torch.optim.SGD([x], lr, momentum=0.8, dampening=0.8)
@@ -245,7 +302,9 @@ def test_one_site_is_torchs_own_adaptive_optimizer(name: str) -> None:
     for number in range(20):
         x.grad = curvature * x.detach()
         reference.step()
-        lr = 0.2 / (1 + number)  # of the site: what arrives counts by its gradient, whatever the site's own step was
+        lr = 0.2 / (
+            1 + number
+        )  # of the site: what arrives counts by its gradient, whatever the site's own step was
         state = rule.absorb(state, update(lr * curvature * state.x, lr=lr))
         torch.testing.assert_close(state.x, x.detach())
 
@@ -263,7 +322,9 @@ def test_fedasync_with_alpha_one_keeps_the_newest_model() -> None:
     torch.testing.assert_close(found[-1], vector(9))
 
 
-@pytest.mark.parametrize("switch", [{}, {"beta": 0.9}, {"window": 3}, {"beta": 0.9, "window": 3, "eta": 0.5}])
+@pytest.mark.parametrize(
+    "switch", [{}, {"beta": 0.9}, {"window": 3}, {"beta": 0.9, "window": 3, "eta": 0.5}]
+)
 def test_total_weight_of_an_update_is_eta(switch: dict[str, Any]) -> None:
     """However it is spread over time by window and momentum."""
     nothing = update(vector(0.0))
@@ -296,7 +357,9 @@ def test_rules_that_look_at_what_a_site_was_sent_say_so(name: str) -> None:
         with pytest.raises((RuntimeError, ValueError)):
             follow(rule, x, without)
     else:
-        assert torch.equal(torch.stack(follow(rule, x, without)), torch.stack(follow(rule, x, updates)))
+        assert torch.equal(
+            torch.stack(follow(rule, x, without)), torch.stack(follow(rule, x, updates))
+        )
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -328,7 +391,12 @@ def test_no_coordinate_moves_further_than_the_rule_says(name: str, seed: int, sc
         vectors = torch.randn(2, 7, generator=generator, dtype=torch.float64)
         size = scale * 10 ** float(torch.rand(1, generator=generator) * 4 - 2)
         base = state.x.clone() if step % 2 else vectors[1]
-        part = update(size * vectors[0].sign() if step % 3 else size * vectors[0], base, 0.05 + 0.1 * (step % 2), step % 4)
+        part = update(
+            size * vectors[0].sign() if step % 3 else size * vectors[0],
+            base,
+            0.05 + 0.1 * (step % 2),
+            step % 4,
+        )
         before = state.x.clone()
         x = max(x, float(before.abs().max()), float(base.abs().max()))
         delta, lr = max(delta, float(part.delta.abs().max())), min(lr, part.lr)
@@ -352,14 +420,21 @@ def test_adam_comes_as_far_as_it_may_on_gradients_that_shrink() -> None:
 
 
 def test_adam_reaches_any_distance_where_its_second_moment_forgets_first_or_overflows() -> None:
-    assert adaptive(eta=1.0, beta=0.9, beta_2=0.8, window=1, weight=constant, correct=True).reach(1, 1, 1) == math.inf
+    assert (
+        adaptive(eta=1.0, beta=0.9, beta_2=0.8, window=1, weight=constant, correct=True).reach(
+            1, 1, 1
+        )
+        == math.inf
+    )
     assert RULES["adam"]().reach(1.0, 1.0, 1e-20) == math.inf
 
 
 # --- the white list ---------------------------------------------------------------------------------------------------
 
 
-def play(num_sites: int, slack: float, seed: int, arrivals: int) -> tuple[list[int], list[int], list[int]]:
+def play(
+    num_sites: int, slack: float, seed: int, arrivals: int
+) -> tuple[list[int], list[int], list[int]]:
     """Sites that wait for their turn, arriving in any order: applied sites, staleness, spread of the counts after each."""
     luck = random.Random(seed)
     white_list = WhiteList(range(num_sites), slack)
@@ -381,7 +456,9 @@ def play(num_sites: int, slack: float, seed: int, arrivals: int) -> tuple[list[i
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 10_000))
-def test_counts_never_differ_by_more_than_one_plus_slack(num_sites: int, slack: int, seed: int) -> None:
+def test_counts_never_differ_by_more_than_one_plus_slack(
+    num_sites: int, slack: int, seed: int
+) -> None:
     order, staleness, spread = play(num_sites, slack, seed, 60)
     assert max(spread, default=0) <= 1 + slack
     assert len(order) >= 60 - num_sites
@@ -418,7 +495,11 @@ def test_list_by_hand() -> None:
     assert white_list.waits("a")
     assert white_list.arrive("b") == ["b"]
     assert white_list.arrive("b") == []
-    assert white_list.arrive("c") == ["c", "a", "b"]  # the cycle closes; who waited is next, in the order of arrival
+    assert white_list.arrive("c") == [
+        "c",
+        "a",
+        "b",
+    ]  # the cycle closes; who waited is next, in the order of arrival
 
 
 def test_site_that_was_ahead_when_it_was_set_aside_is_still_ahead_when_it_is_back() -> None:

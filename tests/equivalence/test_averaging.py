@@ -44,7 +44,11 @@ def distance(one: Run, two: Run) -> float:
 
 
 def test_same_seed_same_model_bit_for_bit_and_another_seed_another(run_app: RunApp) -> None:
-    one, two, other = run_app(model={"name": "cnn"}), run_app(model={"name": "cnn"}), run_app(model={"name": "cnn"}, seed=2)
+    one, two, other = (
+        run_app(model={"name": "cnn"}),
+        run_app(model={"name": "cnn"}),
+        run_app(model={"name": "cnn"}, seed=2),
+    )
     assert same(one, two)
     assert one.metrics.drop(columns="seconds").equals(two.metrics.drop(columns="seconds"))
     assert not same(one, other)
@@ -55,16 +59,30 @@ def test_ratio_one_and_epsilon_zero_is_fedavg_bit_for_bit(run_app: RunApp) -> No
     co_learning = run_app(strategy="co-learning", co_learning={"epsilon": 0.0}, **constant)
     assert same(co_learning, run_app(strategy="fedavg", **constant))
     assert not same(
-        co_learning, run_app(strategy="co-learning", co_learning={"epsilon": 0.0}, training={"lr_ratio": 0.25}, epochs=4)
+        co_learning,
+        run_app(
+            strategy="co-learning",
+            co_learning={"epsilon": 0.0},
+            training={"lr_ratio": 0.25},
+            epochs=4,
+        ),
     )
-    assert not same(co_learning, run_app(strategy="co-learning", co_learning={"epsilon": 1e5}, **constant))
+    assert not same(
+        co_learning, run_app(strategy="co-learning", co_learning={"epsilon": 1e5}, **constant)
+    )
 
 
 def test_weighting_by_samples_is_flowers_fedavg(run_app: RunApp) -> None:
     unequal = {"partition.kind": "sizes", "partition.size-ratio": 4.0}
-    ours, theirs = run_app(strategy="fedavg", fedavg={"weighting": "samples"}, **unequal), run_app(strategy="FedAvg", **unequal)
+    ours, theirs = (
+        run_app(strategy="fedavg", fedavg={"weighting": "samples"}, **unequal),
+        run_app(strategy="FedAvg", **unequal),
+    )
     assert distance(ours, theirs) < 1e-6  # they add in float32, we in fixed point; two rounds
-    assert distance(run_app(strategy="fedavg", fedavg={"weighting": "equal"}, **unequal), theirs) > 1e-4
+    assert (
+        distance(run_app(strategy="fedavg", fedavg={"weighting": "equal"}, **unequal), theirs)
+        > 1e-4
+    )
 
 
 def test_proximal_term_of_weight_zero_is_fedavg_and_of_weight_one_is_not(run_app: RunApp) -> None:
@@ -101,7 +119,9 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
                 torch.nn.functional.cross_entropy(network(x), y).backward()
                 sgd.step()
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(run.model[name], value, rtol=1e-4, atol=1e-5)  # 180 steps of float32 in another order
+        torch.testing.assert_close(
+            run.model[name], value, rtol=1e-4, atol=1e-5
+        )  # 180 steps of float32 in another order
 
 
 def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
@@ -113,12 +133,18 @@ def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
     steps = 2 * math.ceil(479 / 32)  # 1,797 digits over 3 sites, less a fifth
     tops = [0.1, 0.05, 0.025]
     assert run.trace("lr-first", "train") == pytest.approx(tops)
-    assert run.trace("lr-last", "train") == pytest.approx([top * 0.25 ** (1 - 1 / steps) for top in tops])
+    assert run.trace("lr-last", "train") == pytest.approx(
+        [top * 0.25 ** (1 - 1 / steps) for top in tops]
+    )
 
 
 def test_rate_of_fedavg_decays_over_the_run_without_restart(run_app: RunApp) -> None:
-    run = run_app(strategy="fedavg", epochs=4, training={"lr": 0.1, "lr_ratio": 0.01, "lr_steps": "epoch"})
-    assert run.trace("lr-first", "train") == pytest.approx([0.1 * 0.01 ** (k / 4) for k in range(4)])
+    run = run_app(
+        strategy="fedavg", epochs=4, training={"lr": 0.1, "lr_ratio": 0.01, "lr_steps": "epoch"}
+    )
+    assert run.trace("lr-first", "train") == pytest.approx(
+        [0.1 * 0.01 ** (k / 4) for k in range(4)]
+    )
 
 
 def test_local_epochs_only_double_and_only_after_the_average_stood_still(run_app: RunApp) -> None:
@@ -130,7 +156,9 @@ def test_local_epochs_only_double_and_only_after_the_average_stood_still(run_app
     epochs, changes = run.trace("local-epochs", "train"), run.trace("model-change", "train")
     assert sum(epochs) == 30
     assert max(epochs) > 2  # it did double, more than once
-    for before, after, change in zip(epochs[:-2], epochs[1:-1], changes, strict=False):  # the last round takes what is left
+    for before, after, change in zip(
+        epochs[:-2], epochs[1:-1], changes, strict=False
+    ):  # the last round takes what is left
         assert after == (min(2 * before, 8) if change <= 0.08 else before)
 
 
@@ -167,9 +195,16 @@ def test_centralized_trains_on_everything_once(run_app: RunApp) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_sharpness_aware_training_is_open_to_every_strategy(run_app: RunApp, optimizer: str) -> None:
+def test_sharpness_aware_training_is_open_to_every_strategy(
+    run_app: RunApp, optimizer: str
+) -> None:
     plain = run_app(strategy="FedAvgM", training={"optimizer": optimizer, "lr": 0.01})
-    assert not same(plain, run_app(strategy="FedAvgM", training={"optimizer": optimizer, "lr": 0.01, "sam_radius": 0.1}))
+    assert not same(
+        plain,
+        run_app(
+            strategy="FedAvgM", training={"optimizer": optimizer, "lr": 0.01, "sam_radius": 0.1}
+        ),
+    )
 
 
 # --- strategies by themselves ------------------------------------------------------------------------------------------------
@@ -190,7 +225,11 @@ def replies(vectors: list[dict[str, Tensor]], counts: list[int]) -> list[Message
 def vectors(num_sites: int, size: int, stats: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(6)
     return [
-        {"x": torch.randn(size, generator=generator), "stats": torch.rand(stats, generator=generator)} for _ in range(num_sites)
+        {
+            "x": torch.randn(size, generator=generator),
+            "stats": torch.rand(stats, generator=generator),
+        }
+        for _ in range(num_sites)
     ]
 
 
@@ -206,7 +245,11 @@ def planned(name: str, shares: dict[int, float]) -> Planned:
 
 def started(strategy: Planned | Shipped | Alone, before: ArrayRecord, num_sites: int) -> None:
     config = ConfigRecord({"local-epochs": 1, "lr": 0.1})
-    list(strategy.configure_train(1, before, config, VirtualGrid(app, World().sites(num_sites, 0), {})))
+    list(
+        strategy.configure_train(
+            1, before, config, VirtualGrid(app, World().sites(num_sites, 0), {})
+        )
+    )
 
 
 def test_average_is_that_of_flower_and_batch_norm_statistics_are_averaged_too() -> None:
@@ -231,7 +274,10 @@ def test_order_of_replies_changes_neither_model_nor_metrics(order: list[int]) ->
     counts, models = [10, 20, 70, 3, 9], vectors(5, 100, 4)
     results = []
     for places in (list(range(5)), order):
-        for build_strategy in (lambda shares: planned("fedavg", shares), lambda shares: Shipped(FedAvg(), shares)):
+        for build_strategy in (
+            lambda shares: planned("fedavg", shares),
+            lambda shares: Shipped(FedAvg(), shares),
+        ):
             strategy = build_strategy(nodes(counts))
             started(strategy, pack(models[0]), 5)
             made = replies(models, counts)
@@ -264,13 +310,18 @@ def test_no_reply_is_no_model() -> None:
 
 
 def test_metrics_are_weighted_by_examples() -> None:
-    contents = [RecordDict({"metrics": MetricRecord({"loss": loss, "num-examples": n})}) for loss, n in ((1.0, 1), (4.0, 2))]
+    contents = [
+        RecordDict({"metrics": MetricRecord({"loss": loss, "num-examples": n})})
+        for loss, n in ((1.0, 1), (4.0, 2))
+    ]
     assert dict(weighted_metrics(contents, "num-examples")) == {"loss": 3.0, "num-examples": 3.0}
 
 
 def test_relative_change_is_that_of_the_whole_vector() -> None:
     old, new = torch.randn(2_500_000), torch.randn(2_500_000)  # more than one block
-    expected = (torch.linalg.vector_norm((new - old).double()) / torch.linalg.vector_norm(old.double())).item()
+    expected = (
+        torch.linalg.vector_norm((new - old).double()) / torch.linalg.vector_norm(old.double())
+    ).item()
     assert relative_change(new, old) == pytest.approx(expected, rel=1e-6)
     assert relative_change(old, old) == 0
 
@@ -294,9 +345,14 @@ def test_co_learning_cycles_from_its_envelope_and_takes_no_more_epochs_than_are_
     keys = co_learning.Keys(local_epochs=2, max_local_epochs=4, epsilon=0.1, lr_envelope=0.5)
     plan = co_learning.plan(keys, method.Run(0.1, 0.0))
     state = plan.init(torch.ones(3))
-    assert plan.instruct(state, method.Moment(3, 4.0, 32, 10.0)) == method.Local(0.025, (0.0, 1.0), epochs=2)
+    assert plan.instruct(state, method.Moment(3, 4.0, 32, 10.0)) == method.Local(
+        0.025, (0.0, 1.0), epochs=2
+    )
     assert plan.instruct(state, method.Moment(1, 31.0, 32, 10.0)).epochs == 1
-    still, moved = (plan.absorb(state, method.Mean({"x": torch.full((3,), value)}, 1.0)) for value in (1.05, 1.2))
+    still, moved = (
+        plan.absorb(state, method.Mean({"x": torch.full((3,), value)}, 1.0))
+        for value in (1.05, 1.2)
+    )
     assert (still.local_epochs, moved.local_epochs) == (4, 2)
     assert plan.absorb(still, method.Mean({"x": still.x}, 1.0)).local_epochs == 4  # the cap
 
@@ -307,7 +363,9 @@ def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> No
     With a clipping norm that no update reaches and hardly any noise, the wrapper changes nothing; with a small one, the model moves
     by at most that norm.
     """
-    config = configuration(num_sites=2, strategy="fedavg", model={"name": "mlp"}, epochs=2, fedavg={"local_epochs": 1})
+    config = configuration(
+        num_sites=2, strategy="fedavg", model={"name": "mlp"}, epochs=2, fedavg={"local_epochs": 1}
+    )
     started = FlatModel(build("mlp", (1, 8, 8), 10, 1)).x
 
     def final(clip: float | None) -> Tensor:
@@ -316,7 +374,9 @@ def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> No
         if clip is not None:
             strategy = DifferentialPrivacyServerSideFixedClipping(strategy, 1e-9, clip, 2)
         agreed = ConfigRecord({"classes": list("0123456789"), "server-round": 1})
-        result = strategy.start(grid, pack({"x": started}), 2, train_config=agreed, evaluate_config=agreed)
+        result = strategy.start(
+            grid, pack({"x": started}), 2, train_config=agreed, evaluate_config=agreed
+        )
         return unpack(result.arrays["x"]).float()
 
     alone = final(None)
@@ -326,7 +386,7 @@ def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> No
 
 
 def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> None:
-    """torchvision's ResNet-18: what is evaluated at the sites is the saved model with its averaged statistics."""
+    """Torchvision's ResNet-18: what is evaluated at the sites is the saved model with its averaged statistics."""
     run = run_app(
         model={"name": "torchvision:resnet18"},
         data={"source": "tests.equivalence.test_averaging:few"},
@@ -338,9 +398,9 @@ def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> No
     assert run.model["1.bn1.num_batches_tracked"] == 0  # integer buffers stay where they are
     assert not torch.equal(run.model["1.bn1.running_mean"], torch.zeros(64))
     assert (run.model["1.bn1.running_var"] > 0).all()
-    assert reproduced(run, "torchvision:resnet18", "tests.equivalence.test_averaging:few", 2) == pytest.approx(
-        run.trace("accuracy")[-1]
-    )
+    assert reproduced(
+        run, "torchvision:resnet18", "tests.equivalence.test_averaging:few", 2
+    ) == pytest.approx(run.trace("accuracy")[-1])
 
 
 def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunApp) -> None:
@@ -350,11 +410,15 @@ def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunAp
         "data.source": "tests.equivalence.test_averaging:few",
     }
     ours, flowers = (
-        run_app(strategy=name, partition={"kind": "sizes"}, **common, **own(name, weighting="samples"))
+        run_app(
+            strategy=name, partition={"kind": "sizes"}, **common, **own(name, weighting="samples")
+        )
         for name in ("fedavg", "FedAvg")
     )
     for name, value in ours.model.items():
-        torch.testing.assert_close(flowers.model[name], value, rtol=1e-4, atol=1e-5)  # two rounds apart in the order of summation
+        torch.testing.assert_close(
+            flowers.model[name], value, rtol=1e-4, atol=1e-5
+        )  # two rounds apart in the order of summation
     assert not torch.equal(ours.model["stem.1.running_mean"], torch.zeros(16))
 
 

@@ -18,7 +18,17 @@ from configuration.checks import kind_of
 from configuration.config import Config, configuration
 from strategies.asynchronous.rule import Update
 from strategies.keys import Only
-from strategies.method import AlonePlan, ArrivalPlan, ForeignPlan, Local, Mean, Method, Moment, PeerPlan, RoundPlan
+from strategies.method import (
+    AlonePlan,
+    ArrivalPlan,
+    ForeignPlan,
+    Local,
+    Mean,
+    Method,
+    Moment,
+    PeerPlan,
+    RoundPlan,
+)
 from strategies.methods import METHODS
 from strategies.peer.algorithm import PeerAlgorithm
 from strategies.schedules import decay
@@ -30,8 +40,12 @@ AN_EPOCH, EPOCHS = 2, 60
 ARRIVALS = 2 * (0, 1, 2, 3, 4, 0, 2, 4, 1, 3, 2, 0, 4, 4, 1)  # sites in the order of their arrivals
 NEEDED = {"QFedAvg": {"flower.arguments": "client_learning_rate=0.05"}}
 Values = dict[str, Any]
-PATH = topology("path", N, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1).mixing(0)
-REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}}  # beside those that Only names
+PATH = topology(
+    "path", N, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1
+).mixing(0)
+REQUIRES: dict[str, Values] = {
+    "co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}
+}  # beside those that Only names
 
 
 def of_local(local: Local) -> list[float]:
@@ -61,9 +75,19 @@ def of_rounds(plan: RoundPlan[Any]) -> Values:
                 memories[site], beside = plan.site.finish(memories[site], sent, y, sum(rates))
                 reply |= beside
             replies.append(reply)
-        state = plan.absorb(state, Mean({name: torch.stack([r[name] for r in replies]).mean(0) for name in replies[0]}, 0.8))
+        state = plan.absorb(
+            state,
+            Mean(
+                {name: torch.stack([r[name] for r in replies]).mean(0) for name in replies[0]}, 0.8
+            ),
+        )
         traced.append(state.x.clone())
-    return {"orders": orders, "weighting": plan.weighting, "pooled": plan.pooled, "values": rounded(torch.stack(traced))}
+    return {
+        "orders": orders,
+        "weighting": plan.weighting,
+        "pooled": plan.pooled,
+        "values": rounded(torch.stack(traced)),
+    }
 
 
 def of_arrivals(plan: ArrivalPlan) -> Values:
@@ -98,12 +122,24 @@ def of(config: Config) -> Values:
         case PeerPlan() as plan:
             return of_peers(plan)
         case AlonePlan(instruct, ensemble):
-            return {"orders": of_local(instruct(Moment(2, 2.0, EPOCHS, AN_EPOCH))), "ensemble": ensemble}
+            return {
+                "orders": of_local(instruct(Moment(2, 2.0, EPOCHS, AN_EPOCH))),
+                "ensemble": ensemble,
+            }
         case ForeignPlan(build, instruct, weighting):
             strategy = build()
-            known = {key: value for key, value in sorted(vars(strategy).items()) if isinstance(value, int | float)}
+            known = {
+                key: value
+                for key, value in sorted(vars(strategy).items())
+                if isinstance(value, int | float)
+            }
             order = of_local(instruct(Moment(2, 2.0, EPOCHS, AN_EPOCH)))
-            return {"class": type(strategy).__name__, "orders": order, "weighting": weighting, "arguments": known}
+            return {
+                "class": type(strategy).__name__,
+                "orders": order,
+                "weighting": weighting,
+                "arguments": known,
+            }
     raise TypeError(config.plan)
 
 
@@ -121,7 +157,11 @@ def other_values(method: Method[Any]) -> dict[str, Values]:
             if isinstance(rule, Only) and field.default is not None:
                 for key, values in rule.values.items():
                     shipped = method.keys.model_fields[key]
-                    needs = {} if shipped.default in values else {f"{method.table}.{shipped.alias}": values[0]}
+                    needs = (
+                        {}
+                        if shipped.default in values
+                        else {f"{method.table}.{shipped.alias}": values[0]}
+                    )
         for value in schema.get("enum", [_other(name, schema["type"], field.default)]):
             if value != field.default:
                 found[f"{field.alias} = {value}"] = {f"{method.table}.{field.alias}": value} | needs
@@ -150,13 +190,26 @@ def cases() -> dict[str, Values]:
         needed = NEEDED.get(name, {})
         found[name] = {"strategy": name, **needed}
         if kind_of(method) == "peers" and "training.sam-radius" not in method.unused:
-            found[f"{name}, sharpness-aware"] = {"strategy": name, "training.sam-radius": 0.1, **needed}
+            found[f"{name}, sharpness-aware"] = {
+                "strategy": name,
+                "training.sam-radius": 0.1,
+                **needed,
+            }
         if not method.section:
             for key, changes in other_values(method).items():
                 found[f"{name}, {key}"] = {"strategy": name, **needed, **changes}
     found["FedAdam, arguments"] = {"strategy": "FedAdam", "flower.arguments": "eta=0.3 beta_1=0.5"}
-    found["FedAvg, local-epochs"] = {"strategy": "FedAvg", "flower.local-epochs": 3, "flower.weighting": "samples"}
-    found["gsgm on dc-asgd-a"] = {"strategy": "gsgm", "gsgm.base": "dc-asgd-a", "gsgm.compensation": 2.0, "gsgm.window": 1}
+    found["FedAvg, local-epochs"] = {
+        "strategy": "FedAvg",
+        "flower.local-epochs": 3,
+        "flower.weighting": "samples",
+    }
+    found["gsgm on dc-asgd-a"] = {
+        "strategy": "gsgm",
+        "gsgm.base": "dc-asgd-a",
+        "gsgm.compensation": 2.0,
+        "gsgm.window": 1,
+    }
     return found
 
 
@@ -197,4 +250,8 @@ def test_no_two_methods_are_the_same_and_no_key_is_without_effect() -> None:
 
 
 if __name__ == "__main__":
-    STORED.write_text("{\n" + ",\n".join(f" {json.dumps(n)}: {json.dumps(compute(c))}" for n, c in CASES.items()) + "\n}\n")
+    STORED.write_text(
+        "{\n"
+        + ",\n".join(f" {json.dumps(n)}: {json.dumps(compute(c))}" for n, c in CASES.items())
+        + "\n}\n"
+    )

@@ -25,7 +25,10 @@ def test_by_hand() -> None:
     10 - 4/2 = 8; 8 - (3/4 * 3/2 + 2/2) = 5.875; 5.875 - (1/4 * 3/2 + 8/2) = 1.5; 1.5 - (3/4 * 5.5/2 + 0) = -0.5625.
     """
     rule = delayed_nesterov(eta=1.0, beta=0.5, period=2, share=0.5)
-    close(follow(rule, vector(10), [update(vector(each)) for each in (4, 2, 8, 0)]), [8, 5.875, 1.5, -0.5625])
+    close(
+        follow(rule, vector(10), [update(vector(each)) for each in (4, 2, 8, 0)]),
+        [8, 5.875, 1.5, -0.5625],
+    )
     assert rule.absorb(rule.init(vector(10)), update(vector(1))).version == 1
 
 
@@ -41,7 +44,10 @@ def test_method_by_its_name_follows_its_keys() -> None:
 def test_takes_the_mean_of_the_parts() -> None:
     rule = delayed_nesterov(eta=1.0, beta=0.5, period=2, share=0.5)
     mean = update(vector(0.5 / 3))
-    one, other = (follow(rule, vector(5), [update(vector(2)), each, update(vector(1))]) for each in (TOGETHER, mean))
+    one, other = (
+        follow(rule, vector(5), [update(vector(2)), each, update(vector(1))])
+        for each in (TOGETHER, mean)
+    )
     torch.testing.assert_close(one, other)
 
 
@@ -78,7 +84,11 @@ def paced(*of_sites: float) -> Callable[[int, Message], float]:
     """So many seconds a batch."""
 
     def taken(site: int, message: Message) -> float:
-        local = read_order(config_of(message)).local if message.metadata.message_type == "train" else None
+        local = (
+            read_order(config_of(message)).local
+            if message.metadata.message_type == "train"
+            else None
+        )
         return local.steps * of_sites[site] if local else 1e-3
 
     return taken
@@ -98,8 +108,13 @@ def watched_steps(config: Config, *paces: float) -> tuple[Outcome, dict[int, lis
 
 
 def speeds(**keys: Any) -> Config:
-    common: dict[str, Any] = {"model": {"name": NETWORK}, "training": {"lr_ratio": 1.0, "batch_size": 1}}
-    return configuration(strategy="delayed-nesterov", num_sites=3, epochs=24, delayed_nesterov=keys, **common)
+    common: dict[str, Any] = {
+        "model": {"name": NETWORK},
+        "training": {"lr_ratio": 1.0, "batch_size": 1},
+    }
+    return configuration(
+        strategy="delayed-nesterov", num_sites=3, epochs=24, delayed_nesterov=keys, **common
+    )
 
 
 def test_sites_take_local_steps_in_proportion_to_their_speed() -> None:
@@ -143,7 +158,11 @@ def test_speed_of_a_site_that_is_refused_slows_nobody_down() -> None:
 
 def test_epochs_are_what_was_asked_for_however_many_steps_a_contribution_takes() -> None:
     found, steps = watched_steps(speeds(local_steps=8, by_speed=True), 1.0, 1.9, 20.0)
-    applied = found.metrics.query("metric == 'updates' and split == 'train' and site != 'all'").groupby("site")["value"].sum()
+    applied = (
+        found.metrics.query("metric == 'updates' and split == 'train' and site != 'all'")
+        .groupby("site")["value"]
+        .sum()
+    )
     taken = sum(sum(steps[int(str(site))][: int(count)]) for site, count in applied.items())
     assert 24 * TRAIN * 3 <= taken < 24 * TRAIN * 3 + 8
     rows = found.metrics.query("metric == 'local-epochs'")["value"]
@@ -169,10 +188,14 @@ def test_rate_falls_with_the_work_that_is_done_not_with_arrivals() -> None:
 
     outcome(speeds(local_steps=8, by_speed=True), look, seconds=paced(1.0, 1.9, 20.0))
     total = 24 * TRAIN * 3
-    assert all(stop == pytest.approx(min(1.0, start + steps / total)) for start, stop, steps in cycles)
+    assert all(
+        stop == pytest.approx(min(1.0, start + steps / total)) for start, stop, steps in cycles
+    )
     assert [start for start, _, _ in cycles] == sorted(start for start, _, _ in cycles)
 
 
 def test_share_of_the_momentum_is_at_most_all() -> None:
-    with pytest.raises(ConfigError, match=r"delayed-nesterov\.share = 1.5: must be less than or equal to 1"):
+    with pytest.raises(
+        ConfigError, match=r"delayed-nesterov\.share = 1.5: must be less than or equal to 1"
+    ):
         speeds(share=1.5)

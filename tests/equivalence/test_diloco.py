@@ -56,9 +56,15 @@ def last(found: Run) -> Tensor:
 def test_without_an_outer_optimizer_it_is_fedavg() -> None:
     """An epoch has 15 batches at each of three sites; without moments, SGD remembers nothing."""
     plain = {"momentum": 0.0, "lr": 0.1}
-    ours = run(strategy="diloco", diloco={"outer_lr": 1.0, "outer_momentum": 0.0, "local_steps": 15}, training=plain)
+    ours = run(
+        strategy="diloco",
+        diloco={"outer_lr": 1.0, "outer_momentum": 0.0, "local_steps": 15},
+        training=plain,
+    )
     fedavg = last(run(strategy="fedavg", fedavg={"local_epochs": 1}, training=plain))
-    torch.testing.assert_close(last(ours), fedavg, rtol=0, atol=1e-6)  # x - (x - mean) is the mean but for rounding
+    torch.testing.assert_close(
+        last(ours), fedavg, rtol=0, atol=1e-6
+    )  # x - (x - mean) is the mean but for rounding
     faster = last(run(strategy="diloco", diloco={"local_steps": 15}, training=plain))
     assert float((faster - fedavg).abs().max()) > 1e-2
 
@@ -70,9 +76,19 @@ def test_moments_stay_at_the_site(optimizer: str) -> None:
     But for the order of the examples, which is drawn anew each round: with one batch an epoch there is none.
     """
     one: dict[str, Any] = {"num_sites": 1, "min_sites": 1, "epochs": 6, "strategy": "diloco"}
-    training: dict[str, Any] = {"batch_size": 2000, "lr_ratio": 1.0, "optimizer": optimizer, "lr": 0.01}
+    training: dict[str, Any] = {
+        "batch_size": 2000,
+        "lr_ratio": 1.0,
+        "optimizer": optimizer,
+        "lr": 0.01,
+    }
     once, twice = (
-        run(**one, training=training, diloco={"outer_lr": 1.0, "outer_momentum": 0.0, "local_steps": steps}) for steps in (6, 3)
+        run(
+            **one,
+            training=training,
+            diloco={"outer_lr": 1.0, "outer_momentum": 0.0, "local_steps": steps},
+        )
+        for steps in (6, 3)
     )
     torch.testing.assert_close(last(once), last(twice), rtol=1e-4, atol=1e-6)
     forgetful = run(**(one | {"strategy": "fedavg"}), training=training, fedavg={"local_epochs": 3})

@@ -42,7 +42,9 @@ def write_data(folder: Path) -> dict[str, dict[str, Any]]:
     for hospital in "abcd":
         rows = generator.normal(size=(24, 4)).round(3)
         lines = [",".join(map(str, row)) + f",{int(row[0] + row[1] > 0)}" for row in rows]
-        (folder / "heart" / f"{hospital}.csv").write_text("age,bp,chol,rate,target\n" + "\n".join(lines))
+        (folder / "heart" / f"{hospital}.csv").write_text(
+            "age,bp,chol,rate,target\n" + "\n".join(lines)
+        )
     write_audio(folder / "audio")
     write_texts(folder / "text.csv")
     return {
@@ -57,11 +59,19 @@ def write_data(folder: Path) -> dict[str, dict[str, Any]]:
 
 def fingerprint(run: Run) -> dict[str, Any]:
     """Of the final models and of what was sent."""
-    vectors = [value.double().reshape(-1) for model in run.models.values() for value in model.values()]
+    vectors = [
+        value.double().reshape(-1) for model in run.models.values() for value in model.values()
+    ]
     whole = torch.cat(vectors) if vectors else torch.zeros(1, dtype=torch.float64)
     places = torch.arange(1, len(whole) + 1, dtype=torch.float64)
-    projections = [float(whole.norm()), float(whole @ places.sin()), float(whole @ places.sqrt().cos())]
-    digest = hashlib.sha256(b"".join(_bytes(value) for model in run.models.values() for value in model.values()))
+    projections = [
+        float(whole.norm()),
+        float(whole @ places.sin()),
+        float(whole @ places.sqrt().cos()),
+    ]
+    digest = hashlib.sha256(
+        b"".join(_bytes(value) for model in run.models.values() for value in model.values())
+    )
     last = run.metrics[run.metrics["site"] == "all"].iloc[-1]
     return {
         "sha256": digest.hexdigest(),  # of nothing where peers keep their models to themselves
@@ -77,7 +87,9 @@ def _bytes(value: Tensor) -> bytes:
 
 def machine() -> str:
     """Where a hash holds."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
+    return (
+        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
+    )
 
 
 def short_run(name: str, changes: dict[str, Any]) -> Run:
@@ -94,7 +106,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CONF)
-def test_file_of_conf_computes_and_sends_what_it_did(name: str, data: dict[str, dict[str, Any]]) -> None:
+def test_file_of_conf_computes_and_sends_what_it_did(
+    name: str, data: dict[str, dict[str, Any]]
+) -> None:
     frozen = json.loads(FROZEN.read_text())
     wanted, found = frozen["runs"][name], fingerprint(short_run(name, data.get(name, {})))
     assert found["bytes"] == wanted["bytes"]

@@ -19,16 +19,30 @@ from simulation.laboratory import simulate
 from strategies.randomness import derive
 from tests.unit.test_networks import language
 
-ONE: dict[str, Any] = {"num_sites": 1, "min_sites": 1, "epochs": 4, "strategy": "fedavg", "progress": False}
+ONE: dict[str, Any] = {
+    "num_sites": 1,
+    "min_sites": 1,
+    "epochs": 4,
+    "strategy": "fedavg",
+    "progress": False,
+}
 
 
 def plain_optimizers(name: str, network: nn.Module) -> list[torch.optim.Optimizer]:
     """As a researcher writes it for the networks below: a matrix of each hidden layer, then the head."""
     if name == "adamw":
-        return [torch.optim.AdamW(network.parameters(), 0.01, (0.8, 0.999), weight_decay=0.01, fused=True)]
+        return [
+            torch.optim.AdamW(
+                network.parameters(), 0.01, (0.8, 0.999), weight_decay=0.01, fused=True
+            )
+        ]
     weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
     hidden = weights[:-1]
-    rest = [parameter for parameter in network.parameters() if all(parameter is not each for each in hidden)]
+    rest = [
+        parameter
+        for parameter in network.parameters()
+        if all(parameter is not each for each in hidden)
+    ]
     return [
         torch.optim.Muon(hidden, 0.01, 0.01, 0.8, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, 0.01, (0.8, 0.999), weight_decay=0.01, fused=True),
@@ -59,13 +73,21 @@ def test_a_run_of_one_site_is_a_plain_loop(name: str, shape: str) -> None:
         for _ in range(2):
             for x, y in training.batches(data.train, 64, order, None):
                 u = (number / total - 0.25) / 0.75  # of what comes after the warm-up
-                fall = 0.25**u if shape == "exponential" else 0.25 + 0.75 * (1 + math.cos(math.pi * u)) / 2
+                fall = (
+                    0.25**u
+                    if shape == "exponential"
+                    else 0.25 + 0.75 * (1 + math.cos(math.pi * u)) / 2
+                )
                 for optimizer in optimizers:
-                    optimizer.param_groups[0]["lr"] = 0.01 * ((number + 1) / (0.25 * total) if u < 0 else fall)
+                    optimizer.param_groups[0]["lr"] = 0.01 * (
+                        (number + 1) / (0.25 * total) if u < 0 else fall
+                    )
                     optimizer.zero_grad()
                 F.cross_entropy(network(x), y).backward()
                 # One norm over all: Muon computes in bfloat16, where another rounding of the norm would show.
-                norm = torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None]).norm()
+                norm = torch.cat(
+                    [each.grad.flatten() for each in network.parameters() if each.grad is not None]
+                ).norm()
                 nn.utils.clip_grads_with_norm_(network.parameters(), 0.5, norm)
                 for optimizer in optimizers:
                     optimizer.step()
@@ -83,12 +105,18 @@ def test_muon_gets_hidden_matrices_and_kernels_and_adamw_the_rest() -> None:
         "mlp_in",
         "mlp_out",
     }
-    model = FlatModel(build("resnet20", (3, 8, 8), 1, 1, norm="evonorm"))  # a head of one row; matrices of one row in EvoNorm
+    model = FlatModel(
+        build("resnet20", (3, 8, 8), 1, 1, norm="evonorm")
+    )  # a head of one row; matrices of one row in EvoNorm
     muon, adamw = training.optimizers("muon", model, 0.1, 0.9, False, 0.0)
     shapes = [tuple(each.shape) for each in muon.param_groups[0]["params"]]
     assert shapes[:2] == [(16, 27), (16, 144)]
     assert len(shapes) == 1 + 18 + 2
-    each = [parameter for optimizer in (muon, adamw) for parameter in optimizer.param_groups[0]["params"]]
+    each = [
+        parameter
+        for optimizer in (muon, adamw)
+        for parameter in optimizer.param_groups[0]["params"]
+    ]
     assert sum(parameter.numel() for parameter in each) == model.x.numel()
     before = model.x.clone()
     model.grad.normal_(generator=torch.Generator().manual_seed(1))
@@ -109,7 +137,13 @@ def test_muon_gets_hidden_matrices_and_kernels_and_adamw_the_rest() -> None:
     ],
 )
 def test_muon_goes_with(changes: dict[str, Any]) -> None:
-    common: dict[str, Any] = {"epochs": 2, "num_sites": 2, "model.name": "mlp", "training.optimizer": "muon", "training.lr": 0.01}
+    common: dict[str, Any] = {
+        "epochs": 2,
+        "num_sites": 2,
+        "model.name": "mlp",
+        "training.optimizer": "muon",
+        "training.lr": 0.01,
+    }
     run = simulate(**common, **changes, progress=False)
     assert run.history["accuracy"].iloc[-1] > 0.4
 
@@ -118,14 +152,18 @@ def test_muon_where_it_would_change_nothing_is_refused() -> None:
     for strategy in ("dmsgd", "scaffold"):
         with pytest.raises(ConfigError, match=r"training.optimizer = 'muon': has no effect"):
             configuration(strategy=strategy, training={"optimizer": "muon"})
-    config = configuration(training={"optimizer": "muon"}, model={"name": "mlp", "trainable": "3.*"})  # the head
+    config = configuration(
+        training={"optimizer": "muon"}, model={"name": "mlp", "trainable": "3.*"}
+    )  # the head
     with pytest.raises(ValueError, match="no hidden matrix of this network is trained"):
         network_of(config, (8,), 3)
 
 
 def test_muon_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ConfigError, match=r"training.optimizer = 'muon': needs torch 2.9 or newer, here is 2\."):
+    with pytest.raises(
+        ConfigError, match=r"training.optimizer = 'muon': needs torch 2.9 or newer, here is 2\."
+    ):
         Config.read({"training.optimizer": "muon"})
 
 
@@ -141,7 +179,9 @@ def test_peers_warm_up_as_their_batched_twins() -> None:
     }
     relay, batched = simulate(**changes), simulate(**changes, engine="batched")
     rates = [
-        run.metrics.query("site == 'all' and split == 'train' and metric == 'lr-first'")["value"].tolist()
+        run.metrics.query("site == 'all' and split == 'train' and metric == 'lr-first'")[
+            "value"
+        ].tolist()
         for run in (relay, batched)
     ]
     assert rates[0] == pytest.approx(rates[1])

@@ -54,7 +54,9 @@ each = pytest.mark.parametrize("name", ALGORITHMS)
 
 
 def weights(name: str, n: int) -> Tensor:
-    return topology(name, n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1).mixing(0)
+    return topology(
+        name, n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1
+    ).mixing(0)
 
 
 def run(
@@ -91,12 +93,24 @@ GOLDEN: dict[str, tuple[PeerPlan, str]] = {
         "0.380000 -0.570000 0.650933 -0.551567 1.103133 -1.301867 1.952800 -1.654700 1.572933 -2.287067",
     ),
     **{
-        f"DMSGD {form} {omega}": (PeerPlan(dmsgd(beta=0.9, omega=omega, velocity=form == "velocity")), values)
+        f"DMSGD {form} {omega}": (
+            PeerPlan(dmsgd(beta=0.9, omega=omega, velocity=form == "velocity")),
+            values,
+        )
         for form in ("position", "velocity")
         for omega, values in (
-            (0.0, "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 1.420000 -1.040000 1.053333 -1.726667"),
-            (0.5, "0.290000 -0.435000 0.443333 -0.376667 0.753333 -0.886667 1.330000 -1.130000 1.023333 -1.531667"),
-            (1.0, "0.380000 -0.570000 0.413333 -0.406667 0.813333 -0.826667 1.240000 -1.220000 0.993333 -1.336667"),
+            (
+                0.0,
+                "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 1.420000 -1.040000 1.053333 -1.726667",
+            ),
+            (
+                0.5,
+                "0.290000 -0.435000 0.443333 -0.376667 0.753333 -0.886667 1.330000 -1.130000 1.023333 -1.531667",
+            ),
+            (
+                1.0,
+                "0.380000 -0.570000 0.413333 -0.406667 0.813333 -0.826667 1.240000 -1.220000 0.993333 -1.336667",
+            ),
         )
     },
     "QGM": (
@@ -141,7 +155,9 @@ def table(values: str) -> Tensor:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values_after_two_rounds(name: str) -> None:
     plan, values = GOLDEN[name]
-    torch.testing.assert_close(models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7)  # six decimals are known
+    torch.testing.assert_close(
+        models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7
+    )  # six decimals are known
 
 
 @each
@@ -152,7 +168,9 @@ def test_steps_of_peers_are_the_exchange_in_the_open(name: str) -> None:
     torch.testing.assert_close(found, run(ALGORITHMS[name], 4, x=x).x, rtol=0, atol=1e-13)
 
 
-def compressed(algorithm: Algorithm, way: Channel, steps: int, gamma: float, mixing: Tensor = RING) -> tuple[Any, Tensor, Tensor]:
+def compressed(
+    algorithm: Algorithm, way: Channel, steps: int, gamma: float, mixing: Tensor = RING
+) -> tuple[Any, Tensor, Tensor]:
     """Rounds with one channel; the state, the sum of what was sent, and the sum of what was wanted."""
     state = algorithm.init(ORIGIN)
     memory = [way.init(row) for row in state.x]
@@ -177,12 +195,20 @@ TOP_1 = codec("top-k", (2,), bits=8, share=0.5)
 @pytest.mark.parametrize(
     ("feedback", "values"),
     [
-        ("deep-squeeze", "0.050800 -0.182400 0.262400 -0.298000 0.583200 -0.524800 0.787200 -0.874800 0.912400 -1.056000"),
-        ("choco", "0.119400 -0.153800 0.333200 -0.227200 0.441600 -0.666400 0.990600 -0.662400 0.711200 -1.226200"),
+        (
+            "deep-squeeze",
+            "0.050800 -0.182400 0.262400 -0.298000 0.583200 -0.524800 0.787200 -0.874800 0.912400 -1.056000",
+        ),
+        (
+            "choco",
+            "0.119400 -0.153800 0.333200 -0.227200 0.441600 -0.666400 0.990600 -0.662400 0.711200 -1.226200",
+        ),
     ],
 )
 def test_golden_values_of_error_feedback(feedback: str, values: str) -> None:
-    states = lockstep(PeerPlan(ALGORITHMS["dpsgd"]), 2, way=channel(TOP_1, feedback), averaging_rate=0.3)
+    states = lockstep(
+        PeerPlan(ALGORITHMS["dpsgd"]), 2, way=channel(TOP_1, feedback), averaging_rate=0.3
+    )
     torch.testing.assert_close(models(states), table(values), rtol=0, atol=6e-7)
 
 
@@ -218,7 +244,9 @@ def test_mean_moves_by_no_more_than_what_was_descended(name: str) -> None:
     algorithm, state = ALGORITHMS[name], warm(name)
     state = algorithm.descend(state, gradient(state.x), LR)
     alone = algorithm.mix(state, algorithm.outgoing(state), algorithm.outgoing(state))
-    sent = tuple(vectors(seed, 2) for seed, _ in enumerate(algorithm.outgoing(state)))  # whatever a codec made of them
+    sent = tuple(
+        vectors(seed, 2) for seed, _ in enumerate(algorithm.outgoing(state))
+    )  # whatever a codec made of them
     mixed = algorithm.mix(state, sent, tuple(RING @ vector for vector in sent))
     torch.testing.assert_close(mixed.x.mean(0), alone.x.mean(0))
 
@@ -262,7 +290,9 @@ def test_inputs_are_not_written(name: str) -> None:
     mixed = tuple(RING @ vector for vector in sent)
     offered = [part.clone() for part in (*sent, *mixed)]
     algorithm.mix(stepped, sent, mixed)
-    for now, then in zip([*state, g, *stepped, *sent, *mixed], [*before, kept, *after_step, *offered], strict=True):
+    for now, then in zip(
+        [*state, g, *stepped, *sent, *mixed], [*before, kept, *after_step, *offered], strict=True
+    ):
         assert torch.equal(now, then)
 
 
@@ -285,7 +315,13 @@ def test_one_peer_computes_what_its_row_does(name: str) -> None:
 def test_complete_graph_with_like_data_is_one_peer(name: str) -> None:
     like = lambda x: 1.5 * (x - 2)  # noqa: E731
     found = run(ALGORITHMS[name], 6, weights("complete", N), like)
-    alone = run(ALGORITHMS[name], 6, torch.eye(1, dtype=torch.float64), like, torch.zeros(1, 2, dtype=torch.float64))
+    alone = run(
+        ALGORITHMS[name],
+        6,
+        torch.eye(1, dtype=torch.float64),
+        like,
+        torch.zeros(1, 2, dtype=torch.float64),
+    )
     torch.testing.assert_close(found.x, alone.x.expand(N, -1))
 
 
@@ -307,9 +343,16 @@ def test_several_local_steps_are_taken_between_exchanges(name: str) -> None:
 # Limit cases and equivalences.
 
 
-def same(one: Algorithm, other: Algorithm, grad: Callable[[Tensor], Tensor] = gradient, mixing: Tensor = RING) -> None:
+def same(
+    one: Algorithm,
+    other: Algorithm,
+    grad: Callable[[Tensor], Tensor] = gradient,
+    mixing: Tensor = RING,
+) -> None:
     for steps in (1, 2, 7):
-        torch.testing.assert_close(run(one, steps, mixing, grad).x, run(other, steps, mixing, grad).x)
+        torch.testing.assert_close(
+            run(one, steps, mixing, grad).x, run(other, steps, mixing, grad).x
+        )
 
 
 @pytest.mark.parametrize("velocity", [False, True])
@@ -325,7 +368,9 @@ def test_dmsgd_in_velocity_form_without_omega_is_cdmsgd() -> None:
 @pytest.mark.parametrize("omega", [0.0, 0.3, 1.0])
 def test_dmsgd_with_identity_matrix_is_heavy_ball_in_both_forms(omega: float) -> None:
     eye = torch.eye(N, dtype=torch.float64)
-    position, velocity = (run(dmsgd(beta=0.9, omega=omega, velocity=form), 9, eye).x for form in (False, True))
+    position, velocity = (
+        run(dmsgd(beta=0.9, omega=omega, velocity=form), 9, eye).x for form in (False, True)
+    )
     x = torch.nn.Parameter(ORIGIN.clone())
     reference = torch.optim.SGD([x], LR, momentum=0.9)
     for _ in range(9):
@@ -337,7 +382,9 @@ def test_dmsgd_with_identity_matrix_is_heavy_ball_in_both_forms(omega: float) ->
 
 @pytest.mark.parametrize("velocity", [False, True])
 @pytest.mark.parametrize("omega", [0.0, 0.3, 1.0])
-def test_mean_of_dmsgd_is_centralized_heavy_ball_whatever_omega_and_form(omega: float, velocity: bool) -> None:
+def test_mean_of_dmsgd_is_centralized_heavy_ball_whatever_omega_and_form(
+    omega: float, velocity: bool
+) -> None:
     """With a common Hessian the mean of the gradients is the gradient at the mean."""
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
     found = run(dmsgd(beta=0.9, omega=omega, velocity=velocity), 12, grad=lambda x: h * (x - B))
@@ -352,10 +399,17 @@ SPREADS += [(True, 0.0, 2.27586), (True, 0.5, 1.19842), (True, 1.0, 0.87931)]
 
 
 @pytest.mark.parametrize(("velocity", "omega", "spread"), SPREADS)
-def test_fixed_points_tell_the_two_forms_of_dmsgd_apart(velocity: bool, omega: float, spread: float) -> None:
+def test_fixed_points_tell_the_two_forms_of_dmsgd_apart(
+    velocity: bool, omega: float, spread: float
+) -> None:
     """Exact gradients, h = 1, b = 0 .. 4: the position form has the bias of CDSGD, the velocity form amplifies it."""
     b = torch.arange(N).double()[:, None]
-    found = run(dmsgd(beta=0.9, omega=omega, velocity=velocity), 3000, grad=lambda x: x - b, x=torch.zeros_like(b))
+    found = run(
+        dmsgd(beta=0.9, omega=omega, velocity=velocity),
+        3000,
+        grad=lambda x: x - b,
+        x=torch.zeros_like(b),
+    )
     assert float(found.x.max() - found.x.min()) == pytest.approx(spread, abs=5e-6)
     eye = torch.eye(N, dtype=torch.float64)
     partly = (1 - omega) * eye + omega * RING
@@ -372,7 +426,9 @@ def test_sharing_momentum_makes_consensus_faster(omega: float, factor: float) ->
     for _ in range(80):
         state = gossip_round(algorithm, state, torch.zeros_like, LR, RING)
         sizes.append(float((state.x - state.x.mean(0)).norm()))
-    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(factor, abs=0.015)  # it oscillates
+    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(
+        factor, abs=0.015
+    )  # it oscillates
 
 
 def test_qgm_without_momentum_is_dpsgd() -> None:
@@ -403,7 +459,9 @@ def test_qgm_divides_a_move_by_the_rates_of_all_its_local_steps() -> None:
     for lr in (0.1, 0.3, 0.2):
         state = algorithm.descend(state, torch.ones(N, 2, dtype=torch.float64), lr)
     (sent,) = algorithm.outgoing(state)
-    torch.testing.assert_close(algorithm.mix(state, (sent,), (RING @ sent,)).m_hat, torch.full_like(sent, 0.5))
+    torch.testing.assert_close(
+        algorithm.mix(state, (sent,), (RING @ sent,)).m_hat, torch.full_like(sent, 0.5)
+    )
 
 
 def test_exchange_without_a_local_step_teaches_qgm_nothing() -> None:
@@ -427,8 +485,12 @@ def test_bias_of_those_that_do_not(name: str, bias: float) -> None:
     def mean_of_neighbourhood(x: Tensor) -> Tensor:
         return (RING @ H) * x - RING @ (H * B)
 
-    algorithm, grad = (NGM, mean_of_neighbourhood) if name == "ngm" else (ALGORITHMS[name], gradient)
-    assert float((run(algorithm, 5000, grad=grad).x - OPTIMUM).abs().max()) == pytest.approx(bias, abs=5e-5)
+    algorithm, grad = (
+        (NGM, mean_of_neighbourhood) if name == "ngm" else (ALGORITHMS[name], gradient)
+    )
+    assert float((run(algorithm, 5000, grad=grad).x - OPTIMUM).abs().max()) == pytest.approx(
+        bias, abs=5e-5
+    )
 
 
 def test_dsgdm_alone_is_torchs_sgd_with_nesterov() -> None:
@@ -439,17 +501,28 @@ def test_dsgdm_alone_is_torchs_sgd_with_nesterov() -> None:
         reference.step()
     eye = torch.eye(N, dtype=torch.float64)
     for adapt_first in (False, True):
-        torch.testing.assert_close(run(dsgd(beta=0.9, nesterov=True, adapt_first=adapt_first), 6, eye).x, x.detach())
+        torch.testing.assert_close(
+            run(dsgd(beta=0.9, nesterov=True, adapt_first=adapt_first), 6, eye).x, x.detach()
+        )
 
 
 def test_noloco_without_outer_momentum_is_d_psgd_with_local_steps() -> None:
-    plans = [PeerPlan(each, steps=3) for each in (noloco(alpha=0.0, beta=1.0, gamma=1.0), ALGORITHMS["dpsgd"])]
+    plans = [
+        PeerPlan(each, steps=3)
+        for each in (noloco(alpha=0.0, beta=1.0, gamma=1.0), ALGORITHMS["dpsgd"])
+    ]
     one, other = (models(lockstep(plan, 4, x=vectors(d=2))) for plan in plans)
     torch.testing.assert_close(one, other)
 
 
 def test_noloco_alone_is_an_outer_heavy_ball_on_what_its_local_steps_made() -> None:
-    found = models(lockstep(PeerPlan(noloco(alpha=0.5, beta=0.7, gamma=0.9), steps=3), 5, torch.eye(N, dtype=torch.float64)))
+    found = models(
+        lockstep(
+            PeerPlan(noloco(alpha=0.5, beta=0.7, gamma=0.9), steps=3),
+            5,
+            torch.eye(N, dtype=torch.float64),
+        )
+    )
     theta = torch.nn.Parameter(ORIGIN.clone())
     outer = torch.optim.SGD([theta], 0.7, momentum=0.5)
     for _ in range(5):
@@ -468,20 +541,30 @@ def test_momentum_of_local_steps_outlives_an_exchange_of_noloco() -> None:
     for _ in range(9):
         x.grad = gradient(x.detach())
         reference.step()
-    torch.testing.assert_close(models(lockstep(plan, 3, torch.eye(N, dtype=torch.float64))), x.detach())
+    torch.testing.assert_close(
+        models(lockstep(plan, 3, torch.eye(N, dtype=torch.float64))), x.detach()
+    )
 
 
 def test_noloco_by_its_equations_on_matchings() -> None:
     """With dictionaries in the place of messages, a partner at a time."""
     found = topology("matching", N, weights="metropolis", lazy=False, seed=1)
-    theta, d, alpha, beta, gamma = vectors(d=2), torch.zeros(N, 2, dtype=torch.float64), 0.5, 0.7, 0.9
+    theta, d, alpha, beta, gamma = (
+        vectors(d=2),
+        torch.zeros(N, 2, dtype=torch.float64),
+        0.5,
+        0.7,
+        0.9,
+    )
     for number in range(6):
         x = theta - LR * gradient(theta)
         moved = theta - (x - LR * gradient(x))
         d_new = torch.zeros_like(d)
         for i in range(N):
             both = [i, *found.neighbours(number, i)]
-            d_new[i] = alpha * d[i] - beta * moved[both].mean(0) - gamma * (theta[i] - theta[both].mean(0))
+            d_new[i] = (
+                alpha * d[i] - beta * moved[both].mean(0) - gamma * (theta[i] - theta[both].mean(0))
+            )
         theta, d = theta + d_new, d_new
     plan = PeerPlan(noloco(alpha=alpha, beta=beta, gamma=gamma), steps=2)
     torch.testing.assert_close(models(lockstep(plan, 6, found.matrices, vectors(d=2))), theta)
@@ -499,9 +582,15 @@ def test_peers_of_noloco_come_to_agree_on_matchings_and_their_mean_keeps_still()
 # Neighbourhood gradients: the steps that run, against the definition.
 
 MIXING = torch.eye(N, dtype=torch.float64) * 0.55  # doubly stochastic, and not symmetric
-MIXING += 0.3 * torch.eye(N, dtype=torch.float64).roll(1, 1) + 0.15 * torch.eye(N, dtype=torch.float64).roll(-1, 1)
-SHRUNK = channel(Codec(lambda vector, _: {"values": vector * 0.9}, lambda payload: payload["values"]), "none")
-VARIANTS = [(at, by) for at in ("data", "model") for by in ("owner-of-data", "none", "owner-of-model")]
+MIXING += 0.3 * torch.eye(N, dtype=torch.float64).roll(1, 1) + 0.15 * torch.eye(
+    N, dtype=torch.float64
+).roll(-1, 1)
+SHRUNK = channel(
+    Codec(lambda vector, _: {"values": vector * 0.9}, lambda payload: payload["values"]), "none"
+)
+VARIANTS = [
+    (at, by) for at in ("data", "model") for by in ("owner-of-data", "none", "owner-of-model")
+]
 VARIANTS.remove(("model", "owner-of-model"))  # neighbours would be sent both models
 
 
@@ -540,14 +629,18 @@ def test_neighbourhood_gradients_by_the_definition(at: Any, by: Any, way: Channe
                     g = at_point(point + worst(x[model], model) - x[model], owner)
             expected[i] += MIXING[i, j] * (g + decay * point)
     found = followed(PeerPlan(CDSGD, Neighbourhood(at, rho, by)), x, way=way, weight_decay=decay)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)  # 1e-12 stands in the denominator of a perturbation
+    torch.testing.assert_close(
+        found, expected, rtol=1e-9, atol=1e-9
+    )  # 1e-12 stands in the denominator of a perturbation
 
 
 @pytest.mark.parametrize("at", ["data", "model"])
 def test_equal_models_and_complete_graph_give_the_mean_gradient(at: Any) -> None:
     x = vectors(d=2)[:1].expand(N, -1)
     found = followed(PeerPlan(CDSGD, Neighbourhood(at)), x, mixing=weights("complete", N))
-    torch.testing.assert_close(found, gradient(x).mean(0).expand(N, -1) if at == "data" else gradient(x))
+    torch.testing.assert_close(
+        found, gradient(x).mean(0).expand(N, -1) if at == "data" else gradient(x)
+    )
 
 
 @pytest.mark.parametrize(("at", "by"), VARIANTS)
@@ -555,14 +648,19 @@ def test_identity_matrix_is_the_own_sharpness_aware_gradient(at: Any, by: Any) -
     x = vectors(d=2)
     g = gradient(x)
     own = gradient(x + 0.1 * g / g.norm(dim=1, keepdim=True))
-    found = followed(PeerPlan(CDSGD, Neighbourhood(at, 0.1, by)), x, mixing=torch.eye(N, dtype=torch.float64))
+    found = followed(
+        PeerPlan(CDSGD, Neighbourhood(at, 0.1, by)), x, mixing=torch.eye(N, dtype=torch.float64)
+    )
     torch.testing.assert_close(found, own)
 
 
 def test_only_neighbourhoods_perturb_as_they_say() -> None:
     """Whoever follows its own gradient perturbs it itself, whatever ``perturbed_by`` says of others."""
     x = vectors(d=2)
-    found = [followed(PeerPlan(CDSGD, Neighbourhood("own", 0.1, by)), x) for by in ("owner-of-data", "none", "owner-of-model")]
+    found = [
+        followed(PeerPlan(CDSGD, Neighbourhood("own", 0.1, by)), x)
+        for by in ("owner-of-data", "none", "owner-of-model")
+    ]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=0)
 
@@ -580,7 +678,11 @@ def test_what_is_drawn_differs_by_peer_step_and_reader() -> None:
     way = channel(codec("random-k", (100,), share=0.1), "none")
     one = Peer(PeerPlan(CDSGD), way, way, lambda g, x: g, 1.0, number=1, seed=1)
     vector = torch.ones(100)
-    seeds = [int(encode(peer, (), (vector,), step)[0]["0.seed"]) for peer in (one, one._replace(number=2)) for step in (3, 4)]
+    seeds = [
+        int(encode(peer, (), (vector,), step)[0]["0.seed"])
+        for peer in (one, one._replace(number=2))
+        for step in (3, 4)
+    ]
     seeds += [
         int(encode_gradient(peer, way.init(vector), vector, reader, step)[0]["seed"])
         for peer in (one, one._replace(number=2))
@@ -637,13 +739,19 @@ def test_codecs_keep_the_mean(feedback: str) -> None:
         ("ring", 10, 0.5, None),
     ],
 )
-def test_growth_of_disagreement_in_the_position_form(name: str, n: int, omega: float, expected: float | None) -> None:
-    found = topology(name, n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1)
+def test_growth_of_disagreement_in_the_position_form(
+    name: str, n: int, omega: float, expected: float | None
+) -> None:
+    found = topology(
+        name, n, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1
+    )
     factor = growth(found.matrices, beta=0.9, omega=omega)
     if expected is not None:
         assert factor == pytest.approx(expected, abs=1e-9)
     algorithm = dmsgd(beta=0.9, omega=omega, velocity=False)
-    state = algorithm.init(torch.randn(n, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    state = algorithm.init(
+        torch.randn(n, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    )
     sizes = []
     for number in range(240):
         state = gossip_round(algorithm, state, torch.zeros_like, 0.1, found.mixing(number))

@@ -69,7 +69,11 @@ def test_two_peers_average_exactly() -> None:
 
 def test_two_peers_with_equal_data_are_sgd() -> None:
     pair, x = torch.full((2, 2), 0.5, dtype=torch.float64), vectors()[:1].expand(2, -1)
-    found = models(lockstep(PeerPlan(relay_sgd(n=2, beta=0.9)), 6, pair, x, oracles=[Quadratic(H[0], B[1])] * 2))
+    found = models(
+        lockstep(
+            PeerPlan(relay_sgd(n=2, beta=0.9)), 6, pair, x, oracles=[Quadratic(H[0], B[1])] * 2
+        )
+    )
     alone = torch.nn.Parameter(x[0].clone())
     reference = torch.optim.SGD([alone], LR, momentum=0.9)
     for _ in range(6):
@@ -81,17 +85,31 @@ def test_two_peers_with_equal_data_are_sgd() -> None:
 @pytest.mark.parametrize("name", TREES)
 def test_agreement_without_gradients_is_a_fixed_point(name: str) -> None:
     x = vectors()[:1].expand(N, -1)
-    torch.testing.assert_close(models(lockstep(PeerPlan(relay_sgd(n=N)), 5, tree(name), x, oracles=[Flat()] * N)), x)
+    torch.testing.assert_close(
+        models(lockstep(PeerPlan(relay_sgd(n=N)), 5, tree(name), x, oracles=[Flat()] * N)), x
+    )
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_after_as_many_exchanges_as_a_tree_is_wide_every_model_counts_the_same(name: str) -> None:
     """Without gradients: each peer has in its sums everybody else once, and the mean of what set out is the mean of all."""
     wide = nx.diameter(TREES[name])
-    states = lockstep(PeerPlan(relay_sgd(n=N)), wide, tree(name), torch.eye(N, dtype=torch.float64), oracles=[Flat()] * N)
+    states = lockstep(
+        PeerPlan(relay_sgd(n=N)),
+        wide,
+        tree(name),
+        torch.eye(N, dtype=torch.float64),
+        oracles=[Flat()] * N,
+    )
     for state in states:
         assert sum(state.algorithm.counts.values()) == N - 1
-    before = lockstep(PeerPlan(relay_sgd(n=N)), wide - 1, tree(name), torch.eye(N, dtype=torch.float64), oracles=[Flat()] * N)
+    before = lockstep(
+        PeerPlan(relay_sgd(n=N)),
+        wide - 1,
+        tree(name),
+        torch.eye(N, dtype=torch.float64),
+        oracles=[Flat()] * N,
+    )
     assert any(sum(state.algorithm.counts.values()) < N - 1 for state in before)
     x = models(lockstep(PeerPlan(relay_sgd(n=N)), 40, tree(name), vectors(), oracles=[Flat()] * N))
     torch.testing.assert_close(x, x[:1].expand(N, -1), rtol=0, atol=1e-3)  # they agree
@@ -108,7 +126,10 @@ class Flat:
 
 
 def test_unlike_data_bias_it_far_less_than_d_psgd() -> None:
-    optimum, weights = (H * B).sum(0) / H.sum(0), topology("path", N, weights="metropolis", lazy=False).mixing(0)
+    optimum, weights = (
+        (H * B).sum(0) / H.sum(0),
+        topology("path", N, weights="metropolis", lazy=False).mixing(0),
+    )
     found = [
         models(lockstep(PeerPlan(algorithm), 400, weights, lr=0.05)) - optimum
         for algorithm in (relay_sgd(n=N), dsgd(beta=0.0, nesterov=False, adapt_first=True))
@@ -122,13 +143,26 @@ def test_a_silent_side_counts_as_the_own_model_and_a_wrong_count_does_little() -
     state = algorithm.init(torch.tensor([2.0]))
     one = torch.ones(1)
     assert algorithm.mix(state, {}).x == 2
-    assert algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one)}).x == torch.tensor([(12 + 2 * 2) / 5])
-    assert algorithm.mix(state, {1: (torch.tensor([12.0]), 9 * one)}).x == torch.tensor([(12 + 2) / 10])
-    assert algorithm.mix(state, {1: (torch.tensor([12.0]), -4e6 * one)}).x == torch.tensor([(12 + 5 * 2) / 5])
-    mixed = algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one), 2: (torch.tensor([7.0]), one)})
+    assert algorithm.mix(state, {1: (torch.tensor([12.0]), 3 * one)}).x == torch.tensor(
+        [(12 + 2 * 2) / 5]
+    )
+    assert algorithm.mix(state, {1: (torch.tensor([12.0]), 9 * one)}).x == torch.tensor(
+        [(12 + 2) / 10]
+    )
+    assert algorithm.mix(state, {1: (torch.tensor([12.0]), -4e6 * one)}).x == torch.tensor(
+        [(12 + 5 * 2) / 5]
+    )
+    mixed = algorithm.mix(
+        state, {1: (torch.tensor([12.0]), 3 * one), 2: (torch.tensor([7.0]), one)}
+    )
     assert [float(part) for part in algorithm.outgoing(mixed, 1)] == [pytest.approx(mixed.x + 7), 2]
-    assert [float(part) for part in algorithm.outgoing(mixed, 2)] == [pytest.approx(mixed.x + 12), 4]
-    silent = algorithm.mix(mixed, {2: (torch.tensor([7.0]), one)})  # what 1 sent before is of no use any more
+    assert [float(part) for part in algorithm.outgoing(mixed, 2)] == [
+        pytest.approx(mixed.x + 12),
+        4,
+    ]
+    silent = algorithm.mix(
+        mixed, {2: (torch.tensor([7.0]), one)}
+    )  # what 1 sent before is of no use any more
     assert silent.x == pytest.approx(float((7 + 4 * mixed.x) / 5))
     assert float(algorithm.outgoing(silent, 2)[1]) == 1
 
@@ -142,10 +176,14 @@ def graph(name: str) -> Topology:
     return topology(name, 5, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1)
 
 
-@pytest.mark.parametrize("name", ["ring", "complete", "matching", "exponential", f"{__name__}:in_turn"])
+@pytest.mark.parametrize(
+    "name", ["ring", "complete", "matching", "exponential", f"{__name__}:in_turn"]
+)
 def test_only_trees(name: str) -> None:
     plan: Any = METHOD.plan(METHOD.keys(), Run(0.1, 0.0, 5))
-    with pytest.raises(TopologyError, match=f"relaysgd: needs a tree; topology.name = '{name}' has "):
+    with pytest.raises(
+        TopologyError, match=f"relaysgd: needs a tree; topology.name = '{name}' has "
+    ):
         plan.check(graph(name), 1.0)
     plan.check(graph("path"), 1.0)
     plan.check(graph("star"), 1.0)
@@ -153,14 +191,22 @@ def test_only_trees(name: str) -> None:
 
 # In the app.
 
-SMALL: dict[str, Any] = {"strategy": NAME, "num_sites": 4, "epochs": 4, "model.name": "mlp", "topology.name": "path"}
+SMALL: dict[str, Any] = {
+    "strategy": NAME,
+    "num_sites": 4,
+    "epochs": 4,
+    "model.name": "mlp",
+    "topology.name": "path",
+}
 
 
 def test_the_number_of_peers_is_that_of_the_run() -> None:
     plan = configuration(**SMALL).plan
     assert isinstance(plan, PeerPlan)
     algorithm: Any = plan.algorithm
-    mixed = algorithm.mix(algorithm.init(torch.tensor([2.0])), {1: (torch.tensor([9.0]), torch.ones(1))})
+    mixed = algorithm.mix(
+        algorithm.init(torch.tensor([2.0])), {1: (torch.tensor([9.0]), torch.ones(1))}
+    )
     assert mixed.x == torch.tensor([(9 + 3 * 2) / 4])
 
 
@@ -172,7 +218,9 @@ def test_peers_of_the_app_relay_along_a_tree(sealing: str) -> None:
 
     def look(number: int, message: Any, reply: Any) -> Any:
         if not reply.has_error():
-            wrapped.update((number, name.partition("/")[0]) for name in reply.content.get("arrays", {}))
+            wrapped.update(
+                (number, name.partition("/")[0]) for name in reply.content.get("arrays", {})
+            )
         return reply
 
     run_server(VirtualGrid(client_app, World().sites(4, 1), config.flat(), look), config, history)
@@ -182,11 +230,19 @@ def test_peers_of_the_app_relay_along_a_tree(sealing: str) -> None:
 
 
 def test_it_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(TopologyError, match=r"relaysgd: needs a tree; topology.name = 'ring' has 4 links between 4 peers"):
+    with pytest.raises(
+        TopologyError,
+        match=r"relaysgd: needs a tree; topology.name = 'ring' has 4 links between 4 peers",
+    ):
         simulate(**(SMALL | {"topology.name": "ring", "progress": False}))
-    with pytest.raises(ConfigError, match=rf"engine = 'batched': strategy = '{NAME}' offers each neighbour something else"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"engine = 'batched': strategy = '{NAME}' offers each neighbour something else",
+    ):
         simulate(**SMALL, progress=False, engine="batched")
-    with pytest.raises(ConfigError, match=r"wire.error-feedback = 'choco': .* offers each neighbour something else"):
+    with pytest.raises(
+        ConfigError, match=r"wire.error-feedback = 'choco': .* offers each neighbour something else"
+    ):
         configuration(**SMALL, **{"wire.codec": "fp16", "wire.error-feedback": "choco"})
     with pytest.raises(ConfigError, match=r"wire.codec = 'qsgd': .* would carry on every error"):
         configuration(**SMALL, **{"wire.codec": "qsgd"})
@@ -204,7 +260,9 @@ def test_what_it_remembers_survives_the_process() -> None:
                 site_module.network_of.cache_clear()
             return reply
 
-        run_server(VirtualGrid(client_app, World().sites(4, 1), config.flat(), tamper), config, history)
+        run_server(
+            VirtualGrid(client_app, World().sites(4, 1), config.flat(), tamper), config, history
+        )
         found: list[float] = history.metrics.query("metric == 'accuracy'")["value"].tolist()
         return found
 

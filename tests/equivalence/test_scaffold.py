@@ -41,7 +41,9 @@ def by_plan(strategy: str, rounds: int, sites: range = range(N)) -> tuple[Tensor
                 memories[site], beside = rule.finish(memories[site], sent, y, K * LR)
                 made |= beside
             replies.append(made)
-        mean = {name: torch.stack([reply[name] for reply in replies]).mean(0) for name in replies[0]}
+        mean = {
+            name: torch.stack([reply[name] for reply in replies]).mean(0) for name in replies[0]
+        }
         state = plan.absorb(state, Mean(mean, len(sites) / N))
         traced.append(state.x.clone())
     return torch.stack(traced), [memory.c for memory in memories if memory is not None]
@@ -87,7 +89,12 @@ def test_first_round_is_fedavg() -> None:
 
 
 def run(strategy: str, rounds: int, **changes: Any) -> Run:
-    settings: dict[str, Any] = {"num_sites": 3, "epochs": rounds, "model": {"name": "mlp"}, strategy: {"local_epochs": 1}}
+    settings: dict[str, Any] = {
+        "num_sites": 3,
+        "epochs": rounds,
+        "model": {"name": "mlp"},
+        strategy: {"local_epochs": 1},
+    }
     skewed = {"kind": "classes", "classes_per_site": 4}
     return simulate(strategy=strategy, partition=skewed, progress=False, **settings, **changes)
 
@@ -96,14 +103,20 @@ def test_first_round_of_the_app_is_fedavg_without_momentum_and_the_second_is_not
     for rounds, equal in ((1, True), (2, False)):
         ours = run("scaffold", rounds)
         theirs = run("fedavg", rounds, training={"momentum": 0.0})
-        assert all(torch.equal(ours.model[name], value) for name, value in theirs.model.items()) == equal
+        assert (
+            all(torch.equal(ours.model[name], value) for name, value in theirs.model.items())
+            == equal
+        )
 
 
 def test_both_vectors_cross_the_wire() -> None:
     """Twice the bytes of FedAvg in training, the same in tests."""
     ours, theirs = run("scaffold", 2), run("fedavg", 2)
     model = 4 * sum(value.numel() for value in ours.model.values())
-    more = {way: (ours.history[f"bytes_{way}"] - theirs.history[f"bytes_{way}"]).iloc[-1] for way in ("up", "down")}
+    more = {
+        way: (ours.history[f"bytes_{way}"] - theirs.history[f"bytes_{way}"]).iloc[-1]
+        for way in ("up", "down")
+    }
     assert more["up"] / (3 * 2 * model) == pytest.approx(1, abs=0.02)
     assert more["down"] / (3 * 2 * model) == pytest.approx(1, abs=0.02)
 
@@ -112,7 +125,9 @@ def elsewhere(keys: scaffold.Keys, run: Settings) -> RoundPlan[scaffold.Server]:
     """SCAFFOLD whose correction is a new vector, not written in place."""
     found = scaffold.plan(keys, run)
     assert found.site is not None
-    return found._replace(site=found.site._replace(correct=lambda memory, sent, g: g - memory.c + sent["c"]))
+    return found._replace(
+        site=found.site._replace(correct=lambda memory, sent, g: g - memory.c + sent["c"])
+    )
 
 
 ELSEWHERE = Method("elsewhere", scaffold.Keys, elsewhere, scaffold.METHOD.unused)
@@ -120,7 +135,14 @@ ELSEWHERE = Method("elsewhere", scaffold.Keys, elsewhere, scaffold.METHOD.unused
 
 def test_a_correction_may_be_a_new_vector() -> None:
     ours = run("scaffold", 2)
-    settings: dict[str, Any] = {"num_sites": 3, "epochs": 2, "model": {"name": "mlp"}, "elsewhere": {"local_epochs": 1}}
+    settings: dict[str, Any] = {
+        "num_sites": 3,
+        "epochs": 2,
+        "model": {"name": "mlp"},
+        "elsewhere": {"local_epochs": 1},
+    }
     skewed = {"kind": "classes", "classes_per_site": 4}
-    theirs = simulate(strategy=f"{__name__}:ELSEWHERE", partition=skewed, progress=False, **settings)
+    theirs = simulate(
+        strategy=f"{__name__}:ELSEWHERE", partition=skewed, progress=False, **settings
+    )
     assert all(torch.equal(ours.model[name], value) for name, value in theirs.model.items())

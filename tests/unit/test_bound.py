@@ -66,4 +66,8 @@ def test_sites_that_never_moved_are_no_measure() -> None:
 
 def test_first_contributions_are_measured_by_each_other() -> None:
     others = {0: Change(1.0, 1.0), 1: Change(2.0, 1.0), 2: Change(500.0, 1.0)}
-    assert [Bound(10.0).refusal(change, 1e9, others) is None for change in others.values()] == [True, True, False]
+    assert [Bound(10.0).refusal(change, 1e9, others) is None for change in others.values()] == [
+        True,
+        True,
+        False,
+    ]

@@ -31,7 +31,13 @@ from datasets.sources import SOURCES, Examples, SourceError, fingerprint, load
 from tests.conftest import ROOT
 from tests.data import write_audio, write_texts
 
-KEYS: dict[str, Any] = {"label": "label", "group": "", "image_size": 8, "audio_seconds": 0.5, "text_buckets": 64}
+KEYS: dict[str, Any] = {
+    "label": "label",
+    "group": "",
+    "image_size": 8,
+    "audio_seconds": 0.5,
+    "text_buckets": 64,
+}
 REAL = dict(SOURCES)
 
 
@@ -68,7 +74,9 @@ def table(folder: Path, rows: int = 4) -> Path:
     """Two files: NaN, a natural site each."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("oslo", "rome"):
-        (folder / f"{name}.csv").write_text("a,b,label\n" + "".join(f"{n}.5,{'' if n == 1 else n},{n % 2}\n" for n in range(rows)))
+        (folder / f"{name}.csv").write_text(
+            "a,b,label\n" + "".join(f"{n}.5,{'' if n == 1 else n},{n % 2}\n" for n in range(rows))
+        )
     return folder
 
 
@@ -76,7 +84,9 @@ def pictures(folder: Path) -> Path:
     for number in range(8):
         at = folder / "north" / "cd"[number % 2]
         at.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((16, 12, 3), number * 30, dtype=np.uint8)).save(at / f"{number}.png")
+        Image.fromarray(np.full((16, 12, 3), number * 30, dtype=np.uint8)).save(
+            at / f"{number}.png"
+        )
     return folder
 
 
@@ -90,7 +100,9 @@ def write_official(folder: Path) -> Path:
 
 def official(path: str) -> Examples:
     """Its examples, with a part for tests."""
-    x = torch.frombuffer(bytearray((Path(path) / "MNIST/raw/all").read_bytes()), dtype=torch.uint8).reshape(-1, 1, 2, 2)
+    x = torch.frombuffer(
+        bytearray((Path(path) / "MNIST/raw/all").read_bytes()), dtype=torch.uint8
+    ).reshape(-1, 1, 2, 2)
     return Examples(x, torch.arange(len(x)) % 2, ("a", "b"), test=torch.arange(len(x)) > 2)
 
 
@@ -115,7 +127,11 @@ def entries(home: Path) -> list[Path]:
 def assert_same(found: Examples, expected: Examples) -> None:
     for name, one, other in zip(Examples._fields, found, expected, strict=True):
         if isinstance(one, Tensor) and isinstance(other, Tensor):
-            assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride()), name
+            assert (one.dtype, one.shape, one.stride()) == (
+                other.dtype,
+                other.shape,
+                other.stride(),
+            ), name
             assert one.is_contiguous(), name
             assert one.numpy().tobytes() == other.numpy().tobytes(), name
         else:
@@ -138,7 +154,9 @@ def test_mapped_and_decoded_are_the_same_bits(
         assert_same(found, without)
 
 
-def test_of_a_torchvision_set_its_own_files_count_alone(home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_of_a_torchvision_set_its_own_files_count_alone(
+    home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = write_official(tmp_path / "data")
     read("mnist", data)
     (data / "CIFAR10" / "all").write_bytes(b"another")
@@ -149,9 +167,17 @@ def test_of_a_torchvision_set_its_own_files_count_alone(home: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")]
+    ("name", "folder"),
+    [
+        ("mnist", "MNIST"),
+        ("fashion-mnist", "FashionMNIST"),
+        ("cifar10", "CIFAR10"),
+        ("cifar100", "CIFAR100"),
+    ],
 )
-def test_torchvision_keeps_its_files_where_they_are_looked_for(name: str, folder: str, tmp_path: Path) -> None:
+def test_torchvision_keeps_its_files_where_they_are_looked_for(
+    name: str, folder: str, tmp_path: Path
+) -> None:
     build = getattr(torchvision.datasets, folder)
     below = getattr(build, "base_folder", f"{folder}/raw")
     assert SOURCES[name].files(str(tmp_path)) == tmp_path / below
@@ -184,7 +210,9 @@ def test_a_write_stays_with_its_process(home: Path, tmp_path: Path) -> None:
     assert torch.equal(read("csv", path).x.nan_to_num(-1), expected.nan_to_num(-1))
 
 
-def test_options_that_a_source_takes_make_an_entry_and_others_do_not(home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_options_that_a_source_takes_make_an_entry_and_others_do_not(
+    home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     path = pictures(tmp_path / "data")
     assert read("image-folder", path).x.shape[-1] == 8
     assert read("image-folder", path, image_size=4).x.shape[-1] == 4
@@ -195,7 +223,9 @@ def test_options_that_a_source_takes_make_an_entry_and_others_do_not(home: Path,
     assert len(decoded) == 3
 
 
-def test_a_path_is_the_same_however_it_is_written(home: Path, tmp_path: Path, decoded: list[str], monkeypatch: Any) -> None:
+def test_a_path_is_the_same_however_it_is_written(
+    home: Path, tmp_path: Path, decoded: list[str], monkeypatch: Any
+) -> None:
     table(tmp_path / "data")
     (tmp_path / "link").symlink_to("data")
     monkeypatch.chdir(tmp_path)
@@ -228,7 +258,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_other_files_are_decoded_and_replace_their_entry_only(what: str, home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_other_files_are_decoded_and_replace_their_entry_only(
+    what: str, home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = table(tmp_path / "data")
     change(tmp_path / "elsewhere")
     read("csv", data)
@@ -275,24 +307,36 @@ def test_code_is_that_of_decoders_and_of_their_libraries(monkeypatch: Any) -> No
     for name in ("folders.py", "examples.py", "sources.py"):
         with monkeypatch.context() as patch:
             patch.setattr(
-                Path, "read_text", lambda path, encoding, name=name: read_text(path, encoding) + "#" * (path.name == name)
+                Path,
+                "read_text",
+                lambda path, encoding, name=name: (
+                    read_text(path, encoding) + "#" * (path.name == name)
+                ),
             )
             assert cache._code() != cache.CODE
     for name in ("scikit-learn", "pillow"):
         with monkeypatch.context() as patch:
-            patch.setattr(cache, "version", lambda library, name=name: "0" if library == name else version(library))
+            patch.setattr(
+                cache,
+                "version",
+                lambda library, name=name: "0" if library == name else version(library),
+            )
             assert cache._code() != cache.CODE
 
 
 def test_digits_from_disk_import_no_scikit_learn(home: Path) -> None:
     read("digits", "")
     script = f"from datasets.sources import load; import sys; print(len(load('digits', '', **{KEYS}).y), 'sklearn' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["1797", "False"]
 
 
 def own(path: str) -> Examples:
-    return Examples(torch.full((4, 3), float(Path(path).read_text())), torch.tensor([0, 1, 0, 1]), ("no", "yes"))
+    return Examples(
+        torch.full((4, 3), float(Path(path).read_text())), torch.tensor([0, 1, 0, 1]), ("no", "yes")
+    )
 
 
 def test_a_function_of_ones_own_is_always_called(home: Path, tmp_path: Path) -> None:
@@ -305,7 +349,9 @@ def test_a_function_of_ones_own_is_always_called(home: Path, tmp_path: Path) -> 
     assert not home.exists()
 
 
-def test_an_error_is_raised_again_and_nothing_is_kept(home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_an_error_is_raised_again_and_nothing_is_kept(
+    home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = table(tmp_path / "data")
     for _ in range(2):
         with pytest.raises(SourceError, match="is no column"):
@@ -316,7 +362,9 @@ def test_an_error_is_raised_again_and_nothing_is_kept(home: Path, tmp_path: Path
     assert entries(home) == []
 
 
-def test_files_that_change_while_they_are_decoded_are_not_kept(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_files_that_change_while_they_are_decoded_are_not_kept(
+    home: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """As a data set of torchvision that is downloaded, too."""
     data, real = table(tmp_path / "data"), SOURCES["csv"].read
 
@@ -342,7 +390,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_decoded_anew_and_replaced(damage: str, home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_a_damaged_entry_is_decoded_anew_and_replaced(
+    damage: str, home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = table(tmp_path / "data")
     expected = read("csv", data)
     (entry,) = entries(home)
@@ -356,7 +406,9 @@ def test_a_damaged_entry_is_decoded_anew_and_replaced(damage: str, home: Path, t
 
 
 @pytest.mark.parametrize("names", ["", "no JSON", "[]", "{}", '{"classes": 1}'])
-def test_an_entry_with_other_names_is_decoded_anew(names: str, home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_an_entry_with_other_names_is_decoded_anew(
+    names: str, home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = table(tmp_path / "data")
     read("csv", data)
     (entry,) = entries(home)
@@ -367,7 +419,9 @@ def test_an_entry_with_other_names_is_decoded_anew(names: str, home: Path, tmp_p
     assert decoded == ["csv"] * 2
 
 
-def test_a_folder_that_is_none_costs_the_cache_and_a_warning(home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_a_folder_that_is_none_costs_the_cache_and_a_warning(
+    home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = table(tmp_path / "data")
     home.parent.mkdir(parents=True)
     home.write_text("a file: not even root may write into it")
@@ -379,7 +433,9 @@ def test_a_folder_that_is_none_costs_the_cache_and_a_warning(home: Path, tmp_pat
     assert decoded == ["csv"] * 2
 
 
-def test_a_read_only_folder_gives_what_it_holds_and_takes_no_more(decoded: list[str], monkeypatch: Any) -> None:
+def test_a_read_only_folder_gives_what_it_holds_and_takes_no_more(
+    decoded: list[str], monkeypatch: Any
+) -> None:
     root, nobody = os.geteuid() == 0, 65534  # root may write everywhere
     with TemporaryDirectory() as outside:  # pytest's own folders are closed to others
         Path(outside).chmod(0o711)
@@ -405,7 +461,9 @@ def test_a_read_only_folder_gives_what_it_holds_and_takes_no_more(decoded: list[
         assert len(entries(home)) == 1
 
 
-def test_a_full_disk_costs_the_cache_and_a_warning(home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_a_full_disk_costs_the_cache_and_a_warning(
+    home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = pictures(tmp_path / "data")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
@@ -430,7 +488,9 @@ def test_no_home_costs_the_cache_and_a_warning(decoded: list[str], monkeypatch: 
     assert decoded == ["digits"]
 
 
-def test_the_time_limit_of_a_caller_is_not_taken_for_a_disk_that_fails(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_time_limit_of_a_caller_is_not_taken_for_a_disk_that_fails(
+    home: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     def late(*_: Any, **__: Any) -> None:
         raise TimeoutError("out of time")
 
@@ -469,7 +529,9 @@ print(found.x.tolist(), found.y.tolist(), found.classes, found.groups)
 
 def start(path: Path, log: Path, how: str = "") -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", WORKER, str(path), str(log), how]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow
@@ -508,10 +570,18 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_counts(
 # In a process that lives long.
 
 
-def test_two_runs_of_a_process_share_the_decoded_data(home: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_two_runs_of_a_process_share_the_decoded_data(
+    home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
     data = table(tmp_path / "data", 40)
     configs = [
-        configuration(strategy=strategy, seed=seed, num_sites=2, data={"source": "csv", "path": str(data)}, model={"name": "mlp"})
+        configuration(
+            strategy=strategy,
+            seed=seed,
+            num_sites=2,
+            data={"source": "csv", "path": str(data)},
+            model={"name": "mlp"},
+        )
         for strategy, seed in (("fedavg", 1), ("dmsgd", 2))
     ]
     site_module._pool.cache_clear()
@@ -522,9 +592,13 @@ def test_two_runs_of_a_process_share_the_decoded_data(home: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("num_sites", [None, 1])
-def test_a_changed_file_is_noticed_by_a_process_that_lives_on(num_sites: int | None, home: Path, tmp_path: Path) -> None:
+def test_a_changed_file_is_noticed_by_a_process_that_lives_on(
+    num_sites: int | None, home: Path, tmp_path: Path
+) -> None:
     data = table(tmp_path / "data", 10) / "rome.csv"
-    config = configuration(num_sites=2, data={"source": "csv", "path": str(data)}, model={"name": "mlp"})
+    config = configuration(
+        num_sites=2, data={"source": "csv", "path": str(data)}, model={"name": "mlp"}
+    )
     site = SiteId(0, num_sites, str(data))
 
     def size() -> int:
@@ -571,7 +645,11 @@ def test_tests_keep_nothing_where_their_user_does(cache_home: Path) -> None:
 
 
 def test_fingerprint_of_what_may_have_no_files(tmp_path: Path) -> None:
-    assert {fingerprint("digits", ""), fingerprint("my:own", ""), fingerprint("my:own", "s3://x")} == {""}
+    assert {
+        fingerprint("digits", ""),
+        fingerprint("my:own", ""),
+        fingerprint("my:own", "s3://x"),
+    } == {""}
     before = fingerprint("my:own", str(tmp_path))
     change(tmp_path / "new")
     assert fingerprint("my:own", str(tmp_path)) != before

@@ -98,14 +98,20 @@ def test_codec_of_ones_own_is_checked(name: str, message: str) -> None:
 def test_table_says_what_a_codec_does(name: str) -> None:
     """Rounding errs by a small share of each number; the mean over many draws of one that is not biased is the vector."""
     vector, found, generator = layers()[250:350], build(name, (50, 50)), draw()
-    draws = torch.stack([found.decode(found.encode(vector, generator)) for _ in range(500)]).double()
+    draws = torch.stack(
+        [found.decode(found.encode(vector, generator)) for _ in range(500)]
+    ).double()
     assert CODECS[name].rounds == bool(((draws - vector).abs() <= vector.abs() / 100).all())
     assert CODECS[name].biased == bool((draws.mean(0) - vector).abs().max() > 1)
     assert found.exact == torch.equal(draws[0], vector.double()) == (name == "identity")
 
 
-@pytest.mark.parametrize(("size", "share", "kept"), [(19, 0.1, 1), (100, 0.29, 29), (300, 0.1, 30), (3, 0.1, 1)])
-def test_of_a_share_whole_numbers_are_kept_and_at_least_one(size: int, share: float, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "share", "kept"), [(19, 0.1, 1), (100, 0.29, 29), (300, 0.1, 30), (3, 0.1, 1)]
+)
+def test_of_a_share_whole_numbers_are_kept_and_at_least_one(
+    size: int, share: float, kept: int
+) -> None:
     """Cut down, but not for a rounding error: 0.29 of 100 is 28.999999999999996."""
     for name in ("top-k", "random-k"):
         found = build(name, (size,), share=share)
@@ -117,7 +123,9 @@ def test_quantizer_is_unbiased(bits: int) -> None:
     """The mean of 4,000 draws, within five standard errors."""
     vector, found = layers()[250:350], build("qsgd", (50, 50), bits=bits)
     generator = draw()
-    draws = torch.stack([found.decode(found.encode(vector, generator)) for _ in range(4000)]).double()
+    draws = torch.stack(
+        [found.decode(found.encode(vector, generator)) for _ in range(4000)]
+    ).double()
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - vector).abs() <= 5 * error + 1e-5).all()
 
@@ -134,7 +142,9 @@ def test_quantizer_errs_by_less_than_a_level_of_its_layer(bits: int, step: float
 def test_top_k_keeps_the_largest_of_each_layer_exactly() -> None:
     vector, found = layers(), build("top-k")
     decoded = found.decode(found.encode(vector, draw()))
-    for original, got, kept in zip(vector.split(SIZES), decoded.split(SIZES), (30, 1, 100), strict=True):
+    for original, got, kept in zip(
+        vector.split(SIZES), decoded.split(SIZES), (30, 1, 100), strict=True
+    ):
         largest = original.abs().topk(kept).indices
         expected = torch.zeros_like(original)
         expected[largest] = original[largest]
@@ -147,7 +157,13 @@ def test_sparse_codecs_contract_by_one_minus_the_share(name: str) -> None:
     vector, found = torch.randn(1000, generator=draw(2)), build(name, (1000,), share=0.25)
     generator = draw()
     lost = (
-        torch.stack([((found.decode(found.encode(vector, generator)) - vector) ** 2).sum() for _ in range(400)]) / (vector**2).sum()
+        torch.stack(
+            [
+                ((found.decode(found.encode(vector, generator)) - vector) ** 2).sum()
+                for _ in range(400)
+            ]
+        )
+        / (vector**2).sum()
     )
     if name == "top-k":
         assert lost.max() <= 0.75
@@ -175,7 +191,9 @@ def test_short_floats_are_rounded_and_saturate() -> None:
 
 
 @pytest.mark.parametrize(("name", "changes"), CHOICES)
-def test_input_is_not_written_and_same_seed_same_payload(name: str, changes: dict[str, Any]) -> None:
+def test_input_is_not_written_and_same_seed_same_payload(
+    name: str, changes: dict[str, Any]
+) -> None:
     found, vector = build(name, **changes), layers()
     before = vector.clone()
     one, two = found.encode(vector, draw(3)), found.encode(vector, draw(3))

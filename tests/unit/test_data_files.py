@@ -36,7 +36,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int, kind: int, raw: bytes, interlaced: bool = False) -> bytes:
+def png(
+    width: int, height: int, depth: int, kind: int, raw: bytes, interlaced: bool = False
+) -> bytes:
     """A PNG of filtered rows ``raw``, however few, with all its checksums right."""
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
     rows = zlib.compress(raw)
@@ -92,8 +94,10 @@ def read_or_refused(source: str, root: Path, file: str) -> Examples | None:
 
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize("size", [(6, 6), (64, 64), (33, 7), (1, 9), (300, 200)])
-def test_png_with_fewer_rows_than_promised_is_refused(folder: Path, size: tuple[int, int], interlaced: bool) -> None:
-    """torchvision's decoder ended the process with a segmentation fault."""
+def test_png_with_fewer_rows_than_promised_is_refused(
+    folder: Path, size: tuple[int, int], interlaced: bool
+) -> None:
+    """Torchvision's decoder ended the process with a segmentation fault."""
     width, height = size
     raw = adam7(width, height, 9) if interlaced else (b"\0" + b"\x09" * width) * height
     file = folder / "cat" / "short.png"
@@ -141,7 +145,9 @@ def test_pictures_of_every_listed_ending_are_read(tmp_path: Path, ending: str) -
 def test_grey_palette_and_transparent_pictures_become_colours(folder: Path) -> None:
     for number, mode in enumerate(("1", "L", "LA", "P", "RGBA", "CMYK")):
         ending = "tif" if mode == "CMYK" else "png"
-        Image.new("RGB", (9, 9), (255, 255, 255)).convert(mode).save(folder / "cat" / f"{number}.{ending}")
+        Image.new("RGB", (9, 9), (255, 255, 255)).convert(mode).save(
+            folder / "cat" / f"{number}.{ending}"
+        )
     assert read("image-folder", folder).x[:6].unique().tolist() == [255]
 
 
@@ -151,11 +157,17 @@ def test_32_bits_a_pixel_are_refused(folder: Path, mode: str) -> None:
     assert "allowed: 8 and 16" in refused("image-folder", folder, "deep.tif")
 
 
-@pytest.mark.parametrize("size", [(9000, 9000), (20_000, 20_000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1)])
-def test_small_file_of_a_large_picture_is_refused_before_it_is_decoded(folder: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size", [(9000, 9000), (20_000, 20_000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1)]
+)
+def test_small_file_of_a_large_picture_is_refused_before_it_is_decoded(
+    folder: Path, size: tuple[int, int]
+) -> None:
     rows = zlib.compress(bytes(1000))
     header = struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
     (folder / "dog" / "bomb.png").write_bytes(data)
     assert "pixels" in refused("image-folder", folder, "bomb.png")
 
@@ -200,13 +212,17 @@ HARM = {
     "cut": st.integers(0, 100_000) | st.just(0),
     "flips": st.dictionaries(st.integers(0, 100_000), st.integers(1, 255), max_size=4),
 }
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @FUZZ
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of some damage
 @given(st.sampled_from(["png", "jpg", "bmp", "webp", "tif"]), HARM["cut"], HARM["flips"])
-def test_damaged_picture_is_read_or_named(folder: Path, ending: str, cut: int, flips: dict[int, int]) -> None:
+def test_damaged_picture_is_read_or_named(
+    folder: Path, ending: str, cut: int, flips: dict[int, int]
+) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     file = folder / "cat" / f"bad.{ending}"
     Image.fromarray(pixels).save(file)
@@ -252,7 +268,9 @@ def test_samples_that_are_not_finite_are_named(sounds: Path, value: float) -> No
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 0.01, 0.0319, 3601.0, 1e12])
-def test_clips_shorter_than_a_window_or_longer_than_an_hour_are_refused(sounds: Path, seconds: float) -> None:
+def test_clips_shorter_than_a_window_or_longer_than_an_hour_are_refused(
+    sounds: Path, seconds: float
+) -> None:
     with pytest.raises(SourceError, match=r"data\.audio-seconds = .*: allowed: 0.032 to 3600"):
         read("audio-folder", sounds, audio_seconds=seconds)
 
@@ -291,8 +309,10 @@ def write(path: Path, text: str) -> Path:
         ('" "\n1,0\n2,1\n', 2, 2),
     ],
 )
-def test_row_longer_than_the_header_is_named(tmp_path: Path, text: str, line: int, fields: int) -> None:
-    """pandas takes the first column for an index, and every value moves one column to the left."""
+def test_row_longer_than_the_header_is_named(
+    tmp_path: Path, text: str, line: int, fields: int
+) -> None:
+    """Pandas takes the first column for an index, and every value moves one column to the left."""
     said = refused("csv", write(tmp_path / "t.csv", text).parent, "t.csv")
     assert f"line {line}" in said
     assert str(fields) in said
@@ -301,7 +321,9 @@ def test_row_longer_than_the_header_is_named(tmp_path: Path, text: str, line: in
 @FUZZ
 @given(st.lists(st.lists(st.sampled_from(["", " ", "1", '"2"', '"a,b"']), max_size=4), max_size=5))
 def test_no_row_longer_than_the_header_is_read(tmp_path: Path, rows: list[list[str]]) -> None:
-    (tmp_path / "t.csv").write_text("\n".join(map(",".join, [["a", "label"], *rows, ["1", "1"], ["2", "2"]])))
+    (tmp_path / "t.csv").write_text(
+        "\n".join(map(",".join, [["a", "label"], *rows, ["1", "1"], ["2", "2"]]))
+    )
     if read_or_refused("csv", tmp_path / "t.csv", "t.csv"):
         assert max(map(len, rows), default=0) <= 2
 
@@ -369,7 +391,9 @@ def test_damaged_table_is_read_or_named(tmp_path: Path, cut: int, flips: dict[in
         assert not found.x.isinf().any()
 
 
-@pytest.mark.parametrize("data", [b"", b"garbage", bytes(100), struct.pack(">IIII", 0x803, 9, 28, 28) + bytes(5)])
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage", bytes(100), struct.pack(">IIII", 0x803, 9, 28, 28) + bytes(5)]
+)
 @pytest.mark.parametrize("kind", ["MNIST", "FashionMNIST"])
 def test_garbage_in_the_place_of_mnist_is_named(tmp_path: Path, kind: str, data: bytes) -> None:
     raw = tmp_path / kind / "raw"
@@ -377,7 +401,9 @@ def test_garbage_in_the_place_of_mnist_is_named(tmp_path: Path, kind: str, data:
     for part, size in (("train", 3), ("t10k", 2)):
         pictures = struct.pack(">IIII", 0x803, size, 28, 28) + bytes(size * 28 * 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(pictures)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, size) + bytes(range(size)))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, size) + bytes(range(size))
+        )
     source = "mnist" if kind == "MNIST" else "fashion-mnist"
     assert read(source, tmp_path).y.tolist() == [0, 1, 2, 0, 1]
     (raw / "t10k-images-idx3-ubyte").write_bytes(data)

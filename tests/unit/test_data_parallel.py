@@ -31,11 +31,20 @@ def gradient_of(model: FlatModel) -> Gradient:
 def work(rank: int, folder: str, count: int) -> None:
     """A process: the gradients of batches, with and without BatchNorm; of fewer examples than processes, too."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count
+    )
     found = {}
-    for norm, rho, examples in (("layer", 0.0, 7), ("layer", 0.1, 7), ("layer", 0.0, 1), ("batch", 0.1, 7)):
+    for norm, rho, examples in (
+        ("layer", 0.0, 7),
+        ("layer", 0.1, 7),
+        ("layer", 0.0, 1),
+        ("batch", 0.1, 7),
+    ):
         model = network(norm)
-        gradient = sharpness_aware(data_parallel(gradient_of(model), rank, count, model.statistics), rho)
+        gradient = sharpness_aware(
+            data_parallel(gradient_of(model), rank, count, model.statistics), rho
+        )
         loss, g = gradient(model.x, (X[:examples], Y[:examples]))
         found[norm, rho, examples] = (loss.clone(), g.clone(), model.stats)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -46,7 +55,10 @@ def test_parts_are_as_the_whole(tmp_path: Path) -> None:
     spawn(work, (str(tmp_path), 2), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (norm, rho, examples), (loss, g, stats) in first.items():
-        assert all(torch.equal(a, b) for a, b in zip((loss, g, stats), second[norm, rho, examples], strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip((loss, g, stats), second[norm, rho, examples], strict=True)
+        )
         if norm == "layer":
             model = network(norm)
             whole = sharpness_aware(gradient_of(model), rho)(model.x, (X[:examples], Y[:examples]))
@@ -56,4 +68,6 @@ def test_parts_are_as_the_whole(tmp_path: Path) -> None:
         model = network("batch")
         gradient_of(model)(model.x, (X[part], Y[part]))
         halves.append(model.stats)
-    torch.testing.assert_close(first["batch", 0.1, 7][2], halves[0] * 4 / 7 + halves[1] * 3 / 7, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        first["batch", 0.1, 7][2], halves[0] * 4 / 7 + halves[1] * 3 / 7, rtol=0, atol=1e-6
+    )

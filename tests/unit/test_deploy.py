@@ -39,7 +39,9 @@ def folder(tmp_path: Path, users: None) -> Path:
     """A server's and two sites'."""
     kit.main(["--folder", str(tmp_path / "server"), "server", *NAMES])
     for site in range(2):
-        kit.main(["--folder", str(tmp_path / str(site)), "site", str(site), f"clinic {site}", NAMES[0]])
+        kit.main(
+            ["--folder", str(tmp_path / str(site)), "site", str(site), f"clinic {site}", NAMES[0]]
+        )
     return tmp_path
 
 
@@ -60,7 +62,11 @@ def names(certificate: Path, authority: Path, name: x509.GeneralName) -> bool:
 def test_certificate_is_taken_for_each_name_and_no_other(folder: Path, name: str) -> None:
     ours, other = folder / "server", folder / "other"
     assert names(ours / "server.crt", ours / "ca.crt", kit._name(name))
-    assert not names(ours / "server.crt", ours / "ca.crt", kit._name(f"not-{name}" if name[0].isalpha() else "192.0.2.8"))
+    assert not names(
+        ours / "server.crt",
+        ours / "ca.crt",
+        kit._name(f"not-{name}" if name[0].isalpha() else "192.0.2.8"),
+    )
     kit.main(["--folder", str(other), "server", name])
     assert not names(ours / "server.crt", other / "ca.crt", kit._name(name))
     leaf = x509.load_pem_x509_certificate((ours / "server.crt").read_bytes())
@@ -68,12 +74,20 @@ def test_certificate_is_taken_for_each_name_and_no_other(folder: Path, name: str
 
 
 def test_private_keys_are_their_owners_alone(folder: Path) -> None:
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
     modes = {name: path.stat().st_mode & 0o777 for name, path in found.items()}
-    secret = {"server/ca.key", "server/server.key", *(f"{site}/{name}" for site in range(2) for name in ("node", "sealing.key"))}
+    secret = {
+        "server/ca.key",
+        "server/server.key",
+        *(f"{site}/{name}" for site in range(2) for name in ("node", "sealing.key")),
+    }
     assert {name for name, mode in modes.items() if mode == 0o600} == secret
     assert {name for name, mode in modes.items() if mode == 0o640} == {"server/superexec.secret"}
-    assert {mode for name, mode in modes.items() if name not in {*secret, "server/superexec.secret"}} == {0o644}
+    assert {
+        mode for name, mode in modes.items() if name not in {*secret, "server/superexec.secret"}
+    } == {0o644}
     private = [found[name].read_text() for name in secret]
     assert len(set(private)) == len(secret)
     for name in found.keys() - secret:
@@ -96,16 +110,29 @@ def test_nothing_that_is_there_is_overwritten(folder: Path) -> None:
     (folder / "server/server.crt").unlink()
     kit.main(["--folder", str(folder / "0"), "site", "0", "clinic 0", NAMES[0]])
     kit.main(["--folder", str(folder / "server"), "server", "another.example.org"])
-    changed = {path.relative_to(folder).as_posix() for path, text in content().items() if text != before[path]}
+    changed = {
+        path.relative_to(folder).as_posix()
+        for path, text in content().items()
+        if text != before[path]
+    }
     assert changed == {"0/node", "0/hand-over/site-0.pub", "server/server.crt"}
-    assert names(folder / "server/server.crt", folder / "server/ca.crt", kit._name("another.example.org"))
+    assert names(
+        folder / "server/server.crt", folder / "server/ca.crt", kit._name("another.example.org")
+    )
 
 
 def test_site_file_says_what_was_asked(folder: Path) -> None:
     site = read_site(folder / "1/site.toml")
     assert (site.site, site.name, site.private_key) == (1, "clinic 1", "")
     sealed = folder / "1/sealed.toml"
-    sealed.write_text(re.sub(r"^# (private-key|peer-keys|save) ", r"\1 ", (folder / "1/site.toml").read_text(), flags=re.MULTILINE))
+    sealed.write_text(
+        re.sub(
+            r"^# (private-key|peer-keys|save) ",
+            r"\1 ",
+            (folder / "1/site.toml").read_text(),
+            flags=re.MULTILINE,
+        )
+    )
     assert read_site(sealed).private_key == "/etc/archipelago/sealing.key"
 
 
@@ -150,28 +177,44 @@ def exec_start(unit: Path) -> str:
         ("1", "supernode", "supernode"),
     ],
 )
-def test_containers_start_what_units_start(folder: Path, party: str, service: str, unit: str) -> None:
+def test_containers_start_what_units_start(
+    folder: Path, party: str, service: str, unit: str
+) -> None:
     file = folder / party / f"archipelago-{unit}.service"
     container = yaml.safe_load((folder / party / "compose.yaml").read_text())["services"][service]
-    command = exec_start(file) if unit != "supernode" else exec_start(file).replace(" --port 9095", "")
+    command = (
+        exec_start(file) if unit != "supernode" else exec_start(file).replace(" --port 9095", "")
+    )
     assert container["command"] == command
     assert f"User={container['user']}" in file.read_text()
 
 
 def test_containers_reach_no_more_than_units(folder: Path) -> None:
     server = yaml.safe_load((folder / "server/compose.yaml").read_text())["services"]
-    assert {name: each["ports"] for name, each in server.items() if "ports" in each} == {"superlink": ["8000:8000"]}
-    users = dict.fromkeys(("ARCHIPELAGO", "FLOWER"), f"{os.geteuid()}:{pwd.getpwuid(os.geteuid()).pw_gid}")
+    assert {name: each["ports"] for name, each in server.items() if "ports" in each} == {
+        "superlink": ["8000:8000"]
+    }
+    users = dict.fromkeys(
+        ("ARCHIPELAGO", "FLOWER"), f"{os.geteuid()}:{pwd.getpwuid(os.geteuid()).pw_gid}"
+    )
     assert server["superlink"]["build"]["args"] == {**users, "LETTERS": str(os.getegid())}
-    assert "listen 8000 ssl" in (folder / "server/nginx.conf").read_text()  # the proxy's, in the same network
+    assert (
+        "listen 8000 ssl" in (folder / "server/nginx.conf").read_text()
+    )  # the proxy's, in the same network
     site = yaml.safe_load((folder / "1/compose.yaml").read_text())["services"]
     assert site["service"]["network_mode"] == "none"
     seen = {volume.partition(":")[0] for volume in site["supernode"]["volumes"]}
     assert seen == {"/etc/archipelago/ca.crt", "/etc/archipelago/node", "/var/lib/flower", "socket"}
 
 
-def test_back_up_has_the_database_as_it_is_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = {"FOLDER": tmp_path / "etc", "STATE": tmp_path / "state", "DATABASE": tmp_path / "flower/state.db"}
+def test_back_up_has_the_database_as_it_is_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {
+        "FOLDER": tmp_path / "etc",
+        "STATE": tmp_path / "state",
+        "DATABASE": tmp_path / "flower/state.db",
+    }
     for name, place in places.items():
         monkeypatch.setattr(kit, name, place)
         place.parent.mkdir(exist_ok=True)
@@ -272,22 +315,56 @@ def flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def failed(kind: str, message: str) -> dict[str, Any]:
     """A run that ends with an exception."""
     log = ["round 1\n", *TRACE, f"{kind}: {message}\n"]
-    return {"log": log, "status": "finished:failed", "details": f"ServerApp failed with exception: {message}"}
+    return {
+        "log": log,
+        "status": "finished:failed",
+        "details": f"ServerApp failed with exception: {message}",
+    }
 
 
 @pytest.mark.parametrize(
     ("run", "code", "last", "trace"),
     [
         ({"log": ["round 1\n"], "status": "finished:completed"}, Exit.FINISHED, "", False),
-        ({"log": ["round 1\n"], "status": "finished:stopped"}, Exit.STOPPED, "the run was stopped", False),
-        (failed("configuration.errors.ConfigError", "seed = 1: no\nlr = 2: no"), Exit.REFUSED, "seed = 1: no\nlr = 2: no", False),
-        (failed("server_app.census.RunError", "2 sites (of 3)"), Exit.ENDED, "2 sites (of 3)", False),
-        (failed("ValueError", "server_app.census.RunError"), Exit.ERROR, "server_app.census.RunError", True),
-        ({"log": [], "refused": "Error: connection refused"}, Exit.ERROR, "Error: connection refused", False),
+        (
+            {"log": ["round 1\n"], "status": "finished:stopped"},
+            Exit.STOPPED,
+            "the run was stopped",
+            False,
+        ),
+        (
+            failed("configuration.errors.ConfigError", "seed = 1: no\nlr = 2: no"),
+            Exit.REFUSED,
+            "seed = 1: no\nlr = 2: no",
+            False,
+        ),
+        (
+            failed("server_app.census.RunError", "2 sites (of 3)"),
+            Exit.ENDED,
+            "2 sites (of 3)",
+            False,
+        ),
+        (
+            failed("ValueError", "server_app.census.RunError"),
+            Exit.ERROR,
+            "server_app.census.RunError",
+            True,
+        ),
+        (
+            {"log": [], "refused": "Error: connection refused"},
+            Exit.ERROR,
+            "Error: connection refused",
+            False,
+        ),
     ],
 )
 def test_exit_code_says_how_a_run_ended(
-    flower: Any, capfd: pytest.CaptureFixture[str], run: dict[str, Any], code: Exit, last: str, trace: bool
+    flower: Any,
+    capfd: pytest.CaptureFixture[str],
+    run: dict[str, Any],
+    code: Exit,
+    last: str,
+    trace: bool,
 ) -> None:
     flower(run)
     assert start.main(["--", "--run-config", "seed=3", ".", "clinics"]) == code
@@ -301,8 +378,17 @@ def test_exit_code_says_how_a_run_ended(
     assert all("clinics" in call for call in flower.calls("list")) if "refused" not in run else True
 
 
-def test_log_goes_on_where_it_was_when_the_superlink_was_away(flower: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    flower({"log": [f"round {number}\n" for number in range(5)], "cut": 2, "away": 3, "status": "finished:completed"})
+def test_log_goes_on_where_it_was_when_the_superlink_was_away(
+    flower: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flower(
+        {
+            "log": [f"round {number}\n" for number in range(5)],
+            "cut": 2,
+            "away": 3,
+            "status": "finished:completed",
+        }
+    )
     assert start.main([]) == Exit.FINISHED
     out, err = capfd.readouterr()
     assert re.findall(r"round \d", out) == [f"round {number}" for number in range(5)]
@@ -310,7 +396,12 @@ def test_log_goes_on_where_it_was_when_the_superlink_was_away(flower: Any, capfd
 
 
 @pytest.mark.parametrize(
-    "end", [{"details": "No heartbeat received from the task"}, {"details": "Task failed with unknown error."}, {"lost": True}]
+    "end",
+    [
+        {"details": "No heartbeat received from the task"},
+        {"details": "Task failed with unknown error."},
+        {"lost": True},
+    ],
 )
 def test_killed_run_is_started_again_from_its_checkpoint(
     flower: Any, capfd: pytest.CaptureFixture[str], end: dict[str, Any]
@@ -325,7 +416,11 @@ def test_killed_run_is_started_again_from_its_checkpoint(
 
 
 def test_it_is_not_started_again_for_ever(flower: Any) -> None:
-    killed = {"log": [], "status": "finished:failed", "details": "No heartbeat received from the task"}
+    killed = {
+        "log": [],
+        "status": "finished:failed",
+        "details": "No heartbeat received from the task",
+    }
     flower(*[killed] * (start.RESTARTS + 1))
     assert start.main([]) == Exit.CRASHED
     assert max(flower.waits()) == start.LONGEST_WAIT_S
@@ -334,7 +429,10 @@ def test_it_is_not_started_again_for_ever(flower: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--run-config", "training.lr=-1.0"], "training.lr = -1.0: must be greater than or equal to 0"),
+        (
+            ["--run-config", "training.lr=-1.0"],
+            "training.lr = -1.0: must be greater than or equal to 0",
+        ),
         (["--run-config", "num-site=3"], "num-site = 3: unknown key"),
         (["--run-config", "seed = 3"], "no key=value"),
         (["--run-config", "/nowhere/run.toml"], "'/nowhere/run.toml': there is no such file"),

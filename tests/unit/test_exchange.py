@@ -45,8 +45,12 @@ class Announced:
             assert self.sent.wait(60)
         return [Message(RecordDict(), reply_to=self.messages[identity])]
 
-    def exchange(self, nodes: Iterable[int], timeout_s: float = 60) -> Iterator[tuple[int, Message]]:
-        return exchange(cast(Grid, self), [Message(RecordDict(), node, "train") for node in nodes], timeout_s)
+    def exchange(
+        self, nodes: Iterable[int], timeout_s: float = 60
+    ) -> Iterator[tuple[int, Message]]:
+        return exchange(
+            cast(Grid, self), [Message(RecordDict(), node, "train") for node in nodes], timeout_s
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -68,19 +72,30 @@ def test_a_reply_that_is_never_sent_whole_is_too_late() -> None:
     assert (node, reply.error.code) == (1, TOO_LATE)
 
 
-def test_a_reply_that_is_there_in_time_is_not_too_late_because_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_that_is_there_in_time_is_not_too_late_because_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     grid = Announced(slow=[2])
     pull = grid.pull_messages
     # The reply of 1 is announced while the mailbox waits for that of 2, for longer than both have.
-    monkeypatch.setattr(grid, "pull_messages", lambda ids: [] if ids == ["1"] and not grid.asked_for.is_set() else pull(ids))
-    assert [(node, reply.has_error()) for node, reply in grid.exchange([1, 2], timeout_s=0.1)] == [(1, False), (2, True)]
+    monkeypatch.setattr(
+        grid,
+        "pull_messages",
+        lambda ids: [] if ids == ["1"] and not grid.asked_for.is_set() else pull(ids),
+    )
+    assert [(node, reply.has_error()) for node, reply in grid.exchange([1, 2], timeout_s=0.1)] == [
+        (1, False),
+        (2, True),
+    ]
 
 
 def test_few_replies_are_in_memory_at_once() -> None:
     grid = Announced(slow=range(1, 31))
     arrivals = grid.exchange(range(1, 32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "sleep", lambda _: grid.sent.set())  # the first round of questions is over
+        patch.setattr(
+            time, "sleep", lambda _: grid.sent.set()
+        )  # the first round of questions is over
         first = next(arrivals)
     assert grid.under_way == AT_ONCE
     assert sorted([first[0], *(node for node, _ in arrivals)]) == list(range(1, 32))

@@ -64,10 +64,14 @@ ARITHMETIC = st.recursive(
     lambda part: st.builds("({} {} {})".format, part, st.sampled_from(["+", "*", "/"]), part),
     max_leaves=4,
 )
-COMPARISONS = st.builds("{} {} {}".format, ARITHMETIC, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), ARITHMETIC)
+COMPARISONS = st.builds(
+    "{} {} {}".format, ARITHMETIC, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), ARITHMETIC
+)
 LABELS = st.recursive(
     COMPARISONS | st.builds("not {}".format, COMPARISONS),
-    lambda part: st.builds("({} {} {})".format, part, st.sampled_from(["and", "or", "&", "|"]), part),
+    lambda part: st.builds(
+        "({} {} {})".format, part, st.sampled_from(["and", "or", "&", "|"]), part
+    ),
     max_leaves=4,
 )
 
@@ -162,7 +166,9 @@ def test_code_is_refused_and_not_run(code: str, tmp_path: Path) -> None:
 
 
 def read_csv(path: Path, label: str) -> Any:
-    return load("csv", str(path), label=label, group="", image_size=8, audio_seconds=1.0, text_buckets=8)
+    return load(
+        "csv", str(path), label=label, group="", image_size=8, audio_seconds=1.0, text_buckets=8
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +212,9 @@ def test_bounds_leave_room_for_a_sum_of_many_columns() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([*"()[]{}.,:@'\"`&|~+-*/%<>=!0 \\\n", "**", "age", "ward", "not ", "in ", "and "]),
+        st.sampled_from(
+            [*"()[]{}.,:@'\"`&|~+-*/%<>=!0 \\\n", "**", "age", "ward", "not ", "in ", "and "]
+        ),
         max_size=12,
     )
 )

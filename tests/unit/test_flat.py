@@ -11,7 +11,9 @@ from models.flat import FlatModel
 def network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
+        )
 
 
 def test_parameters_and_gradients_are_views() -> None:
@@ -19,10 +21,17 @@ def test_parameters_and_gradients_are_views() -> None:
     parameters = list(model.network.parameters())
     assert model.x.numel() == sum(parameter.numel() for parameter in parameters)
     model.x.copy_(torch.arange(model.x.numel()))
-    assert torch.equal(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]), model.x)
-    model.backward(F.cross_entropy(model.network(torch.randn(5, 1, 8, 8)), torch.tensor([0, 1, 2, 0, 1])))
     assert torch.equal(
-        torch.cat([parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None]), model.grad
+        torch.cat([parameter.detach().reshape(-1) for parameter in parameters]), model.x
+    )
+    model.backward(
+        F.cross_entropy(model.network(torch.randn(5, 1, 8, 8)), torch.tensor([0, 1, 2, 0, 1]))
+    )
+    assert torch.equal(
+        torch.cat(
+            [parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None]
+        ),
+        model.grad,
     )
     assert model.grad.abs().sum() > 0
 

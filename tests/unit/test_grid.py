@@ -22,13 +22,18 @@ def train(message: Message, context: Context) -> Message:
     """Count in the site's state how often it trained."""
     count = int(context.state["count"]["n"]) + 1 if "count" in context.state else 1  # type: ignore[arg-type]
     context.state["count"] = MetricRecord({"n": count})
-    return Message(RecordDict({"metrics": MetricRecord({"samples": SAMPLES, "count": count})}), reply_to=message)
+    return Message(
+        RecordDict({"metrics": MetricRecord({"samples": SAMPLES, "count": count})}),
+        reply_to=message,
+    )
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test on as many examples."""
-    return Message(RecordDict({"metrics": MetricRecord({"num-examples": SAMPLES})}), reply_to=message)
+    return Message(
+        RecordDict({"metrics": MetricRecord({"num-examples": SAMPLES})}), reply_to=message
+    )
 
 
 def make(num_sites: int = 1, **world: Any) -> VirtualGrid:
@@ -36,7 +41,9 @@ def make(num_sites: int = 1, **world: Any) -> VirtualGrid:
     return VirtualGrid(app, World(**(still | world)).sites(num_sites, 1), {})
 
 
-def ask(grid: VirtualGrid, site: int = 0, kind: str = "train", timeout_s: float = 3600) -> tuple[float, Message]:
+def ask(
+    grid: VirtualGrid, site: int = 0, kind: str = "train", timeout_s: float = 3600
+) -> tuple[float, Message]:
     [(_, reply)] = exchange(grid, [Message(RecordDict(), FIRST_NODE + site, kind)], timeout_s)
     return grid.now(), reply
 
@@ -61,10 +68,14 @@ def test_a_test_costs_a_third_of_training() -> None:
 
 def test_bytes_take_the_time_that_the_link_needs() -> None:
     grid = make(bandwidth_mbps=0.001, latency_ms=0)
-    message = Message(RecordDict({"metrics": MetricRecord({"a": list(range(1000))})}), FIRST_NODE, "train")
+    message = Message(
+        RecordDict({"metrics": MetricRecord({"a": list(range(1000))})}), FIRST_NODE, "train"
+    )
     [(_, reply)] = exchange(grid, [message], 1e6)
     assert num_bytes(message) > 1000
-    assert grid.now() == pytest.approx((num_bytes(message) + num_bytes(reply)) * 8 / 1000 + SAMPLES / 10)
+    assert grid.now() == pytest.approx(
+        (num_bytes(message) + num_bytes(reply)) * 8 / 1000 + SAMPLES / 10
+    )
 
 
 def test_replies_arrive_in_the_order_of_virtual_time() -> None:
@@ -77,7 +88,11 @@ def test_replies_arrive_in_the_order_of_virtual_time() -> None:
 def test_site_works_on_one_message_after_the_other() -> None:
     grid = make()
     messages = [Message(RecordDict(), FIRST_NODE, "train") for _ in range(3)]
-    assert [(grid.now(), count(reply)) for _, reply in exchange(grid, messages, 3600)] == [(11, 1), (22, 2), (33, 3)]
+    assert [(grid.now(), count(reply)) for _, reply in exchange(grid, messages, 3600)] == [
+        (11, 1),
+        (22, 2),
+        (33, 3),
+    ]
 
 
 def test_answer_that_comes_too_late_is_not_delivered() -> None:
@@ -97,7 +112,10 @@ def test_error_that_flower_makes_up_itself_is_put_down_to_the_site_that_was_aske
 
     grid = VirtualGrid(app, World().sites(2, 1), {}, made_up)
     messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
-    assert sorted(node for node, _ in exchange(grid, messages, 3600)) == [FIRST_NODE, FIRST_NODE + 1]
+    assert sorted(node for node, _ in exchange(grid, messages, 3600)) == [
+        FIRST_NODE,
+        FIRST_NODE + 1,
+    ]
 
 
 def test_exception_at_a_site_is_flowers_error() -> None:

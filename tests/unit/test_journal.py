@@ -19,7 +19,9 @@ from server_app.census import Federation, RunError, Site
 from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Refused, Reported
 from server_app.journal import Journal, Lines, Logged, goes_on
 
-SITES = tuple(Site(number, 10 + number, f"site {number}", 8, 4, (), b"", b"") for number in range(3))
+SITES = tuple(
+    Site(number, 10 + number, f"site {number}", 8, 4, (), b"", b"") for number in range(3)
+)
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def config() -> Config:
 
 
 def began() -> Began:
-    return Began(Federation(SITES, ("a", "b"), (1, 2, 2), None, ()), FlatModel(torch.nn.Linear(4, 2)))
+    return Began(
+        Federation(SITES, ("a", "b"), (1, 2, 2), None, ()), FlatModel(torch.nn.Linear(4, 2))
+    )
 
 
 def reported(number: int, site: int | str) -> Reported:
@@ -37,7 +41,9 @@ def reported(number: int, site: int | str) -> Reported:
 
 def progress(number: int) -> Progress:
     many = {f"recall-{index}": 0.5 for index in range(100)}
-    return Progress("round", number, 1.0, number, 4, 2.0, 0.1, {"loss": math.inf}, {"accuracy": 0.5, **many})
+    return Progress(
+        "round", number, 1.0, number, 4, 2.0, 0.1, {"loss": math.inf}, {"accuracy": 0.5, **many}
+    )
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -105,7 +111,9 @@ def test_what_is_still_to_be_computed_is_no_line(config: Config) -> None:
     assert Lines(config).of(Checkpoint(dict)) is None  # type: ignore[arg-type]
 
 
-def test_journal_is_bounded_and_keeps_how_the_run_began(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_is_bounded_and_keeps_how_the_run_began(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(journal, "MOST", 20_000)
     sink = Journal(config, tmp_path)
     sink(began())
@@ -119,7 +127,9 @@ def test_journal_is_bounded_and_keeps_how_the_run_began(config: Config, tmp_path
     assert found[-1]["kind"] == "ended"
 
 
-def test_journal_that_is_deleted_is_written_again_and_one_that_is_there_goes_on(config: Config, tmp_path: Path) -> None:
+def test_journal_that_is_deleted_is_written_again_and_one_that_is_there_goes_on(
+    config: Config, tmp_path: Path
+) -> None:
     file = tmp_path / "events.jsonl"
     sink = Journal(config, tmp_path)
     sink(began())
@@ -130,7 +140,13 @@ def test_journal_that_is_deleted_is_written_again_and_one_that_is_there_goes_on(
     again = Journal(config, tmp_path)
     again(began())
     again(Ended(None))
-    assert [line["kind"] for line in lines(file)] == ["began", "progress", "ended", "began", "ended"]
+    assert [line["kind"] for line in lines(file)] == [
+        "began",
+        "progress",
+        "ended",
+        "began",
+        "ended",
+    ]
 
 
 def test_others_see_whether_the_run_goes_on(config: Config, tmp_path: Path) -> None:
@@ -148,7 +164,9 @@ def test_others_see_whether_the_run_goes_on(config: Config, tmp_path: Path) -> N
     assert not goes_on(file)
 
 
-def test_json_log_has_run_round_and_site_and_no_event_twice(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_log_has_run_round_and_site_and_no_event_twice(
+    config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
     logger = logging.getLogger("flwr")
     handler = logging.StreamHandler()
     logger.addHandler(handler)
@@ -167,7 +185,11 @@ def test_json_log_has_run_round_and_site_and_no_event_twice(config: Config, capf
     out, err = capfd.readouterr()
     printed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     logged = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
-    assert [line["kind"] for line in printed if line["kind"] not in ("log", "refused")] == ["began", "progress", "ended"]
+    assert [line["kind"] for line in printed if line["kind"] not in ("log", "refused")] == [
+        "began",
+        "progress",
+        "ended",
+    ]
     both = {line["message"]: line for line in (*printed, *logged) if "message" in line}
     assert {key: both[str(refused)][key] for key in ("run", "round", "site", "level")} == {
         "run": "a-run",

@@ -19,7 +19,9 @@ def mean_of(vectors: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(-8, 5))
-def test_order_of_arrival_does_not_change_a_bit(num_sites: int, seed: int, magnitude: float) -> None:
+def test_order_of_arrival_does_not_change_a_bit(
+    num_sites: int, seed: int, magnitude: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Magnitudes spread over six decades, where floating-point sums do depend on the order.
     scale = 10 ** (magnitude - 6 * torch.rand(1000, generator=generator))
@@ -34,7 +36,9 @@ def test_order_of_arrival_does_not_change_a_bit(num_sites: int, seed: int, magni
 def test_floating_point_sums_depend_on_the_order_here() -> None:
     """The test above would pass for any sum if its numbers were too tame: these are of the same kind and do not commute."""
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(8, 1000, generator=generator) * 10 ** (-6 * torch.rand(8, 1000, generator=generator))
+    vectors = torch.randn(8, 1000, generator=generator) * 10 ** (
+        -6 * torch.rand(8, 1000, generator=generator)
+    )
     forwards, backwards = torch.zeros(1000), torch.zeros(1000)
     for vector in vectors:
         forwards += vector
@@ -44,7 +48,9 @@ def test_floating_point_sums_depend_on_the_order_here() -> None:
 
 
 def test_mean_is_the_weighted_mean() -> None:
-    vectors = torch.randn(5, 300_000, generator=torch.Generator().manual_seed(1))  # more than one block
+    vectors = torch.randn(
+        5, 300_000, generator=torch.Generator().manual_seed(1)
+    )  # more than one block
     shares = [0.1, 0.2, 0.3, 0.15, 0.25]
     expected = (vectors.double() * torch.tensor(shares, dtype=torch.float64)[:, None]).sum(0)
     torch.testing.assert_close(
@@ -78,7 +84,12 @@ def test_largest_values_do_not_overflow() -> None:
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (-float("inf"), "NaN or infinite"), (-5e6, "diverged")],
+    [
+        (float("nan"), "NaN or infinite"),
+        (float("inf"), "NaN or infinite"),
+        (-float("inf"), "NaN or infinite"),
+        (-5e6, "diverged"),
+    ],
 )
 def test_what_cannot_be_averaged_is_refused(value: float, reason: str) -> None:
     x = torch.zeros(1000)

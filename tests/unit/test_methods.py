@@ -25,7 +25,9 @@ class Keys(Section):
 def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
     """FedAvg that goes a part of the way."""
     found = fedavg.plan(fedavg.Keys(), run)
-    return found._replace(absorb=lambda state, mean: fedavg.Average(state.x.lerp(mean.x, keys.strength)))
+    return found._replace(
+        absorb=lambda state, mean: fedavg.Average(state.x.lerp(mean.x, keys.strength))
+    )
 
 
 MINE = Method("mine", Keys, plan)
@@ -45,8 +47,18 @@ def home(method: "Method[Section]") -> Path:
 
 def test_no_name_of_a_method_is_compared_outside_its_own_file() -> None:
     names = "|".join(re.escape(name) for name in METHODS)
-    compared = re.compile(rf"""(==|!=|\bin|case)\s*[\(\[{{]?\s*(["'][^"']*["'],\s*)*["']({names})["']""")
-    folders = ("strategies", "server_app", "client_app", "simulation", "configuration", "datasets", "models")
+    compared = re.compile(
+        rf"""(==|!=|\bin|case)\s*[\(\[{{]?\s*(["'][^"']*["'],\s*)*["']({names})["']"""
+    )
+    folders = (
+        "strategies",
+        "server_app",
+        "client_app",
+        "simulation",
+        "configuration",
+        "datasets",
+        "models",
+    )
     for file in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             found = compared.search(line)
@@ -58,17 +70,27 @@ def test_no_name_of_a_method_is_compared_outside_its_own_file() -> None:
 
 
 @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
-def test_who_greps_for_a_name_finds_the_file_with_its_source_and_equation(method: "Method[Section]") -> None:
+def test_who_greps_for_a_name_finds_the_file_with_its_source_and_equation(
+    method: "Method[Section]",
+) -> None:
     text = home(method).read_text()
     assert f'"{method.name}"' in text
     title = (text.split('"""')[1]).lower()
-    assert re.sub("[^a-z]", "", method.name.removesuffix("-c").removesuffix("-a"))[:4] in re.sub("[^a-z]", "", title)
+    assert re.sub("[^a-z]", "", method.name.removesuffix("-c").removesuffix("-a"))[:4] in re.sub(
+        "[^a-z]", "", title
+    )
     assert len(text.splitlines()) <= 130
 
 
 def test_what_drives_peers_and_arrivals_stays_readable() -> None:
     files = [
-        ROOT / f"{name}.py" for name in ("client_app/peer", "server_app/relay", "server_app/asynchronous", "simulation/batched")
+        ROOT / f"{name}.py"
+        for name in (
+            "client_app/peer",
+            "server_app/relay",
+            "server_app/asynchronous",
+            "simulation/batched",
+        )
     ]
     texts = {file: file.read_text() for file in files}
     assert sum(len(text.splitlines()) for text in texts.values()) <= 1150
@@ -89,14 +111,22 @@ def test_what_drives_peers_and_arrivals_stays_readable() -> None:
         ("FAILING", "its plan fails: KeyError: 'x'"),
     ],
 )
-def test_what_is_wrong_with_a_method_of_ones_own_is_said_before_the_run(name: str, message: str) -> None:
+def test_what_is_wrong_with_a_method_of_ones_own_is_said_before_the_run(
+    name: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"strategy = '{__name__}:{name}': .*{message}"):
         configuration(strategy=f"{__name__}:{name}")
 
 
 @pytest.mark.parametrize(
     ("written", "name"),
-    [("GSGM", "gsgm"), ("DiLoCo", "diloco"), ("RelaySGD", "relaysgd"), ("DFedSAM", "dfedsam"), ("krum", "Krum")],
+    [
+        ("GSGM", "gsgm"),
+        ("DiLoCo", "diloco"),
+        ("RelaySGD", "relaysgd"),
+        ("DFedSAM", "dfedsam"),
+        ("krum", "Krum"),
+    ],
 )
 def test_name_as_in_its_paper_leads_to_the_name(written: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{name}'"):

@@ -13,7 +13,9 @@ KINDS = ["iid", "dirichlet", "dirichlet-equal", "classes", "sizes"]
 LABELS = np.repeat(np.arange(10), 60)
 
 
-def deal(kind: str, num_sites: int, seed: int = 1, labels: Any = LABELS, **changes: Any) -> list[Any]:
+def deal(
+    kind: str, num_sites: int, seed: int = 1, labels: Any = LABELS, **changes: Any
+) -> list[Any]:
     arguments = {
         "alpha": 0.5,
         "classes_per_site": 4,
@@ -21,7 +23,9 @@ def deal(kind: str, num_sites: int, seed: int = 1, labels: Any = LABELS, **chang
         "iid_fraction": 0.0,
     } | changes
     groups, names = arguments.pop("groups", None), arguments.pop("names", ())
-    return partition(kind, labels, groups, names, num_sites, np.random.default_rng(seed), **arguments)
+    return partition(
+        kind, labels, groups, names, num_sites, np.random.default_rng(seed), **arguments
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +35,9 @@ def deal(kind: str, num_sites: int, seed: int = 1, labels: Any = LABELS, **chang
     st.integers(0, 1000),
     st.sampled_from([0.1, 1.0, 100.0]),
 )
-def test_each_example_goes_to_exactly_one_site(kind: str, num_sites: int, seed: int, alpha: float) -> None:
+def test_each_example_goes_to_exactly_one_site(
+    kind: str, num_sites: int, seed: int, alpha: float
+) -> None:
     parts = deal(kind, num_sites, seed, alpha=alpha)
     assert len(parts) == num_sites
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(LABELS)))
@@ -54,7 +60,10 @@ def test_large_alpha_is_equal_shares_of_every_class(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dirichlet", "dirichlet-equal"])
 def test_small_alpha_is_more_skewed(kind: str) -> None:
     def largest_share(alpha: float) -> float:
-        shares = [np.bincount(LABELS[part], minlength=10).max() / len(part) for part in deal(kind, 8, alpha=alpha)]
+        shares = [
+            np.bincount(LABELS[part], minlength=10).max() / len(part)
+            for part in deal(kind, 8, alpha=alpha)
+        ]
         return float(np.mean(shares))
 
     assert largest_share(0.1) > 2 * largest_share(100.0)
@@ -63,7 +72,12 @@ def test_small_alpha_is_more_skewed(kind: str) -> None:
 def test_dirichlet_shares_have_the_variance_of_the_distribution() -> None:
     """A share over n sites has variance (n - 1) / (n^2 (n a + 1)); within five standard errors."""
     labels, alpha, n = np.zeros(100_000, dtype=np.int64), 2.0, 4
-    shares = np.array([[len(part) / 100_000 for part in deal("dirichlet", n, seed, labels, alpha=alpha)] for seed in range(400)])
+    shares = np.array(
+        [
+            [len(part) / 100_000 for part in deal("dirichlet", n, seed, labels, alpha=alpha)]
+            for seed in range(400)
+        ]
+    )
     squares = ((shares - 1 / n) ** 2).mean(1)
     error = squares.std() / np.sqrt(len(squares))
     assert abs(squares.mean() - (n - 1) / (n**2 * (n * alpha + 1))) < 5 * error
@@ -74,7 +88,9 @@ def test_site_that_has_its_share_gets_no_further_class() -> None:
         lists = _dirichlet_group(np.arange(600), LABELS, 6, np.random.default_rng(seed), 0.3)
         for part in lists:
             labels = LABELS[part]
-            assert (labels < labels[-1]).sum() < 100  # what it had before its last class was less than its share
+            assert (
+                labels < labels[-1]
+            ).sum() < 100  # what it had before its last class was less than its share
 
 
 def test_smallest_site_of_a_group_has_half_the_average_before_the_slices() -> None:
@@ -83,8 +99,12 @@ def test_smallest_site_of_a_group_has_half_the_average_before_the_slices() -> No
         assert min(map(len, lists)) >= 50
 
 
-@pytest.mark.parametrize(("num_sites", "groups"), [(10, [10]), (16, [10, 6]), (20, [10, 10]), (21, [10, 10, 1])])
-def test_groups_have_at_most_ten_sites_and_examples_in_proportion(num_sites: int, groups: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("num_sites", "groups"), [(10, [10]), (16, [10, 6]), (20, [10, 10]), (21, [10, 10, 1])]
+)
+def test_groups_have_at_most_ten_sites_and_examples_in_proportion(
+    num_sites: int, groups: list[int]
+) -> None:
     generator = np.random.default_rng(1)
     order, line, start = generator.permutation(len(LABELS)), [], 0
     for stop, size in zip(np.cumsum(groups), groups, strict=True):
@@ -97,7 +117,10 @@ def test_groups_have_at_most_ten_sites_and_examples_in_proportion(num_sites: int
 
 
 def test_which_site_has_which_class_is_chance() -> None:
-    first = {tuple(np.unique(LABELS[deal("classes", 10, seed, classes_per_site=1)[0]])) for seed in range(20)}
+    first = {
+        tuple(np.unique(LABELS[deal("classes", 10, seed, classes_per_site=1)[0]]))
+        for seed in range(20)
+    }
     assert len(first) > 4
 
 
@@ -169,7 +192,9 @@ def test_what_cannot_be_dealt_is_an_error_that_names_the_key(
         deal(kind, num_sites, **changes)
 
 
-@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 60), (0.1, 54.6), (0.5, 33), (0.9, 11.4), (1.0, 6)])
+@pytest.mark.parametrize(
+    ("fraction", "expected"), [(0.0, 60), (0.1, 54.6), (0.5, 33), (0.9, 11.4), (1.0, 6)]
+)
 def test_a_fraction_is_dealt_out_by_chance(fraction: float, expected: int) -> None:
     """Of its own 60 examples a site of ten keeps 60 (1 - f), and gets 6 f of them with the rest."""
     parts = deal("classes", 10, classes_per_site=1, iid_fraction=fraction)
@@ -197,7 +222,9 @@ too_large = changed(lambda parts: [part + np.uint64(1) for part in parts])
 negative = changed(lambda parts: [part.astype(np.int64) - 1 for part in parts])
 left_out = changed(lambda parts: [part[1:] for part in parts])
 twice = changed(lambda parts: [np.concatenate([part, part[:1]]) for part in parts])
-unequal = changed(lambda parts: [np.concatenate([parts[0], parts[1][1:]]), parts[1][:1], *parts[2:]])
+unequal = changed(
+    lambda parts: [np.concatenate([parts[0], parts[1][1:]]), parts[1][:1], *parts[2:]]
+)
 
 
 def test_partition_of_ones_own() -> None:
@@ -252,5 +279,7 @@ def test_partitions_say_which_keys_they_take() -> None:
 
 
 def test_only_the_keys_of_the_partition_are_needed() -> None:
-    parts = partition("sizes", LABELS, None, (), 2, np.random.default_rng(1), size_ratio=2.0, iid_fraction=0.0)
+    parts = partition(
+        "sizes", LABELS, None, (), 2, np.random.default_rng(1), size_ratio=2.0, iid_fraction=0.0
+    )
     assert [len(part) for part in parts] == [200, 400]

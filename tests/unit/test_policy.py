@@ -29,7 +29,9 @@ from tests.data import write_numbers
 
 
 def site(folder: Path, **keys: Any) -> SiteFile:
-    return SiteFile.model_validate({"site": 0, "socket": str(folder / "s"), "data": {"source": "digits"}} | keys)
+    return SiteFile.model_validate(
+        {"site": 0, "socket": str(folder / "s"), "data": {"source": "digits"}} | keys
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,15 +47,28 @@ def site(folder: Path, **keys: Any) -> SiteFile:
         ({"save": "HERE/file/model"}, "save = '"),
         ({"group": "no such group"}, "group = 'no such group': there is no such group"),
         ({"policy": {"models": ["mlq"]}}, "policy.models = 'mlq': allowed: cnn, mlp"),
-        ({"policy": {"import-paths": ["no.such:THING"]}}, "policy.import-paths = 'no.such:THING': it cannot be imported"),
-        ({"policy": {"import-paths": ["json:no"]}}, "policy.import-paths = 'json:no': it cannot be imported"),
+        (
+            {"policy": {"import-paths": ["no.such:THING"]}},
+            "policy.import-paths = 'no.such:THING': it cannot be imported",
+        ),
+        (
+            {"policy": {"import-paths": ["json:no"]}},
+            "policy.import-paths = 'json:no': it cannot be imported",
+        ),
     ],
     ids=str,
 )
-def test_what_is_not_there_is_named_with_its_key(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
-    check_machine(site(tmp_path, state=str(tmp_path / "new" / "state"), audit=str(tmp_path / "audit")))
+def test_what_is_not_there_is_named_with_its_key(
+    keys: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    check_machine(
+        site(tmp_path, state=str(tmp_path / "new" / "state"), audit=str(tmp_path / "audit"))
+    )
     (tmp_path / "file").write_text("keep me")
-    here = {key: value.replace("HERE", str(tmp_path)) if isinstance(value, str) else value for key, value in keys.items()}
+    here = {
+        key: value.replace("HERE", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in keys.items()
+    }
     with pytest.raises(PolicyError) as error:
         check_machine(site(tmp_path, **here))
     assert said in str(error.value)
@@ -63,14 +78,20 @@ def test_what_is_not_there_is_named_with_its_key(keys: dict[str, Any], said: str
 def test_shards_need_processes(tmp_path: Path) -> None:
     check_processes(site(tmp_path), 1)
     check_processes(site(tmp_path, sharding=True), 2)
-    with pytest.raises(PolicyError, match="sharding = True: there is one process; allowed: false, or torchrun with 2"):
+    with pytest.raises(
+        PolicyError,
+        match="sharding = True: there is one process; allowed: false, or torchrun with 2",
+    ):
         check_processes(site(tmp_path, sharding=True), 1)
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"policy": {"smallest-batch": 243}}, "policy.smallest-batch = 243: this site has 242 training examples"),
+        (
+            {"policy": {"smallest-batch": 243}},
+            "policy.smallest-batch = 243: this site has 242 training examples",
+        ),
         ({"policy": {"smallest-examples": 243}}, "policy.smallest-examples = 243"),
         (
             {"privacy": {"clip-norm": 1, "noise-multiplier": 8, "epsilon": 8, "delta": 0.01}},
@@ -82,22 +103,35 @@ def test_shards_need_processes(tmp_path: Path) -> None:
 def test_rules_fit_what_the_site_holds(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(PolicyError) as error:
         check_holdings(
-            SiteFile.model_validate(site(tmp_path).model_dump(by_alias=True, exclude_none=True) | keys, strict=False), 242
+            SiteFile.model_validate(
+                site(tmp_path).model_dump(by_alias=True, exclude_none=True) | keys, strict=False
+            ),
+            242,
         )
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize("seconds", ["inf", "nan", "1e12", "1e-9"])
 def test_seconds_are_such_as_a_clock_takes(seconds: str, tmp_path: Path) -> None:
-    (tmp_path / "site.toml").write_text(f'site = 0\nsocket = "s"\n[data]\nsource = "digits"\n[policy]\nseconds = {seconds}\n')
+    (tmp_path / "site.toml").write_text(
+        f'site = 0\nsocket = "s"\n[data]\nsource = "digits"\n[policy]\nseconds = {seconds}\n'
+    )
     with pytest.raises(PolicyError, match=r"policy\.seconds"):
         read_site(tmp_path / "site.toml")
 
 
 @pytest.mark.parametrize(
-    "asked", [{"wire.cross_codec": "this:x"}, {"wire": {"cross-codec": "this:x"}}, {"wire.cross-codec": "this:x"}], ids=str
+    "asked",
+    [
+        {"wire.cross_codec": "this:x"},
+        {"wire": {"cross-codec": "this:x"}},
+        {"wire.cross-codec": "this:x"},
+    ],
+    ids=str,
 )
-def test_no_spelling_of_a_key_is_a_way_around_import_paths(asked: dict[str, Any], tmp_path: Path) -> None:
+def test_no_spelling_of_a_key_is_a_way_around_import_paths(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
     found = site(tmp_path)
     with pytest.raises(PolicyError, match="import-paths"):
         check_paths(found.policy, found.run_config(asked))
@@ -111,13 +145,21 @@ def test_a_site_says_for_which_tasks_its_data_are(tmp_path: Path) -> None:
     only = site(tmp_path, data=data, policy={"tasks": ["classification"]})
     with pytest.raises(ValueError, match="240 different classes, at most 100 may leave a site"):
         service.report(only)
-    with pytest.raises(PolicyError, match=r"training.task = 'regression': this site's policy has tasks = \['classification'\]"):
+    with pytest.raises(
+        PolicyError,
+        match=r"training.task = 'regression': this site's policy has tasks = \['classification'\]",
+    ):
         check_run(only.policy, Config.read(found.run_config({"training.task": "regression"})))
 
 
-def test_of_what_metrics_are_made_leaves_only_where_the_policy_has_it_and_rounded(tmp_path: Path) -> None:
+def test_of_what_metrics_are_made_leaves_only_where_the_policy_has_it_and_rounded(
+    tmp_path: Path,
+) -> None:
     record: dict[str, Any] = {"loss": 0.123456, "means": [0.123456, 12.3456], "num-examples": 100}
-    for metrics, left in ((["loss", "means"], {"loss": 0.123, "means": [0.123, 12.35], "num-examples": 100}), (["means"], None)):
+    for metrics, left in (
+        (["loss", "means"], {"loss": 0.123, "means": [0.123, 12.35], "num-examples": 100}),
+        (["means"], None),
+    ):
         found, policy = MetricRecord(record), site(tmp_path, policy={"metrics": metrics}).policy
         withhold(policy, found, 100)
         assert dict(found) == (left or {"means": [0.123, 12.35], "num-examples": 100})
@@ -127,13 +169,21 @@ def test_of_what_metrics_are_made_leaves_only_where_the_policy_has_it_and_rounde
     assert "means" not in found
 
 
-@pytest.mark.parametrize("asked", [{"data": {"path": "/etc"}}, {"data.image_size": 8}, {"data.path": "/etc"}], ids=str)
+@pytest.mark.parametrize(
+    "asked", [{"data": {"path": "/etc"}}, {"data.image_size": 8}, {"data.path": "/etc"}], ids=str
+)
 def test_no_spelling_of_a_key_is_a_way_to_other_data(asked: dict[str, Any], tmp_path: Path) -> None:
     assert site(tmp_path).run_config(asked) == site(tmp_path).run_config({})
 
 
 def test_a_large_loss_tells_no_more_digits_than_a_small_one(tmp_path: Path) -> None:
-    for value, told in ((0.83619, 0.836), (8.3619, 8.362), (836.19123, 836.2), (8361912.3, 8362000.0), (1e30 / 3, 3.333e29)):
+    for value, told in (
+        (0.83619, 0.836),
+        (8.3619, 8.362),
+        (836.19123, 836.2),
+        (8361912.3, 8362000.0),
+        (1e30 / 3, 3.333e29),
+    ):
         metrics = MetricRecord({"loss": value})
         withhold(site(tmp_path).policy, metrics, 100)
         assert metrics["loss"] == pytest.approx(told, rel=1e-12)
@@ -143,12 +193,23 @@ def test_the_test_part_of_a_deployed_site_is_the_same_in_all_runs() -> None:
     """Moments of many halves that a run's seed picks are as many equations for each example; and a test example was trained on."""
     one, other = (raw_data(configuration(seed=seed), SiteId(0, None, "")) for seed in (1, 2))
     assert one.train.y.tolist() == other.train.y.tolist()
-    assert raw_data(configuration(seed=1), SiteId(1, None, "")).train.y.tolist() != one.train.y.tolist()
+    assert (
+        raw_data(configuration(seed=1), SiteId(1, None, "")).train.y.tolist()
+        != one.train.y.tolist()
+    )
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"run": "../x"}, {"run": 2**64}, {"run": -1}, {"node": True}, {"kind": "q" * 65}, {"kind": "a\n"}, {"run-config": []}],
+    [
+        {"run": "../x"},
+        {"run": 2**64},
+        {"run": -1},
+        {"node": True},
+        {"kind": "q" * 65},
+        {"kind": "a\n"},
+        {"run-config": []},
+    ],
     ids=str,
 )
 def test_a_head_is_that_of_a_message(wrong: dict[str, Any]) -> None:
@@ -165,7 +226,9 @@ def test_damaged_list_of_runs_is_named(text: str, tmp_path: Path) -> None:
         service._Begun(tmp_path / "runs.json")
 
 
-def test_a_clock_that_is_set_back_ends_no_runs_for_years(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_set_back_ends_no_runs_for_years(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, now = tmp_path / "runs.json", time.time()
     file.write_text(json.dumps([[now + 1e9, 1, "x"]]))
     begun = service._Begun(file)
@@ -175,7 +238,9 @@ def test_a_clock_that_is_set_back_ends_no_runs_for_years(tmp_path: Path, monkeyp
     begun.add(2, "x", 1)
 
 
-def test_temporary_files_lie_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_lie_where_nobody_else_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.compile unpickles what it finds in a folder of a known name below the place for temporary files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TMPDIR", "")

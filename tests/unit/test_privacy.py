@@ -16,7 +16,11 @@ SIZE = 200_000
 
 
 def noise(
-    folder: Path, clip_norm: float = 3.0, multiplier: float = 0.5, budget: float = math.inf, seed: bytes = bytes(32)
+    folder: Path,
+    clip_norm: float = 3.0,
+    multiplier: float = 0.5,
+    budget: float = math.inf,
+    seed: bytes = bytes(32),
 ) -> Noise:
     return Noise(clip_norm, multiplier, Account(folder, 1e-5), budget, seed)
 
@@ -71,7 +75,9 @@ def test_no_more_is_answered_than_the_budget_has(tmp_path: Path) -> None:
 
     for _ in range(21):
         answer()
-    with pytest.raises(BudgetError, match=r"privacy.epsilon = 4: with this answer it would be 4\.\d+"):
+    with pytest.raises(
+        BudgetError, match=r"privacy.epsilon = 4: with this answer it would be 4\.\d+"
+    ):
         answer()
     assert Account(tmp_path, 1e-5).epsilon() <= 4.0
 
@@ -98,12 +104,16 @@ def test_noise_is_normal_and_depends_on_every_byte_of_its_seed(tmp_path: Path) -
         made[seed] = noise(tmp_path, 1.0, 1.0, seed=seed)([torch.zeros(SIZE)])[0]
     off = torch.corrcoef(torch.stack(list(made.values()))) - torch.eye(4)
     assert float(off.abs().max()) < 5 / math.sqrt(SIZE)
-    found = [Noise.of(Context(1, 1, NODE | {"state": str(tmp_path)}, RecordDict(), {})) for _ in range(2)]
+    found = [
+        Noise.of(Context(1, 1, NODE | {"state": str(tmp_path)}, RecordDict(), {})) for _ in range(2)
+    ]
     first, second = (each([torch.zeros(9)])[0] for each in found if each)
     assert not torch.equal(first, second)
 
 
-NODE: dict[str, Any] = {f"privacy.{key}": 9.0 for key in ("clip-norm", "noise-multiplier", "epsilon")} | {"privacy.delta": 1e-5}
+NODE: dict[str, Any] = {
+    f"privacy.{key}": 9.0 for key in ("clip-norm", "noise-multiplier", "epsilon")
+} | {"privacy.delta": 1e-5}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"spent": NaN}', '{"spent": -1}', "{}", '{"spent": 1'])
@@ -125,7 +135,9 @@ def test_as_many_answers_are_left_as_are_given(tmp_path: Path) -> None:
         made.settle()
 
 
-def test_what_is_spent_is_there_whole_when_a_write_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_spent_is_there_whole_when_a_write_is_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     account = Account(tmp_path, 1e-5)
     account.charge(1.0)
     before = account.epsilon()

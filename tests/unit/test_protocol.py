@@ -58,7 +58,16 @@ CARD = SiteCard(
     code="x",
     counts=[4, 6],
 )
-TABLE = CARD.model_copy(update={"columns": ["age"], "shape": [1], "known": [7.0], "mean": [0.5], "variance": [0.1], "counts": None})
+TABLE = CARD.model_copy(
+    update={
+        "columns": ["age"],
+        "shape": [1],
+        "known": [7.0],
+        "mean": [0.5],
+        "variance": [0.1],
+        "counts": None,
+    }
+)
 PEER = PeerOrder(3, Agreed(("a", "b")), {0: 0.25, 2: 0.25}, True, False, False, False, 0.5)
 
 
@@ -149,7 +158,10 @@ def test_orders_survive(order: Order) -> None:
         *[st.booleans()] * 4,
         numbers,
         st.none() | st.lists(st.integers(0, 9)).map(tuple),
-        *[st.dictionaries(st.integers(0, 9), st.binary(min_size=size, max_size=size)) for size in (32, 16)],
+        *[
+            st.dictionaries(st.integers(0, 9), st.binary(min_size=size, max_size=size))
+            for size in (32, 16)
+        ],
     )
 )
 def test_orders_to_peers_survive(order: PeerOrder) -> None:
@@ -163,25 +175,61 @@ def test_orders_to_peers_survive(order: PeerOrder) -> None:
     ("content", "reason"),
     [
         (RecordDict(), "the reply holds the records [], ['arrays', 'metrics'] are expected"),
-        (RecordDict({**write_trained(MODEL, TRAINED), "more": MetricRecord()}), "['arrays', 'metrics', 'more'], "),
-        (RecordDict({"arrays": MetricRecord(), "metrics": MetricRecord()}), "arrays is MetricRecord, ArrayRecord is expected"),
+        (
+            RecordDict({**write_trained(MODEL, TRAINED), "more": MetricRecord()}),
+            "['arrays', 'metrics', 'more'], ",
+        ),
+        (
+            RecordDict({"arrays": MetricRecord(), "metrics": MetricRecord()}),
+            "arrays is MetricRecord, ArrayRecord is expected",
+        ),
         (with_metric("loss", -1.0), "loss is -1.0: must be greater than or equal to 0"),
         (with_metric("loss", 1e300), "loss is 1e+300: must be less than or equal to 1000"),
         (with_metric("lr-first", float("inf")), "lr-first is inf: must be "),
         (with_metric("num-examples", 7.0), "num-examples is 7.0: must be a valid integer"),
         (with_metric("num-examples", 8), "num-examples is 8, at first the site said 7"),
-        (with_metric("samples", list(range(99))), "samples is [0, 1, 2, 3, 4, 5, ...]: must be a valid integer"),
+        (
+            with_metric("samples", list(range(99))),
+            "samples is [0, 1, 2, 3, 4, 5, ...]: must be a valid integer",
+        ),
         (with_metric("\nloss\x1b[31m", 1.0), r"'\nloss\x1b[31m' is unknown"),
         (RecordDict({"arrays": pack(MODEL), "metrics": MetricRecord()}), "lr-first is missing"),
-        (write_trained({"x": MODEL["x"]}, TRAINED), "the reply holds the arrays ['x'], ['stats', 'x'] are expected"),
-        (write_trained(MODEL | {"y": MODEL["x"]}, TRAINED), "the reply holds the arrays ['stats', 'x', 'y'], "),
-        (write_trained(MODEL | {"x": torch.zeros(2, 3)}, TRAINED), "x is 'float32' of shape (2, 3), float32 of shape (6,)"),
-        (write_trained(MODEL | {"x": torch.zeros(6).double()}, TRAINED), "x is 'float64' of shape (6,), float32 of shape (6,)"),
-        (write_trained(MODEL | {"x": torch.full((6,), 5e6)}, TRAINED), "the model diverged: it holds 5e+06"),
-        (write_trained(MODEL | {"stats": torch.full((4,), -5e6)}, TRAINED), "stats holds a variance below 0"),
-        (write_trained(MODEL | {"stats": torch.tensor([-1.0, 0, 0, -0.01])}, TRAINED), "stats holds a variance below 0"),
-        (write_trained(MODEL | {"stats": torch.tensor([-9e6, 0, 0, 0])}, TRAINED), "the model diverged: it holds 9e+06"),
-        (write_trained(MODEL | {"stats": torch.full((4,), torch.nan)}, TRAINED), "the model holds NaN or infinite values"),
+        (
+            write_trained({"x": MODEL["x"]}, TRAINED),
+            "the reply holds the arrays ['x'], ['stats', 'x'] are expected",
+        ),
+        (
+            write_trained(MODEL | {"y": MODEL["x"]}, TRAINED),
+            "the reply holds the arrays ['stats', 'x', 'y'], ",
+        ),
+        (
+            write_trained(MODEL | {"x": torch.zeros(2, 3)}, TRAINED),
+            "x is 'float32' of shape (2, 3), float32 of shape (6,)",
+        ),
+        (
+            write_trained(MODEL | {"x": torch.zeros(6).double()}, TRAINED),
+            "x is 'float64' of shape (6,), float32 of shape (6,)",
+        ),
+        (
+            write_trained(MODEL | {"x": torch.full((6,), 5e6)}, TRAINED),
+            "the model diverged: it holds 5e+06",
+        ),
+        (
+            write_trained(MODEL | {"stats": torch.full((4,), -5e6)}, TRAINED),
+            "stats holds a variance below 0",
+        ),
+        (
+            write_trained(MODEL | {"stats": torch.tensor([-1.0, 0, 0, -0.01])}, TRAINED),
+            "stats holds a variance below 0",
+        ),
+        (
+            write_trained(MODEL | {"stats": torch.tensor([-9e6, 0, 0, 0])}, TRAINED),
+            "the model diverged: it holds 9e+06",
+        ),
+        (
+            write_trained(MODEL | {"stats": torch.full((4,), torch.nan)}, TRAINED),
+            "the model holds NaN or infinite values",
+        ),
     ],
 )
 def test_training_that_is_refused(content: RecordDict, reason: str) -> None:
@@ -212,14 +260,26 @@ ODD = [
 @pytest.mark.parametrize("data", ODD, ids=lambda data: f"{data.dtype.str}{data.shape}")
 def test_bytes_are_what_they_are_said_to_be(data: Any) -> None:
     told = Array("float32", (SIZE,), "numpy.ndarray", Array(data).data)
-    assert refusal(lambda: trained(with_x(told))).endswith(" bytes that are not float32 of shape (6,)")
+    assert refusal(lambda: trained(with_x(told))).endswith(
+        " bytes that are not float32 of shape (6,)"
+    )
 
 
 def test_data_of_another_length_or_kind_are_refused() -> None:
     whole = Array(np.zeros(SIZE, np.float32))
-    for data in (whole.data[:-1], whole.data + b"\0", b"", b"\x93NUMPY", whole.data.replace(b"(6,)", b"(((")):
-        assert "bytes that are not" in refusal(lambda data=data: trained(with_x(Array("float32", (SIZE,), "numpy.ndarray", data))))  # type: ignore[misc]
-    assert "x is a 'torch.Tensor'" in refusal(lambda: trained(with_x(Array("float32", (SIZE,), "torch.Tensor", whole.data))))
+    for data in (
+        whole.data[:-1],
+        whole.data + b"\0",
+        b"",
+        b"\x93NUMPY",
+        whole.data.replace(b"(6,)", b"((("),
+    ):
+        assert "bytes that are not" in refusal(
+            lambda data=data: trained(with_x(Array("float32", (SIZE,), "numpy.ndarray", data)))
+        )  # type: ignore[misc]
+    assert "x is a 'torch.Tensor'" in refusal(
+        lambda: trained(with_x(Array("float32", (SIZE,), "torch.Tensor", whole.data)))
+    )
 
 
 def test_what_goes_wrong_while_reading_is_a_refusal() -> None:
@@ -229,7 +289,9 @@ def test_what_goes_wrong_while_reading_is_a_refusal() -> None:
 
 
 def test_error_of_a_site_is_one_short_printable_line() -> None:
-    reason = refusal(lambda: trained_error("Traceback\n  File x\nValueError: boom \x1b[31m" + "x" * 10**6), 500)
+    reason = refusal(
+        lambda: trained_error("Traceback\n  File x\nValueError: boom \x1b[31m" + "x" * 10**6), 500
+    )
     assert reason.startswith("ValueError: boom ?[31mxxx")
     assert refusal(lambda: trained_error("")) == "no reason given"
 
@@ -244,7 +306,11 @@ def trained_error(reason: str) -> Any:
         ({"accuracy": 1.5}, 1, "accuracy is 1.5: must be less than or equal to 1"),
         ({"accuracy": float("nan")}, 1, "accuracy is nan: must be a finite number"),
         ({"num-examples": 4}, 1, "num-examples is 4, at first the site said 3"),
-        ({"accuracy-vote": 0.5, "accuracy-single": 0.5}, 1, "belong to a test of several models, this one is of 1"),
+        (
+            {"accuracy-vote": 0.5, "accuracy-single": 0.5},
+            1,
+            "belong to a test of several models, this one is of 1",
+        ),
     ],
 )
 def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str) -> None:
@@ -257,7 +323,10 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
     [
         ({"site": -1}, "site is -1: must be greater than or equal to 0"),
         ({"train": 0}, "train is 0: must be greater than or equal to 1"),
-        ({"train": 10**15}, "train is 1000000000000000: must be less than or equal to 1000000000000"),
+        (
+            {"train": 10**15},
+            "train is 1000000000000000: must be less than or equal to 1000000000000",
+        ),
         ({"test": -3}, "test is -3"),
         ({"train": True}, "train is True: must be a valid integer"),
         ({"name": "x" * 10**5}, "name is 'xxxxxxxx"),
@@ -265,7 +334,10 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
         ({"name": "a\nb"}, r"name is 'a\nb': must be printable"),
         ({"name": "\x1b[31m"}, "must be printable"),
         ({"classes": []}, "classes is []"),
-        ({"classes": [str(n) for n in range(101)]}, "classes is ['0', '1', '2', '3', '4', '5', ...]"),
+        (
+            {"classes": [str(n) for n in range(101)]},
+            "classes is ['0', '1', '2', '3', '4', '5', ...]",
+        ),
         ({"classes": ["x" * 65, "b"]}, "classes.0 is 'xxx"),
         ({"classes": ["a", "a"]}, "classes must differ"),
         ({"shape": []}, "shape is []"),
@@ -274,8 +346,14 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
         ({"counts": [4, 7]}, "counts must be those of the classes, train + test in all"),
         ({"counts": [11, -1]}, "counts.1 is -1"),
         ({"counts": [10]}, "counts must be those of the classes"),
-        ({"known": [1.0], "mean": [1.0], "variance": [1.0]}, "known, mean and variance must be those of the columns"),
-        ({"columns": ["age"], "shape": [1]}, "known, mean and variance must be those of the columns"),
+        (
+            {"known": [1.0], "mean": [1.0], "variance": [1.0]},
+            "known, mean and variance must be those of the columns",
+        ),
+        (
+            {"columns": ["age"], "shape": [1]},
+            "known, mean and variance must be those of the columns",
+        ),
         ({"public-key": b"short"}, "public-key is b'short'"),
         ({"nonce": b"short"}, "nonce is b'short'"),
         ({"nonce": 16}, "nonce is 16: must be a valid bytes"),
@@ -284,7 +362,9 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
     ],
 )
 def test_card_that_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert reason in refusal(lambda: read_card(reply_with(RecordDict({"config": ConfigRecord(CARD.named() | changes)}))))
+    assert reason in refusal(
+        lambda: read_card(reply_with(RecordDict({"config": ConfigRecord(CARD.named() | changes)})))
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,11 +377,20 @@ def test_card_that_is_refused(changes: dict[str, Any], reason: str) -> None:
     ],
 )
 def test_card_of_a_table_that_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert reason in refusal(lambda: read_card(reply_with(RecordDict({"config": ConfigRecord(TABLE.named() | changes)}))))
+    assert reason in refusal(
+        lambda: read_card(reply_with(RecordDict({"config": ConfigRecord(TABLE.named() | changes)})))
+    )
 
 
 STEP = StepMetrics(
-    num_examples=7, samples=14, loss=1.0, lr_first=0.1, lr_last=0.1, test_loss=1.0, test_accuracy=0.5, test_examples=3
+    num_examples=7,
+    samples=14,
+    loss=1.0,
+    lr_first=0.1,
+    lr_last=0.1,
+    test_loss=1.0,
+    test_accuracy=0.5,
+    test_examples=3,
 )
 NOTES = StepNotes(refused=[], broken=[2], fresh=False, anew=False)
 SEALED = PEER._replace(listeners=(2,))
@@ -314,7 +403,10 @@ def offered(
     order: PeerOrder = PEER,
     model: ArrayRecord | None = None,
 ) -> Any:
-    found = {"offer/0.values": Array(np.zeros(9, np.float32)), "to-2/key": Array(np.zeros(5, np.uint8))}
+    found = {
+        "offer/0.values": Array(np.zeros(9, np.float32)),
+        "to-2/key": Array(np.zeros(5, np.uint8)),
+    }
     content = RecordDict(
         {
             "arrays": ArrayRecord(found if arrays is None else arrays),
@@ -328,7 +420,10 @@ def offered(
 
 
 def test_offer_tells_a_nonce_where_it_is_sealed() -> None:
-    assert offered(order=SEALED, notes={"nonce": b"0123456789abcdef"}).notes.nonce == b"0123456789abcdef"
+    assert (
+        offered(order=SEALED, notes={"nonce": b"0123456789abcdef"}).notes.nonce
+        == b"0123456789abcdef"
+    )
 
 
 def test_offer_survives() -> None:
@@ -341,12 +436,27 @@ def test_offer_survives() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"arrays": {"to-7/key": Array(np.zeros(5, np.uint8))}}, "it offers 'to-7/key', which nobody expects"),
-        ({"arrays": {"offer": Array(np.zeros(5, np.uint8))}}, "it offers 'offer', which nobody expects"),
+        (
+            {"arrays": {"to-7/key": Array(np.zeros(5, np.uint8))}},
+            "it offers 'to-7/key', which nobody expects",
+        ),
+        (
+            {"arrays": {"offer": Array(np.zeros(5, np.uint8))}},
+            "it offers 'offer', which nobody expects",
+        ),
         ({"arrays": {"offer/../x": Array(np.zeros(5, np.uint8))}}, "it offers 'offer/../x'"),
-        ({"arrays": {"offer/values": Array(np.zeros(5, complex))}}, "offer/values is 'complex128'; allowed: float16"),
-        ({"arrays": {"offer/values": Array("float32", (9,), "numpy.ndarray", b"zzz")}}, "offer/values holds 3 bytes"),
-        ({"arrays": {"offer/values": Array("float32", (10**18,), "numpy.ndarray", b"")}}, "offer/values holds 0 bytes"),
+        (
+            {"arrays": {"offer/values": Array(np.zeros(5, complex))}},
+            "offer/values is 'complex128'; allowed: float16",
+        ),
+        (
+            {"arrays": {"offer/values": Array("float32", (9,), "numpy.ndarray", b"zzz")}},
+            "offer/values holds 3 bytes",
+        ),
+        (
+            {"arrays": {"offer/values": Array("float32", (10**18,), "numpy.ndarray", b"")}},
+            "offer/values holds 0 bytes",
+        ),
         ({"order": PEER._replace(last=True)}, "it offers 'offer/0.values'"),
         ({"order": PEER._replace(test=False)}, "it reports a test"),
         ({"metrics": {"test-examples": 4}}, "test-examples is 4, at first the site said 3"),
@@ -360,7 +470,10 @@ def test_offer_survives() -> None:
         ({"notes": {"nonce": bytes(16)}}, "it tells a nonce, and nothing is sealed"),
         ({"order": SEALED}, "it tells no nonce"),
         ({"order": SEALED, "notes": {"nonce": bytes(17)}}, "nonce is b'\\x00"),
-        ({"order": SEALED, "notes": {"nonce": "0" * 16}}, "nonce is '0000000000000000': must be a valid bytes"),
+        (
+            {"order": SEALED, "notes": {"nonce": "0" * 16}},
+            "nonce is '0000000000000000': must be a valid bytes",
+        ),
     ],
 )
 def test_offer_that_is_refused(changes: dict[str, Any], reason: str) -> None:
@@ -370,7 +483,13 @@ def test_offer_that_is_refused(changes: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize("left_out", ["lr-first", "lr-last", "test-examples"])
 def test_what_belongs_together_comes_together(left_out: str) -> None:
     metrics = {key: value for key, value in STEP.named().items() if key != left_out}
-    content = RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord(metrics), "config": ConfigRecord(NOTES.named())})
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(),
+            "metrics": MetricRecord(metrics),
+            "config": ConfigRecord(NOTES.named()),
+        }
+    )
     reason = refusal(lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False))
     assert "go together" in reason or "goes with test-examples" in reason
 
@@ -380,7 +499,9 @@ def test_test_beside_training_is_read_by_itself() -> None:
     assert read_trained(reply_with(content), LAYOUT, 7, {}, True).metrics == TRAINED
     assert read_tested(reply_with(content), 3, beside=True) == TESTED
     assert "records" in refusal(lambda: read_trained(reply_with(content), LAYOUT, 7, {}))
-    assert "records" in refusal(lambda: read_tested(reply_with(write_trained(MODEL, TRAINED)), 3, beside=True))
+    assert "records" in refusal(
+        lambda: read_tested(reply_with(write_trained(MODEL, TRAINED)), 3, beside=True)
+    )
 
 
 @pytest.mark.parametrize("kept", ["loss", "accuracy"])
@@ -414,7 +535,9 @@ def test_model_that_nobody_asked_for_is_refused() -> None:
             "model": pack(MODEL),
         }
     )
-    assert "the records" in refusal(lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False))
+    assert "the records" in refusal(
+        lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False)
+    )
 
 
 def test_text_of_a_site_is_shortened_to_one_printable_line() -> None:

@@ -46,8 +46,14 @@ def test_garbage_is_an_error() -> None:
 
 def test_bytes_are_those_of_the_records(run_app: RunApp) -> None:
     run_app(epochs=1)  # gives this process a run to make messages in
-    arrays, metrics, config = pack({X: torch.zeros(1000)}), MetricRecord({"loss": 1.0}), ConfigRecord({"a": "b" * 50})
-    message = Message(RecordDict({"arrays": arrays, "metrics": metrics, "config": config}), 1, "train")
+    arrays, metrics, config = (
+        pack({X: torch.zeros(1000)}),
+        MetricRecord({"loss": 1.0}),
+        ConfigRecord({"a": "b" * 50}),
+    )
+    message = Message(
+        RecordDict({"arrays": arrays, "metrics": metrics, "config": config}), 1, "train"
+    )
     expected = len(arrays[X].data) + len(metrics.deflate()) + len(config.deflate())
     assert num_bytes(message) == expected
     assert 4000 < len(arrays[X].data) < 4200

@@ -22,7 +22,17 @@ from strategies.asynchronous.fedbuff import fedbuff
 from strategies.asynchronous.robust import robust_window
 from strategies.asynchronous.rule import Update, constant
 from strategies.averaging.collected import Collected
-from strategies.robust import Kind, Robust, capped, clipped, krum, mean_of, median, neighbourhood_mean, trimmed_mean
+from strategies.robust import (
+    Kind,
+    Robust,
+    capped,
+    clipped,
+    krum,
+    mean_of,
+    median,
+    neighbourhood_mean,
+    trimmed_mean,
+)
 from strategies.topology import TopologyError
 
 
@@ -34,14 +44,18 @@ def rows(count: int, size: int = 50, seed: int = 1) -> Tensor:
 def test_median_is_numpys_and_flowers(count: int) -> None:
     x = rows(count)
     np.testing.assert_allclose(median(x), np.median(x.numpy(), axis=0), rtol=1e-6)
-    np.testing.assert_allclose(median(x), aggregate_median([([row.numpy()], 1) for row in x])[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        median(x), aggregate_median([([row.numpy()], 1) for row in x])[0], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("count", "faulty"), [(5, 1), (5, 2), (8, 2), (9, 4)])
 def test_trimmed_mean_is_scipys_and_flowers(count: int, faulty: int) -> None:
     x = rows(count)
     share = faulty / count + 1e-9
-    np.testing.assert_allclose(trimmed_mean(x, faulty), trim_mean(x.numpy(), share), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        trimmed_mean(x, faulty), trim_mean(x.numpy(), share), rtol=2e-5, atol=1e-6
+    )
     flowers = aggregate_trimmed_avg([([row.numpy()], 1) for row in x], share)
     np.testing.assert_allclose(trimmed_mean(x, faulty), flowers[0], rtol=2e-5, atol=1e-6)
 
@@ -49,12 +63,17 @@ def test_trimmed_mean_is_scipys_and_flowers(count: int, faulty: int) -> None:
 @pytest.mark.parametrize(("count", "faulty"), [(5, 1), (9, 2), (12, 4)])
 def test_krum_is_flowers(count: int, faulty: int) -> None:
     x = rows(count)
-    contents = [RecordDict({"a": ArrayRecord([row.numpy()]), "m": MetricRecord({"row": k})}) for k, row in enumerate(x)]
+    contents = [
+        RecordDict({"a": ArrayRecord([row.numpy()]), "m": MetricRecord({"row": k})})
+        for k, row in enumerate(x)
+    ]
     chosen = [content["m"]["row"] for content in select_multikrum(contents, faulty, count - faulty)]
     squares = torch.cdist(x.double(), x.double()).square()
     assert krum(squares, faulty) == sorted(chosen)  # type: ignore[type-var]
     old = aggregate_krum([([row.numpy()], 1) for row in x], faulty, count - faulty)
-    np.testing.assert_allclose(mean_of(list(x), Robust("krum", faulty)), old[0], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        mean_of(list(x), Robust("krum", faulty)), old[0], rtol=2e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["median", "trimmed-mean", "krum"])
@@ -127,7 +146,10 @@ def test_rows_on_disk_in_any_order_are_as_those_in_memory(
 def test_clipped_gossip_pulls_the_furthest_to_the_others_distance() -> None:
     """On a ring: the radius is the nearer neighbour's distance."""
     own = torch.zeros(3)
-    theirs, weights = {1: torch.tensor([3.0, 4.0, 0.0]), 2: torch.tensor([0.0, 0.0, 1e6])}, {1: 1 / 3, 2: 1 / 3}
+    theirs, weights = (
+        {1: torch.tensor([3.0, 4.0, 0.0]), 2: torch.tensor([0.0, 0.0, 1e6])},
+        {1: 1 / 3, 2: 1 / 3},
+    )
     torch.testing.assert_close(clipped(own, theirs, weights, 1), torch.tensor([1.0, 4 / 3, 5 / 3]))
 
 
@@ -138,7 +160,9 @@ def test_clipped_gossip_is_its_equation() -> None:
     near = sorted(lengths, key=lambda j: lengths[j])[:-2]
     delta = sum(weights[j] for j in theirs if j not in near)
     tau = np.sqrt(sum(weights[j] * lengths[j] ** 2 for j in near) / delta)
-    wanted = x[0].numpy() + sum(weights[j] * min(1, tau / lengths[j]) * (x[j] - x[0]).numpy() for j in theirs)
+    wanted = x[0].numpy() + sum(
+        weights[j] * min(1, tau / lengths[j]) * (x[j] - x[0]).numpy() for j in theirs
+    )
     np.testing.assert_allclose(clipped(x[0], theirs, weights, 2), wanted, rtol=1e-12)
 
 
@@ -151,8 +175,12 @@ def test_clipped_gossip_hears_nobody_where_all_it_hears_may_be_hostile() -> None
 def test_neighbourhood_without_hostile_ones_is_the_weighted_mean() -> None:
     x, weights = rows(3), {1: 0.2, 2: 0.3}
     wanted = 0.5 * x[0] + 0.2 * x[1] + 0.3 * x[2]
-    torch.testing.assert_close(neighbourhood_mean(x[0], {1: x[1], 2: x[2]}, weights, Robust("clipped", 0)), wanted)
-    torch.testing.assert_close(neighbourhood_mean(x[0], {1: x[1], 2: x[2]}, weights, Robust("median")), x.median(0).values)
+    torch.testing.assert_close(
+        neighbourhood_mean(x[0], {1: x[1], 2: x[2]}, weights, Robust("clipped", 0)), wanted
+    )
+    torch.testing.assert_close(
+        neighbourhood_mean(x[0], {1: x[1], 2: x[2]}, weights, Robust("median")), x.median(0).values
+    )
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -166,10 +194,15 @@ def test_fedbuff_without_hostile_sites_is_fedbuff() -> None:
     x, deltas = rows(1)[0], rows(6, seed=2)
     plain = fedbuff(eta=0.7, size=3, weight=constant)
     inner = fedbuff(eta=0.7, size=1, weight=constant)
-    other = robust_window(inner, size=3, weight=constant, robust=Robust("trimmed-mean", 0), collect=True)
+    other = robust_window(
+        inner, size=3, weight=constant, robust=Robust("trimmed-mean", 0), collect=True
+    )
     state, robustly = plain.init(x), other.init(x)
     for k, delta in enumerate(deltas):
-        state, robustly = plain.absorb(state, update(k % 3, delta)), other.absorb(robustly, update(k % 3, delta))
+        state, robustly = (
+            plain.absorb(state, update(k % 3, delta)),
+            other.absorb(robustly, update(k % 3, delta)),
+        )
         torch.testing.assert_close(robustly.x, state.x)
         assert robustly.version == state.version
 
@@ -177,7 +210,9 @@ def test_fedbuff_without_hostile_sites_is_fedbuff() -> None:
 def test_site_that_answers_more_often_has_no_more_to_say() -> None:
     x = torch.zeros(4)
     inner = fedbuff(eta=1.0, size=1, weight=constant)
-    rule = robust_window(inner, size=3, weight=lambda age: 1 / (1 + age), robust=Robust("median"), collect=True)
+    rule = robust_window(
+        inner, size=3, weight=lambda age: 1 / (1 + age), robust=Robust("median"), collect=True
+    )
     state = rule.init(x)
     for _ in range(9):
         state = rule.absorb(state, update(2, torch.full((4,), 1e6)))
@@ -190,7 +225,9 @@ def test_site_that_answers_more_often_has_no_more_to_say() -> None:
 
 def test_fedbuff_goes_on_where_a_site_is_gone() -> None:
     inner = fedbuff(eta=1.0, size=1, weight=constant)
-    rule = robust_window(inner, size=4, weight=constant, robust=Robust("trimmed-mean", 1), collect=True)
+    rule = robust_window(
+        inner, size=4, weight=constant, robust=Robust("trimmed-mean", 1), collect=True
+    )
     state = rule.init(torch.zeros(1))
     for site in (0, 1, 2, 0, 1, 2, 0, 1):  # not 3
         state = rule.absorb(state, update(site, torch.tensor([1.0 + site])))
@@ -215,7 +252,9 @@ def test_window_forgets_who_is_gone_and_waits_for_a_majority() -> None:
 
 def test_share_that_is_cut_goes_to_the_others_in_proportion() -> None:
     assert capped({1: 0.8, 2: 0.15, 3: 0.05}, 0.5) == pytest.approx({1: 0.5, 2: 0.375, 3: 0.125})
-    assert capped({1: 0.7, 2: 0.25, 3: 0.05}, 0.4) == pytest.approx({1: 0.4, 2: 0.4, 3: 0.2})  # the second is over then
+    assert capped({1: 0.7, 2: 0.25, 3: 0.05}, 0.4) == pytest.approx(
+        {1: 0.4, 2: 0.4, 3: 0.2}
+    )  # the second is over then
     assert capped({1: 0.9, 2: 0.1}, 0.2) == pytest.approx({1: 0.5, 2: 0.5})
     assert capped({1: 1.0}, 0.5) == {1: 1.0}
 
@@ -232,26 +271,55 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("keys", "wrong"),
     [
-        ({"strategy": "asgd", "robust.mean": "median"}, "robust.mean = 'median': asgd takes one contribution at a time; allowed"),
-        ({"strategy": "gsgm", "gsgm.base": "dc-asgd-c", "robust.mean": "median"}, "robust.mean = 'median': gsgm takes one"),
-        ({"strategy": "Krum", "robust.mean": "median"}, "robust.mean = 'median': Krum is no mean of models; allowed: 'mean'"),
-        ({"strategy": "local", "robust.mean": "median"}, "robust.mean = 'median': has no effect with strategy = 'local'"),
-        ({"strategy": "relaysgd", "topology.name": "path", "robust.mean": "clipped"}, "relaysgd needs the sum of all that is sent"),
-        ({"strategy": "gradient-tracking", "robust.mean": "clipped"}, "gradient-tracking needs the sum of all that is sent"),
+        (
+            {"strategy": "asgd", "robust.mean": "median"},
+            "robust.mean = 'median': asgd takes one contribution at a time; allowed",
+        ),
+        (
+            {"strategy": "gsgm", "gsgm.base": "dc-asgd-c", "robust.mean": "median"},
+            "robust.mean = 'median': gsgm takes one",
+        ),
+        (
+            {"strategy": "Krum", "robust.mean": "median"},
+            "robust.mean = 'median': Krum is no mean of models; allowed: 'mean'",
+        ),
+        (
+            {"strategy": "local", "robust.mean": "median"},
+            "robust.mean = 'median': has no effect with strategy = 'local'",
+        ),
+        (
+            {"strategy": "relaysgd", "topology.name": "path", "robust.mean": "clipped"},
+            "relaysgd needs the sum of all that is sent",
+        ),
+        (
+            {"strategy": "gradient-tracking", "robust.mean": "clipped"},
+            "gradient-tracking needs the sum of all that is sent",
+        ),
         (
             {"strategy": "dmsgd", "robust.mean": "krum"},
             "'krum': not with strategy = 'dmsgd'; allowed: 'mean', 'median', 'trimmed-mean'",
         ),
-        ({"robust.mean": "clipped"}, "robust.mean = 'clipped': not with strategy = 'co-learning'; allowed: 'mean', 'median'"),
         (
-            {"strategy": "d-psgd", "robust.mean": "clipped", "wire.codec": "qsgd", "wire.error-feedback": "choco"},
+            {"robust.mean": "clipped"},
+            "robust.mean = 'clipped': not with strategy = 'co-learning'; allowed: 'mean', 'median'",
+        ),
+        (
+            {
+                "strategy": "d-psgd",
+                "robust.mean": "clipped",
+                "wire.codec": "qsgd",
+                "wire.error-feedback": "choco",
+            },
             "robust.mean = 'clipped': not with wire.error-feedback = 'choco'; allowed: 'none'",
         ),
         (
             {"robust.mean": "krum", "robust.faulty": 2},
             "num-sites = 5: robust.mean = 'krum' against robust.faulty = 2 needs at least 7",
         ),
-        ({"robust.mean": "median", "num-sites": 2}, "num-sites = 2: robust.mean = 'median' needs at least 3"),
+        (
+            {"robust.mean": "median", "num-sites": 2},
+            "num-sites = 2: robust.mean = 'median' needs at least 3",
+        ),
         (
             {"strategy": "gsgm", "robust.mean": "trimmed-mean", "gsgm.window": 2},
             "gsgm.window = 2: robust.mean = 'trimmed-mean' against robust.faulty = 1 needs at least 3",
@@ -260,12 +328,30 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
             {"strategy": "fedbuff", "robust.mean": "median", "fedbuff.buffer-size": 6},
             "fedbuff.buffer-size = 6: robust.mean = 'median' takes one contribution a site; at most num-sites, which is 5",
         ),
-        ({"robust.mean": "median", "co-learning.weighting": "samples"}, "co-learning.weighting = 'samples': has no effect with"),
-        ({"robust.max-share": 0.3}, "robust.max-share = 0.3: has no effect with co-learning.weighting = 'equal'"),
-        ({"strategy": "gsgm", "robust.max-share": 0.3}, "robust.max-share = 0.3: has no effect with strategy = 'gsgm'"),
-        ({"robust.faulty": 2}, "robust.faulty = 2: has no effect with robust.mean = 'mean'; only with trimmed-mean, krum, clipped"),
-        ({"robust.mean": "mode"}, "robust.mean = 'mode': must be 'mean', 'median', 'trimmed-mean', 'krum' or 'clipped'"),
-        ({"strategy": "relaysgd", "topology.name": "path", "max-change": 4.0}, "max-change = 4: has no effect with strategy"),
+        (
+            {"robust.mean": "median", "co-learning.weighting": "samples"},
+            "co-learning.weighting = 'samples': has no effect with",
+        ),
+        (
+            {"robust.max-share": 0.3},
+            "robust.max-share = 0.3: has no effect with co-learning.weighting = 'equal'",
+        ),
+        (
+            {"strategy": "gsgm", "robust.max-share": 0.3},
+            "robust.max-share = 0.3: has no effect with strategy = 'gsgm'",
+        ),
+        (
+            {"robust.faulty": 2},
+            "robust.faulty = 2: has no effect with robust.mean = 'mean'; only with trimmed-mean, krum, clipped",
+        ),
+        (
+            {"robust.mean": "mode"},
+            "robust.mean = 'mode': must be 'mean', 'median', 'trimmed-mean', 'krum' or 'clipped'",
+        ),
+        (
+            {"strategy": "relaysgd", "topology.name": "path", "max-change": 4.0},
+            "max-change = 4: has no effect with strategy",
+        ),
     ],
 )
 def test_what_cannot_work_is_named(keys: dict[str, Any], wrong: str) -> None:
@@ -277,12 +363,24 @@ def test_what_cannot_work_is_named(keys: dict[str, Any], wrong: str) -> None:
 @pytest.mark.parametrize(
     ("topology", "mean", "faulty", "message"),
     [
-        ("path", "clipped", 1, "topology.name = 'path': a peer has 1 neighbours; robust.mean = 'clipped' needs at least 2"),
-        ("ring", "trimmed-mean", 2, "a peer has 2 neighbours; robust.mean = 'trimmed-mean' needs at least 4"),
+        (
+            "path",
+            "clipped",
+            1,
+            "topology.name = 'path': a peer has 1 neighbours; robust.mean = 'clipped' needs at least 2",
+        ),
+        (
+            "ring",
+            "trimmed-mean",
+            2,
+            "a peer has 2 neighbours; robust.mean = 'trimmed-mean' needs at least 4",
+        ),
         ("matching", "median", 1, "robust.mean = 'median' needs at least 2"),
     ],
 )
-def test_graph_with_too_few_neighbours_is_named(topology: str, mean: str, faulty: int, message: str) -> None:
+def test_graph_with_too_few_neighbours_is_named(
+    topology: str, mean: str, faulty: int, message: str
+) -> None:
     keys = {"strategy": "d-psgd", "num-sites": 6, "topology.name": topology, "robust.mean": mean}
     with pytest.raises(TopologyError, match=message):
         graph_of(Config.read(keys | ({"robust.faulty": faulty} if mean != "median" else {})))

@@ -92,8 +92,14 @@ def test_run_stops_at_once_where_nobody_can_help() -> None:
 @pytest.mark.parametrize(
     ("failed", "text"),
     [
-        (False, "1 sites go on after patience-s = 60, min-sites = 2: stopped. site 1: why 1; site 2: why 2; site 3: why 3"),
-        (True, "1 sites go on and no others will, min-sites = 2: stopped. site 1: why 1; site 2: why 2; site 3: why 3"),
+        (
+            False,
+            "1 sites go on after patience-s = 60, min-sites = 2: stopped. site 1: why 1; site 2: why 2; site 3: why 3",
+        ),
+        (
+            True,
+            "1 sites go on and no others will, min-sites = 2: stopped. site 1: why 1; site 2: why 2; site 3: why 3",
+        ),
     ],
 )
 def test_shortage_says_who_is_away_and_why(failed: bool, text: str) -> None:

@@ -59,7 +59,12 @@ def test_a_changed_byte_is_refused(place: int) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [HEADER._replace(run=8), HEADER._replace(sender=2), HEADER._replace(step=4), HEADER._replace(kind="gradient")],
+    [
+        HEADER._replace(run=8),
+        HEADER._replace(sender=2),
+        HEADER._replace(step=4),
+        HEADER._replace(kind="gradient"),
+    ],
 )
 def test_another_run_sender_step_or_kind_is_refused(header: Header) -> None:
     data, keys = sealed()
@@ -90,7 +95,9 @@ def test_a_reader_and_the_relay_cannot_forge_the_senders_payload() -> None:
     data, keys = sealed()
     secret = PRIVATE[1].exchange(PRIVATE[0].public_key())
     both = f"0:{PUBLIC[0].hex()}:{NONCES[0].hex()}:1:{PUBLIC[1].hex()}:{NONCES[1].hex()}"
-    shared = HKDF(hashes.SHA256(), 32, None, f"archipelago content key:7:{both}".encode()).derive(secret)
+    shared = HKDF(hashes.SHA256(), 32, None, f"archipelago content key:7:{both}".encode()).derive(
+        secret
+    )
     bound = f"archipelago:7:0:3:model:1:{sha256(data).hexdigest()}".encode()
     content = AESGCM(shared).decrypt(keys[1][:12], keys[1][12:], bound)
     assert AESGCM(content).decrypt(bytes(12), data, b"archipelago:7:0:3:model:") == DATA
@@ -108,7 +115,9 @@ def test_what_was_sealed_for_another_nonce_is_refused(site: int) -> None:
     without = Keyring(1, PRIVATE[1], PUBLIC, {1: NONCES[1]})
     with pytest.raises(SealError, match="no nonce of site 0 is known"):
         without.open(data, keys[1], HEADER)
-    assert without.seal(DATA, [2], HEADER._replace(sender=1))[2] == {2: "no nonce of site 2 is known"}
+    assert without.seal(DATA, [2], HEADER._replace(sender=1))[2] == {
+        2: "no nonce of site 2 is known"
+    }
 
 
 def test_a_nonce_is_drawn_for_a_run_and_again_after_a_loss_of_memory() -> None:
@@ -122,11 +131,16 @@ def test_a_nonce_is_drawn_for_a_run_and_again_after_a_loss_of_memory() -> None:
     assert len({first, second, nonce_of(here)}) == 3
 
 
-@pytest.mark.parametrize("bad", [bytes(32), b"\x01" + bytes(31), b"short"], ids=["zero", "low order", "short"])
+@pytest.mark.parametrize(
+    "bad", [bytes(32), b"\x01" + bytes(31), b"short"], ids=["zero", "low order", "short"]
+)
 def test_a_bad_public_key_costs_its_owner_only(bad: bytes) -> None:
     ring = Keyring(0, PRIVATE[0], PUBLIC | {1: bad}, NONCES)
     data, keys, problems = ring.seal(DATA, [1, 2, 9], HEADER)
-    assert problems == {1: "the public key of site 1 cannot be used", 9: "no public key of site 9 is known"}
+    assert problems == {
+        1: "the public key of site 1 cannot be used",
+        9: "no public key of site 9 is known",
+    }
     assert RINGS[2].open(data, keys[2], HEADER) == DATA
     with pytest.raises(SealError, match="the public key of site 1 cannot be used"):
         ring.open(data, keys[2], HEADER._replace(sender=1))
@@ -151,18 +165,28 @@ def write_private(path: Path, site: int, mode: int = 0o600) -> None:
 def test_keys_from_files(tmp_path: Path) -> None:
     """As the operator makes them: the program writes the private key for its owner only and prints the public one."""
     made = subprocess.run(
-        [sys.executable, "-m", "client_app.sealing", str(tmp_path / "own.key")], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "client_app.sealing", str(tmp_path / "own.key")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (tmp_path / "own.key").stat().st_mode & 0o777 == 0o600
-    (tmp_path / "peers.toml").write_text(f'0 = "{made.stdout.strip()}"\n1 = "{b64encode(PUBLIC[1]).decode()}"\n')
+    (tmp_path / "peers.toml").write_text(
+        f'0 = "{made.stdout.strip()}"\n1 = "{b64encode(PUBLIC[1]).decode()}"\n'
+    )
     node = {"private-key": str(tmp_path / "own.key"), "peer-keys": str(tmp_path / "peers.toml")}
     write_private(tmp_path / "other.key", 1)
     here, there = context(**node), context(**node | {"private-key": str(tmp_path / "other.key")})
-    own, other = keyring(here, "keys", 0, {}, {1: nonce_of(there)}), keyring(there, "keys", 1, {}, {0: nonce_of(here)})
+    own, other = (
+        keyring(here, "keys", 0, {}, {1: nonce_of(there)}),
+        keyring(there, "keys", 1, {}, {0: nonce_of(here)}),
+    )
     data, keys, _ = own.seal(DATA, [1], HEADER)
     assert other.open(data, keys[1], HEADER) == DATA
     again = subprocess.run(
-        [sys.executable, "-m", "client_app.sealing", str(tmp_path / "own.key")], capture_output=True, check=False
+        [sys.executable, "-m", "client_app.sealing", str(tmp_path / "own.key")],
+        capture_output=True,
+        check=False,
     )
     assert again.returncode != 0  # an existing key is never overwritten
 
@@ -173,7 +197,13 @@ def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "own.key").write_text("no key")
     (tmp_path / "own.key").chmod(0o600)
     with pytest.raises(SealError, match=r"private-key = .*own\.key"):
-        keyring(context(**{"private-key": str(tmp_path / "own.key"), "peer-keys": "nowhere"}), "keys", 0, {}, {})
+        keyring(
+            context(**{"private-key": str(tmp_path / "own.key"), "peer-keys": "nowhere"}),
+            "keys",
+            0,
+            {},
+            {},
+        )
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -194,7 +224,10 @@ def test_a_private_key_of_another_site_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SealError, match="this is site 0, its private key is that of site 1"):
         keyring(context(**node), "keys", 0, {}, {})
     (tmp_path / "peers.toml").write_text(f'0 = "{b64encode(PUBLIC[0]).decode()}"\n')
-    with pytest.raises(SealError, match="this is site 0, its private key is not the one that peer-keys lists for it"):
+    with pytest.raises(
+        SealError,
+        match="this is site 0, its private key is not the one that peer-keys lists for it",
+    ):
         keyring(context(**node), "keys", 0, {}, {})
 
 
@@ -209,7 +242,9 @@ def test_first_use_is_trusted_and_kept_to() -> None:
 
 
 @pytest.mark.parametrize("first", [{}, {2: PUBLIC[2]}])
-def test_a_key_that_the_first_message_does_not_bring_is_not_believed_later(first: dict[int, bytes]) -> None:
+def test_a_key_that_the_first_message_does_not_bring_is_not_believed_later(
+    first: dict[int, bytes],
+) -> None:
     here = context()
     keyring(here, "trust-on-first-use", 0, first, {})
     with pytest.raises(SealError, match="site 1 has a public key, and had none at first"):

@@ -19,7 +19,10 @@ from models.pretrained import freeze
 
 pytestmark = pytest.mark.slow
 GENERATOR = torch.Generator().manual_seed(1)
-BATCHES = [(torch.randn(n, 7, generator=GENERATOR), torch.randint(0, 3, (n,), generator=GENERATOR)) for n in (8, 7, 1, 5)]
+BATCHES = [
+    (torch.randn(n, 7, generator=GENERATOR), torch.randint(0, 3, (n,), generator=GENERATOR))
+    for n in (8, 7, 1, 5)
+]
 
 WIDTH = 300
 
@@ -72,9 +75,13 @@ def trained(case: Case, model: FlatModel) -> tuple[float, torch.optim.Optimizer]
     """Some steps of training with everything in use."""
     gradient = training.plain(model, lambda each: F.cross_entropy(model.network(each[0]), each[1]))
     if case.batch_norm and not isinstance(model, ShardedModel):
-        gradient = training.data_parallel(gradient, dist.get_rank(), dist.get_world_size(), model.statistics)
+        gradient = training.data_parallel(
+            gradient, dist.get_rank(), dist.get_world_size(), model.statistics
+        )
     if isinstance(model, ShardedModel):
-        gradient = training.accumulated(sharded.sharded(gradient, model), case.micro_batch * model.count)
+        gradient = training.accumulated(
+            sharded.sharded(gradient, model), case.micro_batch * model.count
+        )
     gradient = training.sharpness_aware(gradient, case.rho, model.norm)
     gradient = training.proximal(gradient, model.x.clone(), case.proximal)
     [step] = training.optimizers(case.optimizer, model, 0.1, 0.9, case.optimizer == "sgd", 0.01)
@@ -96,29 +103,46 @@ def storage_of_training() -> int:
 def storages() -> dict[int, int]:
     """Each storage that a tensor has, and its bytes."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and not issubclass(type(each), DTensor)]
+    tensors = [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), Tensor) and not issubclass(type(each), DTensor)
+    ]
     return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
 
 
 def work(rank: int, folder: str, count: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count
+    )
     sharded.BLOCK = 20  # each layer by itself
     for name, case in CASES.items():
         model = ShardedModel(network(case), torch.device("cpu"))
         loss, step = trained(case, model)
         [whole] = step.param_groups[0]["params"]
-        moments = {key: value for key, value in step.state[whole].items() if isinstance(value, Tensor)}
+        moments = {
+            key: value for key, value in step.state[whole].items() if isinstance(value, Tensor)
+        }
         found = model.gather({"x": model.x, **moments})
         torch.save((loss, found), f"{folder}/{name}-{rank}.pt")
-    parts = Case(rho=0.1, batch_norm=True)  # no Adam: the bias before BatchNorm has rounding errors for a gradient
+    parts = Case(
+        rho=0.1, batch_norm=True
+    )  # no Adam: the bias before BatchNorm has rounding errors for a gradient
     whole, model = FlatModel(network(parts)), ShardedModel(network(parts), torch.device("cpu"))
     losses = [trained(parts, each)[0] for each in (whole, model)]
     both = {"x": whole.x, "stats": whole.stats}, model.gather({"x": model.x, "stats": model.stats})
     torch.save((losses, both), f"{folder}/parts-{rank}.pt")
-    several = {"x": torch.randn(2, len(whole.x)), "stats": torch.randn(2, whole.num_stats), "step": torch.ones(1)}
+    several = {
+        "x": torch.randn(2, len(whole.x)),
+        "stats": torch.randn(2, whole.num_stats),
+        "step": torch.ones(1),
+    }
     dealt = model.deal(lambda: several if rank == 0 else {})
-    back = [model.gather({name: each[i] for name, each in dealt.items() if name != "step"}) for i in range(2)]
+    back = [
+        model.gather({name: each[i] for name, each in dealt.items() if name != "step"})
+        for i in range(2)
+    ]
     with pytest.raises(ValueError, match=r"expected x \(\d+,\), got \(3,\)"):
         model.deal(lambda: {"x": torch.zeros(3)})
     torch.save((several, back, dealt["step"]), f"{folder}/dealt-{rank}.pt")
@@ -132,7 +156,9 @@ def test_shards_are_as_the_whole(tmp_path: Path) -> None:
         model = FlatModel(network(case))
         loss, step = trained(case, model)
         [whole] = step.param_groups[0]["params"]
-        expected = {"x": model.x} | {key: value for key, value in step.state[whole].items() if isinstance(value, Tensor)}
+        expected = {"x": model.x} | {
+            key: value for key, value in step.state[whole].items() if isinstance(value, Tensor)
+        }
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
         assert first[0] == pytest.approx(loss, abs=1e-5), name
         assert first[1].keys() == expected.keys()
@@ -140,12 +166,18 @@ def test_shards_are_as_the_whole(tmp_path: Path) -> None:
             assert (first[1][key] - vector).abs().max() <= 1e-5, (name, key)
         assert second == (first[0], {})
     for rank in range(2):
-        losses, (whole, parts) = torch.load(tmp_path / f"parts-{rank}.pt")  # BatchNorm sees the parts, as without shards
+        losses, (whole, parts) = torch.load(
+            tmp_path / f"parts-{rank}.pt"
+        )  # BatchNorm sees the parts, as without shards
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
         assert all((parts[name] - whole[name]).abs().max() <= 1e-5 for name in parts)
         several, back, step = torch.load(tmp_path / f"dealt-{rank}.pt")
-        assert all(torch.equal(row[name], several[name][i]) for i, row in enumerate(back) for name in row)
+        assert all(
+            torch.equal(row[name], several[name][i]) for i, row in enumerate(back) for name in row
+        )
         assert (step.tolist(), [len(row) for row in back]) == ([1.0], [0, 0] if rank else [2, 2])
     halves = [torch.load(tmp_path / f"storage-{rank}.pt") for rank in range(2)]
-    size = 4 * 4 * FlatModel(network(CASES["adamw"], WIDTH)).x.numel()  # model, gradient and two moments, float32
+    size = (
+        4 * 4 * FlatModel(network(CASES["adamw"], WIDTH)).x.numel()
+    )  # model, gradient and two moments, float32
     assert all(size / 2 <= half < 0.51 * size for half in halves)

@@ -32,7 +32,9 @@ ARGUMENTS: dict[str, Any] = {
 
 def examples(test: bool) -> Examples:
     official = torch.arange(100) >= 80 if test else None
-    return Examples(torch.arange(100.0)[:, None], torch.arange(100) % 5, tuple("abcde"), test=official)
+    return Examples(
+        torch.arange(100.0)[:, None], torch.arange(100) % 5, tuple("abcde"), test=official
+    )
 
 
 def test_training_and_test_parts_never_overlap() -> None:
@@ -44,7 +46,9 @@ def test_training_and_test_parts_never_overlap() -> None:
 
 def test_official_test_part_is_dealt_out_and_never_trained_on() -> None:
     splits = deal(examples(True), 4, np.random.default_rng(1), test_part="official", **ARGUMENTS)
-    assert np.array_equal(np.sort(np.concatenate([split.test for split in splits])), np.arange(80, 100))
+    assert np.array_equal(
+        np.sort(np.concatenate([split.test for split in splits])), np.arange(80, 100)
+    )
     assert np.array_equal(np.sort(np.concatenate([split.train for split in splits])), np.arange(80))
 
 
@@ -60,7 +64,9 @@ def test_smallest_site_trains_on_one_example_and_tests_on_one() -> None:
 
 
 def table(values: list[list[float]], columns: tuple[str, ...]) -> SiteData:
-    rows = Examples(torch.tensor(values), torch.zeros(len(values), dtype=torch.int64), ("a",), columns=columns)
+    rows = Examples(
+        torch.tensor(values), torch.zeros(len(values), dtype=torch.int64), ("a",), columns=columns
+    )
     return take(rows, [Split(np.arange(len(values) - 1), np.array([len(values) - 1]))])
 
 
@@ -69,7 +75,9 @@ NAN = float("nan")
 
 def test_moments_of_all_sites_are_those_of_the_table_put_together() -> None:
     generator = torch.Generator().manual_seed(1)
-    whole = torch.randn(60, 3, generator=generator) * torch.tensor([1.0, 10.0, 100.0]) + torch.tensor([0.0, 5.0, -1e4])
+    whole = torch.randn(60, 3, generator=generator) * torch.tensor(
+        [1.0, 10.0, 100.0]
+    ) + torch.tensor([0.0, 5.0, -1e4])
     whole[torch.rand(60, 3, generator=generator) < 0.3] = NAN
     whole[:10, 1] = NAN  # a site that knows nothing of a column
     merged = merge([moments(whole[:10]), moments(whole[10:25]), moments(whole[25:])])
@@ -117,7 +125,10 @@ def test_relabel_counts_in_the_list_of_all_sites() -> None:
 def test_pooled_test_parts_are_dealt_out_evenly_and_nothing_is_trained_on() -> None:
     data = examples(test=False)
     arguments = ARGUMENTS | {"kind": "classes", "classes_per_site": 1}
-    own_parts, pooled = (deal(data, 5, np.random.default_rng(1), **arguments, test_part=part) for part in ("own", "pooled"))
+    own_parts, pooled = (
+        deal(data, 5, np.random.default_rng(1), **arguments, test_part=part)
+        for part in ("own", "pooled")
+    )
     for before, after in zip(own_parts, pooled, strict=True):
         assert np.array_equal(before.train, after.train)
     tests = [np.concatenate([split.test for split in splits]) for splits in (own_parts, pooled)]
@@ -132,7 +143,9 @@ def test_a_real_site_cannot_pool_its_test_part() -> None:
 
 
 def cells(generator: torch.Generator, rows: int = 200) -> torch.Tensor:
-    return torch.randn(rows, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([50.0, 0.0, -3.0])
+    return torch.randn(rows, 3, generator=generator) * torch.tensor(
+        [1.0, 10.0, 0.1]
+    ) + torch.tensor([50.0, 0.0, -3.0])
 
 
 @pytest.mark.parametrize("value", [99_999.0, -99_999.0, 1e18])
@@ -178,7 +191,9 @@ def test_nothing_is_said_of_ordinary_columns() -> None:
         (float("inf"), 0.0, 1.0),
     ],
 )
-def test_moments_that_no_table_has_are_refused_by_the_column(known: float, mean: float, variance: float) -> None:
+def test_moments_that_no_table_has_are_refused_by_the_column(
+    known: float, mean: float, variance: float
+) -> None:
     good = Moments((3.0, 3.0), (0.0, 1.0), (1.0, 0.0))
     bad = Moments((3.0, known), (0.0, mean), (1.0, variance))
     with pytest.raises(SourceError, match="column 'bp'"):

@@ -74,7 +74,9 @@ CLASSES = ("cat/a.png", "cat/b.png", "dog/a.png")
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("training", "val")])
 @pytest.mark.parametrize("below", ["", "north/"])
-def test_folders_train_and_test_are_the_official_parts(parts: tuple[str, str], below: str, tmp_path: Path) -> None:
+def test_folders_train_and_test_are_the_official_parts(
+    parts: tuple[str, str], below: str, tmp_path: Path
+) -> None:
     paths = [f"{part}/{below}{path}" for part in parts for path in CLASSES]
     examples = read("image-folder", write_pictures(tmp_path, *paths))
     assert examples.classes == ("cat", "dog")
@@ -85,13 +87,19 @@ def test_folders_train_and_test_are_the_official_parts(parts: tuple[str, str], b
 
 def test_one_name_of_all_lowest_folders_is_no_class(tmp_path: Path) -> None:
     """As Tiny-ImageNet has them."""
-    examples = read("image-folder", write_pictures(tmp_path, *(path.replace("/", "/images/") for path in CLASSES)))
+    examples = read(
+        "image-folder",
+        write_pictures(tmp_path, *(path.replace("/", "/images/") for path in CLASSES)),
+    )
     assert (examples.classes, examples.group) == (("cat", "dog"), None)
 
 
 def test_folders_at_different_depths_are_asked_about(tmp_path: Path) -> None:
     write_pictures(tmp_path, *CLASSES, "north/cat/c.png", "north/dog/c.png")
-    with pytest.raises(SourceError, match=r"is it CLASS/file or SITE/CLASS/file\? '(cat|dog)/.*' and 'north/dog/c.png' lie at"):
+    with pytest.raises(
+        SourceError,
+        match=r"is it CLASS/file or SITE/CLASS/file\? '(cat|dog)/.*' and 'north/dog/c.png' lie at",
+    ):
         read("image-folder", tmp_path)
 
 
@@ -157,7 +165,9 @@ def test_a_label_made_of_missing_values_is_refused(tmp_path: Path) -> None:
 
 
 def test_csv_keeps_missing_values_for_the_site(tmp_path: Path) -> None:
-    examples = read("csv", write(tmp_path / "t.csv", "age,label,dose\n50,sick,1.5\n,well,2.5\n70,sick,\n"))
+    examples = read(
+        "csv", write(tmp_path / "t.csv", "age,label,dose\n50,sick,1.5\n,well,2.5\n70,sick,\n")
+    )
     assert (examples.columns, examples.classes, examples.y.tolist()) == (
         ("age", "dose"),
         ("sick", "well"),
@@ -168,7 +178,9 @@ def test_csv_keeps_missing_values_for_the_site(tmp_path: Path) -> None:
 
 
 def test_label_may_be_an_expression_whose_columns_are_no_features(tmp_path: Path) -> None:
-    examples = read("csv", write(tmp_path / "t.csv", "age,target\n50,0\n60,3\n70,1\n"), label="target > 0")
+    examples = read(
+        "csv", write(tmp_path / "t.csv", "age,target\n50,0\n60,3\n70,1\n"), label="target > 0"
+    )
     assert (examples.columns, examples.classes, examples.y.tolist()) == (
         ("age",),
         ("False", "True"),
@@ -189,10 +201,14 @@ def test_files_of_a_folder_are_natural_sites_and_so_is_a_column(tmp_path: Path) 
 
 
 def test_text_becomes_bags_of_mean_square_one(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.csv", 'label,text\nham,"see you, later"\nspam,WIN WIN now\nham,see you\n')
+    path = write(
+        tmp_path / "t.csv", 'label,text\nham,"see you, later"\nspam,WIN WIN now\nham,see you\n'
+    )
     examples = read("text-csv", path)
     assert examples.x.shape == (3, 64)
-    torch.testing.assert_close(examples.x.float().square().mean(1), torch.ones(3), rtol=2e-3, atol=0)  # float16
+    torch.testing.assert_close(
+        examples.x.float().square().mean(1), torch.ones(3), rtol=2e-3, atol=0
+    )  # float16
     similarity = examples.x.float() @ examples.x.float().T
     assert similarity[0, 2] > similarity[0, 1]
 
@@ -254,7 +270,12 @@ def test_own_source_by_import_path() -> None:
             r"data\.source = 'jpeg': allowed: digits, mnist, .*, package.module:function",
         ),
         ("tests.unit.test_sources:missing", "", {}, r"data\.source = 'tests.*:missing': .*missing"),
-        ("tests.unit.nowhere:load", "", {}, r"data\.source = 'tests.*:load': ModuleNotFoundError: No module"),
+        (
+            "tests.unit.nowhere:load",
+            "",
+            {},
+            r"data\.source = 'tests.*:load': ModuleNotFoundError: No module",
+        ),
         ("tests.unit.test_sources:NUMBER", "", {}, r"data\.source = .* is no function but int"),
         (
             "tests.unit.test_sources:not_examples",
@@ -264,7 +285,9 @@ def test_own_source_by_import_path() -> None:
         ),
     ],
 )
-def test_mistake_in_the_data_is_named(tmp_path: Path, source: str, text: str, changes: Any, message: str) -> None:
+def test_mistake_in_the_data_is_named(
+    tmp_path: Path, source: str, text: str, changes: Any, message: str
+) -> None:
     with pytest.raises(SourceError, match=message):
         read(source, write(tmp_path / "t.csv", text), **changes)
 
@@ -289,12 +312,16 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
-def test_torchvision_set_that_is_not_there_says_where_it_looked(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_torchvision_set_that_is_not_there_says_where_it_looked(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     def no_network(*arguments: Any, **keywords: Any) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(SourceError, match=f"is not under '{tmp_path}'.*name its folder with data.path"):
+    with pytest.raises(
+        SourceError, match=f"is not under '{tmp_path}'.*name its folder with data.path"
+    ):
         read(name, tmp_path)
 
 
@@ -310,7 +337,10 @@ NO_TEXT: Any = ("no", 1)
         (GOOD._replace(x=NO_TENSOR), "must be tensors, they are ndarray, Tensor"),
         (GOOD._replace(x=torch.zeros(3, 3)), "same number of examples"),
         (GOOD._replace(x=torch.zeros(4)), "same number of examples"),
-        (GOOD._replace(y=torch.zeros(4)), r"training.task needs y \[n\] int64, a class each; got y \(4,\) of torch.float32"),
+        (
+            GOOD._replace(y=torch.zeros(4)),
+            r"training.task needs y \[n\] int64, a class each; got y \(4,\) of torch.float32",
+        ),
         (
             GOOD._replace(y=torch.tensor([0, 1, 0, 2])),
             "y must lie between 0 and 1, it goes from 0 to 2",
@@ -373,7 +403,9 @@ def test_data_set_that_training_would_stumble_over_is_refused(examples: Any, mes
 
 def test_data_set_with_everything_passes() -> None:
     x = torch.tensor([[1.0, np.nan, -1e18]] * 4)
-    whole = TABLE._replace(x=x, group=torch.tensor([0, 0, 1, 1]), groups=("a", "b"), test=torch.arange(4) > 2)
+    whole = TABLE._replace(
+        x=x, group=torch.tensor([0, 0, 1, 1]), groups=("a", "b"), test=torch.arange(4) > 2
+    )
     assert check(whole, "my:own") is whole
     assert check(GOOD._replace(classes=tuple(map(str, range(100)))), "my:own").y is GOOD.y
 
@@ -410,7 +442,9 @@ def test_a_hundred_classes_are_allowed(tmp_path: Path) -> None:
 
 
 def test_names_of_groups_and_files_that_would_be_names_of_sites_are_bounded(tmp_path: Path) -> None:
-    pd.DataFrame({"ward": ["x" * 65, "y"], "a": [1, 2], "label": [0, 1]}).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame({"ward": ["x" * 65, "y"], "a": [1, 2], "label": [0, 1]}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
     with pytest.raises(SourceError, match=r"data\.group = 'ward': name 1 of 2 has 65 characters"):
         read("csv", tmp_path, group="ward")
     for name in ("ok.csv", "a\tb.csv"):
@@ -433,7 +467,9 @@ def test_folders_that_would_be_names_of_classes_and_sites_are_bounded(tmp_path: 
         read("audio-folder", tmp_path / "many")
     for name in "cd":
         (tmp_path / "odd" / "\x1b[2J" / name).mkdir(parents=True)
-        wavfile.write(tmp_path / "odd" / "\x1b[2J" / name / "a.wav", 8000, np.zeros(9, dtype=np.int16))
+        wavfile.write(
+            tmp_path / "odd" / "\x1b[2J" / name / "a.wav", 8000, np.zeros(9, dtype=np.int16)
+        )
     with pytest.raises(SourceError, match="folders as sites: name 1 of 1 holds characters"):
         read("audio-folder", tmp_path / "odd")
 

@@ -12,7 +12,11 @@ from client_app.policy import PolicyError, SiteFile, read_site
 from client_app.privacy import Account, cost_of
 from client_app.status import NEWEST, Status, rule_of
 
-SITE: dict[str, Any] = {"site": 1, "socket": "/run/secret-socket", "data": {"source": "csv", "path": "/srv/secret.csv"}}
+SITE: dict[str, Any] = {
+    "site": 1,
+    "socket": "/run/secret-socket",
+    "data": {"source": "csv", "path": "/srv/secret.csv"},
+}
 
 
 def status(**keys: Any) -> Status:
@@ -38,13 +42,24 @@ def test_letters_bytes_and_refusals_are_counted() -> None:
     for _ in range(NEWEST):
         page.add(letter())
     page.add(letter("out", 7, norms={"x": 1.5}))
-    page.add(letter("out", 0, rule="refused by this site's policy: strategy = 'gsgm': this site's policy has strategies = ['a']"))
+    page.add(
+        letter(
+            "out",
+            0,
+            rule="refused by this site's policy: strategy = 'gsgm': this site's policy has strategies = ['a']",
+        )
+    )
     told = page.data({})["site"]
     assert (told["letters"], told["bytes"]) == (NEWEST, {"in": 10 * NEWEST, "out": 7})
     assert told["refused"] == {"strategies": 1}
     assert len(told["newest"]) == NEWEST
     assert told["newest"][1]["norms"] == {"x": 1.5}
-    assert (told["train"], told["test"], told["doing"], told["privacy"]) == (100, 25, "train of run 7", None)
+    assert (told["train"], told["test"], told["doing"], told["privacy"]) == (
+        100,
+        25,
+        "train of run 7",
+        None,
+    )
     assert "secret" not in json.dumps(told)
     registry = CollectorRegistry()
     registry.register(page)
@@ -55,7 +70,11 @@ def test_letters_bytes_and_refusals_are_counted() -> None:
     }
     assert found["archipelago_bytes_total", "1", "in"] == 10 * NEWEST
     assert found["archipelago_refused_total", "1", "strategies"] == 1
-    assert (found["archipelago_site_up", "1"], found["archipelago_round",], found["archipelago_train_examples",]) == (1, 2, 100)
+    assert (
+        found["archipelago_site_up", "1"],
+        found["archipelago_round",],
+        found["archipelago_train_examples",],
+    ) == (1, 2, 100)
 
 
 def test_privacy_that_is_spent(tmp_path: Path) -> None:
@@ -63,23 +82,38 @@ def test_privacy_that_is_spent(tmp_path: Path) -> None:
     page = status(state=str(tmp_path), privacy=privacy)
     account = Account(tmp_path, 1e-5)
     account.charge(3 * cost_of(8.0))
-    assert page.data({})["site"]["privacy"] == {"spent": account.epsilon(), "epsilon": 8.0, "delta": 1e-5}
+    assert page.data({})["site"]["privacy"] == {
+        "spent": account.epsilon(),
+        "epsilon": 8.0,
+        "delta": 1e-5,
+    }
 
 
 def test_letters_before_this_service_started_are_read_from_the_audit_log(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
     lines = [json.dumps(letter(size=number)) for number in range(NEWEST + 5)]
     audit.write_text("\n".join([*lines, "no JSON", "[1]", '{"time": "cut']))
-    assert [each["bytes"] for each in status(audit=str(audit)).data({})["site"]["newest"]] == list(range(NEWEST + 4, 4, -1))
+    assert [each["bytes"] for each in status(audit=str(audit)).data({})["site"]["newest"]] == list(
+        range(NEWEST + 4, 4, -1)
+    )
 
 
 @pytest.mark.parametrize(
     ("said", "rule"),
     [
-        ("refused by this site's policy: a model of 7 parameters: this site's policy has largest-model = 6", "largest-model"),
-        ("refused by this site's policy: runs-a-day = 3: so many began in the last 24 hours", "runs-a-day"),
+        (
+            "refused by this site's policy: a model of 7 parameters: this site's policy has largest-model = 6",
+            "largest-model",
+        ),
+        (
+            "refused by this site's policy: runs-a-day = 3: so many began in the last 24 hours",
+            "runs-a-day",
+        ),
         ("BudgetError: privacy.epsilon = 8: with this answer it would be 8.1", "epsilon"),
-        ("refused by this site's policy: run 7 has another configuration than in its first letter", "other"),
+        (
+            "refused by this site's policy: run 7 has another configuration than in its first letter",
+            "other",
+        ),
         ("refused by this site's policy: a = 'x': this site's policy has made-up = '1'", "other"),
     ],
 )
@@ -87,9 +121,13 @@ def test_rules_are_the_policys_keys(said: str, rule: str) -> None:
     assert rule_of(said) == rule
 
 
-@pytest.mark.parametrize("wrong", ["8081", "127.0.0.1", "127.0.0.1:99999", "http://127.0.0.1:1", "::1:80", "a b:80"])
+@pytest.mark.parametrize(
+    "wrong", ["8081", "127.0.0.1", "127.0.0.1:99999", "http://127.0.0.1:1", "::1:80", "a b:80"]
+)
 def test_address_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
     file = tmp_path / "site.toml"
     file.write_text(f'site = 0\nsocket = "s"\npage = "{wrong}"\n[data]\nsource = "digits"\n')
-    with pytest.raises(PolicyError, match=r"page: .*an address with a port is expected, such as 127.0.0.1:8081"):
+    with pytest.raises(
+        PolicyError, match=r"page: .*an address with a port is expected, such as 127.0.0.1:8081"
+    ):
         read_site(file)

@@ -61,7 +61,10 @@ def measured(task: str, targets: Targets = DETAILS) -> dict[str, float]:
 @pytest.mark.parametrize("task", TASKS)
 def test_metrics_of_sites_together_are_those_of_all_examples(task: str) -> None:
     outputs, y = examples(task)
-    parts = [numbers(reported(task, *part)) for part in zip(outputs.split([7, 20, 33]), y.split([7, 20, 33]), strict=True)]
+    parts = [
+        numbers(reported(task, *part))
+        for part in zip(outputs.split([7, 20, 33]), y.split([7, 20, 33]), strict=True)
+    ]
     together = TASKS[task].measured(weighted_mean(parts, "num-examples"), DETAILS)
     assert together == pytest.approx(measured(task), rel=1e-5)
 
@@ -79,10 +82,14 @@ def test_a_site_that_keeps_its_means_or_loss_to_itself_breaks_nothing(task: str)
 def test_number_of_means_is_known_beforehand(task: str) -> None:
     outputs, y = examples(task)
     shape = {"language": (4,), "segmentation": (1, 2, 4)}.get(task, (9,))
-    assert TASKS[task].output(shape, outputs.shape[-1 if task == "language" else 1]) == tuple(outputs.shape[1:])
+    assert TASKS[task].output(shape, outputs.shape[-1 if task == "language" else 1]) == tuple(
+        outputs.shape[1:]
+    )
     wanted = len(reported(task, outputs, y).get("means", []))
     assert TASKS[task].num_means(shape, 3, details=True) == wanted
-    assert TASKS[task].num_means(shape, 3, details=False) == (0 if task == "classification" else wanted)
+    assert TASKS[task].num_means(shape, 3, details=False) == (
+        0 if task == "classification" else wanted
+    )
 
 
 def test_classification_by_class() -> None:
@@ -91,7 +98,9 @@ def test_classification_by_class() -> None:
     assert found["loss"] == pytest.approx(F.cross_entropy(outputs, y).item(), rel=1e-6)
     assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(y, decided))
     for kind, score in (("recall", sklearn.recall_score), ("precision", sklearn.precision_score)):
-        assert [found[f"{kind}/{name}"] for name in NAMES] == pytest.approx(score(y, decided, average=None).tolist(), rel=1e-6)
+        assert [found[f"{kind}/{name}"] for name in NAMES] == pytest.approx(
+            score(y, decided, average=None).tolist(), rel=1e-6
+        )
 
 
 def test_calibration_error_of_known_confidences() -> None:
@@ -101,7 +110,9 @@ def test_calibration_error_of_known_confidences() -> None:
     wrong = torch.tensor([False] * 6 + [True] * 4 + [False] * 8 + [True] * 2)
     first = torch.where(wrong, 1 - confident, confident)
     outputs = torch.stack([first, 1 - first], 1).log()
-    found = TASKS["classification"].measured(numbers(reported("classification", outputs, y)), Targets(("a", "b"), details=True))
+    found = TASKS["classification"].measured(
+        numbers(reported("classification", outputs, y)), Targets(("a", "b"), details=True)
+    )
     assert found["calibration-error"] == pytest.approx(0.5 * 0.3 + 0.5 * 0.15, rel=1e-5)
     assert "precision/b" in found
     assert "recall/b" not in found  # there is none
@@ -110,11 +121,17 @@ def test_calibration_error_of_known_confidences() -> None:
 def test_several_labels() -> None:
     outputs, y = examples("multi-label")
     found, decided = measured("multi-label"), outputs > 0
-    assert found["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(outputs, y.float()).item(), rel=1e-6)
+    assert found["loss"] == pytest.approx(
+        F.binary_cross_entropy_with_logits(outputs, y.float()).item(), rel=1e-6
+    )
     assert found["accuracy"] == pytest.approx((decided == y).float().mean().item(), rel=1e-6)
     for average in ("micro", "macro"):
-        assert found[f"f1-{average}"] == pytest.approx(sklearn.f1_score(y, decided, average=average), rel=1e-6)
-    assert [found[f"f1/{name}"] for name in NAMES] == pytest.approx(sklearn.f1_score(y, decided, average=None).tolist(), rel=1e-6)
+        assert found[f"f1-{average}"] == pytest.approx(
+            sklearn.f1_score(y, decided, average=average), rel=1e-6
+        )
+    assert [found[f"f1/{name}"] for name in NAMES] == pytest.approx(
+        sklearn.f1_score(y, decided, average=None).tolist(), rel=1e-6
+    )
 
 
 def test_numbers() -> None:
@@ -134,7 +151,9 @@ def test_numbers() -> None:
 
 def test_one_number_is_told_in_its_own_unit() -> None:
     outputs, y = (each[:, :1] for each in examples("regression"))
-    found = TASKS["regression"].measured(numbers(reported("regression", outputs, y)), Targets(("pressure",), (20.0,)))
+    found = TASKS["regression"].measured(
+        numbers(reported("regression", outputs, y)), Targets(("pressure",), (20.0,))
+    )
     error = (20 * (outputs - y)).double()
     assert found["rmse"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-5)
     assert found["mae"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
@@ -153,7 +172,10 @@ def test_maps() -> None:
     """The loss is the mean over examples of the mean over their pixels that count."""
     outputs, y = examples("segmentation")
     found = measured("segmentation")
-    each = [F.cross_entropy(one[None], target[None], ignore_index=IGNORED).item() for one, target in zip(outputs, y, strict=True)]
+    each = [
+        F.cross_entropy(one[None], target[None], ignore_index=IGNORED).item()
+        for one, target in zip(outputs, y, strict=True)
+    ]
     assert found["loss"] == pytest.approx(np.mean(each), rel=1e-5)
     counts = y != IGNORED
     scores = sklearn.jaccard_score(y[counts], outputs.argmax(1)[counts], average=None)
@@ -169,20 +191,29 @@ def test_models_together_predict_their_mean_probability(task: str) -> None:
         torch.testing.assert_close(TASKS[task].pooled(several).sigmoid(), several.sigmoid().mean(0))
         return
     dim = {"language": 2}.get(task, 1)
-    torch.testing.assert_close(TASKS[task].pooled(several).softmax(dim), several.softmax(dim + 1).mean(0))
+    torch.testing.assert_close(
+        TASKS[task].pooled(several).softmax(dim), several.softmax(dim + 1).mean(0)
+    )
 
 
 def test_models_together_predict_their_mean_number() -> None:
     outputs, _ = examples("regression")
-    torch.testing.assert_close(TASKS["regression"].pooled(torch.stack([outputs, 3 * outputs])), 2 * outputs)
+    torch.testing.assert_close(
+        TASKS["regression"].pooled(torch.stack([outputs, 3 * outputs])), 2 * outputs
+    )
 
 
 def test_metrics_of_means_need_no_loss_and_are_numbers() -> None:
     """A site's policy may withhold the loss alone; what another reports may make infinite metrics."""
     found = numbers(reported("multi-label", *examples("multi-label")))
     del found["loss"]
-    assert TASKS["multi-label"].measured(found, DETAILS)["f1-micro"] == measured("multi-label")["f1-micro"]
+    assert (
+        TASKS["multi-label"].measured(found, DETAILS)["f1-micro"]
+        == measured("multi-label")["f1-micro"]
+    )
     for task in ("multi-label", "regression", "segmentation"):
         for value in (0.0, 1e30):
-            made_up = {name: value for name in numbers(reported(task, *examples(task))) if name != "loss"}
+            made_up = {
+                name: value for name in numbers(reported(task, *examples(task))) if name != "loss"
+            }
             assert all(map(math.isfinite, TASKS[task].measured(made_up, DETAILS).values()))

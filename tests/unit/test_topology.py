@@ -17,13 +17,22 @@ NAMES = [name for name in TOPOLOGIES if name != "edges"]
 
 
 def build(name: str, n: int, **changes: Any) -> Topology:
-    defaults: dict[str, Any] = {"weights": "metropolis", "lazy": False, "degree": 4, "stride": 4, "edges": "", "seed": 1}
+    defaults: dict[str, Any] = {
+        "weights": "metropolis",
+        "lazy": False,
+        "degree": 4,
+        "stride": 4,
+        "edges": "",
+        "seed": 1,
+    }
     return topology(name, n, **defaults | changes)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lazy", [False, True])
-def test_every_matrix_is_doubly_stochastic_and_its_support_is_the_graph(name: str, lazy: bool) -> None:
+def test_every_matrix_is_doubly_stochastic_and_its_support_is_the_graph(
+    name: str, lazy: bool
+) -> None:
     n = SIZES.get(name, 10)
     found = build(name, n, lazy=lazy)
     one = torch.ones(n, dtype=torch.float64)
@@ -65,12 +74,18 @@ GAPS = [
 
 @pytest.mark.parametrize(("name", "n", "gap"), GAPS)
 def test_spectral_gap_in_closed_form(name: str, n: int, gap: float) -> None:
-    assert spectral_gap(*build(name, n).matrices) == pytest.approx(gap, abs=1e-4 if gap in (0.6464,) else 1e-6)
+    assert spectral_gap(*build(name, n).matrices) == pytest.approx(
+        gap, abs=1e-4 if gap in (0.6464,) else 1e-6
+    )
 
 
-@pytest.mark.parametrize(("n", "stride", "gap"), [(32, 4, 0.124843), (32, 5, 0.185458), (20, 5, 0.276393), (16, 4, 0.4)])
+@pytest.mark.parametrize(
+    ("n", "stride", "gap"), [(32, 4, 0.124843), (32, 5, 0.185458), (20, 5, 0.276393), (16, 4, 0.4)]
+)
 def test_circulant_graph_that_others_call_torus(n: int, stride: int, gap: float) -> None:
-    assert spectral_gap(*build("circulant", n, stride=stride).matrices) == pytest.approx(gap, abs=1e-6)
+    assert spectral_gap(*build("circulant", n, stride=stride).matrices) == pytest.approx(
+        gap, abs=1e-6
+    )
 
 
 def test_dyck_graphs_differ() -> None:
@@ -104,7 +119,9 @@ def test_readers_are_those_who_read_a_peer_and_not_whom_it_reads() -> None:
 
 @pytest.mark.parametrize("n", [6, 7])
 @pytest.mark.parametrize("weights", ["metropolis", "uniform"])
-def test_matchings_pair_everybody_but_an_odd_one_and_are_drawn_from_the_seed(n: int, weights: str) -> None:
+def test_matchings_pair_everybody_but_an_odd_one_and_are_drawn_from_the_seed(
+    n: int, weights: str
+) -> None:
     found = build("matching", n, weights=weights)
     alone = []
     for exchange in range(len(found.matrices)):
@@ -117,16 +134,26 @@ def test_matchings_pair_everybody_but_an_odd_one_and_are_drawn_from_the_seed(n: 
     assert n % 2 == 0 or len({each[0] for each in alone}) == n  # another one each time
     drawn = [{frozenset(pair) for pair in each.nonzero().tolist()} for each in found.matrices]
     assert len({frozenset(each) for each in drawn}) > 10
-    assert all(torch.equal(*each) for each in zip(found.matrices, build("matching", n, weights=weights).matrices, strict=True))
+    assert all(
+        torch.equal(*each)
+        for each in zip(found.matrices, build("matching", n, weights=weights).matrices, strict=True)
+    )
     other = build("matching", n, seed=2).matrices
     assert not all(torch.equal(*each) for each in zip(found.matrices, other, strict=True))
 
 
 def test_topology_of_ones_own() -> None:
     found = build("examples.my_topology:cities", 8)
-    assert {peer: set(found.neighbours(0, peer)) for peer in (0, 3, 4)} == {0: {1, 2, 3}, 3: {0, 1, 2, 4}, 4: {3, 5, 6, 7}}
+    assert {peer: set(found.neighbours(0, peer)) for peer in (0, 3, 4)} == {
+        0: {1, 2, 3},
+        3: {0, 1, 2, 4},
+        4: {3, 5, 6, 7},
+    }
     assert found.readers(3) == {0, 1, 2, 4}
-    with pytest.raises(TopologyError, match=r"topology.name = 'examples.my_topology:cities': num-sites = 7: 2 cities"):
+    with pytest.raises(
+        TopologyError,
+        match=r"topology.name = 'examples.my_topology:cities': num-sites = 7: 2 cities",
+    ):
         build("examples.my_topology:cities", 7)
 
 
@@ -188,9 +215,17 @@ def by_turns(n: int) -> "list[nx.Graph[int]]":
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"strategy": "ngm", "topology.name": f"{__name__}:circle_one_way"}, "against its links; or gradients = 'model'"),
         (
-            {"strategy": "d-psgd", "topology.name": f"{__name__}:by_turns", "wire.codec": "top-k", "wire.error-feedback": "choco"},
+            {"strategy": "ngm", "topology.name": f"{__name__}:circle_one_way"},
+            "against its links; or gradients = 'model'",
+        ),
+        (
+            {
+                "strategy": "d-psgd",
+                "topology.name": f"{__name__}:by_turns",
+                "wire.codec": "top-k",
+                "wire.error-feedback": "choco",
+            },
             "wire.error-feedback = 'choco': neighbours change",
         ),
     ],
@@ -207,31 +242,73 @@ def test_edges_of_ones_own(tmp_path: Path) -> None:
     assert torch.equal(build("edges", 4, edges=str(file)).mixing(0), build("path", 4).mixing(0))
     file.write_text("0 1 0.25\n1 2 0.5\n")
     found = build("edges", 3, edges=str(file)).mixing(0)
-    expected = torch.tensor([[0.75, 0.25, 0], [0.25, 0.25, 0.5], [0, 0.5, 0.5]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[0.75, 0.25, 0], [0.25, 0.25, 0.5], [0, 0.5, 0.5]], dtype=torch.float64
+    )
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
     ("name", "n", "changes", "message"),
     [
-        ("torus", 14, {}, "topology.name = 'torus': num-sites = 14 is no product of two numbers from 3 on"),
+        (
+            "torus",
+            14,
+            {},
+            "topology.name = 'torus': num-sites = 14 is no product of two numbers from 3 on",
+        ),
         ("hypercube", 12, {}, "topology.name = 'hypercube': num-sites = 12 is no power of two"),
         ("hubs", 3, {}, "topology.name = 'hubs': num-sites = 3; allowed: 4"),
         ("dyck", 16, {}, "num-sites = 16; allowed: 32"),
-        ("random-regular", 5, {"degree": 3}, "topology.degree = 3: 'random-regular' with num-sites = 5 allows 2 to 4"),
+        (
+            "random-regular",
+            5,
+            {"degree": 3},
+            "topology.degree = 3: 'random-regular' with num-sites = 5 allows 2 to 4",
+        ),
         (
             "star",
             5,
             {"weights": "uniform"},
             "not doubly stochastic, column 0 sums to 2.2; topology.mixing = 'metropolis' suits every",
         ),
-        ("edges", 4, {"edges": "0 1\n2 3\n"}, r"the graph is not connected, its parts are \[0, 1\], \[2, 3\]"),
-        ("edges", 3, {"edges": "0 1 0.7\n1 2 0.7\n"}, r"the weight of \(1, 1\) is -0.4; at least 0"),
-        ("edges", 3, {"edges": "0 1\n1 3\n"}, r"\(1, 3\) is no link between two of the sites 0 to 2"),
-        ("edges", 3, {"edges": "0 one\n"}, "a file with a link 'i j' or 'i j weight' a line is expected"),
+        (
+            "edges",
+            4,
+            {"edges": "0 1\n2 3\n"},
+            r"the graph is not connected, its parts are \[0, 1\], \[2, 3\]",
+        ),
+        (
+            "edges",
+            3,
+            {"edges": "0 1 0.7\n1 2 0.7\n"},
+            r"the weight of \(1, 1\) is -0.4; at least 0",
+        ),
+        (
+            "edges",
+            3,
+            {"edges": "0 1\n1 3\n"},
+            r"\(1, 3\) is no link between two of the sites 0 to 2",
+        ),
+        (
+            "edges",
+            3,
+            {"edges": "0 one\n"},
+            "a file with a link 'i j' or 'i j weight' a line is expected",
+        ),
         ("edges", 3, {"edges": "0 1\n1 2 0.5\n"}, "either all links have one weight or none"),
-        ("edges", 3, {"edges": "0 1 0.5 0.5\n1 2 0.5 0.1\n"}, "either all links have one weight or none"),
-        ("edges", 3, {"edges": "0 1 0.5\n1 2 0.3\n1 0 0.2\n"}, r"the link \(0, 1\) has two weights"),
+        (
+            "edges",
+            3,
+            {"edges": "0 1 0.5 0.5\n1 2 0.5 0.1\n"},
+            "either all links have one weight or none",
+        ),
+        (
+            "edges",
+            3,
+            {"edges": "0 1 0.5\n1 2 0.3\n1 0 0.2\n"},
+            r"the link \(0, 1\) has two weights",
+        ),
         ("edges", 3, {"edges": "0 1 0.5\n1 2 0.5\n0 2 0\n"}, r"the link \(0, 2\) has the weight 0"),
         ("edges", 3, {"edges": ""}, r"edges = .*: the graph|the graph is not connected"),
         ("ring", 1, {}, "num-sites = 1: peers need somebody to exchange with"),

@@ -19,23 +19,39 @@ def config_of(names: str, folder: Path) -> Config:
 
 
 def reported(number: int, site: int | str = EVERYBODY) -> Reported:
-    return Reported(number, 2.0, site, "test", {"accuracy": number / 4, "loss": 0.5, "num-examples": 4.0}, 30, 40)
+    return Reported(
+        number,
+        2.0,
+        site,
+        "test",
+        {"accuracy": number / 4, "loss": 0.5, "num-examples": 4.0},
+        30,
+        40,
+    )
 
 
-def test_missing_library_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"results.trackers = 'mlflow': mlflow is not installed; .*--extra mlflow"):
+    with pytest.raises(
+        ConfigError, match=r"results.trackers = 'mlflow': mlflow is not installed; .*--extra mlflow"
+    ):
         Folder(config_of("mlflow", tmp_path))
     Folder(config_of("", tmp_path))
 
 
 def test_unknown_tracker_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"results.trackers = 'wandb': allowed: tensorboard, mlflow"):
+    with pytest.raises(
+        ConfigError, match=r"results.trackers = 'wandb': allowed: tensorboard, mlflow"
+    ):
         config_of("wandb", tmp_path)
 
 
 def test_tensorboard_gets_the_metrics_of_all_sites_and_the_headline_of_each(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed: an extra of this project")
+    pytest.importorskip(
+        "tensorboard", reason="tensorboard is not installed: an extra of this project"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sink = Trackers(config_of("tensorboard", tmp_path)).begin(tmp_path)
@@ -44,12 +60,18 @@ def test_tensorboard_gets_the_metrics_of_all_sites_and_the_headline_of_each(tmp_
         sink(reported(number, 0))
     sink(Ended(None))
     found = EventAccumulator(str(tmp_path)).Reload()
-    assert [(each.step, each.value) for each in found.Scalars("test/accuracy")] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert [(each.step, each.value) for each in found.Scalars("test/accuracy")] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.75),
+    ]
     assert [each.value for each in found.Scalars("test/accuracy/site-0")] == [0.25, 0.5, 0.75]
     assert [each.value for each in found.Scalars("test/bytes-up")] == [30.0] * 3
 
 
-def test_mlflow_gets_the_configuration_and_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_the_configuration_and_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed: an extra of this project")
     from mlflow import MlflowClient
 
@@ -64,7 +86,9 @@ def test_mlflow_gets_the_configuration_and_the_metrics(tmp_path: Path, monkeypat
     assert run.data.metrics["test/accuracy"] == 0.5
 
 
-def test_tracker_that_fails_or_hangs_costs_the_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_that_fails_or_hangs_costs_the_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hangs, got = Event(), list[int]()
 
     def failing(number: int, values: object) -> None:
@@ -74,7 +98,10 @@ def test_tracker_that_fails_or_hangs_costs_the_run_nothing(tmp_path: Path, monke
         hangs.wait()
         got.append(number)
 
-    starts = {"mlflow": lambda *_: (failing, lambda _: None), "tensorboard": lambda *_: (slow, lambda _: None)}
+    starts = {
+        "mlflow": lambda *_: (failing, lambda _: None),
+        "tensorboard": lambda *_: (slow, lambda _: None),
+    }
     monkeypatch.setattr(trackers, "STARTS", starts)
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     sink = Trackers(config_of("mlflow tensorboard", tmp_path)).begin(tmp_path)

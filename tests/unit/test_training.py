@@ -21,7 +21,9 @@ from models.tasks import TASKS
 def normed() -> FlatModel:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return FlatModel(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+        return FlatModel(
+            nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        )
 
 
 def batch(n: int = 16) -> Batch:
@@ -49,7 +51,9 @@ def test_plain_gradient_is_that_of_autograd() -> None:
     expected = F.cross_entropy(other(x), y)
     expected.backward()
     torch.testing.assert_close(value, expected.detach())
-    torch.testing.assert_close(grad, torch.cat([parameter.grad.reshape(-1) for parameter in other.parameters()]))  # type: ignore[union-attr]
+    torch.testing.assert_close(
+        grad, torch.cat([parameter.grad.reshape(-1) for parameter in other.parameters()])
+    )  # type: ignore[union-attr]
 
 
 def test_gradient_elsewhere_leaves_the_model_where_it_is() -> None:
@@ -74,7 +78,9 @@ def test_second_call_starts_from_zero() -> None:
 def test_sam_on_a_quadratic_in_closed_form() -> None:
     """At x = (1, 1) with A = diag(3, 4): g = (3, 4), |g| = 5, so the gradient is taken at (1 + 3 rho / 5, 1 + 4 rho / 5)."""
     curvature = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    value, grad = sharpness_aware(quadratic(curvature), 0.5)(torch.ones(2, dtype=torch.float64), batch())
+    value, grad = sharpness_aware(quadratic(curvature), 0.5)(
+        torch.ones(2, dtype=torch.float64), batch()
+    )
     torch.testing.assert_close(grad, curvature * torch.tensor([1.3, 1.4], dtype=torch.float64))
     assert value == 3.5  # the loss at x, not at the perturbed point
 
@@ -95,7 +101,9 @@ def test_sam_perturbation_has_norm_rho(rho: float) -> None:
 
     sharpness_aware(watched, rho)(model.x, batch())
     (first, tracked), (second, also) = seen
-    torch.testing.assert_close(torch.linalg.vector_norm(second - first).item(), rho, rtol=1e-4, atol=0)  # float32
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(second - first).item(), rho, rtol=1e-4, atol=0
+    )  # float32
     assert (tracked, also) == (True, False)
 
 
@@ -118,7 +126,9 @@ def test_second_pass_of_sam_leaves_batch_norm_statistics_alone() -> None:
 def test_gradient_of_parts_is_that_of_the_batch(size: int, rho: float) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = FlatModel(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)))
+        model = FlatModel(
+            nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+        )
     loss, whole = sharpness_aware(gradient_of(model), rho)(model.x, batch())
     wanted = loss, whole.clone()  # the next call overwrites it
     found = sharpness_aware(accumulated(gradient_of(model), size), rho)(model.x, batch())
@@ -150,7 +160,9 @@ def test_epoch_visits_each_example_once_in_batches_of_nearly_equal_size(n: int, 
 
 def test_epochs_of_one_generator_differ_and_those_of_one_seed_agree() -> None:
     def order(generator: torch.Generator) -> list[float]:
-        return torch.cat([x for x, _ in training.batches(part(50), 8, generator, None)])[:, 0].tolist()
+        return torch.cat([x for x, _ in training.batches(part(50), 8, generator, None)])[
+            :, 0
+        ].tolist()
 
     one, two = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     first = order(one)
@@ -183,8 +195,12 @@ def test_loop_is_torchs_own_sgd_with_this_schedule(nesterov: bool) -> None:
     def epoch() -> Iterator[Batch]:
         return iter(batches)
 
-    loss, count = training.train(model, gradient_of(model), optimizers, chain(epoch(), epoch()), lambda k: 0.1 / (1 + k), 0.5)
-    plain_sgd = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=0.01, nesterov=nesterov)
+    loss, count = training.train(
+        model, gradient_of(model), optimizers, chain(epoch(), epoch()), lambda k: 0.1 / (1 + k), 0.5
+    )
+    plain_sgd = torch.optim.SGD(
+        reference.parameters(), 0.1, 0.9, weight_decay=0.01, nesterov=nesterov
+    )
     losses = []
     for k, (x, y) in enumerate(batches * 2):
         plain_sgd.param_groups[0]["lr"] = 0.1 / (1 + k)
@@ -212,7 +228,9 @@ def test_adamw_is_torchs_own() -> None:
     expected = torch.cat([parameter.detach().reshape(-1) for parameter in reference.parameters()])
     # Where a gradient is nearly 0, as for a bias before BatchNorm, AdamW divides rounding errors by their own size.
     bias = slice(48, 56)
-    torch.testing.assert_close(torch.cat([model.x[:48], model.x[56:]]), torch.cat([expected[:48], expected[56:]]))
+    torch.testing.assert_close(
+        torch.cat([model.x[:48], model.x[56:]]), torch.cat([expected[:48], expected[56:]])
+    )
     assert model.x[bias].shape == (8,)
 
 
@@ -226,7 +244,14 @@ def predictor(model: FlatModel) -> tuple[Part, Tensor]:
 def test_evaluation_of_one_model() -> None:
     model = normed()
     data, logits = predictor(model)
-    result = training.evaluate(TASKS["classification"], model.network, model, model.x[None].clone(), model.stats[None], data)
+    result = training.evaluate(
+        TASKS["classification"],
+        model.network,
+        model,
+        model.x[None].clone(),
+        model.stats[None],
+        data,
+    )
     assert result["accuracy"] == (logits.argmax(1) == data.y).sum().item() / 50
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, data.y).item(), rel=1e-5)
     assert result.keys() == {"loss", "accuracy"}
@@ -244,8 +269,12 @@ def test_evaluation_takes_no_more_examples_at_once_than_training() -> None:
         return logits
 
     network = network_of(Config.read({"computing.micro-batch": 20}), (1, 8, 8), 10)
-    tested = network._replace(model=model, predict=predict).test(model.x[None].clone(), model.stats[None], data)
-    assert tested["loss"] == pytest.approx(F.cross_entropy(predictor(model)[1], data.y).item(), rel=1e-5)
+    tested = network._replace(model=model, predict=predict).test(
+        model.x[None].clone(), model.stats[None], data
+    )
+    assert tested["loss"] == pytest.approx(
+        F.cross_entropy(predictor(model)[1], data.y).item(), rel=1e-5
+    )
     assert sizes == [20, 20, 10]
 
 

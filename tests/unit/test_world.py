@@ -13,12 +13,21 @@ from simulation.world import Lognormal, SiteWorld, World
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bandwidth_mbps": -3}, "bandwidth_mbps = -3: a number above 0, a list with one for each site, or Lognormal"),
+        (
+            {"bandwidth_mbps": -3},
+            "bandwidth_mbps = -3: a number above 0, a list with one for each site, or Lognormal",
+        ),
         ({"samples_per_s": [100, 0]}, r"samples_per_s = \[100, 0\]: a number above 0"),
         ({"latency_ms": -1}, "latency_ms = -1: a number 0 or more"),
         ({"jitter": math.inf}, "jitter = inf: must be a finite number"),
-        ({"speed": 3}, "speed: unknown key; allowed: samples_per_s, bandwidth_mbps, latency_ms, jitter, offline"),
-        ({"offline": {0: [(5, 3)]}}, r"offline = \{0: \[\(5.0, 3.0\)\]\}: periods \(from, to\) in order"),
+        (
+            {"speed": 3},
+            "speed: unknown key; allowed: samples_per_s, bandwidth_mbps, latency_ms, jitter, offline",
+        ),
+        (
+            {"offline": {0: [(5, 3)]}},
+            r"offline = \{0: \[\(5.0, 3.0\)\]\}: periods \(from, to\) in order",
+        ),
         ({"offline": {0: [(0, 9), (8, 12)]}}, "periods"),
         ({"mean_up_s": 60}, "mean_up_s = 60.0, mean_down_s = None: both or neither"),
     ],
@@ -44,17 +53,29 @@ def test_world_that_does_not_fit_the_run_is_named(world: World, message: str) ->
 def test_speeds_are_a_number_for_all_a_list_or_lognormal() -> None:
     assert [site.samples_per_s for site in World(samples_per_s=7).sites(2, 1)] == [7, 7]
     assert [site.samples_per_s for site in World(samples_per_s=[7, 8]).sites(2, 1)] == [7, 8]
-    drawn = np.log([site.samples_per_s for site in World(samples_per_s=Lognormal(median=100, sigma=0.5)).sites(400, 1)])
-    error = 0.5 / math.sqrt(400)  # standard error of the mean; that of the deviation is smaller by sqrt(2)
+    drawn = np.log(
+        [
+            site.samples_per_s
+            for site in World(samples_per_s=Lognormal(median=100, sigma=0.5)).sites(400, 1)
+        ]
+    )
+    error = 0.5 / math.sqrt(
+        400
+    )  # standard error of the mean; that of the deviation is smaller by sqrt(2)
     assert abs(drawn.mean() - math.log(100)) < 3 * error
     assert abs(drawn.std() - 0.5) < 3 * error
 
 
 def test_same_seed_same_world_and_another_seed_another() -> None:
-    world = World(samples_per_s=Lognormal(median=100, sigma=1), jitter=0.3, mean_up_s=50, mean_down_s=5)
+    world = World(
+        samples_per_s=Lognormal(median=100, sigma=1), jitter=0.3, mean_up_s=50, mean_down_s=5
+    )
 
     def look(seed: int) -> list[Any]:
-        return [(site.samples_per_s, site.travel_s(1000), site.next_outage(500)) for site in world.sites(3, seed)]
+        return [
+            (site.samples_per_s, site.travel_s(1000), site.next_outage(500))
+            for site in world.sites(3, seed)
+        ]
 
     assert look(1) == look(1)
     assert look(1) != look(2)
@@ -81,8 +102,21 @@ def site_off(*periods: tuple[float, float]) -> SiteWorld:
 
 def test_site_is_back_when_its_outage_ends_and_never_when_it_died() -> None:
     site = site_off((10, 20), (30, math.inf))
-    assert [site.back_at(time) for time in (0, 10, 15, 20, 29, 30, 99)] == [0, 20, 20, 20, 29, math.inf, math.inf]
-    assert [site.next_outage(time) for time in (0, 19, 20, 99)] == [(10, 20), (10, 20), (30, math.inf), (30, math.inf)]
+    assert [site.back_at(time) for time in (0, 10, 15, 20, 29, 30, 99)] == [
+        0,
+        20,
+        20,
+        20,
+        29,
+        math.inf,
+        math.inf,
+    ]
+    assert [site.next_outage(time) for time in (0, 19, 20, 99)] == [
+        (10, 20),
+        (10, 20),
+        (30, math.inf),
+        (30, math.inf),
+    ]
 
 
 def test_whichever_outage_comes_first_counts() -> None:
@@ -101,6 +135,8 @@ def test_random_outages_have_the_mean_lengths_asked_for() -> None:
         ups.append(outage[0] - time)
         downs.append(outage[1] - outage[0])
         time = outage[1]
-    assert abs(np.mean(ups) - 90) < 3 * 90 / math.sqrt(400)  # an exponential's deviation is its mean
+    assert abs(np.mean(ups) - 90) < 3 * 90 / math.sqrt(
+        400
+    )  # an exponential's deviation is its mean
     assert abs(np.mean(downs) - 10) < 3 * 10 / math.sqrt(400)
     assert site.next_outage(0) == (ups[0], ups[0] + downs[0])  # the past stays what it was

@@ -1,6 +1,7 @@
-"""``python -m configuration CONF SET``: check a configuration before anything is started, and say it as Flower takes it.
+"""``python -m configuration CONF SET``: check a configuration before anything is started.
 
-Prints two assignments for a shell, ``RUN_CONFIG`` (what differs from the defaults) and ``SITES``.
+Prints two assignments for a shell: ``RUN_CONFIG`` (what differs from the defaults, in the form that
+Flower takes) and ``SITES``.
 """
 
 import re
@@ -34,7 +35,9 @@ def _toml(value: bool | int | float | str) -> str:
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """``key=value`` pairs in TOML, by Flower's own parser, which leaves out in silence what is none.
+    """Read ``key=value`` pairs in TOML with Flower's own parser.
+
+    The parser silently leaves out whatever is no such pair; here that is an error.
 
     Raises:
         ConfigError: it left something out.

@@ -36,7 +36,8 @@ MOST_PEERS = 1000  # the mixing matrix, and the check that it connects them, gro
 DIRECTED = "gradients go back where models came from, against its links; or gradients = 'model'"
 VARYING = "neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
 ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
-# Keys of the sections of every run that have no effect with a kind of plan; a section's name stands for all of its keys.
+# Keys of the sections of every run that have no effect with a kind of plan; a section's name
+# stands for all of its keys.
 BETWEEN_PEERS = {"topology", "wire.cross-codec", "wire.sealing", "wire.collect-models"}
 UNUSED: dict[type, set[str]] = {
     **{kind: {*BETWEEN_PEERS, "results.evaluate-every"} for kind in ROUNDS},
@@ -58,10 +59,15 @@ def together(config: "Config", method: Method[Any]) -> Iterator[str]:
         yield str(error)
         return
     except Exception as error:  # of one's own
-        yield f"strategy = {shown(config.strategy)}: its plan fails: {type(error).__name__}: {error}"
+        yield (
+            f"strategy = {shown(config.strategy)}: its plan fails: {type(error).__name__}: {error}"
+        )
         return
     if not isinstance(plan, tuple(KINDS)):
-        yield f"strategy = {shown(config.strategy)}: its plan is {type(plan).__name__}; a RoundPlan, ArrivalPlan, ... is expected"
+        yield (
+            f"strategy = {shown(config.strategy)}: its plan is {type(plan).__name__}; "
+            "a RoundPlan, ArrivalPlan, ... is expected"
+        )
         return
     yield from _without_effect(config, method)
     yield from _run(config)
@@ -117,7 +123,10 @@ def _without_effect(config: "Config", method: Method[Any]) -> Iterator[str]:
         for key, value in changed(getattr(config, name)).items():
             if (whole := f"{name}.{key}") in none:
                 takers = [each for each in METHODS if whole not in unused(each)]
-                yield f"{whole} = {shown(value)}: has no effect with strategy = {method.name!r}; taken by {', '.join(takers)}"
+                yield (
+                    f"{whole} = {shown(value)}: has no effect with strategy = {method.name!r}; "
+                    f"taken by {', '.join(takers)}"
+                )
     for name, section in {
         **{name: getattr(config, name) for name in SECTIONS},
         method.table: config.keys,
@@ -137,7 +146,10 @@ def _only(table: str, section: Section) -> Iterator[str]:
                 if there not in values and not (rule.own and ":" in str(there)):
                     allowed = ", ".join(map(str, values))
                     where = f"{table}.{fields[other].alias}"
-                    yield f"{table}.{key} = {shown(value)}: has no effect with {where} = {there!r}; only with {allowed}"
+                    yield (
+                        f"{table}.{key} = {shown(value)}: has no effect with {where} = {there!r}; "
+                        f"only with {allowed}"
+                    )
 
 
 def _run(config: "Config") -> Iterator[str]:
@@ -146,7 +158,10 @@ def _run(config: "Config") -> Iterator[str]:
         yield f"min-sites = {config.min_sites}: at most num-sites, which is {config.num_sites}"
     local_epochs = changed(keys).get("local-epochs", 0)
     if local_epochs > config.epochs:
-        yield f"{config.method.table}.local-epochs = {local_epochs}: at most epochs, which is {config.epochs}"
+        yield (
+            f"{config.method.table}.local-epochs = {local_epochs}: "
+            f"at most epochs, which is {config.epochs}"
+        )
     for table, section in (("training", training), (config.method.table, keys)):
         if getattr(section, "nesterov", False) and not getattr(section, "momentum", 0):
             yield f"{table}.nesterov = True: needs {table}.momentum above 0"
@@ -157,13 +172,22 @@ def _run(config: "Config") -> Iterator[str]:
         and "momentum" in changed(training)
     ):
         table = config.method.table
-        yield f"training.momentum = {training.momentum:g}: has no effect with {table}.local-steps = 1, which begins anew each time"
+        yield (
+            f"training.momentum = {training.momentum:g}: "
+            f"has no effect with {table}.local-steps = 1, which begins anew each time"
+        )
     if training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        yield f"training.optimizer = 'muon': needs torch 2.9 or newer, here is {torch.__version__}; allowed: 'sgd', 'adamw'"
+        yield (
+            f"training.optimizer = 'muon': needs torch 2.9 or newer, here is {torch.__version__}; "
+            "allowed: 'sgd', 'adamw'"
+        )
     if training.lr_ratio == 1:
         for key in ("lr-shape", "lr-steps"):
             if key in changed(training):
-                yield f"training.{key} = {changed(training)[key]!r}: has no effect with training.lr-ratio = 1"
+                yield (
+                    f"training.{key} = {changed(training)[key]!r}: "
+                    "has no effect with training.lr-ratio = 1"
+                )
     try:
         task = config.task
     except ValueError as error:
@@ -192,26 +216,46 @@ def _data(config: "Config") -> Iterator[str]:
     source = SOURCES.get(data.source)
     if source and target not in source.targets:
         fit = ", ".join(repr(name) for name, task in TASKS.items() if task.target in source.targets)
-        yield f"training.task = {config.training.task!r}: not what data.source = {data.source!r} is for; allowed: {fit}"
+        yield (
+            f"training.task = {config.training.task!r}: "
+            f"not what data.source = {data.source!r} is for; allowed: {fit}"
+        )
     if partition.kind in PARTITIONS and PARTITIONS[partition.kind].by_class and target != "class":
         kinds = ", ".join(name for name, kind in PARTITIONS.items() if not kind.by_class)
-        yield f"partition.kind = {partition.kind!r}: examples of {config.training.task} have no classes; allowed: {kinds}"
+        yield (
+            f"partition.kind = {partition.kind!r}: "
+            f"examples of {config.training.task} have no classes; allowed: {kinds}"
+        )
     if data.augment != "none" and target == "map":
-        yield f"data.augment = {data.augment!r}: maps are not flipped and cropped with their pictures; allowed: 'none'"
+        yield (
+            f"data.augment = {data.augment!r}: "
+            "maps are not flipped and cropped with their pictures; allowed: 'none'"
+        )
     if (
         data.test_part == "official"
         and data.source in SOURCES
         and not SOURCES[data.source].official_test
     ):
-        yield f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
+        yield (
+            f"data.test-part = 'official': {data.source} has no official test part; allowed: 'own'"
+        )
     if data.augment != "none" and data.source in SOURCES and not SOURCES[data.source].pictures:
-        yield f"data.augment = {data.augment!r}: only pictures can be flipped and cropped, not {data.source}; allowed: 'none'"
+        yield (
+            f"data.augment = {data.augment!r}: only pictures can be flipped and cropped, "
+            f"not {data.source}; allowed: 'none'"
+        )
     if config.computing.workers and data.source in SOURCES and not SOURCES[data.source].lazy:
         lazy = ", ".join(name for name, each in SOURCES.items() if each.lazy)
         said = f"has no effect with data.source = {data.source!r}, which is in memory"
-        yield f"computing.workers = {config.computing.workers}: {said}; only with {lazy}, package.module:NAME"
+        yield (
+            f"computing.workers = {config.computing.workers}: {said}; "
+            f"only with {lazy}, package.module:NAME"
+        )
     if partition.iid_fraction and partition.kind == "iid":
-        yield f"partition.iid-fraction = {partition.iid_fraction:g}: has no effect with partition.kind = 'iid'"
+        yield (
+            f"partition.iid-fraction = {partition.iid_fraction:g}: "
+            "has no effect with partition.kind = 'iid'"
+        )
 
 
 def _codecs(config: "Config") -> Iterator[str]:
@@ -224,16 +268,28 @@ def _codecs(config: "Config") -> Iterator[str]:
         except ValueError as error:
             yield str(error)
     if wire.codec in CODECS and CODECS[wire.codec].biased and wire.error_feedback == "none":
-        yield f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; allowed: 'deep-squeeze', 'choco'"
+        yield (
+            f"wire.error-feedback = 'none': codec = {wire.codec!r} loses what it leaves out; "
+            "allowed: 'deep-squeeze', 'choco'"
+        )
     if wire.error_feedback != "none" and wire.codec == "identity":
-        yield f"wire.error-feedback = {wire.error_feedback!r}: has no effect with wire.codec = 'identity'"
+        yield (
+            f"wire.error-feedback = {wire.error_feedback!r}: "
+            "has no effect with wire.codec = 'identity'"
+        )
     if wire.error_feedback == "choco" and not isinstance(config.plan, PeerPlan):
-        yield f"wire.error-feedback = 'choco': {config.strategy} has no neighbours; allowed: 'none', 'deep-squeeze'"
+        yield (
+            f"wire.error-feedback = 'choco': {config.strategy} has no neighbours; "
+            "allowed: 'none', 'deep-squeeze'"
+        )
     for key in ("bits", "share"):
         readers = [each for each, kind in CODECS.items() if key in kind.keys]
         if key in changed(wire) and not set(readers) & {wire.codec, wire.cross_codec}:
             only = ", ".join(readers)
-            yield f"wire.{key} = {changed(wire)[key]}: has no effect with wire.codec = {wire.codec!r}; only with {only}"
+            yield (
+                f"wire.{key} = {changed(wire)[key]}: "
+                f"has no effect with wire.codec = {wire.codec!r}; only with {only}"
+            )
 
 
 def _robust(config: "Config", plan: Plan) -> Iterator[str]:
@@ -243,7 +299,10 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
         and getattr(plan, "weighting", "") == "equal"
         and isinstance(plan, RoundPlan)
     ):
-        yield f"robust.max-share = {robust.max_share:g}: has no effect with {table}.weighting = 'equal'"
+        yield (
+            f"robust.max-share = {robust.max_share:g}: "
+            f"has no effect with {table}.weighting = 'equal'"
+        )
     if not robust.rule.on:
         return
     said, allowed, rows, what = (
@@ -254,7 +313,10 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
     )
     match plan:
         case ArrivalPlan(window=0):
-            yield f"{said}: {name} takes one contribution at a time; allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
+            yield (
+                f"{said}: {name} takes one contribution at a time; "
+                "allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
+            )
             return
         case ForeignPlan(averages=False):
             yield f"{said}: {name} is no mean of models; allowed: 'mean'"
@@ -268,15 +330,27 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
                 f"{table}.{'window' if hasattr(config.keys, 'window') else 'buffer-size'}",
             )
             if rows > config.num_sites:
-                yield f"{what} = {rows}: {said} takes one contribution a site; at most num-sites, which is {config.num_sites}"
+                yield (
+                    f"{what} = {rows}: {said} takes one contribution a site; "
+                    f"at most num-sites, which is {config.num_sites}"
+                )
         case PeerPlan():
             allowed = ("median", "trimmed-mean", "clipped")
             if config.wire.error_feedback != "none":
-                yield f"{said}: not with wire.error-feedback = {config.wire.error_feedback!r}; allowed: 'none'"
+                yield (
+                    f"{said}: not with wire.error-feedback = {config.wire.error_feedback!r}; "
+                    "allowed: 'none'"
+                )
         case _ if "weighting" in changed(config.keys):
-            yield f"{table}.weighting = 'samples': has no effect with {said}: all sites count the same"
+            yield (
+                f"{table}.weighting = 'samples': has no effect with {said}: "
+                "all sites count the same"
+            )
     if robust.mean not in allowed:
-        yield f"{said}: not with strategy = {name!r}; allowed: 'mean', {', '.join(map(repr, allowed))}"
+        yield (
+            f"{said}: not with strategy = {name!r}; "
+            f"allowed: 'mean', {', '.join(map(repr, allowed))}"
+        )
     least = robust.rule.majority + 2 * (robust.mean == "krum")
     if rows < least and not isinstance(plan, PeerPlan):
         against = "" if robust.mean == "median" else f" against robust.faulty = {robust.faulty}"
@@ -288,21 +362,33 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
     if config.max_change != type(config).model_fields["max_change"].default and isinstance(
         plan.algorithm, LinkAlgorithm
     ):
-        yield f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: what neighbours send are no models"
+        yield (
+            f"max-change = {config.max_change:g}: has no effect with strategy = {name!r}: "
+            "what neighbours send are no models"
+        )
     if config.num_sites < 2:
         yield f"num-sites = {config.num_sites}: {name} needs peers to exchange with; at least 2"
     if config.num_sites > MOST_PEERS:
         yield f"num-sites = {config.num_sites}: {name} takes at most {MOST_PEERS} peers"
     if wire.error_feedback != "none" and isinstance(plan.algorithm, LinkAlgorithm):
-        yield f"wire.error-feedback = {wire.error_feedback!r}: {name} offers each neighbour something else; allowed: 'none'"
+        yield (
+            f"wire.error-feedback = {wire.error_feedback!r}: "
+            f"{name} offers each neighbour something else; allowed: 'none'"
+        )
     if wire.error_feedback == "choco" and topology in TOPOLOGIES and TOPOLOGIES[topology].varying:
         yield f"wire.error-feedback = 'choco': {VARYING}"
     if wire.cross_codec != "identity" and plan.gradient.messages < 2:
-        yield f"wire.cross-codec = {wire.cross_codec!r}: has no effect where no gradients are sent; with ngm and n-saddle they are"
+        yield (
+            f"wire.cross-codec = {wire.cross_codec!r}: has no effect where no gradients are sent; "
+            "with ngm and n-saddle they are"
+        )
     if plan.exact and not (wire.codec in CODECS and CODECS[wire.codec].rounds):
         allowed = ", ".join(repr(each) for each, kind in CODECS.items() if kind.rounds)
         yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: {allowed}"
     if topology in TOPOLOGIES and TOPOLOGIES[topology].directed and plan.gradient.messages > 1:
         yield f"topology.name = {topology!r}: {DIRECTED}"
     if plan.gradient.perturbed_by == "owner-of-model" and wire.codec != "identity":
-        yield f"wire.codec = {wire.codec!r}: {name}.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'"
+        yield (
+            f"wire.codec = {wire.codec!r}: "
+            f"{name}.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'"
+        )

@@ -1,6 +1,7 @@
 """The whole run configuration: one frozen value, checked before any site starts work.
 
-A key that has no effect in a run must be as shipped: what somebody set on purpose and what nobody would read is an error.
+A key that has no effect in a run must have its default: a value that somebody set on purpose and
+that nobody would read is an error.
 """
 
 import re
@@ -65,7 +66,9 @@ class Config(BaseModel):
     min_sites: Positive = 2
     """the run stops when fewer sites than this answer"""
     max_change: NotNegative = 5.0
-    """a contribution that moves the model by more than so many times the median over sites is refused; 0: no bound"""
+    """a contribution that moves the model by more than so many times the median over sites is
+    refused; 0: no bound
+    """
     epochs: Positive = 32
     """local epochs of each site in the whole run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
@@ -73,7 +76,9 @@ class Config(BaseModel):
     timeout_s: Annotated[float, Field(ge=1, le=1e7)] = 3600.0
     """seconds a site has to answer"""
     patience_s: Annotated[float, Field(ge=0, le=1e7)] = 21_600.0
-    """seconds that a run waits for sites where fewer than min-sites are there, or when it begins, fewer than num-sites"""
+    """seconds that a run waits for sites where fewer than min-sites are there, or when it begins,
+    fewer than num-sites
+    """
     keys: SerializeAsAny[Section] = Section()
     training: Training = Training()
     model: Model = Model()
@@ -183,7 +188,7 @@ class Config(BaseModel):
         return tables | {self.method.table: tables.pop("keys")}
 
     def flat(self) -> dict[str, bool | int | float | str]:
-        """The configuration as Flower's ``--run-config`` takes it, without other methods' sections."""
+        """The configuration as ``--run-config`` takes it, without other methods' sections."""
         return flatten_dict(self.tables())
 
     @property
@@ -214,8 +219,8 @@ def task(name: str) -> Task:
 def configuration(conf: str | Path | None = None, **changes: Any) -> Config:
     """The configuration of a run: the defaults, then a file of ``conf/``, then ``changes``.
 
-    Keys are those of the run configuration, ``-`` or ``_`` between their words: ``num_sites=10``, a table such as
-    ``training={"lr": 0.1}``, or ``**{"training.lr": 0.1}``.
+    Keys are those of the run configuration, ``-`` or ``_`` between their words: ``num_sites=10``, a
+    table such as ``training={"lr": 0.1}``, or ``**{"training.lr": 0.1}``.
 
     Raises:
         ConfigError: names every key that is wrong, its value and what is allowed.
@@ -233,7 +238,7 @@ def configuration(conf: str | Path | None = None, **changes: Any) -> Config:
 
 
 def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables as keys with dots, with hyphens between their words; of the same key, the last."""
+    """Nested tables as dotted keys with hyphens; of the same key, the last one counts."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
         key = key.replace("_", "-")
@@ -254,9 +259,15 @@ def _section_fault(method: Method[Any]) -> str | None:
     if method.table in SECTIONS or any(
         method.table == field.alias for field in Config.model_fields.values()
     ):
-        return f"its section is called {shown(method.table)}, which every run has; another name is expected"
+        return (
+            f"its section is called {shown(method.table)}, which every run has; "
+            "another name is expected"
+        )
     if not (isinstance(method.keys, type) and issubclass(method.keys, Section)):
-        return f"its keys are {shown(method.keys)}; a subclass of strategies.method.Section is expected"
+        return (
+            f"its keys are {shown(method.keys)}; "
+            "a subclass of strategies.method.Section is expected"
+        )
     return None
 
 
@@ -269,7 +280,10 @@ def _is_known(key: str, known: Mapping[str, type[Section]]) -> bool:
 
 
 def _unknown(key: str, value: object, method: Method[Any]) -> str:
-    """With a guess among the keys that this run takes: by the whole key, or by what comes after the dot."""
+    """The error for an unknown key, with the most similar key that this run takes, if any.
+
+    Similar is judged by the whole key, or by what comes after the dot.
+    """
     own = {method.table: method.keys, **SECTIONS}
     keys = [
         f"{table}.{field.alias}"
@@ -300,9 +314,8 @@ def _read(kind: type[S], given: Mapping[str, Any], prefix: str, errors: list[str
             message = (
                 each["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             )
-            whole = (
-                each["type"] == "value_error" and not each["loc"]
-            )  # of a section: it names its keys itself
+            # Of a whole section: its message names the keys itself.
+            whole = each["type"] == "value_error" and not each["loc"]
             errors.append(
                 f"{prefix}{message}" if whole else f"{key} = {shown(each['input'])}: {message}"
             )
@@ -317,4 +330,7 @@ def _of_another(method: Method[Any], table: str, key: str, value: object) -> str
         else ""
     )
     takers = f"only {', '.join(owners)}" if len(owners) < 4 else "only a strategy of Flower"
-    return f"{table}.{key} = {shown(value)}: strategy = {method.name!r} does not take it, {takers}{own}"
+    return (
+        f"{table}.{key} = {shown(value)}: "
+        f"strategy = {method.name!r} does not take it, {takers}{own}"
+    )

@@ -8,7 +8,7 @@ SHOWN = 80  # characters of a value
 
 
 class ConfigError(ValueError):
-    """The run configuration cannot be run; the message names the key, its value and what is allowed."""
+    """The run configuration is invalid; the message names key, value and what is allowed."""
 
 
 def changed(section: BaseModel) -> dict[str, Any]:

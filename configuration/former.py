@@ -1,4 +1,4 @@
-"""The flat keys of before sections, and where each stands now: for the error that names the new key."""
+"""The former flat keys, and where each stands now: for the error that names the new key."""
 
 SECTION_OF = {
     "training": "lr lr-ratio lr-shape lr-steps optimizer weight-decay batch-size clip-norm",
@@ -10,8 +10,9 @@ SECTION_OF = {
     "results": "evaluate-every",
     "model": "norm",
     # Of the method, under its own name.
-    "METHOD": "local-epochs max-local-epochs epsilon weighting lr-envelope local-steps schedule slack window server-lr staleness "
-    "staleness-exponent staleness-border compensation mixing-rate proximal-mu buffer-size",
+    "METHOD": "local-epochs max-local-epochs epsilon weighting lr-envelope local-steps schedule "
+    "slack window server-lr staleness staleness-exponent staleness-border "
+    "compensation mixing-rate proximal-mu buffer-size",
 }
 RENAMED = {
     "strategy-arguments": "flower.arguments",

@@ -1,4 +1,7 @@
-"""``make docs``: from the sections, the defaults in ``pyproject.toml``, the reference of keys and the table of methods."""
+"""``make docs``: what is generated from the sections of the configuration.
+
+These are the defaults in ``pyproject.toml``, the reference of keys and the table of methods.
+"""
 
 import json
 import re
@@ -16,7 +19,10 @@ from strategies.methods import METHODS
 PYPROJECT = ROOT / "pyproject.toml"
 REFERENCE = ROOT / "docs" / "reference" / "configuration.md"
 TABLE = ROOT / "docs" / "reference" / "methods.md"
-MARK = "# Every key of a run, with its default: made by `make docs` from configuration/ and strategies/."
+MARK = (
+    "# Every key of a run, with its default: "
+    "made by `make docs` from configuration/ and strategies/."
+)
 
 
 def tables() -> dict[str, type[BaseModel]]:
@@ -39,7 +45,9 @@ def defaults() -> str:
     for name, kind in tables().items():
         lines += ["", f"[tool.flwr.app.config.{name}]"] if name else ["[tool.flwr.app.config]"]
         rows = {key: f"{key} = {json.dumps(field.default)}" for key, field in fields(kind).items()}
-        lines += [f"{row:<32} # {fields(kind)[key].description}" for key, row in rows.items()]
+        lines += [
+            f"{row:<32} # {_line(fields(kind)[key].description)}" for key, row in rows.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +61,8 @@ def reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made by `make docs`. Every key of a run, its type, default and meaning. A key that has no effect in a run must be as",
+        "Made by `make docs`. Every key of a run, its type, default and meaning. "
+        "A key that has no effect in a run must be as",
         "shipped: everything else is an error that says which methods take it.",
     ]
     for name, kind in tables().items():
@@ -64,7 +73,8 @@ def reference() -> str:
         schema: dict[str, Any] = kind.model_json_schema(by_alias=True)["properties"]
         for key, field in fields(kind).items():
             lines.append(
-                f"| `{key}` | {_allowed(schema[key])} | `{json.dumps(field.default)}` | {_cell(field.description)} |"
+                f"| `{key}` | {_allowed(schema[key])} | `{json.dumps(field.default)}` "
+                f"| {_cell(field.description)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -116,7 +126,12 @@ def _allowed(schema: dict[str, Any]) -> str:
 
 
 def _cell(text: str | None) -> str:
-    return (text or "").replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str | None) -> str:
+    """A description, which may be wrapped in its file, as one line."""
+    return (text or "").strip().replace("\n", " ")
 
 
 if __name__ == "__main__":

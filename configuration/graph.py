@@ -45,6 +45,7 @@ def graph_of(config: Config) -> Topology:
         if fewest < least:
             wrong = f"topology.name = {keys.name!r}: a peer has {fewest} neighbours"
             raise TopologyError(
-                f"{wrong}; robust.mean = {config.robust.mean!r} needs at least {least}, such as of a 'complete' graph"
+                f"{wrong}; robust.mean = {config.robust.mean!r} needs at least {least}, "
+                "such as of a 'complete' graph"
             )
     return found

@@ -1,4 +1,4 @@
-"""The network of a run, and the codec for vectors of its size, as its configuration describes them."""
+"""The network of a run, and the codec for vectors of its size, as configured."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -40,9 +40,12 @@ def initialised(
     )
 
 
-@lru_cache(maxsize=4)  # a site's service asks with each letter
+@lru_cache(maxsize=4)  # a site's service asks with each message
 def parameters_of(config: Config, shape: tuple[int, ...], num_classes: int) -> int:
-    """How many parameters :func:`network_of` would make, without the memory for them; 0 for a network of one's own."""
+    """How many parameters :func:`network_of` would make; they are not allocated.
+
+    It is 0 for a network of one's own.
+    """
     model = config.model
     return num_parameters(
         model.name, shape, num_outputs(config.task, config.data, num_classes), **model.options
@@ -50,7 +53,7 @@ def parameters_of(config: Config, shape: tuple[int, ...], num_classes: int) -> i
 
 
 def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, str]:
-    """The network for examples of ``shape`` at its initial parameters, and what there is to say of these.
+    """The network for examples of ``shape`` at its initial parameters, and a note on these.
 
     Raises:
         ValueError: it cannot be built; the message names the key.
@@ -69,13 +72,14 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tupl
         weight.requires_grad for weight in hidden_matrices(network)
     ):
         raise ValueError(
-            "training.optimizer = 'muon': no hidden matrix of this network is trained; allowed: 'sgd', 'adamw'"
+            "training.optimizer = 'muon': no hidden matrix of this network is trained; "
+            "allowed: 'sgd', 'adamw'"
         )
     return network, said
 
 
 def codec_of(wire: Wire, sizes: Sequence[int], name: str = "") -> Codec:
-    """The codec of models whose layers have so many parameters; another than ``wire.codec`` by its ``name``."""
+    """The codec of models whose layers have ``sizes`` parameters: ``name``, else ``wire.codec``."""
     return codec(name or wire.codec, sizes, bits=wire.bits, share=wire.share)
 
 

@@ -1,7 +1,10 @@
-"""The sections that belong to every run. A method's own keys stand in a section of its name, see its file in ``strategies/``.
+"""The sections that belong to every run.
 
-Each key has its type, its default and a line that says what it does; ``pyproject.toml`` and the reference of keys are made of these
-by ``make docs``. ``Only`` marks a key that has an effect only with some values of a key beside it.
+A method's own keys stand in a section of its name, see its file in ``strategies/``.
+
+Each key has its type, its default and a line that says what it does; ``pyproject.toml`` and the
+reference of keys are made of these by ``make docs``. ``Only`` marks a key that has an effect only
+with some values of a key beside it.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,9 +74,13 @@ class Training(Section):
     """Training at the sites, of every method."""
 
     task: Annotated[str, _one_of(*TASKS)] = "classification"
-    """classification, multi-label, regression, language, segmentation, or one's own: package.module:TASK"""
+    """classification, multi-label, regression, language, segmentation, or one's own:
+    package.module:TASK
+    """
     lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of sgd, else 0.001"""
+    """learning rate at the start of a cycle (a round in Co-learning, the run elsewhere); 0: 0.05 of
+    sgd, else 0.001
+    """
     lr_ratio: Share = 0.25
     """rate at the end of a cycle over that at its start; 1: constant"""
     lr_shape: Literal["exponential", "linear", "cosine"] = "exponential"
@@ -81,7 +88,9 @@ class Training(Section):
     lr_steps: Literal["batch", "epoch"] = "batch"
     """how often the rate moves: batch, epoch"""
     lr_warmup: Decay = 0.0
-    """share of a cycle during which the rate rises linearly to lr, batch by batch; then it decays over the rest; 0: none"""
+    """share of a cycle during which the rate rises linearly to lr, batch by batch; then it decays
+    over the rest; 0: none
+    """
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """sgd, adamw, muon (of hidden matrices and kernels, the rest by adamw)"""
     momentum: Decay = 0.9
@@ -107,7 +116,9 @@ class Model(Section):
     """The network."""
 
     name: Annotated[str, _one_of(*NETWORKS, more=torchvision_names)] = "cnn"
-    """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own: package.module:NAME"""
+    """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own:
+    package.module:NAME
+    """
     norm: Annotated[Literal["batch", "group", "evonorm"], Only(name=_taking(NETWORKS, "norm"))] = (
         "batch"
     )
@@ -121,7 +132,9 @@ class Model(Section):
     initial: str = ""
     """safetensors file to start from, by names; empty: random"""
     trainable: str = ""
-    """shell patterns of parameters' names, such as "fc.* layer4.*": only these train and cross the wire; empty: all"""
+    """shell patterns of parameters' names, such as "fc.* layer4.*": only these train and cross the
+    wire; empty: all
+    """
 
     @property
     def options(self) -> dict[str, Any]:
@@ -133,13 +146,16 @@ class Data(Section):
     """What sites hold."""
 
     source: Annotated[str, _one_of(*SOURCES)] = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, csv, parquet, text-bytes, tokens, ..., package.module:NAME"""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, csv, parquet, text-bytes,
+    tokens, ..., package.module:NAME
+    """
     path: str = ""
     """file or folder; for torchvision's sets the root"""
     label: Annotated[str, Field(min_length=1), Only(source=_taking(SOURCES, "label"))] = "label"
     """the label's column, or an expression of columns such as "target > 0\""""
     group: Annotated[str, Only(source=_taking(SOURCES, "group"))] = ""
-    """natural sites: a column, or a regular expression on the path; empty: CSV file or top folder"""
+    """natural sites: a column, or a regular expression on the path; empty: CSV file or top folder
+    """
     image_size: Annotated[
         int, Field(ge=1, le=4096), Only(source=_taking(SOURCES, "image_size"))
     ] = 32
@@ -167,7 +183,9 @@ class Data(Section):
     )
     """examples that would take more memory (in 2^30 bytes) are read when a batch needs them"""
     test_part: Literal["own", "pooled", "official"] = "own"
-    """own: each site splits off a part; pooled: these are put together and spread evenly; official: the data set's"""
+    """own: each site splits off a part; pooled: these are put together and spread evenly; official:
+    the data set's
+    """
     test_fraction: Annotated[float, Field(gt=0, lt=1), Only(test_part=("own", "pooled"))] = 0.2
     """of each site's examples"""
     augment: Literal["none", "flip-crop"] = "none"
@@ -178,7 +196,8 @@ class Partition(Section):
     """Who gets what in a simulation."""
 
     kind: Annotated[str, _one_of(*PARTITIONS)] = "iid"
-    """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:NAME"""
+    """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:NAME
+    """
     alpha: Annotated[float, Field(gt=0, le=1e6), Only(kind=_taking(PARTITIONS, "alpha"))] = 0.5
     """smaller is more skewed"""
     classes_per_site: Annotated[Positive, Only(kind=_taking(PARTITIONS, "classes_per_site"))] = 2
@@ -195,7 +214,9 @@ class TopologyKeys(Section):
     """Who exchanges with whom, of peers."""
 
     name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
-    """ring, path, star, complete, torus, matching, exponential, edges, ..., or one's own: package.module:function"""
+    """ring, path, star, complete, torus, matching, exponential, edges, ..., or one's own:
+    package.module:function
+    """
     mixing: Annotated[Literal["metropolis", "uniform"], Only(own=True, name=UNDIRECTED)] = (
         "metropolis"
     )
@@ -216,7 +237,9 @@ class Wire(Section):
     """What crosses the wire."""
 
     codec: Annotated[str, _one_of(*CODECS)] = "identity"
-    """of offers to peers and updates to a server: identity, fp16, bf16, qsgd, top-k, random-k, sign, or package.module:function"""
+    """of offers to peers and updates to a server: identity, fp16, bf16, qsgd, top-k, random-k,
+    sign, or package.module:function
+    """
     down_codec: Literal["identity", "fp16", "bf16"] = "identity"
     """of the model that a server sends to train on; sites then answer with how far they moved it"""
     bits: Literal[2, 4, 8, 16] = 8
@@ -228,16 +251,22 @@ class Wire(Section):
     cross_codec: Annotated[str, _one_of(*CODECS)] = "identity"
     """of cross-gradients (ngm, n-saddle), with error feedback for each neighbour"""
     sealing: Literal["off", "keys", "trust-on-first-use"] = "off"
-    """end-to-end encryption: off, keys (each site has a list of its neighbours'), trust-on-first-use"""
+    """end-to-end encryption: off, keys (each site has a list of its neighbours'),
+    trust-on-first-use
+    """
     collect_models: Annotated[bool, Only(sealing=("off",))] = True
-    """at the end the server gets every peer's model, saves it and tests their mean; never when sealed"""
+    """at the end the server gets every peer's model, saves it and tests their mean; never when
+    sealed
+    """
 
 
 class RobustKeys(Section):
     """Against broken and hostile sites, beside max-change."""
 
     mean: Kind = "mean"
-    """of rounds and of gsgm and fedbuff: mean, median, trimmed-mean, krum; of peers: mean, median, trimmed-mean, clipped"""
+    """of rounds and of gsgm and fedbuff: mean, median, trimmed-mean, krum; of peers: mean, median,
+    trimmed-mean, clipped
+    """
     faulty: Annotated[Positive, Only(mean=("trimmed-mean", "krum", "clipped"))] = 1
     """so many sites, or of each peer so many neighbours, may be hostile"""
     max_share: Share = 0.5
@@ -255,17 +284,25 @@ class Results(Section):
     folder: Annotated[str, Field(min_length=1)] = "runs"
     """each run makes a folder in it"""
     details: bool = False
-    """tests also tell the metrics of each class and, of a classification, how well probabilities are calibrated"""
+    """tests also tell the metrics of each class and, of a classification, how well probabilities
+    are calibrated
+    """
     evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
     checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 10.0
-    """a run can go on from every round or test, and asynchronous ones at least from so many minutes ago; 0: never"""
+    """a run can go on from every round or test, and asynchronous ones at least from so many minutes
+    ago; 0: never
+    """
     resume: str = ""
-    """go on with a run that was killed: its folder, or auto for the newest of this configuration, or a new one"""
+    """go on with a run that was killed: its folder, or auto for the newest of this configuration,
+    or a new one
+    """
     log: Literal["text", "json"] = "text"
     """of the console: text, or json: events and log as lines of JSON with run, round and site"""
     trackers: Annotated[str, _names(*TRACKERS)] = ""
-    """experiment trackers that get the metrics, such as "tensorboard mlflow"; each is an extra to install"""
+    """experiment trackers that get the metrics, such as "tensorboard mlflow"; each is an extra to
+    install
+    """
 
 
 class Computing(Section):
@@ -274,7 +311,9 @@ class Computing(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """processes, at most one a core, that read ahead what is not in memory; 0: the training process reads"""
+    """processes, at most one a core, that read ahead what is not in memory; 0: the training process
+    reads
+    """
     precision: Literal["float32", "bfloat16"] = "float32"
     """float32, bfloat16 (autocast)"""
     channels_last: bool = False
@@ -284,7 +323,9 @@ class Computing(Section):
     checkpointing: bool = False
     """a network's blocks are computed twice, to save memory"""
     micro_batch: Annotated[int, Field(ge=0, le=10**9)] = 0
-    """to save memory, a gradient is summed over parts of so many examples (BatchNorm sees these), and tests take as many; 0: all"""
+    """to save memory, a gradient is summed over parts of so many examples (BatchNorm sees these),
+    and tests take as many; 0: all
+    """
 
 
 SECTIONS: dict[str, type[Section]] = {

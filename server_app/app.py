@@ -1,4 +1,4 @@
-"""The server: reads the configuration, counts the sites, builds the strategy, runs it, writes the results."""
+"""The server: reads the configuration, finds the sites, runs the strategy, writes results."""
 
 import logging
 from collections.abc import Callable
@@ -51,12 +51,14 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> None:
-    """Everything that the server does, reported to ``sink``; what was ``saved`` of a run that was killed is gone on with.
+    """Everything that the server does, reported to ``sink``.
+
+    With ``saved``, the checkpoint of a run that was killed, that run goes on.
 
     Raises:
         RunError: the run cannot start or go on; what it reached was reported.
     """
-    # Flower's own lines about sampling and aggregation would drown ours; its warnings and errors stay.
+    # Flower's own lines about sampling and aggregation would hide ours; warnings and errors stay.
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
     def emit(event: Event) -> None:
@@ -64,7 +66,7 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
             log(logging.WARNING, "%s", event)
         sink(event)
 
-    # A graph that cannot be, or a file that is not there, stops the run before a site is asked for anything.
+    # An impossible graph or a missing file stops the run before a site is asked for anything.
     topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None
     if config.model.initial:
         digest(config.model.initial)
@@ -75,7 +77,8 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
         parts := topology.parts({site.number for site in federation.sites})
     ):
         raise RunError(
-            f"without the sites that do not take part, the peers fall into parts: {', '.join(map(str, parts))}"
+            "without the sites that do not take part, the peers fall into parts: "
+            f"{', '.join(map(str, parts))}"
         )
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
@@ -149,7 +152,10 @@ def _drive(
 
 
 def _shares(federation: Federation, config: Config, weighting: str) -> dict[int, float]:
-    """Each node's share in a mean, in the order of the sites; together 1, and none above ``robust.max-share``."""
+    """Each node's share in a mean, in the order of the sites.
+
+    The shares sum to 1, and none is above ``robust.max-share``.
+    """
     sites = federation.sites
     total = sum(site.num_train for site in sites)
     shares = {

@@ -1,7 +1,8 @@
 """Asynchronous training: every site works all the time; the model changes with each arrival.
 
-A site is sent the newest model as soon as its last contribution was applied. When one is applied is the schedule's affair, what
-it does to the model the rule's. Tests go out after every so many updates, on the model of that moment, and nobody waits for them.
+A site is sent the newest model as soon as its last contribution was applied. The schedule says when
+one is applied, the rule what it does to the model. Tests are sent after every so many updates, with
+the model of that moment, and nobody waits for them.
 """
 
 import math
@@ -47,10 +48,11 @@ UNSAFE = f"with it the model may hold more than {LARGEST:.3g}; a smaller lr or s
 
 
 class _Flight(NamedTuple):
-    """A training message under way: what went with it, its version, what is to be done, and when it was sent.
+    """A training message under way: vectors, version of the model, the task, and the time.
 
     Attributes:
-        sent: the vectors; ``x`` is empty where the rule does without it, so that not every site keeps a model here.
+        sent: the vectors; ``x`` is empty where the rule does without it, so that no model is stored
+            here for each site.
         norms: of the vectors, as long as a bound needs them.
     """
 
@@ -62,7 +64,7 @@ class _Flight(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a site sent; with which version and how many batches it was made, and its largest magnitude."""
+    """What a site sent: update, version it began with, number of batches, largest magnitude."""
 
     update: Update
     version: int
@@ -71,7 +73,7 @@ class _Part(NamedTuple):
 
 
 class _Extremes(NamedTuple):
-    """The largest magnitudes of all models and updates so far, and the smallest sum of learning rates."""
+    """Largest magnitudes of all models and updates so far, and smallest sum of learning rates."""
 
     x: float = 0.0
     delta: float = 0.0
@@ -81,7 +83,8 @@ class _Extremes(NamedTuple):
 class Asynchronous:
     """Drives a plan over the sites of a federation.
 
-    A site that fails is left out until the next test, one that is silent or gone until it is back; nobody waits for them.
+    A site that fails is left out until the next test, one that is silent or gone until it is back;
+    nobody waits for either.
 
     Args:
         grid: the way to the sites.
@@ -124,14 +127,15 @@ class Asynchronous:
         self._tests: dict[int, PendingTest] = {}
         self._later: dict[int, float] = {}  # when sites whose service is away are called again
         self._blind = False  # whether nobody could take the last test
-        self._saved, self._tested_since = (
-            self._clock.now(),
-            False,
-        )  # the last checkpoint, and whether there was a test since
+        # The last checkpoint, and whether there was a test since.
+        self._saved, self._tested_since = self._clock.now(), False
         self._resumed: Mapping[str, Any] = {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; what sites did since then is lost: they are sent the newest model anew."""
+        """Go on from a checkpoint.
+
+        What sites did since then is lost: they are sent the newest model again.
+        """
         self._resumed = dict(state)
         self._report.resume(Moment(*state["now"]))
         self._extremes, self._updates, self._tested, self._done, start = state["counts"]
@@ -161,7 +165,10 @@ class Asynchronous:
         }
 
     def _save(self) -> None:
-        """Offer a checkpoint after a test, and when the last one is old; what is tested must be reported first."""
+        """Offer a checkpoint after a test, and when the last one is old.
+
+        What is being tested must be reported first.
+        """
         minutes = self._config.results.checkpoint_minutes
         if not self._tests and (
             self._tested_since or self._clock.now() - self._saved > 60 * minutes > 0
@@ -173,8 +180,8 @@ class Asynchronous:
         """From the initial model, or where a checkpoint was, to the last one.
 
         Raises:
-            RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what was reached so far was
-                emitted.
+            RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what
+                was reached so far was emitted.
         """
         known, stats = (
             self._resumed,
@@ -231,14 +238,16 @@ class Asynchronous:
         self._mailbox.send(messages)
 
     def _local(self, node: int) -> Local:
-        """What a site is to do: with ``by_speed`` so many batches that all take equally long (DyLU)."""
+        """What a site is to do.
+
+        With ``by_speed``, so many batches that all sites take equally long (DyLU).
+        """
         plan, steps = self._plan, self._plan.steps
         if plan.by_speed and node in self._speeds:
             speeds = [self._speeds.get(other, 0.0) for other in {node, *self._roster.here()}]
             fastest = min(max(speeds), FASTEST * median(speeds)) or max(speeds)
-            steps = max(
-                1, math.floor(steps * min(1.0, self._speeds[node] / fastest) + 1e-6)
-            )  # clocks round
+            # 1e-6: clocks round.
+            steps = max(1, math.floor(steps * min(1.0, self._speeds[node] / fastest) + 1e-6))
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
         return Local(
             self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True
@@ -282,9 +291,8 @@ class Asynchronous:
     def _arrived(self, node: int, reply: Message) -> None:
         """A site has trained."""
         flight, site = self._flying.pop(node), self._sites[node]
-        sent = {
-            name: vector for name, vector in flight.sent.items() if name != X
-        }  # of x comes the change itself
+        # Of x the site sends the change itself.
+        sent = {name: vector for name, vector in flight.sent.items() if name != X}
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
         found = self._report.receive(node, reply, self._updates, "training", read)
         if isinstance(found, Refusal):
@@ -353,7 +361,7 @@ class Asynchronous:
         self._lose(node, reason, failed=True)
 
     def _apply(self, nodes: list[int]) -> None:
-        """The contributions of sites, one after the other; then these sites go on with the newest model."""
+        """Apply the sites' contributions in turn; these sites go on with the newest model."""
         refill = self._plan.schedule.kind == "refill"
         for node in nodes:
             parts = self._waiting.pop(node)

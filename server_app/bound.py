@@ -2,13 +2,14 @@
 
     refused  <=>  |change| > c median_k a_k   and   |change| / s > c median_k b_k
 
-``a_k`` is the largest norm of a change that site k sent and that was taken, ``b_k`` the largest norm over ``s``, the sum of the
-learning rates of the site's steps. Both must be passed: sites with more data take more steps, and rates rise and fall. The largest
-and not the newest: where a site has learned its part, its next batches move nothing, until one does.
+``a_k`` is the largest norm of a change that site k sent and that was accepted, ``b_k`` the largest
+norm over ``s``, the sum of the learning rates of the site's steps. A change is refused only if it
+exceeds both: sites with more data take more steps, and rates rise and fall. The largest and not the
+newest: where a site has learned its part, its next batches move nothing, until one does.
 
-Half of the sites would have to be broken for the median to be. Until three sites answered, the model's own norm stands for
-``median_k a_k``; two cannot tell which of them is wrong. Peers bound what neighbours send by their own model, too
-(:mod:`strategies.peer.step`).
+Half of the sites would have to be broken for the median to be. Until three sites have answered, the
+model's own norm stands for ``median_k a_k``: of two, it is unknown which is wrong. Peers bound what
+neighbours send by their own model, too (:mod:`strategies.peer.step`).
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ HINT = "where every site does, a smaller training.lr may help"
 
 
 class Change(NamedTuple):
-    """How far a contribution moved a vector: the norm, and the sum of the learning rates of the steps."""
+    """How far a contribution moved a vector: its norm, and the sum of the steps' learning rates."""
 
     norm: float
     rates: float
@@ -68,7 +69,10 @@ class Bound:
         if _relative(change).rates <= relative:
             return None
         what = "the median over the sites" if reference else "the model's norm"
-        return f"it moves the model by {change.norm:.3g}; at most {self._multiple:g} times {what}, {allowed:.3g} (max-change); {HINT}"
+        return (
+            f"it moves the model by {change.norm:.3g}; "
+            f"at most {self._multiple:g} times {what}, {allowed:.3g} (max-change); {HINT}"
+        )
 
     def accept(self, site: int, change: Change) -> None:
         """A site's contribution is taken."""

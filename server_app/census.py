@@ -25,8 +25,9 @@ AGAIN_S = 5.0
 RETURN_S = 120.0  # in which Flower has all sites again after a server was away
 MOST = 1000  # times the median of the sites' examples: they say how long a run is, and weigh
 OTHER_CODE = (
-    "it runs other code than the server. In a simulation the SuperLink was started in a folder with packages of the same "
-    "names: stop it and start it elsewhere; in a deployment update the site"
+    "it runs other code than the server. In a simulation the SuperLink was started in a folder "
+    "with packages of the same names: stop it and start it elsewhere; in a deployment update the "
+    "site"
 )
 
 
@@ -35,7 +36,9 @@ class RunError(RuntimeError):
 
 
 def budget(config: Config, plan: ArrivalPlan | PeerPlan, batches: float) -> tuple[int, int]:
-    """How often the steps of a plan fit into the epochs of a run of ``batches`` an epoch; and from test to test.
+    """How often the steps of a plan fit into the epochs of a run; and from test to test.
+
+    ``batches`` are those of an epoch.
 
     Raises:
         RunError: not once, or not as often as the plan waits for.
@@ -43,12 +46,14 @@ def budget(config: Config, plan: ArrivalPlan | PeerPlan, batches: float) -> tupl
     whole, table = config.epochs * batches, config.method.table
     if whole < plan.steps:
         raise RunError(
-            f"{table}.local-steps = {plan.steps}: epochs = {config.epochs} have {whole:g} batches; at most these"
+            f"{table}.local-steps = {plan.steps}: epochs = {config.epochs} have {whole:g} batches; "
+            "at most these"
         )
     total = round(whole / plan.steps)
     if isinstance(plan, ArrivalPlan) and total < plan.least:
         raise RunError(
-            f"epochs = {config.epochs}: {total} contributions, and {config.strategy} needs {plan.least} for a step"
+            f"epochs = {config.epochs}: {total} contributions, "
+            f"and {config.strategy} needs {plan.least} for a step"
         )
     return total, config.results.evaluate_every or max(1, round(batches / plan.steps))
 
@@ -87,7 +92,8 @@ class Federation(NamedTuple):
         sites: in the order of their numbers.
         classes: of all sites.
         shape: of one example, as the network takes it.
-        moments: over all sites, of the columns of a table and of numbers to predict; None where there are none.
+        moments: over all sites, of the columns of a table and of numbers to predict; None where
+            there are none.
         notes: what sites say about their data, each with the site's name before it.
         columns: of a table; empty for other data.
         started: of a run that goes on, when that was.
@@ -116,9 +122,9 @@ def an_epoch(federation: Federation, batch_size: int) -> float:
 def take_census(grid: Grid, config: Config, before: Federation | None = None) -> Federation:
     """Wait for the sites, ask each what it holds, and make sure that they fit together.
 
-    A site that cannot answer, whose answer cannot be used, or that does not fit to the others is left out with a warning as long
-    as ``min-sites`` remain. In a run that goes on, ``before`` are its sites, with when it was started: one that is not there now
-    may come back.
+    A site that cannot answer, whose answer cannot be used, or that does not fit the others is left
+    out with a warning as long as ``min-sites`` remain. In a run that goes on, ``before`` are its
+    sites, with the time of its start: one that is not there now may come back.
 
     Raises:
         RunError: more sites than ``num-sites``, or fewer than ``min-sites`` that can take part.
@@ -126,7 +132,8 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
     nodes = _wait_for(grid, config, before)
     if len(nodes) > config.num_sites:
         raise RunError(
-            f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: set num-sites to their number"
+            f"num-sites = {config.num_sites}, but {len(nodes)} sites are connected: "
+            "set num-sites to their number"
         )
     cards: dict[int, SiteCard] = {}
     failures: list[str] = []
@@ -151,7 +158,8 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
     fitting = {node: card for node, card in cards.items() if node not in misfits}
     if len(fitting) < config.min_sites:
         raise RunError(
-            f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. {'; '.join(reasons)}"
+            f"{len(fitting)} sites can take part, min-sites = {config.min_sites}. "
+            f"{'; '.join(reasons)}"
         )
     found = _federation(fitting, config)
     return found if before is None else _again(before, found)
@@ -160,7 +168,10 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
 def _ask(
     grid: Grid, nodes: list[int], told: RecordDict, config: Config
 ) -> Iterator[tuple[int, Message]]:
-    """Each node's last answer; one that is silent, such as a service that starts, is asked again for a while."""
+    """Each node's last answer.
+
+    A silent one, such as a service that is starting, is asked again for a while.
+    """
     clock = clock_of(grid)
     deadline = clock.now() + min(config.patience_s, RETURN_S)
     while nodes:
@@ -178,7 +189,7 @@ def _ask(
 
 
 def _again(before: Federation, now: Federation) -> Federation:
-    """The sites of a run that goes on: who is there says where to find it, and how to seal for it."""
+    """The sites of a run that goes on: those that are connected with their present node and key."""
     there = {site.number: site for site in now.sites}
     for site in now.sites:
         if site.number not in {old.number for old in before.sites}:
@@ -222,7 +233,8 @@ def _wait_for(grid: Grid, config: Config, before: Federation | None) -> list[int
                 )
                 break
             raise RunError(
-                f"{len(nodes)} of {wanted} sites are connected after patience-s = {config.patience_s:g}"
+                f"{len(nodes)} of {wanted} sites are connected "
+                f"after patience-s = {config.patience_s:g}"
             )
         if len(nodes) != said or clock.now() >= again:
             said, again = len(nodes), clock.now() + TELL_EVERY_S
@@ -232,7 +244,10 @@ def _wait_for(grid: Grid, config: Config, before: Federation | None) -> list[int
 
 
 def _simulated_sites(grid: Grid, node: int, config: Config) -> int:
-    """How many sites the simulation has that ``node`` belongs to; 0 for a deployed site or one that does not answer."""
+    """How many sites the simulation of ``node`` has.
+
+    It is 0 for a deployed site or one that does not answer.
+    """
     [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
     try:
         return read_card(reply).sites
@@ -304,7 +319,8 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     for node, card in cards.items():
         if node not in found and card.train > MOST * usual_size:
             found[node] = (
-                f"it says it has {card.train:,} training examples, more than {MOST:,} times the median of {usual_size:,g}"
+                f"it says it has {card.train:,} training examples, "
+                f"more than {MOST:,} times the median of {usual_size:,g}"
             )
     numbers = {node: card.site for node, card in cards.items() if node not in found}
     for node, number in numbers.items():
@@ -314,13 +330,17 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
             )
         elif isinstance(config.plan, PeerPlan) and number >= config.num_sites:
             found[node] = (
-                f"its number is {number}; peers are numbered 0 to {config.num_sites - 1}, below num-sites"
+                f"its number is {number}; "
+                f"peers are numbered 0 to {config.num_sites - 1}, below num-sites"
             )
     return found
 
 
 class _Kind(NamedTuple):
-    """What must be the same at all sites; ``said`` alone would not tell the names "a, b" from "a" and "b"."""
+    """What must be the same at all sites.
+
+    ``said`` alone would not distinguish the name "a, b" from "a" and "b".
+    """
 
     said: str
     names: tuple[tuple[str, ...], ...]
@@ -345,9 +365,8 @@ def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
     reference = ordered[0][1]
     classes = sorted({name for _, card in ordered for name in card.classes})
     if set(reference.classes) == set(classes):
-        classes = (
-            reference.classes
-        )  # numbers before letters and the like: a source's own order is the better one
+        # Numbers before letters and the like: a source's own order is the better one.
+        classes = reference.classes
     sites = tuple(
         Site(
             card.site,
@@ -369,7 +388,8 @@ def _federation(cards: Mapping[int, SiteCard], config: Config) -> Federation:
     if config.task.target == "class" and len(classes) == 1:
         notes = (
             *notes,
-            f"all examples are of the class {printable(classes[0], 100)}: there is nothing to tell apart",
+            f"all examples are of the class {printable(classes[0], 100)}: "
+            "there is nothing to tell apart",
         )
     shape, common = tuple(reference.shape), None
     if reference.known:

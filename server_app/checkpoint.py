@@ -1,8 +1,9 @@
 """Checkpoints: what the server needs to go on with a run that was killed.
 
-A checkpoint is one file of PyTorch's form in the folder ``checkpoints`` of a run's results, on disk whole or not at all; nothing
-in it is run when it is read. The last two are kept, and what peers offered is beside them in files of its own, each written once.
-A run that has ended well has none: what has one is unfinished.
+A checkpoint is one file in PyTorch's format in the folder ``checkpoints`` of a run's results,
+written atomically; reading it runs no code. The last two are kept, and what peers offered is beside
+them in files of its own, each written once. A run that has ended well has none: what has one is
+unfinished.
 """
 
 import os
@@ -62,7 +63,7 @@ class Saved(NamedTuple):
         return Started(self.run, self.start + 1)
 
     def forget(self) -> None:
-        """Whoever goes on with it has what it needs: nothing large stays in memory for whoever holds this."""
+        """Drop what is large: whoever goes on with this checkpoint already has what it needs."""
         for part in (self.arrays, self.driver, self.offers):
             part.clear()
 
@@ -259,13 +260,15 @@ def find(config: Config) -> tuple[Path, Saved] | None:
         )
     except RuntimeError as error:  # a user who is not there
         raise ConfigError(
-            f"results.resume = {shown(wanted)}, results.folder = {shown(config.results.folder)}: {error}"
+            f"results.resume = {shown(wanted)}, results.folder = {shown(config.results.folder)}: "
+            f"{error}"
         ) from None
     if wanted != "auto":
         folder = next((path for path in (parent / wanted, named) if path.is_dir()), None)
         if folder is None:
             raise ConfigError(
-                f"results.resume = {shown(wanted)}: no folder; allowed: auto, or the folder of a run"
+                f"results.resume = {shown(wanted)}: no folder; "
+                "allowed: auto, or the folder of a run"
             )
         saved = read(folder)
         check(config, saved.config, folder)

@@ -1,4 +1,7 @@
-"""What a run of peers ends with where the server may see their models: how far apart they are, and what their mean is worth."""
+"""The end of a run of peers whose models the server may see.
+
+It reports how far apart the models are, and how well their mean does.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -30,7 +33,10 @@ def report_consensus(
     report: Report,
     exchanges: int,
 ) -> None:
-    """Keep the peers' last models, and report their consensus distance and how their mean does on everybody's test parts."""
+    """Keep the peers' last models; report their consensus distance and the test of their mean.
+
+    The mean is tested on the test parts of all peers.
+    """
     if not models:
         return
     some = next(iter(models.values()))

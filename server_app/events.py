@@ -48,7 +48,8 @@ class Refused(NamedTuple):
         site: whose it is.
         phase: what the site is left out of.
         reason: why.
-        rule: the key of the configuration by which it is refused; empty where it is no answer that can be read.
+        rule: the key of the configuration by which it is refused; empty where the answer cannot be
+            read.
         seconds: since the first round.
         by: the peer that says so; empty where the server does.
     """
@@ -63,8 +64,14 @@ class Refused(NamedTuple):
 
     def __str__(self) -> str:
         if self.by:
-            return f"{self.when}: {self.by} refuses what came from site {self.site.number}: {self.reason}"
-        return f"{self.when}: {self.site.name} (site {self.site.number}) is left out of the {self.phase}: {self.reason}"
+            return (
+                f"{self.when}: {self.by} refuses what came from site {self.site.number}: "
+                f"{self.reason}"
+            )
+        return (
+            f"{self.when}: {self.site.name} (site {self.site.number}) is left out of the "
+            f"{self.phase}: {self.reason}"
+        )
 
 
 class Kept(NamedTuple):
@@ -77,7 +84,8 @@ class Checkpoint(NamedTuple):
     """The run could go on from here.
 
     Attributes:
-        state: the driver's own, plain values and tensors; called at once, or not at all, as the other one is.
+        state: gives the driver's own state, plain values and tensors; called at once or not at all,
+            as ``offers`` is.
         offers: what peers offered and is not delivered yet, by name.
     """
 
@@ -109,8 +117,10 @@ class Progress(NamedTuple):
     Attributes:
         unit: what is counted: round, update of the server, or exchange of peers.
         round_number: how many there were.
-        epochs: local epochs of this round (a fraction where it counts steps), or None where there are no rounds.
-        done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of the whole run.
+        epochs: local epochs of this round (a fraction where it counts steps), or None where there
+            are no rounds.
+        done, total: local epochs a site so far (a fraction where sites do not go in rounds), and of
+            the whole run.
         seconds: since the first round.
         megabytes: sent and received so far.
         train, test: means over the sites.
@@ -131,7 +141,10 @@ class Progress(NamedTuple):
     headline: str = "accuracy"
 
     def __str__(self) -> str:
-        rates = f"{self.train.get('lr-first', math.nan):.2g} to {self.train.get('lr-last', math.nan):.2g}"
+        rates = (
+            f"{self.train.get('lr-first', math.nan):.2g} to "
+            f"{self.train.get('lr-last', math.nan):.2g}"
+        )
         rounds = self.epochs is not None
         before = "" if self.tested is None else f" (round {self.tested})"
         left = self.seconds / self.done * (self.total - self.done) if self.done else math.nan

@@ -1,4 +1,4 @@
-"""Messages to sites and their replies, as they come; and the time, which a simulation keeps itself."""
+"""Messages to sites and their replies, as they arrive; and the clock, virtual in a simulation."""
 
 import math
 import time
@@ -14,13 +14,17 @@ from flwr.serverapp import Grid
 from strategies.records import num_bytes
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
-PATIENCE_S = 0.5  # with a reply, before others are looked for while it comes,
-BYTES_A_S = 10e6  # and the time that one as large as its message takes from the SuperLink: Flower needs three times its memory
+# How long one reply is waited for before others are looked for while it comes: so many seconds,
+# and the time that one as large as its message takes from the SuperLink at so many bytes a second
+# (Flower needs three times its memory).
+PATIENCE_S = 0.5
+BYTES_A_S = 10e6
 AT_ONCE = 8  # replies that come: as many models may be in memory
 LOOK_EVERY_S = 10.0
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
-# Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message that is over, a site that is
-# not connected, a ClientApp that stopped. Other errors would come again at once.
+# Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message
+# that is over, a site that is not connected, a ClientApp that stopped. Other errors would come
+# again at once.
 GONE = (TOO_LATE, 3, 5, 8)
 
 
@@ -37,7 +41,10 @@ class Clock(Protocol):
         """Seconds since whenever."""
 
     def wait(self, poll_s: float, limit_s: float) -> None:
-        """Until something may have changed, at most ``limit_s``; a clock that cannot know looks again after ``poll_s``."""
+        """Wait until something may have changed, at most ``limit_s``.
+
+        A clock that cannot know returns after ``poll_s``.
+        """
 
 
 class _WallClock:
@@ -54,7 +61,10 @@ def clock_of(grid: Grid) -> Clock:
 
 
 class _Waiting(NamedTuple):
-    """A message under way, without its arrays: sites that work on different models would keep all of these in memory."""
+    """A message under way, without its arrays.
+
+    Sites that work on different models would otherwise keep all of these in memory.
+    """
 
     message: Message
     deadline: float
@@ -62,10 +72,12 @@ class _Waiting(NamedTuple):
 
 
 class Mailbox:
-    """Messages under way. Each is answered once: by its site, or, when its time is over, by an error made here.
+    """Messages under way.
 
-    Flower's ``send_and_receive`` waits for all replies and looks for them every three seconds; here each one can be worked on
-    while the others are on their way.
+    Each is answered once: by its site, or, when its time is over, by an error made here.
+
+    Flower's ``send_and_receive`` waits for all replies and looks for them every three seconds; here
+    each one can be worked on while the others are on their way.
 
     Args:
         grid: the way to the sites.
@@ -98,7 +110,8 @@ class Mailbox:
         identities = list(self._grid.push_messages(sent))
         if len(identities) != len(sent):
             raise RuntimeError(
-                f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: too large or too old"
+                f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: "
+                "too large or too old"
             )
         for identity, (message, patience) in zip(identities, waiting, strict=True):
             # Without an identity it was not taken, its node having gone: nobody will answer.
@@ -106,15 +119,17 @@ class Mailbox:
             self._waiting[identity or uuid.uuid4().hex] = _Waiting(message, until, patience)
 
     def receive(self, *, once: bool = False) -> Iterator[tuple[Message, Message]]:
-        """Wait until something is there, then yield messages, without their arrays, with their replies, in the order of arrival.
+        """Wait for replies; yield each message, without its arrays, with its reply, as they arrive.
 
-        A reply is kept by whoever takes it, not here. With ``once`` nothing may be yielded: the caller has more to look after.
+        Replies are not stored here once they are yielded. With ``once``, return after the first
+        wait, even with nothing: the caller has other things to do.
         """
         while self._waiting:
             arrived, now = False, self._clock.now()
             for identity in list(self._waiting):
                 if replies := self._pull(identity):
-                    # Replies that Flower makes up itself name node 1 as their source: the message tells who was asked.
+                    # Replies that Flower makes up itself name node 1 as their source: the
+                    # message says who was asked.
                     arrived = True
                     yield self._waiting.pop(identity).message, replies.pop(0)
             if arrived:
@@ -148,9 +163,10 @@ class Mailbox:
     def _pull(self, identity: str) -> list[Message]:
         """The reply to a message, if it is there.
 
-        One at a time: a grid hands over all replies that are there at once, each as large as a model. But Flower announces a
-        reply before it is sent and then waits for it, for minutes if the site's link is slow or the site has died: such a reply
-        comes in a thread of its own, beside a few others.
+        One at a time: a grid would return all replies that are there at once, each as large as a
+        model. But Flower announces a reply before it is sent and then waits for it, for minutes if
+        the site's link is slow or the site has died: such a reply is received in a thread of its
+        own, beside a few others.
         """
         if isinstance(self._grid, Clock):
             return list(self._grid.pull_messages([identity]))
@@ -187,7 +203,7 @@ def _pull_into(coming: Future[list[Message]], grid: Grid, identity: str) -> None
 def exchange(
     grid: Grid, messages: Iterable[Message], timeout_s: float
 ) -> Iterator[tuple[int, Message]]:
-    """Send messages; yield the node each went to and its reply, in the order of arrival, always one a message."""
+    """Send messages; yield node and reply of each, exactly once, in the order of arrival."""
     mailbox = Mailbox(grid, timeout_s)
     mailbox.send(messages)
     while mailbox:

@@ -1,4 +1,7 @@
-"""What happened in a run, a line of JSON each: the file ``events.jsonl`` of its folder, and the log of ``results.log = "json"``."""
+"""What happened in a run, one line of JSON an event.
+
+For the file ``events.jsonl`` of its folder, and the log of ``results.log = "json"``.
+"""
 
 import fcntl
 import logging
@@ -41,9 +44,12 @@ class Lines:
         self._sites = 0
 
     def of(self, event: Event) -> dict[str, Any] | None:
-        """What happened; None of what other files hold: metrics, models, and what is still to be computed.
+        """An event as a JSON object; None for what other files hold.
 
-        Every line has time, run, kind and round; one of a site its number and name. What else it has, are the event's fields.
+        That is metrics, models, and what is still to be computed (checkpoints).
+
+        Every line has time, run, kind and round; that of a site also its number and name. The rest
+        are the event's fields.
         """
         if isinstance(event, Reported):
             if event.split in ("train", "test") and event.site != EVERYBODY:
@@ -135,9 +141,12 @@ def _simple(value: object) -> object:
 
 
 class Journal:
-    """The sink of ``events.jsonl``. While the run goes on the file is locked (``flock``), so that others see whether it does.
+    """The sink of ``events.jsonl``.
 
-    A file that grows above ``MOST`` characters loses the older half of its lines, but for the first.
+    The file is locked (``flock``) while the run goes on, so that others see whether it does.
+
+    A file that grows above ``MOST`` characters loses the older half of its lines, but for the
+    first.
 
     Args:
         config: the run.
@@ -202,7 +211,9 @@ def goes_on(file: Path) -> bool:
 
 
 class Logged(logging.Formatter):
-    """The console's sink where ``results.log`` is json: events and Flower's log as lines of JSON, each with run, round, site.
+    """The console's sink where ``results.log`` is json.
+
+    Events and Flower's log as lines of JSON, each with run, round, site.
 
     Args:
         config: the run.

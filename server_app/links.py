@@ -15,11 +15,14 @@ class Links:
     """The links of a graph.
 
     Args:
-        chained: whether offers are differences, which must all arrive, in order (CHOCO); of others the newest is enough.
-        messages: to a peer in an exchange; of two, a step takes only what the step before it offers.
+        chained: whether offers are differences, which must all arrive, in order (CHOCO); of others
+            the newest is enough.
+        messages: to a peer in an exchange; of two, a step takes only what the step before it
+            offers.
 
     Attributes:
-        stale: links on which a difference is missing: nothing more goes over them until their sender starts anew.
+        stale: links on which a difference is missing: nothing more goes over them until their
+            sender starts again.
         delivered: bytes, of each link.
     """
 
@@ -27,14 +30,13 @@ class Links:
         self._chained, self._messages = chained, messages
         # Of each sender and reader, steps of offers, by the step before their delivery.
         self._waiting: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-        self._offers: dict[int, dict[int, Mapping[str, Array]]] = defaultdict(
-            dict
-        )  # of each sender, by step
+        # Of each sender, by step.
+        self._offers: dict[int, dict[int, Mapping[str, Array]]] = defaultdict(dict)
         self.stale: set[Link] = set()
         self.delivered: dict[Link, int] = defaultdict(int)
 
     def waiting(self, sender: int, reader: int, step: int, *, rejoin: bool) -> list[int]:
-        """What is delivered with the message of a step, by keys for :meth:`take` and :meth:`deliver`."""
+        """The keys, for :meth:`take` and :meth:`deliver`, of what a step's message delivers."""
         waiting = self._waiting[sender][reader]
         # On a step of one kind, payloads of the other one are of no use.
         found = [s for s in waiting if self._messages == 1 or (step - s) % 2]

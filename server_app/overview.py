@@ -1,6 +1,7 @@
-"""What the page shows of a run, from the files of its folder: of a run that goes on, was killed, or is over.
+"""What the page shows of a run that goes on, was killed, or is over, from its folder's files.
 
-``config.toml``, ``sites.csv``, ``metrics.csv`` and ``events.jsonl``; a folder without the last one, of an older version, says less.
+The files are ``config.toml``, ``sites.csv``, ``metrics.csv`` and ``events.jsonl``; a folder without
+the last one, of an older version, says less.
 """
 
 import csv
@@ -44,7 +45,7 @@ def read_metrics(file: Path) -> pd.DataFrame:
 
 
 def runs(root: Path) -> dict[str, Path]:
-    """The folders of runs in a folder, by their paths in it, the newest first; a link leads nowhere."""
+    """The folders of runs in a folder, by relative path, the newest first; no link is followed."""
     found = {}
     for folder, folders, files in os.walk(root):
         path = Path(folder)
@@ -213,7 +214,7 @@ def _newest_of(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
-    """Of each metric all sites together, the worst and the best (the least and the most), by round, seconds and bytes."""
+    """Each metric by round, seconds and bytes: of all sites together, the least and the most."""
     names = (headline, "loss") if split == "test" else (headline, *TRAINING)
     rows = rows[rows["metric"].isin(names)]
     together = rows[rows["site"] == EVERYBODY].drop_duplicates(["round", "metric"], keep="last")
@@ -314,7 +315,7 @@ def _sites_file(file: Path) -> list[dict[str, Any]]:
 
 
 def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: bool) -> None:
-    """From the journal: when a site was heard last, what it does, why it was left out and how often."""
+    """From the journal: each site's last answer, what it does, why it was left out, how often."""
     for line in lines:
         heard = line.get("heard")
         for number in rows if heard == ALL else heard or ():
@@ -343,7 +344,7 @@ def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: 
 def _speeds(
     own: pd.DataFrame, values: Mapping[int, Mapping[str, float]], config: Mapping[str, Any]
 ) -> dict[int, float]:
-    """Samples a second that each site trained on, from its last report but one to the last, with whatever it waited for.
+    """Samples a second of each site, from its last report but one to the last, waiting included.
 
     Where sites do not tell samples: of its updates or, of a peer, of the exchanges that there were.
     """

@@ -1,4 +1,7 @@
-"""Pictures of a run, for a slide or a report: labelled axes with units, colours that colour-blind people tell apart."""
+"""Pictures of a run, for a slide or a report.
+
+Axes have labels and units; colour-blind people can tell the colours apart.
+"""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -15,13 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from strategies.schedules import decay
 from strategies.topology import Topology, spectral_gap
 
-BLUE, ORANGE, GREEN, RED, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#999999",
-)  # Okabe and Ito
+# Okabe and Ito.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 
 
@@ -51,7 +49,10 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def curves(metrics: pd.DataFrame, title: str, unit: str, headline: str = "accuracy") -> Figure:
-    """A metric and the loss on the sites' test parts, against what ``unit`` says, seconds and bytes; the band spans the sites."""
+    """A metric and the loss on the sites' test parts, against ``unit``, seconds and bytes.
+
+    The band spans the sites.
+    """
     tested = metrics[metrics["split"] == "test"].copy()
     tested["megabytes"] = (tested["bytes_up"] + tested["bytes_down"]) / 1e6
     figure = Picture(figsize=(12, 6.5), layout="constrained")
@@ -105,7 +106,10 @@ def curves(metrics: pd.DataFrame, title: str, unit: str, headline: str = "accura
 
 
 def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> Figure:
-    """Learning rate (of ``shape``), local epochs and how far the model moved, round by round; ``epsilon`` as a line."""
+    """Learning rate (of ``shape``), local epochs and how far the model moved, by round.
+
+    ``epsilon`` is drawn as a line.
+    """
     trained = metrics[(metrics["split"] == "train") & (metrics["site"] == "all")]
     table = trained.pivot_table(index="round", columns="metric", values="value", aggfunc="last")
     figure = Picture(figsize=(8, 7), layout="constrained")
@@ -184,7 +188,8 @@ def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
         names = "   ".join(f"{number} {label}" for number, label in enumerate(labels))
         axes.set_xlabel(names, fontsize=8, parse_math=False)  # sites choose them: a $ is a $
     axes.set_title(
-        f"{name}: {n} peers, {links.number_of_edges()} links, spectral gap {spectral_gap(*topology.matrices):.3g}"
+        f"{name}: {n} peers, {links.number_of_edges()} links, "
+        f"spectral gap {spectral_gap(*topology.matrices):.3g}"
     )
     axes.spines[:].set_visible(False)
     return figure

@@ -1,9 +1,10 @@
-"""The relay between peers: it carries what they offer to their neighbours, and does no arithmetic on it.
+"""The relay between peers: it carries what they offer to neighbours; it computes nothing.
 
-Neighbour-synchronous: a peer gets its next message as soon as what its own neighbours offered is there; there is no global barrier.
-One message a peer and exchange, two with neighbourhood gradients. A peer that fails or is silent is away: nobody waits for it, and
-its neighbours keep its weight. It is called again whenever the others went on, rejoins with the state it has, and is waited for
-again once it answered.
+Neighbour-synchronous: a peer gets its next message as soon as what its own neighbours offered is
+there; there is no global barrier. One message a peer and exchange, two with neighbourhood
+gradients. A peer that fails or is silent is away: nobody waits for it, and its neighbours keep its
+weight. It is called again whenever the others went on, rejoins with the state it has, and is waited
+for again once it answered.
 """
 
 import math
@@ -41,7 +42,7 @@ from strategies.topology import Topology
 
 @dataclass
 class _Course:
-    """How far a peer is: the step of its next message, and from which step on others wait for what it offers."""
+    """How far a peer is: its next step, and from which step on others wait for what it offers."""
 
     step: int = 0
     joined: int = 0
@@ -93,14 +94,15 @@ class Relay:
             config, plan, an_epoch(federation, config.training.batch_size)
         )
         self._last = self.exchanges * self._messages  # the last step
-        self._tally, self._written = (
-            Tally(before=plan.gradient.at != "own"),
-            0,
-        )  # the exchange of the last test that was reported
+        self._tally = Tally(before=plan.gradient.at != "own")
+        self._written = 0  # the exchange of the last test that was reported
         self._models: dict[int, Vectors] = {}
 
     def resume(self, state: Mapping[str, Any], offers: Mapping[str, Mapping[str, Array]]) -> None:
-        """Go on from a checkpoint: a peer whose answer is not in it is asked for the same step again, and gives the same."""
+        """Go on from a checkpoint.
+
+        A peer whose answer is not in it is asked for the same step again, and answers the same.
+        """
         self.report.resume(Moment(*state["now"]))
         self._courses = {number: _Course(*course) for number, course in state["courses"].items()}
         self._roster.load_state_dict(state["roster"], self._clock.now())
@@ -141,9 +143,8 @@ class Relay:
                 once=len(self._present()) < len(self._sites)
             ):
                 self._answered(self._numbers[message.metadata.dst_node_id], reply)
-                self.report.emit(
-                    Checkpoint(self._checkpoint, self._links.offers)
-                )  # before it is asked for more
+                # Before the peer is asked for more.
+                self.report.emit(Checkpoint(self._checkpoint, self._links.offers))
         self._report_tests(finished=True)
         for (sender, reader), count in sorted(self._links.delivered.items()):
             node = self._sites[sender].node
@@ -202,7 +203,10 @@ class Relay:
         self._mailbox.send(calls)
 
     def _catch_up(self, course: _Course, front: int) -> None:
-        """A peer that was away goes on near the front; neighbourhood gradients begin with the models, in an odd step."""
+        """A peer that was away goes on near the front, the step of the others.
+
+        Neighbourhood gradients begin with the models, in an odd step.
+        """
         course.step = max(course.step, front)
         if self._messages == 2 and course.step % 2 == 0 and course.step:
             course.step += 1 if course.step < self._last else -1
@@ -243,14 +247,14 @@ class Relay:
             self._given.setdefault(peer, []).extend((j, key) for key in keys)
             if arrays := self._links.take(j, peer, keys):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
-        return Message(
-            RecordDict(records),
-            self._sites[peer].node,
-            "train.cross" if self._is_cross(step) else "train.peer",
-        )
+        kind = "train.cross" if self._is_cross(step) else "train.peer"
+        return Message(RecordDict(records), self._sites[peer].node, kind)
 
     def _listeners(self, peer: int, step: int, rejoin: bool) -> tuple[int, ...]:
-        """Who may read what a peer offers; who comes back may be heard later than in the next exchange."""
+        """Who may read what a peer offers.
+
+        An offer of a peer that rejoins may be read later than in the next exchange.
+        """
         exchanges = (
             range(len(self._topology.matrices)) if rejoin else [self._plan.exchange(step + 1)]
         )
@@ -278,9 +282,8 @@ class Relay:
         offer = self.report.receive(site.node, reply, step, "exchange", read)
         if isinstance(offer, Refusal):
             self._lose(peer, str(offer), failed=not gone(reply))
-            if (
-                sealed and step < self._last
-            ):  # it may have done it, and takes a sealed step once only
+            # It may have taken the step, and takes a sealed step only once.
+            if sealed and step < self._last:
                 self._courses[peer].step = step + 1
             return
         for j, key in given:
@@ -317,9 +320,8 @@ class Relay:
         )
         front = max(front, step + 1)
         front += (front - step - 1) % 2 if self._messages == 2 else 0
-        course.step = (
-            front if step == self._last else min(front, self._last)
-        )  # nobody leaves out the last step
+        # No peer leaves out the last step.
+        course.step = front if step == self._last else min(front, self._last)
         course.joined = course.step - 1
         how = ", remembers nothing of this run and starts anew" if offer.notes.anew else ""
         log(WARNING, "step %d: site %d is back%s", step, peer, how)
@@ -367,9 +369,8 @@ class Relay:
     def _measured(self, peer: int, step: int, metrics: StepMetrics) -> None:
         """What a peer reports of its training and, where it tested, of the test."""
         number = self._plan.exchange(step) + 1
-        tested = (
-            metrics.test_examples is not None and number > self._written
-        )  # else it was away when the others took it
+        # If the test is older, the peer was away when the others took it.
+        tested = metrics.test_examples is not None and number > self._written
         self._tally.add(peer, metrics, number if tested else None, self.report.moment())
         self._report_tests()
 

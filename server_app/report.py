@@ -92,7 +92,7 @@ class Moment(NamedTuple):
 
 
 class Report:
-    """Counts every byte, names every reply that cannot be used, and emits metrics with the time and the bytes so far.
+    """Counts bytes, names unusable replies, and emits metrics with the time and bytes so far.
 
     Args:
         federation: the sites.
@@ -146,7 +146,7 @@ class Report:
     def receive(
         self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]
     ) -> T | Refusal:
-        """A reply is there: what ``read`` makes of it, or why it cannot be used, which a warning says, too.
+        """What ``read`` makes of a reply, or why it cannot be used, which is logged, too.
 
         Args:
             node: whom it is from.
@@ -189,7 +189,7 @@ class Report:
         )
 
     def refused_by(self, node: int, number: int, reasons: Sequence[str]) -> None:
-        """What a peer says that it refuses: of whom, why and, in brackets at the end, by which key."""
+        """What a peer reports that it refuses: whose offer, why and, in brackets, by which key."""
         by, numbers = self._sites[node], {site.number: site for site in self._sites.values()}
         for said in reasons:
             found = _BY_PEER.fullmatch(said[:LONGEST_REASON])
@@ -216,7 +216,10 @@ class Report:
         together: Mapping[str, float] | None,
         moment: Moment | None = None,
     ) -> None:
-        """Emit what each site reported, by node, and the mean over them, at the ``moment`` it belongs to, by default now."""
+        """Emit what each site reported, by node, and the mean over them.
+
+        ``moment`` is when that was; by default now.
+        """
         seconds, traffic = moment or self.moment()
         for node, site in self._sites.items():
             if node in of_sites:
@@ -232,7 +235,10 @@ class Report:
     def test(
         self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment
     ) -> dict[str, float]:
-        """Emit what each site found in a test, by node, and what all found together, which is returned; {} of nothing."""
+        """Emit what each site found in a test, by node, and what all found together.
+
+        The latter is returned; {} where no site tested.
+        """
         of_sites = dict[int, dict[str, float]]()
         for node, each in found.items():
             try:

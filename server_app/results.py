@@ -1,4 +1,7 @@
-"""What a run reports: in memory, and in a folder that is written as the run goes, so that a killed run leaves what it had."""
+"""What a run reports: in memory, and in a folder.
+
+The folder is written as the run goes, so that a killed run leaves what it had.
+"""
 
 import csv
 import os
@@ -64,7 +67,8 @@ class History:
     Attributes:
         config: the run.
         federation: its sites; nobody before it began.
-        arrays: the newest model, or models where sites learn alone; empty before the first round is over.
+        arrays: the newest model, or models where sites learn alone; empty before the first round is
+            over.
     """
 
     def __init__(self, config: Config) -> None:
@@ -145,7 +149,10 @@ class History:
 
     @property
     def sites(self) -> pd.DataFrame:
-        """A row a site: site, name, train and test examples and, where sites tell, its examples of each class."""
+        """A row a site: site, name, train and test examples, and examples of each class.
+
+        The latter where sites report them.
+        """
         columns = ["site", "name", "train", "test"]
         rows = [
             (site.number, site.name, site.num_train, site.num_test, *site.counts)
@@ -159,7 +166,10 @@ class History:
 
     @property
     def models(self) -> dict[str, dict[str, Tensor]]:
-        """The newest model under the names of the network's own state dict; one, or one a site where they learn alone."""
+        """The newest model under the names of the network's own state dict.
+
+        One, or one a site where sites learn alone.
+        """
         vectors = {name: unpack(array) for name, array in self.arrays.items()}
         if not vectors:
             return {}
@@ -191,19 +201,26 @@ class History:
 
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
-    """Of :attr:`History.sites`, a row a site by its name and a column a class; no columns where sites do not tell."""
+    """Of :attr:`History.sites`, a row a site by its name and a column a class.
+
+    No columns where sites do not report their classes.
+    """
     return sites.iloc[:, 4:].set_axis(sites.iloc[:, 1].astype(str), axis=0)
 
 
 def write_models(
     folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description | None
 ) -> None:
-    """A state dict each, ``NAME.safetensors``, which says of itself what it is; a file is on disk whole or not at all."""
+    """Write each state dict as ``NAME.safetensors``, with its description in the file.
+
+    A file is written atomically.
+    """
     metadata = description.metadata() if description else None
     for name, state in models.items():
         final = folder / f"{name}.safetensors"
         partial = final.with_suffix(".partial")
-        partial.touch()  # safetensors makes a file that only its owner can read: keep the mode of this one
+        # Safetensors makes a file that only its owner can read: keep the mode of this one.
+        partial.touch()
         save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -211,18 +228,17 @@ def write_models(
 
 
 def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None:
-    """``config.toml``, the whole configuration, which ``--run-config`` takes back, and ``sites.csv``."""
+    """Write the whole configuration to ``config.toml``, for ``--run-config``; and ``sites.csv``."""
     with (folder / "config.toml").open("wb") as file:
         tomli_w.dump(config.tables(), file)
     named = sites.set_axis([_no_formula(str(column)) for column in sites.columns], axis=1)
-    named.isetitem(
-        1, list(map(_no_formula, sites.iloc[:, 1]))
-    )  # not by its name, which a class may have, too
+    # Not by the column's name, which a class may have, too.
+    named.isetitem(1, list(map(_no_formula, sites.iloc[:, 1])))
     named.to_csv(folder / "sites.csv", index=False)
 
 
 def _no_formula(name: str) -> str:
-    """A name that a site chose so that a spreadsheet does not compute it; but for a number with a sign."""
+    """A site's name such that no spreadsheet computes it; signed numbers stay as they are."""
     return f"'{name}" if re.match(r"[=+@-](?![\d.]+$)", name) else name
 
 
@@ -250,7 +266,10 @@ class Rows:
 def _append(
     path: Path, columns: Sequence[str], rows: Sequence[tuple[object, ...]], written: int
 ) -> int:
-    """Append the rows that are not written yet, in one piece; all where the file is gone. How many are written now."""
+    """Append the rows that are not written yet, at once; return how many are written now.
+
+    All are written where the file is gone.
+    """
     text = StringIO()
     writer = csv.writer(text)
     if not path.exists():
@@ -264,9 +283,12 @@ def _append(
 
 
 class Refusals:
-    """The sink of ``refused.csv``: what could not be used, whose it was, and by which key; there where anything was refused.
+    """The sink of ``refused.csv``: what could not be used, whose it was, and by which key.
 
-    Of each site, or of each pair of peers, so many and no more: whoever sends rubbish for days does not fill the disk.
+    The file exists only where anything was refused.
+
+    Of each site, or of each pair of peers, there is a limited number: a site that sends unusable
+    answers for days does not fill the disk.
 
     Args:
         folder: where.
@@ -410,7 +432,9 @@ class Pictures:
 
 
 class Report:
-    """The sink of ``report.html``: the page to watch, with what it shows of this run in it; every few seconds and at the end.
+    """The sink of ``report.html``: the page to watch, with this run's data in it.
+
+    It is written every few seconds and at the end.
 
     Args:
         folder: where, and of what.
@@ -431,7 +455,7 @@ class Report:
 
 
 class Printed:
-    """The sink of the console: what is about to run, a line of progress a round, a table at the end.
+    """The sink of the console: what will run, a line of progress a round, a table at the end.
 
     Args:
         history: what is shown.
@@ -455,10 +479,14 @@ class Printed:
         config, train = self._history.config, sum(site.num_train for site in federation.sites)
         many = len(federation.classes)
         what = {"class": f" in {many} classes", "map": f" with {many} classes", "tokens": ""}
-        data = f"{config.data.source} {federation.shape}{what.get(config.task.target, f', {many} to predict')}"
+        data = (
+            f"{config.data.source} {federation.shape}"
+            f"{what.get(config.task.target, f', {many} to predict')}"
+        )
         print(
-            f"{config.method.name}: {len(federation.sites)} sites, {train:,} training examples of {data}, {config.model.name} of "
-            f"{size:,} parameters, {config.epochs} epochs a site\nresults: {self._folder}",
+            f"{config.method.name}: {len(federation.sites)} sites, {train:,} training examples of "
+            f"{data}, {config.model.name} of {size:,} parameters, "
+            f"{config.epochs} epochs a site\nresults: {self._folder}",
             flush=True,
         )
 
@@ -475,7 +503,10 @@ class Printed:
             together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
             name = config.task.headline
             if f"{name}-of-mean" in together:
-                found = f"{name} {together[f'{name}-of-mean']:.4f}, consensus distance {together['consensus-distance']:.3g}"
+                found = (
+                    f"{name} {together[f'{name}-of-mean']:.4f}, "
+                    f"consensus distance {together['consensus-distance']:.3g}"
+                )
                 console.print(f"the mean of all models: {found}")
             end = last.iloc[-1]
             megabytes = f"{end['bytes_up'] / 1e6:.1f} MB up, {end['bytes_down'] / 1e6:.1f} MB down"
@@ -494,18 +525,18 @@ class Printed:
 
         def row(key: str, name: str, train: int, test: int, style: str = "") -> None:
             if key in values.index.get_level_values("site"):
-                found = [
-                    values.get((key, metric)) for metric in measured
-                ]  # a site may keep them to itself
+                # A site may not report them.
+                found = [values.get((key, metric)) for metric in measured]
                 shown = ["" if value is None else f"{value:.4f}" for value in found]
                 table.add_row(escape(name), f"{train:,}", f"{test:,}", *shown, style=style)
 
         for site in sites:
             row(str(site.number), site.name, site.num_train, site.num_test)
         table.add_section()
+        # The others were away.
         tested = [
             site for site in sites if str(site.number) in values.index.get_level_values("site")
-        ]  # others were away
+        ]
         row(
             EVERYBODY,
             "all",
@@ -519,12 +550,13 @@ class Printed:
 class Folder(History):
     """Writes the folder of a run, besides keeping everything in memory.
 
-    ``config.toml``: the whole configuration, which ``--run-config`` takes back. ``sites.csv``: who takes part. ``metrics.csv``:
-    tidy. ``refused.csv``: what was refused. ``model*.safetensors``: the newest model. ``*.png``: pictures. ``events.jsonl``: what
-    happened. ``report.html``: a page of all that.
+    ``config.toml``: the whole configuration, which ``--run-config`` takes back. ``sites.csv``: who
+    takes part. ``metrics.csv``: tidy. ``refused.csv``: what was refused. ``model*.safetensors``:
+    the newest model. ``*.png``: pictures. ``events.jsonl``: what happened. ``report.html``: a page
+    of all that.
 
-    A disk that is full or a folder that is moved away does not stop a run: it goes on in memory, and what is missing is written
-    as soon as that works, at the latest at the end.
+    A disk that is full or a folder that is moved away does not stop a run: it goes on in memory,
+    and what is missing is written as soon as that works, at the latest at the end.
 
     Args:
         config: the run.

@@ -1,10 +1,14 @@
-"""Who takes part in a run at the moment: who is here, who is away and why, who is called again, whether there are enough.
+"""Who takes part in a run at the moment.
 
-One roster for all drivers. It sends nothing and looks at no clock: the driver tells it what happened, and the time.
+The roster knows which sites are here, which are away and why, which are called again, and whether
+there are enough.
 
-A site is *here* until it fails (it answers, but with nothing that can be used) or is silent (it does not answer, or the grid lost
-it). From then on it is *away*: nobody waits for it, and it is called again without being waited for. With its next answer it is
-here again.
+One roster for all drivers. It sends nothing and looks at no clock: the driver tells it what
+happened, and the time.
+
+A site is *here* until it fails (it answers, but with nothing that can be used) or is silent (it
+does not answer, or the grid lost it). From then on it is *away*: nobody waits for it, and it is
+called again without being waited for. With its next answer it is here again.
 """
 
 import math
@@ -72,7 +76,10 @@ class Roster:
     def lose(
         self, site: int, reason: str, now: float, *, failed: bool = False, again: int = 0
     ) -> None:
-        """A site failed or is silent: it is away, and called again from the driver's count ``again`` on."""
+        """A site failed or is silent: it is away.
+
+        It is called again from the driver's count ``again`` on.
+        """
         standing = self._sites[site]
         if standing.state == "here":
             standing.since = now
@@ -81,7 +88,10 @@ class Roster:
         standing.failures += 1
 
     def call(self, site: int, again: int | None = None) -> None:
-        """A site is called again; where its answer is not waited for, once more from the driver's count ``again`` on."""
+        """A site is called again.
+
+        If it is not waited for, it is called once more from the driver's count ``again`` on.
+        """
         standing = self._sites[site]
         standing.called = True
         if again is not None:
@@ -130,7 +140,10 @@ class Roster:
         return [site for site, each in away if each.connected and each.again <= count]
 
     def pause(self, site: int) -> int:
-        """How long, in the driver's count, a site is left alone that is lost now: ever longer the more often it is."""
+        """How long, in the driver's count, a site that is lost now is not called.
+
+        The pause doubles with each failure, up to a limit.
+        """
         return min(1 << self._sites[site].failures, LONGEST_PAUSE)
 
     # Whether there are enough.
@@ -141,7 +154,7 @@ class Roster:
         return sum(not standing.hopeless for standing in self._sites.values()) >= self.least
 
     def left_s(self, now: float) -> float:
-        """Seconds until the run stops since too few sites are here; infinite while there are enough."""
+        """Seconds until the run stops with too few sites here; infinite while there are enough."""
         gone = sorted(
             standing.since for standing in self._sites.values() if standing.state != "here"
         )
@@ -158,7 +171,10 @@ class Roster:
             for site, each in self._sites.items()
             if each.state != "here"
         }
-        return f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. {together(reasons)}"
+        return (
+            f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. "
+            f"{together(reasons)}"
+        )
 
 
 def together(reasons: Mapping[str, str]) -> str:

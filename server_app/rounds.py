@@ -1,7 +1,8 @@
 """Synchronous rounds: train everywhere, aggregate, test everywhere, until the epochs are used up.
 
-What a round made is tested with the message of the next one, before that trains it on: a round is one message to each site and one
-answer. Only the last model, and models of sites that learn alone for a common prediction, are tested by messages of their own.
+The model of a round is tested with the message of the next round, before training goes on: a round
+is one message to each site and one answer. Only the last model, and models of sites that learn
+alone for a common prediction, are tested by messages of their own.
 """
 
 from collections import defaultdict
@@ -78,15 +79,17 @@ class _TooFew(RuntimeError):
 class Rounds:
     """Drives a strategy over the sites of a federation.
 
-    Where Flower's ``Strategy.start`` waits for all replies and stops at the first that does not fit, this hands each reply to the
-    strategy when it arrives, leaves out a site whose reply cannot be used, and reports what every site says. A site that is
-    silent is waited for once: from then on it is called, but not waited for, until it answers. A round that too few answer since
+    Where Flower's ``Strategy.start`` waits for all replies and stops at the first that does not
+    fit, this driver gives each reply to the strategy when it arrives, leaves out a site whose reply
+    cannot be used, and reports what every site says. A site that is silent is waited for once: from
+    then on it is called, but not waited for, until it answers. A round that too few answer since
     they are away is tried again when they are back.
 
     Args:
         grid: the way to the sites.
         strategy: what happens to the models.
-        instruct: what sites do in a round that begins with a model [d], or with models [n, d] where they learn alone.
+        instruct: what sites do in a round that begins with a model [d], or with models [n, d] where
+            they learn alone.
         federation: the sites.
         config: the run.
         layout: of a model.
@@ -113,19 +116,15 @@ class Rounds:
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._latest: dict[int, Metadata] = {}  # of the message to each site
-        self._sent: dict[
-            int, dict[str, Tensor]
-        ] = {}  # the model that each trains, before the codec
+        # The model that each site trains, before the codec.
+        self._sent: dict[int, dict[str, Tensor]] = {}
         self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
-        self._beside = not (
-            isinstance(config.plan, AlonePlan) and config.plan.ensemble
-        )  # whether a test comes with training
+        # Whether a test comes with training.
+        self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)
         self._number, self._done = 0, 0.0  # rounds and epochs that are over
-        self._reached, self._tested = (
-            self._report.moment(),
-            dict[str, float](),
-        )  # the last model, and the last test
+        # Of the last model, and of the last test.
+        self._reached, self._tested = self._report.moment(), dict[str, float]()
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on after the round of a checkpoint."""
@@ -165,8 +164,8 @@ class Rounds:
             beside: vectors of the model's size that sites send beside theirs.
 
         Raises:
-            RunError: fewer than ``min-sites`` sites answered, or no site can test the last model; what was reached so far was
-                emitted.
+            RunError: fewer than ``min-sites`` sites answered, or no site can test the last model;
+                what was reached so far was emitted.
         """
         total = self._config.epochs
         sizes = dict(self._layout.sizes)
@@ -198,7 +197,8 @@ class Rounds:
                 self._tested = self._report_test(number - 1, tested, self._reached)
             if newest is None:
                 raise RunError(
-                    f"round {number}: {self._config.strategy} makes no model of {len(trained)} answers"
+                    f"round {number}: "
+                    f"{self._config.strategy} makes no model of {len(trained)} answers"
                 )
             arrays, self._number, self._done = newest, number, self._done + epochs
             self._reached = self._report.moment()
@@ -220,7 +220,10 @@ class Rounds:
         return arrays
 
     def _wait_for_more(self, number: int, usable: int, since: float) -> str | None:
-        """Sites that are away may come back; or why not: the others would fail again, or this lasts for too long already."""
+        """Wait for sites that are away; or say why not.
+
+        There is no waiting where the others would fail again, or after too long a time.
+        """
         connected = set(self._grid.get_node_ids())
         self._report.see(connected)
         away = [node for node in self._sites if node not in connected or self._roster.away(node)]
@@ -239,7 +242,9 @@ class Rounds:
         trained: dict[int, TrainMetrics],
         tested: dict[int, TestMetrics] | None,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the strategy makes of the replies; what sites reported is put into ``trained`` and, if not None, ``tested``.
+        """What the strategy makes of the replies.
+
+        What sites reported is put into ``trained`` and, if not None, ``tested``.
 
         Raises:
             RunError: it fails, or makes a model that is not finite.
@@ -260,7 +265,10 @@ class Rounds:
                 yield answer.reply
                 del answer  # a model: before the next one comes
             if len(trained) < self._roster.least:  # before anything is made of them
-                few = f"{len(trained)} sites sent a model that can be used, min-sites = {self._roster.least}"
+                few = (
+                    f"{len(trained)} sites sent a model that can be used, "
+                    f"min-sites = {self._roster.least}"
+                )
                 raise _TooFew(f"round {number}: {few}")
 
         try:
@@ -281,7 +289,10 @@ class Rounds:
     def _take_test(
         self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]
     ) -> None:
-        """What came with a training; a flaw in it costs the site no more than the test. The strategy sees nothing of it."""
+        """Read the test in a training's answer; the strategy does not see it.
+
+        If it cannot be used, only the site's test is left out, not its training.
+        """
         try:
             tested[answer.node] = read_tested(
                 answer.reply,
@@ -325,7 +336,8 @@ class Rounds:
             write_order(Order(number, self._federation.agreed(), local, test)),
             self._grid,
         )
-        # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time repeats itself exactly.
+        # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time
+        # repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         if local:
             self._sent = {message.metadata.dst_node_id: _model(message) for message in known}
@@ -343,7 +355,8 @@ class Rounds:
         while (there := self._look()) < least:
             if self._clock.now() >= deadline:
                 raise RunError(
-                    f"round {number}: {there} sites are connected after patience-s = {patience:g}, min-sites = {least}: stopped"
+                    f"round {number}: {there} sites are connected after patience-s = {patience:g}, "
+                    f"min-sites = {least}: stopped"
                 )
             if there != said or self._clock.now() >= again:
                 said, again = there, self._clock.now() + TELL_EVERY_S
@@ -373,7 +386,8 @@ class Rounds:
     ) -> Iterator[Answer[T]]:
         """The replies that can be used, as they come.
 
-        All sites that are here are waited for; those that are away only where too few can be used without them.
+        All sites that are here are waited for; those that are away only where too few replies can
+        be used without them.
         """
         sent = [message for message in messages if self._calls(number, message)]
         calls = {message.metadata.dst_node_id: message.metadata for message in sent}
@@ -398,7 +412,10 @@ class Rounds:
                 del reply, found
 
     def _calls(self, number: int, message: Message) -> bool:
-        """Whether a message is sent: to a site that is away in fewer and fewer rounds, for each may wait until it is back."""
+        """Whether a message is sent: to a site that is away, in fewer and fewer rounds.
+
+        Each such message may stay under way until the site is back.
+        """
         node = message.metadata.dst_node_id
         if not self._roster.away(node):
             return True
@@ -408,7 +425,7 @@ class Rounds:
         return due
 
     def _came(self, number: int, message: Message, reply: Message, late: bool) -> None:
-        """A reply came, of this phase or too late: the site is here; or there will be none, and it is away."""
+        """A reply arrived, in time or too late: the site is here. Or there is none: it is away."""
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if gone(reply):
             if self._latest[node] is message.metadata:  # else it may have answered to another since
@@ -440,7 +457,10 @@ class Rounds:
     def _bounded(
         self, number: int, answers: Iterator[Answer[Trained]], local: Local
     ) -> Iterator[Answer[Trained]]:
-        """Those that do not move the model further than others do; the first ones all wait for each other, to tell."""
+        """The answers that do not move the model further than others do.
+
+        The first ones are all waited for, as they are compared with each other.
+        """
         first = self._bounds[X].few
         # On disk, where TMPDIR says: in memory they would be as many models as there are sites.
         with (
@@ -474,7 +494,7 @@ class Rounds:
         local: Local,
         changes: dict[int, dict[str, Change]],
     ) -> Iterator[Answer[Trained]]:
-        """The answers when all of them have come; the changes of each site are put into ``changes`` before."""
+        """The answers, once all have arrived and each site's changes are in ``changes``."""
         waiting = []
         for answer in answers:
             changes[answer.node] = self._changes(answer, local)

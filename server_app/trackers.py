@@ -1,7 +1,8 @@
-"""Experiment trackers, for who has one: each gets the metrics over all sites, and of each site the headline and the loss.
+"""Experiment trackers: each gets the metrics over all sites, and each site's headline and loss.
 
-``results.trackers = "tensorboard mlflow"``. TensorBoard's files go into the run's folder; MLflow goes where its own environment
-variables say (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``). Their libraries are extras of this project.
+They are chosen by ``results.trackers = "tensorboard mlflow"``. TensorBoard's files go into the
+run's folder; MLflow goes where its own environment variables say (``MLFLOW_TRACKING_URI``,
+``MLFLOW_EXPERIMENT_NAME``). Their libraries are extras of this project.
 """
 
 import math
@@ -28,7 +29,9 @@ Write = Callable[[int, Mapping[str, float]], None]
 
 
 class Trackers:
-    """The sink of all trackers. They work in a thread: neither their pace nor their failures reach the run.
+    """The sink of all trackers.
+
+    They work in a thread: neither their pace nor their failures affect the run.
 
     Args:
         config: the run.
@@ -42,8 +45,9 @@ class Trackers:
         for name in self._names:
             if find_spec(name) is None:
                 raise ConfigError(
-                    f"results.trackers = {config.results.trackers!r}: {name} is not installed; it is the extra {name!r} of this "
-                    f"project: python -m uv sync --inexact --python .venv/bin/python --extra {name}"
+                    f"results.trackers = {config.results.trackers!r}: {name} is not installed; "
+                    f"it is the extra {name!r} of this project: "
+                    f"python -m uv sync --inexact --python .venv/bin/python --extra {name}"
                 )
         self._events: Queue[Event] = Queue(WAITING)
 

@@ -3,8 +3,9 @@
     python -m server_app.watch runs/                        http://127.0.0.1:8080
     python -m server_app.watch runs/ --address 127.0.0.1:9000
 
-It reads the folders and writes nothing; it may be started, ended and started again at any time. ``/metrics`` has the runs that go
-on, and the newest one, for Prometheus. Whoever reaches the address sees all: it asks for no password and encrypts nothing.
+It reads the folders and writes nothing; it may be started, ended and started again at any time.
+``/metrics`` has the runs that go on, and the newest one, for Prometheus. Whoever reaches the
+address sees everything: it asks for no password and encrypts nothing.
 """
 
 import argparse

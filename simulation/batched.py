@@ -1,8 +1,9 @@
-"""All peers at once: their models are the rows of one matrix [n, d], and one vectorised pass computes all their gradients.
+"""All peers at once, in one vectorised pass: their models are the rows of one matrix [n, d].
 
-The algorithms, codecs and topologies of the app, without messages: for experiments of the size of a paper on one machine. Equal to
-the relay step for step, to rounding; but there, with ``lr-warmup``, sites of other sizes begin with other rates. There is no
-world: nobody is slow or away, and time is the machine's own.
+The algorithms, codecs and topologies of the app, without messages: for experiments of the size of a
+paper on one machine. Equal to the relay step for step, to rounding; but there, with ``lr-warmup``,
+sites of other sizes begin with other rates. There is no world: no site is slow or away, and time is
+the machine's own.
 """
 
 import time
@@ -41,8 +42,8 @@ class Peers:
         history: gets everything that is measured.
 
     Raises:
-        ConfigError: the network has BatchNorm statistics, which one pass for all peers cannot keep; or neighbours are not all
-            offered the same.
+        ConfigError: the network has BatchNorm statistics, which one pass for all peers cannot
+            compute; or neighbours are not all offered the same.
     """
 
     def __init__(self, config: Config, federation: Federation, history: History) -> None:
@@ -57,13 +58,16 @@ class Peers:
         model = self._network.model
         if model.num_stats:
             raise ConfigError(
-                f"model.norm = {config.model.norm!r}: engine = 'batched' takes no BatchNorm; allowed: 'group', 'evonorm'"
+                f"model.norm = {config.model.norm!r}: engine = 'batched' takes no BatchNorm; "
+                "allowed: 'group', 'evonorm'"
             )
         history.begin(federation, model)
         self._peer = peer_of(config, 0, model.sizes)
         if not isinstance(algorithm := self._peer.plan.algorithm, PeerAlgorithm):
             raise ConfigError(
-                f"engine = 'batched': strategy = {config.strategy!r} offers each neighbour something else; allowed: 'app'"
+                "engine = 'batched': "
+                f"strategy = {config.strategy!r} offers each neighbour something "
+                "else; allowed: 'app'"
             )
         self._algorithm = algorithm
         self.state = self._algorithm.init(self._network.x.expand(self._n, -1).clone())
@@ -72,9 +76,8 @@ class Peers:
         self._gradient_memories: dict[tuple[int, int], Tensor] = {}
         self._networks = Networks(config, model, [data.train for data in self._data])
         self._losses: list[Tensor] = []
-        self._traffic = torch.zeros(
-            self._n, 2, dtype=torch.int64
-        )  # bytes up to the relay and down from it
+        # Bytes up to the relay and down from it.
+        self._traffic = torch.zeros(self._n, 2, dtype=torch.int64)
         batches = an_epoch(federation, config.training.batch_size)
         self.exchanges, self._every = budget(config, self._peer.plan, batches)
 
@@ -119,7 +122,10 @@ class Peers:
         return taken.gradients
 
     def _neighbourhood_gradients(self, number: int, received: Tensor) -> Tensor:
-        """The weighted mean of everybody's neighbourhood, [n, d]; ``received`` [n, d] are the models as neighbours have them."""
+        """The weighted mean of every peer's neighbourhood, [n, d].
+
+        ``received`` [n, d] are the models as neighbours have them.
+        """
         gradient, batch = self._peer.plan.gradient, self._networks.next_batch()
         weights = [self._topology.neighbours(number, peer) for peer in range(self._n)]
         links = [(i, j) for i in range(self._n) for j in (i, *weights[i])]
@@ -196,17 +202,16 @@ class Peers:
         """
         if wrong := (~self.state.x.isfinite().all(1)).nonzero().flatten().tolist():
             raise RunError(
-                f"exchange {number}: training diverged: the models of the sites {wrong} are not finite; {MEND}"
+                f"exchange {number}: training diverged: "
+                f"the models of the sites {wrong} are not finite; {MEND}"
             )
         mean = self.state.x.double().mean(0).float()
         own = [self._tested(x, data) for x, data in zip(self.state.x, self._data, strict=True)]
         of_mean = [self._tested(mean, data) for data in self._data]
         losses = torch.stack(self._losses).mean(0)
         self._losses.clear()
-        since, n = (
-            (number - 1) // self._every * self._every,
-            self.exchanges,
-        )  # the first exchange after the last test; all
+        # The first exchange after the last test; all of them.
+        since, n = (number - 1) // self._every * self._every, self.exchanges
         first, last = (
             learning_rate(self._config, each / n, (each + 1) / n) for each in (since, number - 1)
         )
@@ -225,25 +230,10 @@ class Peers:
             if name == headline
         }
         self._write(number, seconds, train, test, losses.tolist(), own)
-        done, epochs, sent = (
-            number / self.exchanges,
-            self._config.epochs,
-            float(self._traffic.sum()) / 1e6,
-        )
-        watch(
-            Progress(
-                "exchange",
-                number,
-                None,
-                done * epochs,
-                epochs,
-                seconds,
-                sent,
-                train,
-                test,
-                headline=headline,
-            )
-        )
+        epochs, sent = self._config.epochs, float(self._traffic.sum()) / 1e6
+        done = number / self.exchanges * epochs
+        counts = number, None, done, epochs, seconds, sent
+        watch(Progress("exchange", *counts, train, test, headline=headline))
 
     def _tested(self, x: Tensor, data: SiteData) -> dict[str, float | list[float]]:
         found = self._network.test(x[None], x.new_empty(1, 0), data.test)

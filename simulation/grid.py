@@ -1,9 +1,12 @@
-"""A grid in the calling process and in virtual time: the real ServerApp and ClientApp, no Ray, no network, no waiting.
+"""A grid in the calling process and in virtual time.
 
-A discrete-event simulation. A message's answer is computed when the message is sent; when it arrives is computed from the site's
-speed, its link and the bytes of the real messages. The clock stands still while anybody computes and jumps to the next event when
-the server waits. So a server sees the interleaving that the world makes, whatever the machine does, and the same run again
-gives the same history bit for bit. The server's own work takes no virtual time.
+It runs the real ServerApp and ClientApp without Ray, network or waiting.
+
+A discrete-event simulation. A message's answer is computed when the message is sent; when it
+arrives is computed from the site's speed, its link and the bytes of the real messages. The clock
+stands still while a site or the server computes and jumps to the next event when the server waits.
+So a server sees the interleaving that the world makes, whatever the machine does, and the same run
+again gives the same history bit for bit. The server's own work takes no virtual time.
 """
 
 import heapq
@@ -24,9 +27,8 @@ from strategies.protocol import TEST
 from strategies.records import metrics_of, num_bytes
 
 FIRST_NODE = 1000  # node ids differ from site numbers, so that mixing them up fails
-NOTICED_AFTER_S = (
-    60.0  # Flower misses a site that went without a word after so many seconds without a heartbeat
-)
+# Flower notices that a site is gone after so many seconds without a heartbeat.
+NOTICED_AFTER_S = 60.0
 RAISED, UNAVAILABLE = 2, 5  # Flower's error codes
 TEST_COST = 1 / 3  # of a forward pass, in forward and backward passes
 
@@ -34,7 +36,7 @@ Tamper = Callable[[int, Message, Message], Message | None]
 
 
 class _Event(NamedTuple):
-    """A reply that will be there at ``time``; events of the same time keep the order in which they were made."""
+    """A reply that arrives at ``time``; events of the same time keep their order."""
 
     time: float
     number: int
@@ -45,8 +47,9 @@ class _Event(NamedTuple):
 class VirtualGrid(Grid):
     """Runs sites in this process; its own clock (:class:`server_app.exchange.Clock`).
 
-    A site works on one message after the other. If it goes off on the way, the message is lost, and the server is told so when
-    Flower would notice; a site that is back before that leaves the server waiting for its timeout, as Flower's does.
+    A site works on one message after the other. If it goes off meanwhile, the message is lost, and
+    the server gets an error when Flower would notice; if the site is back before that, the server
+    waits until its timeout, as with Flower.
 
     Args:
         client_app: called directly with each message.
@@ -54,7 +57,8 @@ class VirtualGrid(Grid):
         run_config: the run configuration of every site.
         state: the folder in which sites keep what they remember; None for memory only.
         start_s: the time.
-        tamper: called with a site's number, the message and the reply; what it returns is delivered instead, None is lost.
+        tamper: called with a site's number, the message and the reply; what it returns is delivered
+            instead; with None, the reply is lost.
 
     Attributes:
         contexts: of each node, what its site is configured with and remembers.
@@ -69,7 +73,7 @@ class VirtualGrid(Grid):
         state: Path | None = None,
         start_s: float = 0.0,
     ) -> None:
-        # A Message asks the running task for its identity; there is no task here, so this one is made up.
+        # A Message asks the running task for its identity; there is none here: this one is made up.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._run = Run.create_empty(run_id=1)
         self._client_app, self._tamper = client_app, tamper
@@ -137,7 +141,7 @@ class VirtualGrid(Grid):
         )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages: each is answered by its site, and the answer put down for the moment at which it arrives."""
+        """Send messages: sites answer at once; replies are stored with their times of arrival."""
         return [self._send(message) for message in messages]
 
     def _send(self, message: Message) -> str:

@@ -1,11 +1,13 @@
-"""The laboratory: strategies run and compared in one process, in seconds, from a notebook or a script.
+"""The laboratory: run and compare strategies in one process, in seconds, in a notebook or script.
 
-    run = simulate(strategy="fedavg", num_sites=10, partition={"kind": "dirichlet"}, world=World(bandwidth_mbps=20))
-    comparison = compare({"Co-learning": {}, "FedAvg": {"strategy": "fedavg"}}, seeds=3, num_sites=10)
+    world = World(bandwidth_mbps=20)
+    run = simulate(strategy="fedavg", num_sites=10, partition={"kind": "dirichlet"}, world=world)
+    strategies = {"Co-learning": {}, "FedAvg": {"strategy": "fedavg"}}
+    comparison = compare(strategies, seeds=3, num_sites=10)
     comparison.table(); comparison.plot()
 
-What runs is the app itself, with the configuration, the checks and the numbers of ``flwr run``; time is virtual
-(:mod:`simulation.grid`).
+What runs is the app itself, with the configuration, the checks and the numbers of ``flwr run``;
+time is virtual (:mod:`simulation.grid`).
 """
 
 import math
@@ -65,12 +67,15 @@ class Run:
 
     Attributes:
         config: the whole configuration.
-        metrics: tidy, a value a row: round, seconds, bytes_up, bytes_down, site, split, metric, value. Seconds are virtual in a
-            simulation; the site ``all`` is the mean over sites.
-        models: the last model as a state dict, under the name ``model``; where sites learn alone, ``model-0``, ``model-1``, ...
-        sites: a row a site: site, name, train and test examples, and the examples of each class where sites tell.
+        metrics: tidy, a value a row: round, seconds, bytes_up, bytes_down, site, split, metric,
+            value. Seconds are virtual in a simulation; the site ``all`` is the mean over sites.
+        models: the last model as a state dict, under the name ``model``; where sites learn alone,
+            ``model-0``, ``model-1``, ...
+        sites: a row a site: site, name, train and test examples, and the examples of each class
+            where sites tell.
         finished: whether all epochs were run; an interrupted run holds what it had reached.
-        description: of the models; None where there are none, or their files are older than descriptions.
+        description: of the models; None where there are none, or their files are older than
+            descriptions.
     """
 
     config: Config
@@ -83,7 +88,10 @@ class Run:
     def __repr__(self) -> str:
         found = ", ".join(f"{key} {value:.4g}" for key, value in self.summary.items())
         unfinished = "" if self.finished else ", unfinished"
-        return f"{self.config.strategy} on {self.config.data.source}: {found or 'nothing yet'}{unfinished}"
+        return (
+            f"{self.config.strategy} on {self.config.data.source}: "
+            f"{found or 'nothing yet'}{unfinished}"
+        )
 
     @property
     def model(self) -> dict[str, Tensor]:
@@ -94,7 +102,8 @@ class Run:
         """
         if set(self.models) != {"model"}:
             raise ValueError(
-                f"this run has the models {', '.join(self.models) or 'none yet'}: take one from .models"
+                f"this run has the models {', '.join(self.models) or 'none yet'}: "
+                "take one from .models"
             )
         return self.models["model"]
 
@@ -105,7 +114,10 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        """The test, a row a round: round, seconds, hours, megabytes (both ways), accuracy, loss, ... by the run's task."""
+        """The test, a row a round, with the metrics of the run's task.
+
+        The columns are round, seconds, hours, megabytes (both ways), accuracy, loss, ...
+        """
         chosen = (self.metrics["split"] == "test") & (self.metrics["site"] == EVERYBODY)
         tested = self.metrics[chosen]
         index = ["round", "seconds", "bytes_up", "bytes_down"]
@@ -124,10 +136,11 @@ class Run:
 
     @property
     def summary(self) -> "pd.Series[float]":
-        """Final headline and loss, rounds, hours, megabytes; sigma and jump, which say how stable the second half of the run was.
+        """Final headline and loss, rounds, hours, megabytes; sigma and jump.
 
-        ``sigma`` is the standard deviation of the headlines of the second half, ``jump`` their mean step. Both are reconstructed
-        readings of the "training stability" of GSGM's authors, who could not be read.
+        The last two say how stable the second half of the run was: ``sigma`` is the standard
+        deviation of its headlines, ``jump`` their mean step. Both are reconstructed readings of the
+        "training stability" of GSGM's authors, who could not be read.
         """
         table = self.history
         if table.empty:
@@ -146,7 +159,10 @@ class Run:
         )
 
     def until(self, target: float) -> "pd.Series[float]":
-        """Rounds, hours and megabytes to the first test at which the headline was ``target`` or better; NaN where it never was."""
+        """Rounds, hours and megabytes to the first test with a headline of ``target`` or better.
+
+        NaN where there is none.
+        """
         table, sign = self.history, 1 if self.config.task.larger else -1
         reached = table[sign * table[self.headline] >= sign * target] if len(table) else table
         names = ["round", "hours", "megabytes"]
@@ -154,7 +170,7 @@ class Run:
         return found.astype(float).rename({"round": "rounds"})
 
     def plot(self, metric: str | None = None) -> Figure:
-        """The metric, by default the headline, on the test parts by round, by hour and by megabyte."""
+        """Plot the metric, by default the headline, on the test parts by round, hour, megabyte."""
         return Comparison({self.config.strategy: [self]}).plot(metric)
 
     def plot_sites(self) -> Figure:
@@ -165,7 +181,8 @@ class Run:
         """
         if self.config.task.target != "class":
             raise ValueError(
-                f"training.task = {self.config.training.task!r}: examples have no classes to count; see .sites"
+                f"training.task = {self.config.training.task!r}: "
+                "examples have no classes to count; see .sites"
             )
         if (counts := class_counts(self.sites)).empty:
             raise ValueError(
@@ -201,7 +218,7 @@ class Run:
 
 
 class _Watched(History):
-    """Calls ``watch`` with the progress of each round; where there is a folder, the run can go on from there."""
+    """Calls ``watch`` with the progress of each round; with a folder, the run can go on from it."""
 
     def __init__(
         self,
@@ -254,19 +271,23 @@ def simulate(
     threads: int = 1,
     **changes: Any,
 ) -> Run:
-    """Run the app in this process, in virtual time. Without a ``folder`` nothing is written; see :meth:`Run.save`.
+    """Run the app in this process, in virtual time.
+
+    Without a ``folder`` nothing is written; see :meth:`Run.save`.
 
     Interrupted (by the stop button of a notebook, or Ctrl-C), it returns what was reached.
 
     Args:
         conf: a file of ``conf/``.
-        engine: ``app``; or ``batched``, for peers: all of them in one vectorised pass, without messages and without a world.
+        engine: ``app``; or ``batched``, for peers: all of them in one vectorised pass, without
+            messages and without a world.
         world: speed, links and presence of the sites; by default all alike.
-        folder: of this run, saved as it goes: called again after it was interrupted or killed, it goes on, and a finished run is
-            only read. The batched engine begins again.
+        folder: of this run, saved as it goes: called again after it was interrupted or killed, the
+            run goes on, and a finished run is only read. The batched engine begins again.
         progress: show a bar.
         threads: of torch; ``flwr run`` gives each site one.
-        **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``, ``training={"lr": 0.1}``.
+        **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``,
+            ``training={"lr": 0.1}``.
 
     Raises:
         ConfigError: names the key, its value and what is allowed; the folder holds another run.
@@ -309,19 +330,23 @@ def _check_engine(engine: str, config: Config, world: World | None) -> None:
         raise ConfigError(f"engine = 'batched': runs peers, not strategy = {config.strategy!r}")
     if engine == "batched" and config.computing.checkpointing:
         raise ConfigError(
-            "computing.checkpointing = True: not with engine = 'batched'; allowed: False, or engine = 'app'"
+            "computing.checkpointing = True: not with engine = 'batched'; "
+            "allowed: False, or engine = 'app'"
         )
     if engine == "batched" and (size := config.computing.micro_batch):
         raise ConfigError(
-            f"computing.micro-batch = {size}: has no effect with engine = 'batched'; allowed: 0, or engine = 'app'"
+            f"computing.micro-batch = {size}: has no effect with engine = 'batched'; "
+            "allowed: 0, or engine = 'app'"
         )
     if engine == "batched" and config.max_change != (most := Config().max_change):
         raise ConfigError(
-            f"max-change = {config.max_change:g}: has no effect with engine = 'batched'; allowed: {most:g}"
+            f"max-change = {config.max_change:g}: has no effect with engine = 'batched'; "
+            f"allowed: {most:g}"
         )
     if engine == "batched" and config.robust.mean != "mean":
         raise ConfigError(
-            f"robust.mean = {config.robust.mean!r}: not with engine = 'batched'; allowed: 'mean', or engine = 'app'"
+            f"robust.mean = {config.robust.mean!r}: not with engine = 'batched'; "
+            "allowed: 'mean', or engine = 'app'"
         )
     if engine == "batched" and world is not None:
         raise ConfigError(
@@ -399,12 +424,15 @@ class Comparison:
     runs: dict[str, list[Run]]
 
     def table(self, target: float | None = None) -> pd.DataFrame:
-        """A row a strategy: mean and standard error over seeds of what :attr:`Run.summary` says and of what ``target`` took.
+        """A row a strategy: mean and standard error over seeds.
+
+        They are of what :attr:`Run.summary` says and of what it took to reach ``target``.
 
         Args:
-            target: test accuracy, or the headline of another task; by default what is 5 % worse than the best strategy's final
-                one, rounded. The columns "rounds to", "hours
-                to" and "megabytes to" are the mean over the seeds that reached it, and "reached" is their share.
+            target: test accuracy, or the headline of another task; by default what is 5 % worse
+                than the best strategy's final one, rounded. The columns "rounds to", "hours to" and
+                "megabytes to" are the mean over the seeds that reached it, and "reached" is their
+                share.
         """
         target = self._target() if target is None else target
         rows = {}
@@ -448,7 +476,10 @@ class Comparison:
         return str(self.text().to_string())
 
     def plot(self, metric: str | None = None) -> Figure:
-        """The metric, by default the headline, by round, by hour and by megabyte: means over seeds, bands of one standard error."""
+        """Plot the metric, by default the headline, by round, by hour and by megabyte.
+
+        Lines are means over seeds, bands one standard error.
+        """
         units = {
             "update of the server" if run.config.unit == "update" else run.config.unit
             for runs in self.runs.values()
@@ -460,7 +491,7 @@ class Comparison:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder for each strategy, and in it one for each run, as :meth:`Run.save` does."""
+        """Write a folder a strategy, with one for each run in it, as :meth:`Run.save` does."""
         folder = Path(folder)
         for name, runs in self.runs.items():
             for run in runs:
@@ -515,19 +546,23 @@ def compare(
     Interrupted, it returns the runs that were finished.
 
     Args:
-        strategies: for each name, what its run configuration differs in; ``conf="conf/krum.toml"`` takes a file's.
+        strategies: for each name, what its run configuration differs in; ``conf="conf/krum.toml"``
+            takes a file's.
         seeds: so many, from 1 on, or which.
         engine: as in :func:`simulate`.
         world: that all live in; what is random in it follows from the seed.
-        folder: all runs are saved in it as they go, as by :meth:`Comparison.save`: called again after it was interrupted or
-            killed, the comparison goes on with those that are not finished.
+        folder: all runs are saved in it as they go, as by :meth:`Comparison.save`: called again
+            after it was interrupted or killed, the comparison goes on with those that are not
+            finished.
         processes: by default one a GPU, or one a core where there is none.
         progress: show a bar.
         **common: run configuration of all; a method's own section counts where that method runs.
 
     Raises:
-        ConfigError: before the first run: names the strategy, the key, its value and what is allowed.
-        RunError: every run failed; where only some did, a warning names each, and the others are returned.
+        ConfigError: before the first run: names the strategy, the key, its value and what is
+            allowed.
+        RunError: every run failed; where only some did, a warning names each, and the others are
+            returned.
     """
     chosen = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
     if not chosen or not strategies:
@@ -540,7 +575,8 @@ def compare(
     for name, changes in strategies.items():
         if not isinstance(changes, Mapping) or "seed" in changes:
             raise ConfigError(
-                f"{name}: {changes!r}: a dictionary of the run configuration is expected, without seed (see seeds)"
+                f"{name}: {changes!r}: a dictionary of the run configuration is expected, "
+                "without seed (see seeds)"
             )
         own = _shared(common, changes) | flatten(changes)
         conf = own.pop("conf", None)
@@ -567,7 +603,8 @@ def compare(
         tqdm(total=total, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
         _watching(Path(bars), bar),
     ):
-        # loky starts fresh processes (torch, once used, does not survive a fork); for one worker there is none.
+        # loky starts new processes (torch, once used, does not survive a fork); for one worker,
+        # there is none.
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
         calls = (
             joblib.delayed(_run_one)(

@@ -18,10 +18,13 @@ LABEL_GAP = 0.045  # between two direct labels, as a share of the height
 
 
 def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, step: str) -> Figure:
-    """The metric by round, by hour and by megabyte; a line a strategy, labelled at its end, with a band of one standard error.
+    """The metric by round, by hour and by megabyte.
+
+    A line a strategy, labelled at its end, with a band of one standard error.
 
     Args:
-        histories: of each strategy, one table a seed, with the columns round, seconds, megabytes and the metric.
+        histories: of each strategy, one table a seed, with the columns round, seconds, megabytes
+            and the metric.
         metric: such as accuracy or loss.
         step: what the column round counts.
 
@@ -53,9 +56,8 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
                 continue
             x, mean, error = _mean_curve(used, column, metric)
             x = x / UNITS[unit] if column == "seconds" else x
-            axes.plot(
-                x, mean, color=colour, lw=1.8, marker="o" if len(x) == 1 else ""
-            )  # one test is no line
+            # One test is no line.
+            axes.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) == 1 else "")
             axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
             ends.append((float(mean[-1]), name, colour))
         style(axes, label, f"test {metric}" if column == "round" else "")
@@ -68,7 +70,10 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
 def _mean_curve(
     tables: Sequence[pd.DataFrame], column: str, metric: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """``x`` [points], the mean over the seeds and its standard error; a seed that ends early keeps its last value."""
+    """``x`` [points], the mean over the seeds and its standard error.
+
+    A seed that ends early keeps its last value.
+    """
     start, stop = (
         max(table[column].iloc[0] for table in tables),
         max(table[column].iloc[-1] for table in tables),
@@ -80,7 +85,7 @@ def _mean_curve(
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Each line's name to the right of the axes, where it ends or as near as the other names leave room."""
+    """Write each line's name to the right of the axes, as near to its end as there is room."""
     low, high = axes.get_ylim()
     ordered = sorted(ends)
     places: list[float] = []

@@ -1,7 +1,9 @@
-"""A run's model, ready to be used: ``load(folder)``, predictions of files, and an export that needs none of this program.
+"""A run's model, ready to be used: ``load(folder)``, predictions of files, and an export.
 
-python -m simulation.trained RUN INPUT            a row of CSV for each example: its name, its class, each class's probability
-python -m simulation.trained RUN --export FILE    a program of torch.export, or ONNX (FILE.onnx), for examples as they are read
+    python -m simulation.trained RUN INPUT            CSV: each example's name, class, probabilities
+    python -m simulation.trained RUN --export FILE    a program of torch.export, or ONNX (FILE.onnx)
+
+The exported program takes examples as they are read, and needs none of this program.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from models.tasks import Task
 class Trained(nn.Module):
     """A trained network that takes examples as a source reads them.
 
-    Pictures are bytes, [n, channels, height, width]; tables [n, columns], NaN where a value is missing, are standardised here.
+    Pictures are bytes, [n, channels, height, width]; tables [n, columns], NaN where a value is
+    missing, are standardised here.
 
     Attributes:
         network: what was trained.
@@ -71,17 +74,19 @@ class Trained(nn.Module):
 
     @torch.no_grad()
     def predict(self, source: str | Path) -> pd.DataFrame:
-        """The class of each example of a file, or of the files of a folder, and each class's probability.
+        """The class of each example of a file or of a folder's files, and each class's probability.
 
-        Of several labels each one's probability; of numbers these.
+        For several labels, each one's probability; for numbers, these.
 
         Raises:
-            SourceError: a file cannot be read as what this network was trained on; or its outputs fit in no table.
+            SourceError: a file cannot be read as what this network was trained on; or its outputs
+                fit in no table.
         """
         target = self.task.target
         if target in ("tokens", "map"):
             raise SourceError(
-                f"training.task = {self.description.task!r}: no table holds its outputs; call the network itself"
+                f"training.task = {self.description.task!r}: no table holds its outputs; "
+                "call the network itself"
             )
         names, x = self._read(existing(source))
         outputs = torch.cat([self(chunk) for chunk in x.split(EVALUATION_BATCH)])
@@ -109,7 +114,9 @@ class Trained(nn.Module):
                 return list(map(str, files)), spectrograms(files, known.data.audio_seconds)
             case source if ":" in source:
                 raise SourceError(
-                    f"data.source = {source!r}: give examples [n, {known.shape}] of this function to the network itself"
+                    f"data.source = {source!r}: "
+                    f"give examples [n, {known.shape}] of this function to "
+                    "the network itself"
                 )
             case _:
                 files = _files(path, tuple(PICTURES))
@@ -138,7 +145,8 @@ def write_program(network: nn.Module, examples: Tensor, file: str | Path) -> Non
     Args:
         network: what to write.
         examples: two or more like those that it will take.
-        file: ONNX where it ends in .onnx, its input ``examples``, its output ``logits``; else for ``torch.export.load``.
+        file: ONNX where it ends in .onnx, its input ``examples``, its output ``logits``; else for
+            ``torch.export.load``.
 
     Raises:
         ValueError: what writes ONNX is not installed.
@@ -146,7 +154,8 @@ def write_program(network: nn.Module, examples: Tensor, file: str | Path) -> Non
     onnx = Path(file).suffix == ".onnx"
     if onnx and (missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
         raise ValueError(
-            f"--export {file}: {' and '.join(missing)} not installed: pip install onnx onnxscript; or FILE.pt2"
+            f"--export {file}: {' and '.join(missing)} not installed: "
+            "pip install onnx onnxscript; or FILE.pt2"
         )
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network.eval(), (examples,), dynamic_shapes=({0: batch},))
@@ -178,7 +187,8 @@ def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
 def load(path: str | Path, name: str = "model") -> Trained:
     """The network of a run's folder, or of a file with a model.
 
-    The file names the code of its network, which is imported: one of somebody else's own may name any module that is installed.
+    The file names the code of its network, which is imported: somebody else's file may name any
+    module that is installed.
 
     Args:
         path: what ``flwr run``, :meth:`Run.save` or a peer's ``save`` wrote.
@@ -227,9 +237,8 @@ def main() -> None:
         if arguments.export:
             trained.export(arguments.export)
         if arguments.input:
-            digits = (
-                "%.6g" if trained.task.target == "numbers" else "%.4f"
-            )  # numbers have units of their own
+            # Numbers have units of their own.
+            digits = "%.6g" if trained.task.target == "numbers" else "%.4f"
             trained.predict(arguments.input).to_csv(sys.stdout, index=False, float_format=digits)
     except ValueError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -1,4 +1,7 @@
-"""The networks of all peers at once: one vectorised pass computes the gradients of many models, each on its own batch."""
+"""The networks of all peers at once, in one vectorised pass.
+
+It computes the gradients of many models, each on its own batch.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,7 +21,10 @@ from strategies.peer.neighbourhood import Gradients
 
 
 class Batch(NamedTuple):
-    """Everybody's batch: inputs [n, b, ...], labels [n, b], and weights [n, b], 0 where a smaller batch is padded."""
+    """Every peer's batch: inputs [n, b, ...], labels [n, b] and weights [n, b].
+
+    A weight is 0 where a smaller batch is padded.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -45,7 +51,8 @@ class Networks:
                 torch.cat([part.y for part in parts]),
             )
         self._starts = [0, *torch.tensor([len(part.y) for part in parts]).cumsum(0).tolist()]
-        # On a CPU, the convolutions of many networks at once are slower than one after the other, but for small pictures.
+        # On a CPU, the convolutions of many networks at once are slower than one after the other,
+        # but for small pictures.
         convolutional = any(
             isinstance(module, torch.nn.Conv2d) for module in model.network.modules()
         )

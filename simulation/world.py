@@ -21,7 +21,7 @@ Period = tuple[float, float]  # from, to, in seconds; to may be infinite
 
 
 class Lognormal(BaseModel):
-    """A value for each site, drawn from a lognormal distribution: ``median * exp(sigma * N(0, 1))``."""
+    """A value for each site, lognormally distributed: ``median * exp(sigma * N(0, 1))``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     median: Above0
@@ -38,13 +38,15 @@ class World(BaseModel):
     A number holds for all sites, a list has one for each, :class:`Lognormal` draws one for each.
 
     Attributes:
-        samples_per_s: examples that a site trains on in a second (forward and backward pass; testing takes a third of that).
+        samples_per_s: examples that a site trains on in a second (forward and backward pass;
+            testing takes a third of that).
         bandwidth_mbps: megabits a second of a site's link, each way.
         latency_ms: milliseconds that a message is on its way, besides its bytes.
         jitter: spread of the time of each transfer: it is multiplied with exp(jitter N(0, 1)).
-        offline: for a site's number, the periods (from, to) in seconds in which it is off; ``(600, inf)``: it dies.
-        mean_up_s, mean_down_s: sites also come and go at random: mean lengths of the exponentially distributed periods for which
-            a site is on and off. Both or neither.
+        offline: for a site's number, its periods (from, to) off, in seconds; ``(600, inf)``: it
+            dies.
+        mean_up_s, mean_down_s: sites also come and go at random: mean lengths of the exponentially
+            distributed periods for which a site is on and off. Both or neither.
 
     Raises:
         ConfigError: names the key, the value and what is allowed.
@@ -71,23 +73,27 @@ class World(BaseModel):
             borders = [border for period in periods for border in period]
             if borders and (borders[0] < 0 or any(not a < b for a, b in pairwise(borders))):
                 raise ConfigError(
-                    f"offline = {{{site}: {periods}}}: periods (from, to) in order are expected, from 0 on"
+                    f"offline = {{{site}: {periods}}}: "
+                    "periods (from, to) in order are expected, from 0 on"
                 )
         if (self.mean_up_s is None) != (self.mean_down_s is None):
             raise ConfigError(
-                f"mean_up_s = {self.mean_up_s}, mean_down_s = {self.mean_down_s}: both or neither must be given"
+                f"mean_up_s = {self.mean_up_s}, mean_down_s = {self.mean_down_s}: "
+                "both or neither must be given"
             )
 
     def sites(self, num_sites: int, seed: int) -> list["SiteWorld"]:
         """What each site of a run lives in.
 
         Raises:
-            ConfigError: a list of another length than there are sites, a site that is not there, or nobody there, ever.
+            ConfigError: a list of another length than there are sites, a site that is not there, or
+                nobody there, ever.
         """
         values = {name: self._for_each(name, num_sites, seed) for name in PER_SITE}
         if strangers := [site for site in self.offline if site >= num_sites]:
             raise ConfigError(
-                f"offline = {self.offline}: there is no site {strangers[0]}, sites are 0 to {num_sites - 1}"
+                f"offline = {self.offline}: there is no site {strangers[0]}, "
+                f"sites are 0 to {num_sites - 1}"
             )
         found = [
             SiteWorld(
@@ -127,7 +133,8 @@ class SiteWorld:
         latency_s: of a message.
         jitter: see :class:`World`.
         offline: periods in which the site is off, in order.
-        up_s, down_s: mean lengths of random periods; None for a site that comes and goes only as ``offline`` says.
+        up_s, down_s: mean lengths of random periods; None for a site that comes and goes only as
+            ``offline`` says.
         seed: of jitter and random periods.
     """
 

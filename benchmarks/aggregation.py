@@ -1,4 +1,6 @@
-"""Averaging the models of ten sites: ours against Flower's ``aggregate_arrayrecords``, time and memory, side by side.
+"""Averaging the models of ten sites: ours against Flower's ``aggregate_arrayrecords``.
+
+Time and memory, side by side.
 
     python -m benchmarks.aggregation
 
@@ -135,7 +137,8 @@ def main() -> None:
                 times[name].append(time.perf_counter() - start)
             del ready
     print(
-        f"{sites} sites x {arguments.millions} million parameters, {torch.get_num_threads()} threads"
+        f"{sites} sites x {arguments.millions} million parameters, "
+        f"{torch.get_num_threads()} threads"
     )
     reference = statistics.median(times["Flower's aggregate_arrayrecords"])
     for name, seconds in times.items():
@@ -146,7 +149,8 @@ def main() -> None:
         with Peak() as ours_peak:
             ours(count, before, all_replies(count, size))
         print(
-            f"peak memory with {count} sites, in models of {model:.0f} MB: {ours_peak.megabytes / model:.1f}",
+            f"peak memory with {count} sites, in models of {model:.0f} MB: "
+            f"{ours_peak.megabytes / model:.1f}",
             end="",
         )
         print(" (of them, a reply and the tensor that it is made of, which is the benchmark's)")

@@ -1,9 +1,12 @@
-"""Asynchronous aggregation: the server's work an update against one in-place addition, and the arrivals it keeps up with.
+"""Asynchronous aggregation: the server's work an update, and its arrivals a second.
+
+The work is compared with one in-place addition.
 
     python -m benchmarks.asynchronous
 
-Rules on 25 million parameters, medians of arrivals in turns, side by side with ``x.add_(delta)``. Then the laboratory with ten
-sites that reply at once with a model of 100 kB: arrivals a second, the engine's, the driver's and the rule's work included.
+Rules on 25 million parameters, medians of arrivals in turns, side by side with ``x.add_(delta)``.
+Then the laboratory with ten sites that reply at once with a model of 100 kB: arrivals a second, the
+engine's, the driver's and the rule's work included.
 """
 
 import argparse
@@ -59,7 +62,8 @@ def rules(repeats: int) -> None:
                 times["rule"].append(end - middle)
         add, ours = (statistics.median(times[key]) for key in ("add", "rule"))
         print(
-            f"{name:<20}{1000 * ours:7.1f} ms an update, {ours / add:.2f} times an addition ({1000 * add:.1f} ms)",
+            f"{name:<20}{1000 * ours:7.1f} ms an update, "
+            f"{ours / add:.2f} times an addition ({1000 * add:.1f} ms)",
             flush=True,
         )
 
@@ -83,7 +87,8 @@ def driver() -> None:
     run_server(grid, config, history)
     arrivals = history.metrics.query("metric == 'updates' and site == 'all'")["value"].sum()
     print(
-        f"laboratory, 10 sites, model of 100 kB: {arrivals / (time.perf_counter() - start):.0f} arrivals a second"
+        "laboratory, 10 sites, model of 100 kB: "
+        f"{arrivals / (time.perf_counter() - start):.0f} arrivals a second"
     )
 
 

@@ -1,11 +1,13 @@
-"""What hostile sites do to each method, and what each defence is worth: final test accuracy at the honest sites, a Markdown table.
+"""What hostile sites do to each method, and how well each defence works.
+
+Printed is a Markdown table of the final test accuracy at the honest sites.
 
     python -m benchmarks.attacks
     python -m benchmarks.attacks --only asgd --attacks flip noise
 
-Digits, spread evenly, and a small network. The hostile sites are the last one of five, or two of ten; they know what all
-others sent. A run that stops counts as accuracy 0. With ``change`` for what a site would have sent beyond the model that it was
-sent (of a peer, beyond what it offered last):
+Digits, spread evenly, and a small network. The hostile sites are the last one of five, or two of
+ten; they know what all others sent. A run that stops counts as accuracy 0. With ``change`` for what
+a site would have sent beyond the model that it was sent (of a peer, beyond what it offered last):
 
     reversed   -10 change
     flip       -change
@@ -14,8 +16,9 @@ sent (of a peer, beyond what it offered last):
     little     mean - 1.5 standard deviations of what the others sent, in each coordinate
     labels     the site trains honestly on the labels 9 - y
 
-Source of "little": Baruch, Baruch, Goldberg, "A Little Is Enough", NeurIPS 2019; differs: 1.5 for every number of sites, where the
-original computes at most how many deviations go unseen, which is 0 for one of five.
+Source of "little": Baruch, Baruch, Goldberg, "A Little Is Enough", NeurIPS 2019; differs: 1.5 for
+every number of sites, where the original computes at most how many deviations go unseen, which is 0
+for one of five.
 """
 
 import argparse
@@ -54,10 +57,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "q-saddle": {"q-saddle.local-steps": 3, "topology.name": "complete"},
 }
 ATTACKS = ("none", "reversed", "flip", "noise", "huge", "little", "labels")
-WINDOWS = {
-    "gsgm": "gsgm.window",
-    "fedbuff": "fedbuff.buffer-size",
-}  # with a robust mean as many as there are sites
+# With a robust mean as many as there are sites.
+WINDOWS = {"gsgm": "gsgm.window", "fedbuff": "fedbuff.buffer-size"}
 SITES = {5: 1, 10: 2}  # of so many sites, so many are hostile
 
 

@@ -1,4 +1,7 @@
-"""CIFAR-10 from one .npz of JPEG files, as an example of a source of one's own: ``data = "benchmarks.cifar10_jpeg:load"``."""
+"""CIFAR-10 from one .npz of JPEG files, as an example of a source of one's own.
+
+It is chosen by ``data = "benchmarks.cifar10_jpeg:load"``.
+"""
 
 import itertools
 
@@ -10,7 +13,10 @@ from datasets.sources import Examples
 
 
 def load(path: str) -> Examples:
-    """Arrays ``{train,test}_{data,offsets,labels}`` and ``classes``; picture i is ``data[offsets[i]:offsets[i + 1]]``."""
+    """Read arrays ``{train,test}_{data,offsets,labels}`` and ``classes``.
+
+    Picture i is ``data[offsets[i]:offsets[i + 1]]``.
+    """
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     pictures, labels = [], []

@@ -1,9 +1,11 @@
-"""Co-learning against what it is compared with, at equal epochs: test accuracy, rounds and bytes over several seeds.
+"""Co-learning against its baselines, at equal epochs.
+
+Test accuracy, rounds and bytes over several seeds.
 
     python -m benchmarks.co_learning digits
     python -m benchmarks.co_learning fashion-mnist ROOT      torchvision's layout
     python -m benchmarks.co_learning cifar10 CIFAR10.npz     see benchmarks/cifar10_jpeg.py
-    python -m benchmarks.co_learning heart FOLDER            likewise audio, text: conf/ says what they expect
+    python -m benchmarks.co_learning heart FOLDER            likewise audio, text; see conf/
 
 Each experiment is what ``make run`` does. Twenty minutes on two cores for either of the larger two.
 """
@@ -76,7 +78,8 @@ def main() -> None:
             single = np.array([run.history["accuracy-single"].iloc[-1] for run in runs])
             error = single.std(ddof=1) / len(single) ** 0.5 if len(single) > 1 else float("nan")
             print(
-                f"{name}: one of its models alone, on everybody's test parts {single.mean():.4f} ± {error:.4f}"
+                f"{name}: one of its models alone, "
+                f"on everybody's test parts {single.mean():.4f} ± {error:.4f}"
             )
 
 

@@ -1,10 +1,12 @@
-"""Data larger than memory: our loop over streamed pictures against a plain ``DataLoader`` loop, and the memory that tokens take.
+"""Data larger than memory: the time that pictures take, and the memory that tokens take.
+
+Our loop over streamed pictures is compared with a plain ``DataLoader`` loop.
 
     python -m benchmarks.data
 
-The plain loop is what a careful engineer writes: Pillow, torchvision's ``resize``, a ``DataLoader`` whose workers stay, torch's SGD
-on the small CNN. Both read the same JPEGs with the same number of workers, in turns. The token files are sparse: they have a size,
-and pages of zeros.
+The plain loop is what a careful engineer writes: Pillow, torchvision's ``resize``, a ``DataLoader``
+whose workers stay, torch's SGD on the small CNN. Both read the same JPEGs with the same number of
+workers, in turns. The token files are sparse: they have a size, and pages of zeros.
 """
 
 import argparse
@@ -118,7 +120,8 @@ def compare(count: int, repeats: int, workers: int) -> None:
     plain, ours = (statistics.median(times[label]) for label in ("plain", "ours"))
     ratio = statistics.median(a / b for a, b in zip(times["ours"], times["plain"], strict=True))
     print(
-        f"| {count} JPEGs, {workers} workers | {plain:.2f} s an epoch | {ours:.2f} s | {ratio:.3f} |",
+        f"| {count} JPEGs, {workers} workers | {plain:.2f} s an epoch "
+        f"| {ours:.2f} s | {ratio:.3f} |",
         flush=True,
     )
 
@@ -172,7 +175,8 @@ def main() -> None:
     for workers in (0, 2):
         compare(arguments.pictures, arguments.repeats, workers)
     print(
-        "\n| token file | peak MB: imports | reading 6,400 windows | a site that trains on as many |\n|---|---|---|---|"
+        "\n| token file | peak MB: imports | reading 6,400 windows "
+        "| a site that trains on as many |\n|---|---|---|---|"
     )
     with TemporaryDirectory() as name:
         for size in (1, 10, 100):

@@ -1,10 +1,12 @@
-"""Does every method learn with the shipped defaults? Final test accuracy of each, on small parts of every built-in kind of data.
+"""Whether every method learns with the shipped defaults.
+
+Final test accuracy of each, on small parts of every built-in kind of data.
 
     python -m benchmarks.defaults DATA      the folder that docs/results/defaults.md describes
-    python -m benchmarks.defaults DATA --only fedbuff asgd --data digits sms --set fedbuff.buffer-size=5
+    python -m benchmarks.defaults DATA --only fedbuff --data digits sms --set fedbuff.buffer-size=5
 
-Nothing is set but the data, the epochs, and ``model.name = "mlp"`` where the examples are no pictures. Test parts are pooled: every
-model is tested on all classes, whatever its site holds.
+Nothing is set but the data, the epochs, and ``model.name = "mlp"`` where the examples are no
+pictures. Test parts are pooled: every model is tested on all classes, whatever its site holds.
 """
 
 import argparse
@@ -62,7 +64,7 @@ def reached(run: Run) -> Reached:
 
 
 def parts(shared: Path, folder: Path, examples: int) -> dict[str, dict[str, Any]]:
-    """Write so many ``examples`` of each data set into ``folder``; the configuration that reads each."""
+    """Write so many ``examples`` of each data set into ``folder``; return what reads each."""
     generator = np.random.default_rng(1)
     tables = {"data.test-part": "pooled", "model.name": "mlp"}
     found: dict[str, dict[str, Any]] = {"digits": {"data.test-part": "pooled"}}
@@ -110,7 +112,10 @@ def parts(shared: Path, folder: Path, examples: int) -> dict[str, dict[str, Any]
 
 
 def _fashion(raw: Path, to: Path, examples: int) -> None:
-    """The first examples (they come in random order), in MNIST's format; ten of the official test part, which is not used."""
+    """Write the first examples (they come in random order), in MNIST's format.
+
+    Of the official test part, which is not used, it writes ten.
+    """
     to.mkdir(parents=True)
     for file in raw.glob("*.gz"):
         count = examples if file.name.startswith("train") else 10
@@ -123,7 +128,10 @@ def _fashion(raw: Path, to: Path, examples: int) -> None:
 
 
 def _cifar(file: Path, to: Path, examples: int, generator: np.random.Generator) -> None:
-    """Examples by chance (they come class by class); ten of the official test part, which is not used."""
+    """Write randomly chosen examples (they come class by class).
+
+    Of the official test part, which is not used, it writes ten.
+    """
     with np.load(file) as whole:
         arrays = {"classes": whole["classes"]}
         for part, count in (("train", examples), ("test", 10)):

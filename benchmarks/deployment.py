@@ -2,9 +2,10 @@
 
     python -m benchmarks.deployment [--heart FOLDER] [NAME ...]
 
-A SuperLink with TLS, three SuperNodes with keys (of another user than their services, where this is run by root), three site
-services. Flower asks for messages every three seconds, and a reply is asked for likewise by its own strategies: two of these polls
-are the floor to which a round is compared. ``without service`` is a site whose ClientApp does all itself.
+A SuperLink with TLS, three SuperNodes with keys (of another user than their services, where this is
+run by root), three site services. Flower asks for messages every three seconds, and a reply is
+asked for likewise by its own strategies: two of these polls are the floor to which a round is
+compared. ``without service`` is a site whose ClientApp does everything itself.
 """
 
 import argparse
@@ -58,12 +59,15 @@ CASES = {
     "co-learning, without service": f"strategy='co-learning' {CO_LEARNING}",
     "gsgm": "strategy='gsgm' epochs=4 gsgm.local-steps=15",
     "dmsgd, sealed": "strategy='dmsgd' epochs=4 dmsgd.local-steps=15 wire.sealing='keys'",
-    "q-saddle, sealed, compressed": "strategy='q-saddle' epochs=4 q-saddle.local-steps=15 q-saddle.rho=0.05 wire.sealing='keys' "
-    "wire.codec='qsgd' wire.error-feedback='choco' topology.averaging-rate=0.9",
+    "q-saddle, sealed, compressed": "strategy='q-saddle' epochs=4 q-saddle.local-steps=15 "
+    "q-saddle.rho=0.05 wire.sealing='keys' wire.codec='qsgd' "
+    "wire.error-feedback='choco' topology.averaging-rate=0.9",
     "heart": f"strategy='co-learning' {CO_LEARNING} model.name='mlp'",
     "pictures": f"strategy='co-learning' {CO_LEARNING}",
     **{
-        f"{size}{', coded' if coded else ''}": f"{ONE_EPOCH} model.name='benchmarks.wide:{name}' {coded}"
+        f"{size}{', coded' if coded else ''}": (
+            f"{ONE_EPOCH} model.name='benchmarks.wide:{name}' {coded}"
+        )
         for size, name in LARGE.items()
         for coded in ("", CODED)
     },
@@ -71,7 +75,7 @@ CASES = {
 
 
 class Memory(Thread):
-    """Looks what the programs of a deployment use at most, MB of each, of the largest process of a kind."""
+    """Measures each program's peak memory in MB, of the largest process of a kind."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

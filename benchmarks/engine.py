@@ -1,10 +1,11 @@
-"""The engine: wall time a round of a plain PyTorch loop, of the laboratory and of Flower's Ray engine, side by side in one run.
+"""The laboratory: wall time a round, beside a plain PyTorch loop and Flower's Ray engine.
 
     python -m benchmarks.engine
 
-Digits, ten sites, FedAvg, 20 rounds of one local epoch in batches of 32, small CNN, each site tested after each round; a process
-each, one after the other, twice. Flower's part is a plain Flower app: its own FedAvg, state dicts, ``run_simulation``. Then the
-laboratory's own work a message for a model of 1 MB: all that is not training or testing.
+Digits, ten sites, FedAvg, 20 rounds of one local epoch in batches of 32, small CNN, each site
+tested after each round; a process each, one after the other, twice. Flower's part is a plain Flower
+app: its own FedAvg, state dicts, ``run_simulation``. Then the laboratory's own work a message for a
+model of 1 MB: all that is not training or testing.
 """
 
 import argparse
@@ -221,7 +222,10 @@ def overhead() -> float:
 
 
 def measure(part: str) -> dict[str, float]:
-    """One part in a process of its own: milliseconds a round, seconds to the end of the first, peak memory of all its processes."""
+    """Measure one part in a process of its own.
+
+    Milliseconds a round, seconds to the end of the first round, peak memory of all its processes.
+    """
     command = [sys.executable, "-m", "benchmarks.engine", "--part", part]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -280,7 +284,8 @@ def main() -> None:
             ).round(2)
         )
         print(
-            f"Flower's engine takes {table['ms']['flower'] / table['ms']['ours']:.1f} times the laboratory's time"
+            f"Flower's engine takes {table['ms']['flower'] / table['ms']['ours']:.1f} "
+            "times the laboratory's time"
         )
         own = subprocess.run(
             [sys.executable, "-m", "benchmarks.engine", "--part", "overhead"],
@@ -289,7 +294,8 @@ def main() -> None:
             check=True,
         )
         print(
-            f"the laboratory's own work a message, model of 1 MB: {float(own.stdout.splitlines()[-1]):.2f} ms"
+            "the laboratory's own work a message, model of 1 MB: "
+            f"{float(own.stdout.splitlines()[-1]):.2f} ms"
         )
 
 

@@ -1,13 +1,14 @@
-"""What an exchange of a model of 7 billion parameters among ten sites takes, computed from costs measured here.
+"""What ten sites' exchange of a model of 7 billion parameters takes, by costs measured here.
 
     python -m benchmarks.exchange [--parameters 7e9] [--sites 10] [--gbit 1]
 
     exchange = down + up + site's work + server's work
     down, up = bytes a site / min(server's link / sites, one stream)
 
-One stream is what specs/data-centers.md quotes for a SuperLink over a WAN of 100 ms: 4 GB each way in about 10 minutes, 13 MB/s.
-Packing, the border's checks, the mean and the codecs are measured with 20 million parameters, on one core. ``superlink`` is what
-Flower's processes need for a GB: docs/results/deployment.md, 100 million parameters, what is left of a round without the service's
+One stream is what specs/data-centers.md quotes for a SuperLink over a WAN of 100 ms: 4 GB each way
+in about 10 minutes, 13 MB/s. Packing, the border's checks, the mean and the codecs are measured
+with 20 million parameters, on one core. ``superlink`` is what Flower's processes need for a GB:
+docs/results/deployment.md, 100 million parameters, what is left of a round without the service's
 work and Flower's polls. Pessimistic: nothing overlaps.
 """
 
@@ -67,7 +68,8 @@ def main() -> None:
     adding, gigabytes = seconds(add), 4 * MEASURED / 1e9
     rate = min(arguments.gbit * 1e9 / 8 / arguments.sites, STREAM)
     print(
-        f"seconds a GB of float32: packing {packing / gigabytes:.2f}, checks and mean {adding / gigabytes:.2f}"
+        f"seconds a GB of float32: packing {packing / gigabytes:.2f}, "
+        f"checks and mean {adding / gigabytes:.2f}"
     )
     rows = []
     for name, codecs in WIRES.items():
@@ -75,10 +77,8 @@ def main() -> None:
         for way, found in enumerate(codecs):
             payload = found.encode(x, torch.Generator())
             size[way] = sum(part.numel() * part.element_size() for part in payload.values()) * scale
-            encoding, decoding = (
-                seconds(lambda: found.encode(x, torch.Generator())),
-                seconds(lambda: found.decode(payload)),
-            )
+            encoding = seconds(lambda: found.encode(x, torch.Generator()))  # noqa: B023
+            decoding = seconds(lambda: found.decode(payload))  # noqa: B023
             site += decoding if way == 0 else encoding
             server += encoding if way == 0 else arguments.sites * decoding
         whole = arguments.sites * sum(size)

@@ -1,13 +1,18 @@
-"""Faults on real processes at random moments: does the run end, with the right model, and what did it cost?
+"""Faults on real processes at random moments.
+
+Does the run end, with the right model, and what did it cost?
 
     python -m benchmarks.faults [--trials 13] [--seed 1] [--only serverapp superlink ...]
 
-A SuperLink with its database and a SuperExec, as the units of ``deploy/server`` start them, three SuperNodes with site services
-that reach the SuperLink through a TCP proxy, and the start command of ``deploy/``. A supervisor starts what died again, as systemd
-would. Trials take turns through the faults; in each, one happens, at a moment drawn from the time that an undisturbed run takes,
-and the run is compared with that run: Co-learning, with ``min-sites`` = 3, must end with the same model, bit for bit.
+A SuperLink with its database and a SuperExec, as the units of ``deploy/server`` start them, three
+SuperNodes with site services that reach the SuperLink through a TCP proxy, and the start command of
+``deploy/``. A supervisor starts what died again, as systemd would. Trials take turns through the
+faults; in each, one happens, at a moment drawn from the time that an undisturbed run takes, and the
+run is compared with that run: Co-learning, with ``min-sites`` = 3, must end with the same model,
+bit for bit.
 
-A full disk needs root (a file system of its own for results and sites), a clock that jumps ``apt install faketime``.
+A full disk needs root (a file system of its own for results and sites), a clock that jumps
+``apt install faketime``.
 """
 
 import argparse
@@ -33,7 +38,8 @@ from tests.e2e.processes import SITES, Deployment, Services, free_port
 
 ROUNDS = 6
 SETTINGS = (
-    f'strategy="co-learning" co-learning.local-epochs=1 co-learning.epsilon=0.0 epochs={ROUNDS} model.name="mlp" '
+    'strategy="co-learning" co-learning.local-epochs=1 co-learning.epsilon=0.0 '
+    f'epochs={ROUNDS} model.name="mlp" '
     f"num-sites={SITES} min-sites={SITES}"
 )
 BACK_OFF_S = 2.0
@@ -165,7 +171,7 @@ class Disk:
 
 
 class Clock:
-    """The clock of a machine, for those of its processes that have :attr:`env` in their environment.
+    """A machine's clock, for those of its processes that have :attr:`env` in their environment.
 
     Args:
         file: by which they are told how wrong it is.
@@ -193,7 +199,8 @@ class Faults:
 
     Args:
         deployment, services: to whom.
-        links, disk, clocks: of the sites; of the server's results and the sites; of the server and one site.
+        links, disk, clocks: of the sites; of the server's results and the sites; of the server and
+            one site.
         choose: draws.
     """
 
@@ -359,7 +366,8 @@ def main() -> None:
             faults = Faults(deployment, services, links, disk, clocks, choose)
             kinds = arguments.only or list(faults.kinds)
             print(
-                f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, {outcome(whole, reference)}\n"
+                f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, "
+                f"{outcome(whole, reference)}\n"
             )
             print("| | what | after s | ended | s more |\n|---|---|---|---|---|", flush=True)
             good = 0

@@ -1,13 +1,17 @@
-"""GSGM against ASGD on sites with few classes: accuracy and stability, for equal updates and for equal virtual time.
+"""GSGM against ASGD on sites with few classes: accuracy and stability.
+
+For equal updates and for equal virtual time.
 
     python -m benchmarks.gsgm fashion-mnist ROOT      torchvision's layout
     python -m benchmarks.gsgm cifar10 CIFAR10.npz     see benchmarks/cifar10_jpeg.py
-    python -m benchmarks.gsgm speakers FOLDER         spoken digits, as conf/audio.toml expects: 60 classes, who says what
+    python -m benchmarks.gsgm speakers FOLDER         spoken digits, see conf/audio.toml
 
-One mini-batch a contribution, LeNet-5 (speakers: the small CNN, clipped), the same learning rate, updates and seeds for all; the
-speed of a site is lognormal. Printed for each experiment: the mean over seeds ± its standard error. Accuracy is the mean of the
-last five tests; "at equal time" of the last five before the fastest method was done; sigma and jump are those of ``Run.summary``,
-in brackets the part of ASGD's that is saved. Half an hour on two cores for either of the larger two.
+One mini-batch a contribution, LeNet-5 (speakers, with 60 classes, who says what: the small CNN,
+clipped), the same learning rate, updates and seeds for all; the speed of a site is lognormal.
+Printed for each experiment: the mean over seeds ± its standard error. Accuracy is the mean of the
+last five tests; "at equal time" of the last five before the fastest method was done; sigma and jump
+are those of ``Run.summary``, in brackets the part of ASGD's that is saved. Half an hour on two
+cores for either of the larger two.
 """
 
 import argparse
@@ -112,7 +116,8 @@ def report(measured: pd.DataFrame) -> str:
                 for key in ("accuracy", "at equal time")
             )
             + "".join(
-                f"{key} {mean.loc[name, key]:.4f} ± {error.loc[name, key]:.4f} ({saved[key]:+.0%})   "
+                f"{key} {mean.loc[name, key]:.4f} ± {error.loc[name, key]:.4f} "
+                f"({saved[key]:+.0%})   "
                 for key in ("sigma", "jump")
             )
             + f"{mean.loc[name, 'hours'] * 60:.1f} minutes"

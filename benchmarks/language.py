@@ -1,9 +1,15 @@
-"""A small language model across four data centers, each with one topic: bits a byte on the own topic and on all, and bytes sent.
+"""A small language model across four data centers, each with one topic.
 
-    python -m benchmarks.language AG_NEWS.csv             every method at equal tokens, means over seeds ± standard error
-    python -m benchmarks.language AG_NEWS.csv --search    learning rates of those with SGD: half the tokens, another seed
+Bits a byte on the own topic and on all, and bytes sent.
 
-``conf/language.toml``, AG news as bytes. Sites are tested on texts of their own that nobody trains on.
+    python -m benchmarks.language AG_NEWS.csv             every method
+    python -m benchmarks.language AG_NEWS.csv --search    learning rates of those with SGD
+
+Every method gets equal tokens, and means over seeds ± standard error are printed; the search takes
+half the tokens and another seed.
+
+``conf/language.toml``, AG news as bytes. Sites are tested on texts of their own that no site trains
+on.
 """
 
 import argparse
@@ -96,9 +102,8 @@ def measured(run: Run) -> dict[str, float]:
         for name in sorted(run.models, key=lambda name: int(name.partition("-")[2] or 0))
     ]
     sites = range(run.config.num_sites)
-    table = np.array(
-        [[bits(run.config, model, site) for site in sites] for model in models]
-    )  # [models, sites]
+    # [models, sites].
+    table = np.array([[bits(run.config, model, site) for site in sites] for model in models])
     own = table.diagonal() if len(models) > 1 else table[0]
     last = run.history.iloc[-1]
     return {
@@ -161,7 +166,8 @@ def main() -> None:
             error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             shown.append(f"{values.mean():.3f} ± {error:.3f}")
         print(
-            f"| {name} | {RATES[name]:g} | {' | '.join(shown)} | {found[0]['MB']:,.0f} | {found[0]['exchanges']:,.0f} |",
+            f"| {name} | {RATES[name]:g} | {' | '.join(shown)} "
+            f"| {found[0]['MB']:,.0f} | {found[0]['exchanges']:,.0f} |",
             flush=True,
         )
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.local_training
 
-Small CNN on digits (batch 32) and ResNet-20 on pictures of CIFAR-10's size (batch 64), on a GPU where there is one. The plain loop
-is what a careful engineer writes: tensors on the device, ``set_to_none``, torch's SGD.
+Small CNN on digits (batch 32) and ResNet-20 on pictures of CIFAR-10's size (batch 64), on a GPU
+where there is one. The plain loop is what a careful engineer writes: tensors on the device,
+``set_to_none``, torch's SGD.
 """
 
 import argparse
@@ -111,7 +112,8 @@ def main() -> None:
         batches = epochs * math.ceil(len(part.y) / batch_size)
         each = [1000 * seconds / batches for seconds in (plain, ours)]
         print(
-            f"{title}: plain loop {each[0]:.2f} ms a batch, ours {each[1]:.2f}, ratio {ours / plain:.3f}"
+            f"{title}: plain loop {each[0]:.2f} ms a batch, "
+            f"ours {each[1]:.2f}, ratio {ours / plain:.3f}"
         )
 
 

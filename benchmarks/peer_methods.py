@@ -1,13 +1,14 @@
-"""Peer methods on unlike data: accuracy, iterations to a target, consensus, flatness, and what compression costs.
+"""Peer methods on unlike data: accuracy, convergence, consensus, flatness, compression.
 
     python -m benchmarks.peer_methods fashion-mnist ROOT      torchvision's layout
     python -m benchmarks.peer_methods cifar10 CIFAR10.npz     see benchmarks/cifar10_jpeg.py
 
-``peer_methods.toml`` beside this file says what is run: LeNet-5, one exchange a mini-batch of 32 a peer, in the batched engine, the
-same seeds and epochs for all. Printed for each method: mean over seeds ± standard error of the accuracy of the peers' own models on
-the official test part, the worst peer's, that of the mean model; the consensus distance; iterations to the target (and how many
-seeds reached it); lambda_max, the largest eigenvalue of the Hessian of the training loss at the mean model, by power iteration on
-2,000 examples.
+``peer_methods.toml`` beside this file says what is run: LeNet-5, one exchange a mini-batch of 32 a
+peer, in the batched engine, the same seeds and epochs for all. Printed for each method: mean over
+seeds ± standard error of the accuracy of the peers' own models on the official test part, the worst
+peer's, that of the mean model; the consensus distance; iterations to the target (and how many seeds
+reached it); lambda_max, the largest eigenvalue of the Hessian of the training loss at the mean
+model, by power iteration on 2,000 examples.
 """
 
 import argparse

@@ -1,9 +1,12 @@
-"""Peers on a ring, one exchange a mini-batch: a plain PyTorch loop, the batched engine, the relay in process, Flower's Ray engine.
+"""Peers on a ring, one exchange a mini-batch, in four engines.
+
+These are a plain PyTorch loop, the batched engine, the relay in process and Flower's Ray engine.
 
     python -m benchmarks.peers [--peers 16] [--iterations 200] [--model cnn] [--ray]
 
-D-PSGD on digits; the same network, batches and learning rate. Seconds of the iterations alone: what is set up before the first
-is not counted. In turns, several times, medians. Then what sealing costs on 100 MB.
+D-PSGD on digits; the same network, batches and learning rate. Seconds of the iterations alone: what
+is set up before the first is not counted. In turns, several times, medians. Then what sealing costs
+on 100 MB.
 """
 
 import argparse
@@ -59,7 +62,7 @@ def configured(peers: int, iterations: int, model: str) -> Config:
 
 
 def plain_loop(config: Config, exchanges: int) -> float:
-    """As a researcher writes it: a module and an optimizer a peer, and the mean of three neighbours by hand."""
+    """The plain loop: a module and an optimizer a peer, the mean of three neighbours by hand."""
     n = config.num_sites
     data = [
         site_data(config, SiteId(peer, n, ""), tuple(map(str, range(10))), None)
@@ -152,7 +155,8 @@ def sealing() -> None:
         opened.append(time.perf_counter() - middle)
     sealed_ms, opened_ms = (1000 * statistics.median(found) for found in (seal, opened))
     print(
-        f"100 MB: sealed for two neighbours in {sealed_ms:.0f} ms, opened by one in {opened_ms:.0f} ms"
+        f"100 MB: sealed for two neighbours in {sealed_ms:.0f} ms, "
+        f"opened by one in {opened_ms:.0f} ms"
     )
 
 
@@ -170,7 +174,8 @@ def main() -> None:
     config = configured(arguments.peers, arguments.iterations, arguments.model)
     exchanges = batched(config)[1]
     print(
-        f"{arguments.peers} peers on a ring, digits, {arguments.model}, {exchanges} exchanges, torch {torch.__version__}"
+        f"{arguments.peers} peers on a ring, digits, {arguments.model}, "
+        f"{exchanges} exchanges, torch {torch.__version__}"
     )
     times: dict[str, list[float]] = {}
     for threads in (1, os.cpu_count() or 1):

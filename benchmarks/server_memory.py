@@ -2,9 +2,10 @@
 
     python -m benchmarks.server_memory [--sites 3 10 30] [METHOD ...]
 
-The real server, two rounds (of GSGM and its like as many contributions), a network of 10 million parameters. Sites answer at once;
-a reply is made when it is pulled: until then the SuperLink keeps it. What Flower needs to take a reply off the wire, two models for
-a moment, is not counted here (``benchmarks.deployment`` counts it).
+The real server, two rounds (of GSGM and its like as many contributions), a network of 10 million
+parameters. Sites answer at once; a reply is made when it is pulled: until then the SuperLink keeps
+it. What Flower needs to take a reply off the wire, two models for a moment, is not counted here
+(``benchmarks.deployment`` counts it).
 """
 
 import argparse
@@ -156,13 +157,15 @@ def short(method: str, sites: int, model: str, **more: Any) -> Config:
 
 
 def peak(config: Config, sizes: tuple[int, ...]) -> float:
-    """The most memory that the server held during a run, in models of ``sizes``, above what this process held before."""
+    """The server's peak memory during a run, in models of ``sizes``.
+
+    What this process held before is subtracted.
+    """
     grid = Ready(config, sizes)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what is free, but still counted as this process's, would serve the run uncounted
-    Path("/proc/self/clear_refs").write_text("5")  # begin anew
+    # What is free, but still counted as this process's, would serve the run uncounted.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     run(grid, config, History(config))
     return (_status("VmHWM") - before) / (4 * sum(sizes))

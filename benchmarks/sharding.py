@@ -2,9 +2,10 @@
 
     python -m benchmarks.sharding [PROCESSES]
 
-A service on this machine's CPUs answers an order to train 50 million parameters in 24 layers on digits, for an epoch with AdamW;
-then each process is asked for the most memory that it ever had. What belongs on the CPU beside GPUs is in it: the network before it
-is sharded, in each process, and messages, in rank 0.
+A service on this machine's CPUs answers an order to train 50 million parameters in 24 layers on
+digits, for an epoch with AdamW; then each process is asked for the most memory that it ever had.
+What belongs on the CPU beside GPUs is in it: the network before it is sharded, in each process, and
+messages, in rank 0.
 """
 
 import sys

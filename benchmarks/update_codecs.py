@@ -1,6 +1,8 @@
-"""What codecs cost in accuracy where sites send pseudo-gradients: digits, five sites of unlike classes, three seeds.
+"""What codecs cost in accuracy where sites send pseudo-gradients.
 
-python -m benchmarks.update_codecs
+    python -m benchmarks.update_codecs
+
+Digits, five sites of unlike classes, three seeds.
 """
 
 from statistics import mean, stdev

@@ -30,7 +30,8 @@ class Site(ClientApp):
         if message.metadata.message_type == "query.site" and "site" in context.node_config:
             log(
                 WARNING,
-                "this site has no service: code that the server ships reads its data and keys (README, Sites)",
+                "this site has no service: code that the server ships reads its data and keys "
+                "(README, Sites)",
             )
         # Not above: with a service this process loads no torch.
         from client_app.handlers import app as handlers

@@ -66,9 +66,8 @@ from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of
 from strategies.schedules import rates
 
-KNOWN = (
-    SourceError | PartitionError | ConfigError | Diverged | BudgetError
-)  # these say all there is to say
+# Their own words say all there is to say: no traceback is printed.
+KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError
 
 
 def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -107,9 +106,8 @@ def describe(message: Message, context: Context) -> Message:
             for key in Moments._fields
         }
     labels = config.task.target == "class" and isinstance(data.train.y, Tensor)
-    if (
-        site.num_sites and labels
-    ):  # how many examples of each class a real site has is its own business
+    # How many examples of each class a deployed site has is its own business.
+    if site.num_sites and labels:
         found["counts"] = torch.bincount(
             torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)
         ).tolist()
@@ -119,12 +117,12 @@ def describe(message: Message, context: Context) -> Message:
         found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":
         keys = keyring(context, config.wire.sealing, site.number, {}, {})
-        linked = (
-            graph_of(config).linked(site.number) if config.topology.name != "edges" else []
-        )  # the file is the server's
+        # The file of edges is on the server only.
+        linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(
-                f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}"
+                f"peer-keys = {context.node_config['peer-keys']!r}: "
+                f"no keys of the neighbours {missing}"
             )
     if config.wire.sealing != "off":
         found["nonce"] = nonce_of(context)
@@ -192,9 +190,8 @@ def train(message: Message, context: Context) -> Message:
     with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
         mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
-    if (
-        not math.isfinite(mean_loss) and noise is None
-    ):  # with noise nobody must hear of it: it depends on each example
+    # With noise nobody may learn this: it depends on each example.
+    if not math.isfinite(mean_loss) and noise is None:
         raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
     metrics = TrainMetrics.model_construct(
         loss=mean_loss,

@@ -34,10 +34,8 @@ LARGEST_HEAD = 2**26  # bytes of one that is JSON
 LARGEST_NUMBER = 2**64  # of a run or a node
 LONGEST_KIND = 64  # characters
 SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
-RAISED, STOPPED = (
-    2,
-    8,
-)  # Flower's codes for a ClientApp that raised an exception, and for one that may be back any time
+# Flower's codes for a ClientApp that raised an exception, and for one that may be back any time.
+RAISED, STOPPED = 2, 8
 TEMPORARY = "ServiceError"  # what the service's words begin with where it could answer another time
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 
@@ -45,9 +43,12 @@ KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 class Line(Protocol):
     """What letters go through: a socket."""
 
-    def sendall(self, data: bytes, /) -> None: ...
+    def sendall(self, data: bytes, /) -> None:
+        """Send all of ``data``."""
 
-    def recv_into(self, view: memoryview, /) -> int: ...
+    def recv_into(self, view: memoryview, /) -> int:
+        """Receive bytes into ``view``, and return how many; 0 at the end of the line."""
+        ...
 
 
 class LetterError(RuntimeError):
@@ -182,7 +183,8 @@ def ask(path: str, message: Message, context: Context) -> Message:
         doing = f", after {working['seconds']} s of {working['doing']}" if working else ""
         return _failed(
             message,
-            f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs",
+            f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: "
+            "it hangs",
             STOPPED,
         )
     except (FileNotFoundError, ConnectionRefusedError):
@@ -212,10 +214,8 @@ def _send(line: Line, kind: bytes, data: bytes) -> None:
 
 
 def _exactly(line: Line, length: int) -> bytes:
-    data, part = (
-        BytesIO(),
-        memoryview(bytearray(min(length, PART))),
-    )  # a BytesIO hands over its bytes without a copy
+    # A BytesIO hands over its bytes without a copy.
+    data, part = BytesIO(), memoryview(bytearray(min(length, PART)))
     while left := length - data.tell():
         if not (count := line.recv_into(part[:left])):
             raise LetterError("the line was closed")

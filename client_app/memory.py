@@ -33,14 +33,11 @@ from strategies.protocol import Agreed, Started
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
-TENSORS, NUMBERS, RUN, SAVED = (
-    "peer",
-    "peer-numbers",
-    "peer-run",
-    "peer-saved",
-)  # the records in the context's state
+# The records in the context's state.
+TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"
 RULE, MOMENTS, LOST, DONE = "rule", "moments", "lost", "done"
-# What the names of files end with: the newest memory, that before the last message, that after a peer's last step.
+# What the names of files end with: the newest memory, that before the last message, that after a
+# peer's last step.
 STATE, BEFORE, ENDED = ".state", ".before", ".ended"
 T = TypeVar("T", bound=tuple[Any, ...])
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -115,8 +112,8 @@ def remembered(context: Context, name: str, like: T, deal: Deal = lambda read: r
     if not vectors:
         return like
     return type(like)(
-        *(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True))
-    )  # type: ignore[attr-defined]
+        *(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True))  # type: ignore[attr-defined]
+    )
 
 
 def _vectors(context: Context, name: str) -> dict[str, Tensor]:
@@ -138,7 +135,8 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
     """
     if not hasattr(memory, "_asdict"):
         raise TypeError(
-            f"what a site remembers is a NamedTuple of tensors; the method's is {type(memory).__name__}"
+            "what a site remembers is a NamedTuple of tensors; "
+            f"the method's is {type(memory).__name__}"
         )
     context.state[name] = pack(gather(memory._asdict()))
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
@@ -275,9 +273,9 @@ def _was_done(state: RecordDict, message: Message, config: Config) -> bool:
     ):
         return False
     last, before = int(done["number"]), int(done["started"])  # type: ignore[arg-type]
-    if (
-        before == started
-    ):  # the same round twice; of an asynchronous run, a site trains a model as often as nothing newer is there
+    # The same round twice; in an asynchronous run, a site trains a model again and again while there
+    # is no newer one.
+    if before == started:
         return (
             number == last
             and message.metadata.message_type == "train"

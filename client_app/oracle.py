@@ -56,11 +56,8 @@ class _Ahead:
         """The examples that are ``chosen`` for a batch of this number."""
         if not isinstance(part.x, Lazy):
             return read(*part, chosen(number))
-        if (
-            peer,
-            part.x.reader,
-            number,
-        ) != self._expected:  # another peer's of this process, or the first
+        # Another peer's of this process, or the first batch.
+        if (peer, part.x.reader, number) != self._expected:
             self._batches, found = None, read(*part, chosen(number))
         else:
             self._batches = self._batches or stream(*part, map(chosen, count(number)))
@@ -99,9 +96,8 @@ class Oracle:
         loss, gradient = self._network.plain(model.x, examples)
         if self._noise:
             [gradient] = self._noise([gradient])
-            loss = torch.zeros_like(
-                loss
-            )  # it does not leave; one that is not finite would end the step for all to see
+            # The loss does not leave; one that is not finite would end the step for all to see.
+            loss = torch.zeros_like(loss)
         return loss, gradient, model.stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:

@@ -110,9 +110,8 @@ def take_step(message: Message, context: Context) -> Message:
     check_run(context, run := run_of(context, asked.agreed))
     if config.wire.sealing != "off":
         ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys, asked.nonces)
-        loss_batches = -(
-            -num_batches(len(data.train.y), config.training.batch_size) // 2
-        )  # half an epoch
+        # Half an epoch.
+        loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, asked, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
@@ -140,8 +139,9 @@ def _order(call: _Call) -> Order:
     asked, plan = call.asked, call.peer.plan
     if not 0 <= asked.done <= 1:
         raise ValueError(f"cycle-from = {asked.done:g}: 0 to 1 is expected")
-    # How many exchanges a run has follows from the batches of all sites, which no site knows. But what is told to be the last one
-    # must be the end of what is told to be over; that never falls, so that whoever ends a run early has ended it.
+    # How many exchanges a run has follows from the batches of all sites, which no site knows. But
+    # what is told to be the last one must be the end of what is told to be over; that never falls,
+    # so that whoever ends a run early has ended it.
     ends = (
         asked.step
         and not call.crossing
@@ -198,7 +198,8 @@ def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
         raise ValueError(f"step {order.step} comes again")
     if call.crossing != (call.peer.plan.gradient.messages == 2 and order.step % 2 == 1):
         raise ValueError(
-            f"step {order.step} of {call.config.strategy} is no {call.message.metadata.message_type}"
+            f"step {order.step} of {call.config.strategy} "
+            f"is no {call.message.metadata.message_type}"
         )
 
 
@@ -291,14 +292,12 @@ def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
     """The finished model: to the server if it may have it, and into the file that the site names."""
     if call.config.wire.collect_models and call.ring is None:
         content["model"] = pack({X: state.x, STATS: state.stats})
-    if (
-        "save" in call.context.node_config and state.batches
-    ):  # a model that was not trained replaces none
+    # A model that was not trained replaces none.
+    if "save" in call.context.node_config and state.batches:
         path = Path(str(call.context.node_config["save"]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            path.exists() and SAVED not in call.context.state
-        ):  # another run's stays: whoever starts runs overwrites no model
+        # The model of another run stays: whoever starts runs must not overwrite it.
+        if path.exists() and SAVED not in call.context.state:
             names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
             path.rename(next(name for name in names if not name.exists()))
         call.context.state[SAVED] = ConfigRecord()

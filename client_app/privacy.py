@@ -74,7 +74,8 @@ class Account:
             spent = math.nan
         if not 0 <= spent < math.inf:
             raise ValueError(
-                f"{self._file} is damaged; bring it back from a copy, nothing else says what is spent"
+                f"{self._file} is damaged; bring it back from a copy, "
+                "nothing else says what is spent"
             )
         return spent
 
@@ -169,9 +170,8 @@ class Noise:
         """The vectors, clipped together, with noise."""
         self._uses += 1
         norm = torch.stack([vector.norm() for vector in vectors]).norm()
-        share = (
-            (self._clip / norm).clamp(max=1.0).nan_to_num()
-        )  # 0 / 0 and what is not finite: nothing leaves
+        # 0 / 0 and what is not finite: nothing leaves.
+        share = (self._clip / norm).clamp(max=1.0).nan_to_num()
         deviation = self._clip * self._multiplier
         return [
             (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector)

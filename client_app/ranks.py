@@ -59,7 +59,8 @@ class Ranks:
         if self.count > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # Each start has names of its own: torchrun's store still knows the addresses of processes that are gone.
+            # Each start has names of its own: torchrun's store still knows the addresses of
+            # processes that are gone.
             store, rank, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # type: ignore[attr-defined]
             backend = "nccl" if torch.cuda.is_available() else "gloo"

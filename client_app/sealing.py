@@ -47,9 +47,8 @@ from strategies.protocol import NONCE
 from strategies.records import TO, pack_bytes, unpack_bytes
 
 GCM_NONCE = 12  # bytes
-FIRST = bytes(
-    GCM_NONCE
-)  # a content key is used once, so its nonce need not be another one each time
+# A content key is used once, so its nonce need not be another one each time.
+FIRST = bytes(GCM_NONCE)
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
 DRAWN = "run-nonce"  # the record in the context's state
@@ -200,9 +199,8 @@ def _own(context: Context) -> ConfigRecord:
 def nonce_of(context: Context) -> bytes:
     """This site's nonce in the run, drawn now if there is none."""
     record, run = context.state.get(DRAWN), str(context.run_id)
-    if (
-        not isinstance(record, ConfigRecord) or record["run"] != run
-    ):  # Flower keeps a context from run to run of a series
+    # Flower keeps a context from run to run of a series.
+    if not isinstance(record, ConfigRecord) or record["run"] != run:
         record = context.state[DRAWN] = ConfigRecord({"run": run, "nonce": os.urandom(NONCE)})
     return bytes(record["nonce"])  # type: ignore[arg-type]
 
@@ -239,13 +237,16 @@ def keyring(
         record[f"key-{site}"] = key
     record["pinned"] = True  # whom the first message does not name, no later one can
     known = {
-        int(name.removeprefix("key-")): bytes(value)
+        int(name.removeprefix("key-")): bytes(value)  # type: ignore[arg-type]
         for name, value in record.items()
         if name.startswith("key-")
-    }  # type: ignore[arg-type]
+    }
     return Keyring(
-        number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known, nonces
-    )  # type: ignore[arg-type]
+        number,
+        X25519PrivateKey.from_private_bytes(bytes(record["private"])),  # type: ignore[arg-type]
+        known,
+        nonces,
+    )
 
 
 def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> Keyring:
@@ -253,7 +254,8 @@ def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> K
     missing = [key for key in ("private-key", KEYS) if key not in node]
     if missing:
         raise SealError(
-            f"sealing = 'keys': --node-config has no {' and no '.join(missing)}; python -m client_app.sealing makes a key, "
+            f"sealing = 'keys': --node-config has no {' and no '.join(missing)}; "
+            "python -m client_app.sealing makes a key, "
             "and in a simulation sealing = 'trust-on-first-use' needs none"
         )
     try:

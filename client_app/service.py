@@ -159,9 +159,8 @@ class Service:
             except OSError as error:
                 if listener.fileno() < 0:
                     return
-                print(
-                    f"no letter can be taken now: {error}", file=sys.stderr
-                )  # such as too many open files
+                # Such as too many open files.
+                print(f"no letter can be taken now: {error}", file=sys.stderr)
                 time.sleep(TELL_S)
                 continue
             if self._readers.acquire(blocking=False):
@@ -207,7 +206,8 @@ class Service:
                             letter.WORKING,
                             json.dumps({"doing": doing, "seconds": round(seconds)}),
                         )
-                    except OSError:  # a run was stopped, or its SuperNode; the next letter need not wait for its work
+                    except OSError:
+                        # A run was stopped, or its SuperNode; the next letter need not wait for it.
                         found.unwanted.set()
                         os.kill(os.getpid(), signal.SIGALRM)
                         raise
@@ -217,7 +217,10 @@ class Service:
                 else:
                     letter.write(line, {}, answer)
             except (LetterError, OSError, ValueError, MemoryError) as error:
-                problem = f"a letter that cannot be read, or an answer that is not taken: {printable(str(error), 240)}"
+                problem = (
+                    "a letter that cannot be read, or an answer that is not taken: "
+                    f"{printable(str(error), 240)}"
+                )
                 with suppress(OSError):  # a full disk
                     self._write({"way": "in", "sender": sender, "problem": problem})
 
@@ -272,16 +275,16 @@ class Service:
         run = started.run if started else int(head["run"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
         node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
-        # Its state's file has the site's number, not the node's: a letter may name any node, and would leave a file for each.
+        # Its state's file has the site's number, not the node's: a letter may name any node, and
+        # would leave a file for each.
         context = Context(run, site.site, node_config, RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
         policy.check_sharding(site, config)
         num_test = self._check_message(config, message, context)
-        memory = self._memory(
-            run, asked
-        )  # a run that is refused neither counts nor pushes out what another left
+        # A run that is refused neither counts nor pushes out what another run left.
+        memory = self._memory(run, asked)
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
             restore_from_disk(message, context)
@@ -446,9 +449,8 @@ def follow(ranks: Ranks) -> None:
             key: value for key, value in head["node-config"].items() if key not in ("state", "save")
         }
         reply = handlers(message, Context(run, node, node_config, state, head["run-config"]))
-        ranks.meet(
-            alone=SHARDING in node_config and not reply.has_error()
-        )  # whole vectors are coded, and get their noise
+        # When sharded, rank 0 alone codes whole vectors and adds noise to them.
+        ranks.meet(alone=SHARDING in node_config and not reply.has_error())
 
 
 @lru_cache(maxsize=RUNS)
@@ -572,8 +574,10 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
         f"to predict: {names} ({config.training.task}{leave})",
         f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
-        f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
-        f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
+        f"socket: {site.socket}, open to this user"
+        f"{f' and the group {site.group}' if site.group else ''}",
+        f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; "
+        f"audit: {site.audit or 'standard error only'}",
         f"page: {f'http://{site.page}' if site.page else 'none'}",
         f"privacy: {_spent(site)}",
         "policy:",
@@ -688,10 +692,8 @@ def main() -> None:
         if not arguments.check:
             policy.check_processes(site, ranks.count)
             with _alone(site):
-                for ending in (
-                    signal.SIGTERM,
-                    signal.SIGINT,
-                ):  # the socket goes, too; a shell's & has Ctrl-C ignored
+                # The socket is removed, too; a shell's & has Ctrl-C ignored.
+                for ending in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(ending, signal.default_int_handler)
                 _warm()
                 Service(site, ranks).serve()

@@ -40,7 +40,8 @@ class ShardedModel(FlatModel):
         self.rank, self.count, self.share = dist.get_rank(), dist.get_world_size(), 1.0
         mesh = init_device_mesh(device.type, (self.count,))
         for block in (*_blocks(network), network):
-            # Not even the root stays whole after a forward pass: what is loaded next would not be seen.
+            # Not even the root stays whole after a forward pass: else the network would not see what
+            # is loaded next.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         for module in network.modules():
             if isinstance(module, FSDPModule):
@@ -49,7 +50,8 @@ class ShardedModel(FlatModel):
         super().__init__(network, device)
 
     def _bind(self, parameters: list[nn.Parameter]) -> None:
-        # FSDP2 has a tensor for each shard, zeros included; no public function makes them views into one.
+        # FSDP2 has a tensor for each shard, zeros included; no public function makes them views
+        # into one.
         states = [
             module._get_fsdp_state()
             for module in self.network.modules()

@@ -125,7 +125,8 @@ def config_of_site(context: Context) -> Config:
     config = _checked(frozenset(context.run_config.items()))
     if "peer-keys" in context.node_config and config.wire.sealing != "keys":
         raise ConfigError(
-            f"wire.sealing = {config.wire.sealing!r}: this site has peer-keys and takes part in sealed runs only; allowed: 'keys'"
+            f"wire.sealing = {config.wire.sealing!r}: this site has peer-keys and takes part in "
+            "sealed runs only; allowed: 'keys'"
         )
     return config
 
@@ -172,9 +173,8 @@ def origin_of(config: Config, site: SiteId) -> Origin:
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
 
-_looks: dict[
-    tuple[str, str], tuple[float, str]
-] = {}  # of a source and path: when to look again, and what was found
+# Of a source and path: when to look again, and what was found.
+_looks: dict[tuple[str, str], tuple[float, str]] = {}
 
 
 def _fingerprint(source: str, path: str) -> str:
@@ -243,11 +243,15 @@ def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
     data = take(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
     if isinstance(data.train.x, Lazy) and data.train.x.in_order and not _epochs(config):
-        said = "an IterableDataset is read from its beginning each time; allowed: methods with local-epochs"
+        said = (
+            "an IterableDataset is read from its beginning each time; "
+            "allowed: methods with local-epochs"
+        )
         raise ConfigError(f"strategy = {config.strategy!r}: {said}")
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
         raise ConfigError(
-            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; allowed, sealed: {FEWEST} or more"
+            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; "
+            f"allowed, sealed: {FEWEST} or more"
         )
     return data
 
@@ -258,9 +262,11 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
         return splits if _pooled(config) else [splits[site.number]]
     if _pooled(config):
         raise ValueError(
-            f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation"
+            f"strategy = {config.strategy!r} puts the data of all sites in one place: "
+            "only in a simulation"
         )
-    # Not the run's seed: from what two halves have in common, and what not, follows each example; and a test stays one.
+    # Not the run's seed: from what two halves have in common, and what not, follows each example;
+    # and a test stays one.
     generator = np.random.default_rng(derive(SPLIT_SEED, "split", site.number))
     return [
         own(
@@ -325,7 +331,8 @@ def device_of(name: str) -> torch.device:
         except (RuntimeError, AssertionError) as error:  # as torch's parts say it
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"computing.device = {name!r}: {reason}; allowed here: 'auto', or one that this site has"
+                f"computing.device = {name!r}: {reason}; "
+                "allowed here: 'auto', or one that this site has"
             ) from error
     ray = sys.modules.get("ray")
     if device.type == "cuda" and ray is not None and ray.is_initialized():
@@ -343,10 +350,8 @@ def network_of(
     device = device_of(config.computing.device)
     task, network = config.task, build(config, shape, num_classes)[0]
     if sharding:
-        from client_app.sharded import (
-            ShardedModel,
-            sharded,
-        )  # here: FSDP2 takes a second to import, and few sites have it
+        # Imported here: FSDP2 takes a second to import, and few sites have it.
+        from client_app.sharded import ShardedModel, sharded
 
         model: FlatModel = (shards := ShardedModel(network, device))
     else:
@@ -359,9 +364,8 @@ def network_of(
     )
 
     def predict(x: Tensor) -> Tensor:
-        together = (
-            all_or_none() if sharding else nullcontext()
-        )  # each layer is put together from all processes
+        # Each layer is put together from all processes.
+        together = all_or_none() if sharding else nullcontext()
         with (
             together,
             torch.autocast(
@@ -441,7 +445,8 @@ def private(context: Context, network: Network) -> Noise | None:
     noise = Noise.of(context)
     if noise and network.model.num_stats:
         raise ConfigError(
-            "model.norm = 'batch': statistics would leave without noise; allowed at this site: 'group'"
+            "model.norm = 'batch': statistics would leave without noise; "
+            "allowed at this site: 'group'"
         )
     return noise
 
@@ -450,7 +455,8 @@ def private(context: Context, network: Network) -> Noise | None:
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Inside, dropout draws from a seed of this site and round: it knows no generator but torch's global one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for devices that never come.
+        # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for
+        # devices that never come.
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -77,9 +77,8 @@ class Status(Collector):
         privacy = self.spent()
         with self._lock:
             told = {
-                "newest": [
-                    {**line, "run": str(line["run"])} for line in reversed(self._newest)
-                ],  # too large for JavaScript
+                # The numbers of runs are too large for JavaScript.
+                "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],
                 "letters": self._letters["in"],
                 "bytes": {way: self._bytes[way] for way in ("in", "out")},
                 "refused": dict(self._refused),

@@ -222,9 +222,8 @@ def optimizers(
         for parameter in hidden_matrices(model.network)
         if parameter.requires_grad
     }
-    matrices = [
-        nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()
-    ]  # kernels: a row for each output
+    # Kernels: a row for each output.
+    matrices = [nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()]
     for matrix, parameter in zip(matrices, hidden.values(), strict=True):
         assert parameter.grad is not None  # a view into model.grad
         matrix.grad = parameter.grad.flatten(1)

@@ -26,15 +26,8 @@ from datasets.lazy import Lazy
 from datasets.names import shown
 
 TENSORS, NAMES = ("x", "y", "group", "test"), ("classes", "groups", "columns")
-LIBRARIES = (
-    "numpy",
-    "pandas",
-    "pillow",
-    "scikit-learn",
-    "scipy",
-    "torch",
-    "torchvision",
-)  # that decode
+# The libraries that decode.
+LIBRARIES = ("numpy", "pandas", "pillow", "scikit-learn", "scipy", "torch", "torchvision")
 
 
 def digest(value: object) -> str:
@@ -150,13 +143,11 @@ def _read(entry: Path) -> Examples | None:
 
 
 def _write(entry: Path, place: str, examples: Examples) -> None:
-    for old in entry.parent.glob(
-        f"{place}-*"
-    ):  # of other contents, damaged, or of a process that was killed
+    # Of other contents, damaged, or of a process that was killed.
+    for old in entry.parent.glob(f"{place}-*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    with TemporaryDirectory(
-        prefix=f"{place}-", dir=entry.parent
-    ) as partial:  # safetensors leaves more than one name
+    # In a folder: safetensors leaves files under more than one name.
+    with TemporaryDirectory(prefix=f"{place}-", dir=entry.parent) as partial:
         file = Path(partial, entry.name)
         tensors = {
             name: value for name in TENSORS if (value := getattr(examples, name)) is not None
@@ -171,5 +162,8 @@ def _write(entry: Path, place: str, examples: Examples) -> None:
 
 
 def _warn(folder: Path, error: Exception) -> None:
-    text = f"decoded data are not kept in {shown(str(folder))}, every process decodes them anew: {error}"
+    text = (
+        f"decoded data are not kept in {shown(str(folder))}, "
+        f"every process decodes them anew: {error}"
+    )
     warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -10,9 +10,8 @@ from datasets.lazy import IGNORED, Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
-TOKEN = (
-    "token",
-)  # in the place of classes, where examples are windows of language: nothing to count
+# In the place of classes, where examples are windows of language: nothing to count.
+TOKEN = ("token",)
 TARGETS = {
     "class": "y [n] int64, a class each",
     "labels": "y [n, labels] of 0 and 1",
@@ -76,7 +75,8 @@ def check(examples: Examples, source: str, target: str = "class") -> Examples:
     n = len(y)
     if len(x) != n or len(x.shape) < 2:
         raise SourceError(
-            f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; got {tuple(x.shape)} and {tuple(y.shape)}"
+            f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if n < FEWEST:
         raise SourceError(

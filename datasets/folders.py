@@ -38,12 +38,8 @@ PICTURES = {  # what Pillow may take a file for: one other of its formats starts
 }
 FORMATS = sorted(set(PICTURES.values()))
 MOST_PIXELS = 2**26  # of a picture before it is resized: 200 MB while it is decoded
-SAMPLE_RATE, WINDOW, HOP, MELS = (
-    8000,
-    256,
-    128,
-    40,
-)  # of the log-mel spectrogram, at 8 kHz: 32 ms every 16 ms
+# Of the log-mel spectrogram, at 8 kHz: 32 ms every 16 ms.
+SAMPLE_RATE, WINDOW, HOP, MELS = 8000, 256, 128, 40
 RATES = 1000, 384_000  # Hz, of WAV files
 LONGEST_CLIP = 3600.0  # seconds
 
@@ -279,9 +275,8 @@ def log_mel(waves: Tensor) -> Tensor:
     before last.
     """
     window = torch.hann_window(WINDOW)
-    power = (
-        torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()
-    )  # [n, WINDOW / 2 + 1, frames]
+    # [n, WINDOW / 2 + 1, frames]
+    power = torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     edges = torch.from_numpy(700 * (10 ** (np.linspace(0, top, MELS + 2) / 2595) - 1)).float()
     bins = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)
@@ -332,7 +327,8 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
         by_depth = {len(place): path for place, path in zip(places, paths, strict=True)}
         ends = f"{shown(by_depth[min(by_depth)])} and {shown(by_depth[max(by_depth)])}"
         raise SourceError(
-            f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? {ends} lie at different depths"
+            f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? "
+            f"{ends} lie at different depths"
         )
     classes, y = _index(place[-1] for place in places)
     if wrong := too_many(len(classes)) or fault(classes):

@@ -61,9 +61,8 @@ def mapped(file: Path, changed: int) -> NDArray[np.generic]:
         else:
             found = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(found.base, mmap):
-            found.base.madvise(
-                MADV_RANDOM
-            )  # or the pages around each window would be read and held with it
+            # Else the pages around each window would be read and held with it.
+            found.base.madvise(MADV_RANDOM)
         if found.ndim != 1 or found.dtype.name not in KINDS:
             raise ValueError(
                 f"{found.dtype} {list(found.shape)}; allowed: one row of {', '.join(sorted(KINDS))}"
@@ -129,9 +128,8 @@ def text_bytes(path: str | Path, group: str, context: int) -> Examples:
             with naming(file, "a text in UTF-8"):
                 documents.append(file.read_text("utf-8"))
     unknown = torch.zeros(len(documents), dtype=torch.int64)
-    kinds = torch.stack(
-        [unknown if each is None else each.long() for each in (of_group, test)]
-    )  # whose documents make a stream
+    # Documents of the same site and part make one stream.
+    kinds = torch.stack([unknown if each is None else each.long() for each in (of_group, test)])
     streams, different = [], kinds.unique(dim=1)
     for kind in different.T:
         ours = (kinds == kind[:, None]).all(0).nonzero().flatten().tolist()

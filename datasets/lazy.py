@@ -114,9 +114,8 @@ def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tens
 
     while True:
         try:
-            if (
-                pool.user is not mine
-            ):  # another one began meanwhile, and had what was read for this one thrown away
+            # Another one began meanwhile, and had what was read for this one thrown away.
+            if pool.user is not mine:
                 lists = chain(list(asked), lists)
                 asked.clear()
                 pool.begin(mine, asking())
@@ -184,9 +183,8 @@ class _Pool:
 
     def __init__(self, reader: Reader, workers: int, pinned: bool) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torchvision.transforms.functional", "pandas"]
-        )  # once, not in each
+        # Imported once, not in each process.
+        context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])
         self._asked, self.user = _Asked(), object()
         self.batches: Iterator[Found | str] = iter(())
         self._load = partial(
@@ -362,7 +360,8 @@ def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
     if isinstance(x, IterableDataset):
         if y is not None or not isinstance(test, Dataset) or isinstance(test, IterableDataset):
             raise SourceError(
-                f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a map-style Dataset"
+                f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a "
+                "map-style Dataset"
             )
         reader = Streamed(x, test, classes)
         test = torch.arange(len(reader)) >= length

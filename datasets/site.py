@@ -123,7 +123,8 @@ def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | 
     """Examples to split, and the official test part where it is asked for; else it is not used."""
     if isinstance(examples.x, Lazy) and examples.x.in_order and test_part != "official":
         raise SourceError(
-            f"data.test-part = {test_part!r}: an IterableDataset cannot be split; allowed: 'official'"
+            f"data.test-part = {test_part!r}: an IterableDataset cannot be split; "
+            "allowed: 'official'"
         )
     if examples.test is None:
         if test_part == "official":
@@ -251,9 +252,10 @@ def merge(sites: Sequence[Moments], columns: Sequence[str] = ()) -> Moments:
     columns = columns or _numbered(len(sites[0].known))
     for site in sites:
         site.check(columns)
+    # [sites, columns]
     count, mean, variance = (
         torch.tensor(each, dtype=torch.float64) for each in zip(*sites, strict=True)
-    )  # [sites, columns]
+    )
     total = count.sum(0)
     share = count / total.clamp(min=1)
     middle = (share * mean).sum(0)
@@ -370,8 +372,7 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
         )
 
     def counted(part: Part) -> Part:
-        return Part(
-            part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y)
-        )  # below 0: pixels that do not count
+        # Below 0: pixels that do not count.
+        return Part(part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y))
 
     return data._replace(train=counted(data.train), test=counted(data.test), classes=tuple(classes))

@@ -61,9 +61,8 @@ def torchvision_set(name: str, path: str) -> Examples:
 
     build = getattr(known, name)
     folder = _root(path)
-    for file in sorted(
-        (folder / name / "raw").glob("*-ubyte")
-    ):  # where MNIST and Fashion-MNIST are
+    # Where MNIST and Fashion-MNIST are.
+    for file in sorted((folder / name / "raw").glob("*-ubyte")):
         with naming(file, f"a part of {name}"):
             read_sn3_pascalvincent_tensor(str(file))
     try:

@@ -153,7 +153,8 @@ def _decoded(root: Path, files: list[Path], features: Sequence[str]) -> Path:
             Path(partial, "rows").rename(found)
     except OSError as error:
         raise SourceError(
-            f"{shown(str(root))} exceeds data.memory-gb and cannot be decoded into {shown(str(folder))}: {error}"
+            f"{shown(str(root))} exceeds data.memory-gb and cannot be decoded into "
+            f"{shown(str(folder))}: {error}"
         ) from error
     return found
 
@@ -251,8 +252,9 @@ def _read(
     for file in files:
         with naming(file, "a table"):
             if kind == ".csv":
-                # Of a first row longer than the header pandas would take the first field for the row's
-                # name, and move the others by one column. A row longer than one before is an error.
+                # Of a first row longer than the header pandas would take the first field for the
+                # row's name, and move the others by one column. A row longer than one before is an
+                # error.
                 pd.read_csv(file, header=None, nrows=2, dtype=str)
                 tables.append(pd.read_csv(file, low_memory=False))
             else:
@@ -306,7 +308,8 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
             raise SourceError(f"data.label = {shown(name)} of {table.path} {said}")
         if target == "labels" and not bool(values.isin([0, 1]).all()):
             raise SourceError(
-                f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, as training.task needs it"
+                f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, "
+                "as training.task needs it"
             )
         columns.append(values.to_numpy(np.float32))
         used += of
@@ -327,7 +330,10 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(
                 name in table.rows for name in several
             ):
-                how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
+                how = (
+                    f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or "
+                    "'regression'"
+                )
                 raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
     # Of a missing value a comparison makes no: what is not known would be learnt as known.

@@ -44,7 +44,8 @@ STATE = Path("/var/lib/archipelago")
 DATABASE = Path("/var/lib/flower/state.db")
 KEPT = 7  # back-ups
 CA_DAYS, SERVER_DAYS = 3650, 730
-NODE_PORT = 9094  # of a SuperNode's API on its own machine; one more for each site, so that a machine may have several
+# Of a SuperNode's API on its own machine; one more for each site, so that a machine may have several.
+NODE_PORT = 9094
 Key = ec.EllipticCurvePrivateKey
 
 
@@ -155,9 +156,8 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
             f"name = {name!r}: printable characters other than quotes and backslashes are allowed"
         )
     if not kit.has("node"):
-        node = ec.generate_private_key(
-            ec.SECP384R1()
-        )  # of Flower's kinds that which its own guide makes
+        # Of the kinds that Flower takes, the one that its own guide makes.
+        node = ec.generate_private_key(ec.SECP384R1())
         kit.write(
             "node",
             node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
@@ -215,7 +215,8 @@ def back_up(folder: Path) -> Path:
             os.chown(copy, DATABASE.stat().st_uid, DATABASE.stat().st_gid)
             parts += [f"--directory={scratch}", str(DATABASE.relative_to("/"))]
         made = Path(scratch) / "tar"
-        # 1: a file changed while it was read; all that is to be whole is written beside its place and moved there.
+        # 1: a file changed while it was read; all that is to be whole is written beside its place
+        # and moved there.
         if (
             code := subprocess.run(
                 ["tar", "--create", "--gzip", "--ignore-failed-read", f"--file={made}", *parts]

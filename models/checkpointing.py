@@ -23,13 +23,15 @@ def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
     found = blocks(network)
     if not found:
         raise ValueError(
-            "computing.checkpointing = True: this network has no blocks (modules of layers in a list); allowed: False"
+            "computing.checkpointing = True: this network has no blocks (modules of layers in a "
+            "list); allowed: False"
         )
     for block in found:
         writes = any(True for _ in block.buffers())
         if writes and compiled:
             raise ValueError(
-                "computing.checkpointing = True: not with computing.compile and BatchNorm; allowed: model.norm = 'group'"
+                "computing.checkpointing = True: not with computing.compile and BatchNorm; "
+                "allowed: model.norm = 'group'"
             )
         more = {"context_fn": partial(_contexts, block)} if writes else {}
         # Not a module around it, which would give the parameters other names.

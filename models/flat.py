@@ -41,7 +41,8 @@ class FlatModel:
         self._bind(parameters)
         self._parameters = parameters
         self._pieces: tuple[Tensor, ...] = ()
-        # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
+        # Not views: torch.compile guards badly against buffers that share memory and are written in
+        # the forward pass.
         self.buffer_names, self.statistics = _statistics(network)
         self._counters = [
             (buffer, buffer.clone())
@@ -68,14 +69,14 @@ class FlatModel:
 
         ``loss.backward()`` would add to each parameter's ``.grad`` on its own, a kernel a parameter; here one moves them all.
         """
-        # The pieces are kept until the next call: with nothing of a step left, the allocator of the C library would hand the
-        # step's memory back to the system and fetch it anew, a tenth of the time of ResNet-20 on a CPU.
+        # The pieces are kept until the next call: with nothing of a step left, the allocator of the
+        # C library would hand the step's memory back to the system and fetch it anew, a tenth of
+        # the time of ResNet-20 on a CPU.
         self._pieces = ()
         self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         torch.cat([piece.reshape(-1) for piece in self._pieces], out=self.grad)
-        if (
-            len(self.x) >= _LARGE
-        ):  # whose pieces are handed back anyway, and are as much memory as the model
+        # Large pieces are handed back anyway, and are as much memory as the model.
+        if len(self.x) >= _LARGE:
             self._pieces = ()
 
     def norm(self, vector: Tensor) -> Tensor:

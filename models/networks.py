@@ -42,7 +42,8 @@ def build(
         ValueError: the network cannot take examples of this shape; the message says so.
     """
     expected = output or (num_outputs,)
-    # Layers draw from the global generator: fork it, so that building a network changes nobody else's numbers.
+    # Layers draw from the global generator: fork it, so that building a network changes nobody
+    # else's numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _construct(name, shape, num_outputs, tokens, options)
@@ -59,7 +60,10 @@ def build(
     if not isinstance(made, Tensor) or made.shape != (2, *expected):
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         wanted = ", ".join(map(str, ("batch", *expected)))
-        said = f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, it returned {got}"
+        said = (
+            f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, "
+            f"it returned {got}"
+        )
         raise ValueError(said + _hint(name, expected, made))
     return network.train()
 
@@ -71,7 +75,8 @@ def _hint(name: str, expected: tuple[int, ...], made: Any) -> str:
     if isinstance(made, Tensor) and made.dim() == 4:
         return "; it is for training.task = 'segmentation'"
     return (
-        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, or your own"
+        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, "
+        "or your own"
         if len(expected) == 3
         else ""
     )
@@ -102,7 +107,8 @@ def _construct(
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
-            f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}"
+            f"model.name = {name!r} must return a torch.nn.Module, "
+            f"it returned {type(network).__name__}"
         )
     return network
 
@@ -157,7 +163,8 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
     elif name.startswith("vit_"):
         if len(shape) != 3 or shape[1] != shape[2]:
             raise ValueError(
-                f"model.name = 'torchvision:{name}' needs square pictures, the examples are of shape {shape}"
+                f"model.name = 'torchvision:{name}' needs square pictures, "
+                f"the examples are of shape {shape}"
             )
         extra = {"image_size": shape[1]}
     elif name in models.list_models(module=models.segmentation):
@@ -169,7 +176,7 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
             f"model.name = 'torchvision:{name}' cannot take examples of shape {shape}: {error}"
         ) from error
     if "weights_backbone" in extra:
-        # A hook, not a module around it: parameters keep torchvision's names, which a checkpoint has.
+        # A hook, not a module around it: parameters keep torchvision's names, as in checkpoints.
         network.register_forward_hook(lambda _module, _x, made: made["out"])
     return network
 
@@ -190,7 +197,8 @@ def own(name: str) -> Callable[..., nn.Module]:
     if not isinstance(found, FunctionType | type):
         kind = type(found).__name__
         raise ValueError(
-            f"model.name = {name!r}: a function written in Python or a class is expected, it is a {kind}"
+            f"model.name = {name!r}: a function written in Python or a class is expected, "
+            f"it is a {kind}"
         )
     return found
 
@@ -256,7 +264,8 @@ def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     rows, columns = (height // 2 - 4) // 2, (width // 2 - 4) // 2
     if min(rows, columns) < 1:
         raise ValueError(
-            f"model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, these have {height} x {width}"
+            "model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, "
+            f"these have {height} x {width}"
         )
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5, padding=2),
@@ -290,7 +299,8 @@ def vgg11(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
     """The narrow VGG-11 of the decentralized literature (RelaySGD, Vogels et al. 2021): 580 thousand parameters on CIFAR-10."""
     if min(shape[1:]) < 32:
         raise ValueError(
-            f"model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}"
+            "model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, "
+            f"these have {shape[1]} x {shape[2]}"
         )
     layer, act = _norm(norm)
     layers: list[nn.Module] = []
@@ -409,13 +419,11 @@ class _Layer(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        each = self.queries_keys_values(self.attention_norm(x)).unflatten(
-            -1, (3, self.heads, -1)
-        )  # [n, context, 3, heads, size]
+        # [n, context, 3, heads, size]
+        each = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = each.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True
-        )  # [n, heads, context, size]
+        # [n, heads, context, size]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return y

@@ -34,7 +34,8 @@ def start_from(network: nn.Module, path: str) -> str:
     }
     if not fitting:
         raise ValueError(
-            f"{said}: nothing of it fits; the network has {_some(list(own))}, the file {_some(list(found))}"
+            f"{said}: nothing of it fits; the network has {_some(list(own))}, "
+            f"the file {_some(list(found))}"
         )
     network.load_state_dict(fitting, strict=False)
     other = [name for name in found if name in own and name not in fitting]
@@ -65,7 +66,8 @@ def freeze(network: nn.Module, trainable: str) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"model.trainable = {trainable!r}: {pattern!r} matches no parameter; there are {_some(names)}"
+                f"model.trainable = {trainable!r}: {pattern!r} matches no parameter; "
+                f"there are {_some(names)}"
             )
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))

@@ -132,9 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if (
-            self.server.loopback and name not in LOOPBACK
-        ):  # a page elsewhere whose name points here (DNS rebinding)
+        # A page elsewhere whose name points here (DNS rebinding).
+        if self.server.loopback and name not in LOOPBACK:
             self._send(403, Answer("text/plain", b"ask for it by 127.0.0.1 or localhost\n"))
             return
         query = {

@@ -71,9 +71,11 @@ KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError
 
 
 def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Whatever goes wrong, reply: a handler that ends the process would take other sites of a simulation with it.
+    """Reply, whatever goes wrong.
 
-    The reply holds the error's own words, so that the server can name the cause; the traceback stays in the site's log.
+    A handler that ends the process would take other sites of a simulation with it. The reply holds
+    the error's own words, so that the server can name the cause; the traceback stays in the site's
+    log.
     """
     try:
         return call_next(message, context)
@@ -90,7 +92,10 @@ app = ClientApp(mods=[answer_always, go_on, keep_on_disk])
 
 @app.query("site")
 def describe(message: Message, context: Context) -> Message:
-    """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
+    """Say who this site is and what it holds.
+
+    That is all that the server needs to build the network and to find mistakes early.
+    """
     config, site = config_of_site(context), SiteId.of(context)
     data = raw_data(config, site)
     device_of(config.computing.device)
@@ -150,7 +155,10 @@ def _vectors(message: Message, config: Config) -> dict[str, Tensor]:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the model in the message on this site's training part, and send it back; test it before, if asked to."""
+    """Train the model in the message on this site's training part, and send it back.
+
+    The model is tested before, if the message asks for it.
+    """
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(
@@ -239,7 +247,10 @@ class _Lost(NamedTuple):
 def _coded(
     config: Config, context: Context, number: int, model: FlatModel, update: Tensor
 ) -> dict[str, Tensor]:
-    """An update in the codec of the run; with error feedback, what was lost of those before is made up for."""
+    """An update in the codec of the run.
+
+    With error feedback, what was lost of the updates before is made up for.
+    """
     codec = codec_of(config.wire, model.sizes)
     generator = torch.Generator().manual_seed(
         derive(config.seed, "codec", SiteId.of(context).number, number)
@@ -268,7 +279,7 @@ def cross(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test the model in the message, or the mean prediction of several, on this site's test part."""
+    """Test the message's model, or the mean prediction of several, on this site's test part."""
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(

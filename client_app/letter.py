@@ -1,10 +1,11 @@
-"""A letter: a message on its way through the Unix socket between Flower's ClientApp and the site's service.
+"""A letter: a message between Flower's ClientApp and the site's service, through a Unix socket.
 
     frame    kind (1 byte), length (8 bytes, big-endian), so many bytes
     letter   HEAD: JSON, then a BLOB for each array
     answer   any number of WORKING (JSON), then HEAD and its BLOBs, or REFUSED (text)
 
-Numbers, texts and names are JSON, arrays are bytes beside it: nothing is pickled, and nothing that is read is run.
+Numbers, texts and names are JSON, arrays are bytes beside it: nothing is pickled, and nothing that
+is read is run.
 """
 
 import json
@@ -48,7 +49,6 @@ class Line(Protocol):
 
     def recv_into(self, view: memoryview, /) -> int:
         """Receive bytes into ``view``, and return how many; 0 at the end of the line."""
-        ...
 
 
 class LetterError(RuntimeError):
@@ -85,7 +85,9 @@ def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
 
 
 def check_head(head: Mapping[str, Any]) -> None:
-    """Whether a head is that of a message: it is written into the audit log, and its numbers name what is remembered.
+    """Check that a head is that of a message.
+
+    It is written into the audit log, and its numbers name what is remembered.
 
     Raises:
         LetterError: it is not.
@@ -156,7 +158,7 @@ def say(line: Line, kind: bytes, text: str) -> None:
 
 
 def ask(path: str, message: Message, context: Context) -> Message:
-    """What the service that listens at ``path`` answers; an error that says what is wrong with it, where it does not.
+    """The answer of the service that listens at ``path``; without one, an error that says why.
 
     The message is left without its content: that and the answer's would be two models at once.
     """

@@ -1,6 +1,7 @@
-"""What an operator tells a SuperNode, ``--node-config``, checked before any work: a misspelt ``peer-keys`` would show a model.
+"""What an operator tells a SuperNode, ``--node-config``, checked before any work.
 
-It is read where no torch may be loaded (:mod:`client_app.app`).
+A misspelt ``peer-keys`` would reveal a model. This module is used where no torch may be loaded
+(:mod:`client_app.app`).
 """
 
 from collections.abc import Mapping

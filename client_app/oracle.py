@@ -1,4 +1,7 @@
-"""A peer's network on its data: what the functions of its step ask for (:class:`strategies.peer.state.Oracle`)."""
+"""A peer's network on its data: what the functions of its step ask for.
+
+Its protocol is :class:`strategies.peer.state.Oracle`.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -44,7 +47,10 @@ def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Ba
 
 
 class _Ahead:
-    """Reads ahead, where data are lazy and workers read them, for a peer that asks for one batch after the other."""
+    """Reads ahead for a peer that asks for one batch after the other.
+
+    It does so where data are lazy and workers read them.
+    """
 
     def __init__(self) -> None:
         self._expected: tuple[object, ...] = ()

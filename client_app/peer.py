@@ -1,7 +1,8 @@
-"""A peer's part of an exchange: read a message, open what neighbours sealed, take the step, seal and write the answer.
+"""A peer's part of an exchange: what happens between a message and its answer.
 
-The step itself is a function that knows no Flower (:mod:`strategies.peer.step`); all that a peer remembers is in
-``context.state`` (:mod:`client_app.memory`).
+A peer reads the message, opens what neighbours sealed, takes the step, and seals and writes the
+answer. The step itself is a function that knows no Flower (:mod:`strategies.peer.step`); all that a
+peer remembers is in ``context.state`` (:mod:`client_app.memory`).
 """
 
 import re
@@ -48,7 +49,10 @@ from strategies.schedules import decay, warm
 
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
-    """Peer ``number`` of a run, whose network has layers of ``sizes``, and which reports means over at least so many losses."""
+    """Peer ``number`` of a run, whose network has layers of ``sizes``.
+
+    The losses that it reports are means over at least ``loss_batches`` batches.
+    """
     offered, gradients = (
         codec_of(config.wire, sizes, name) for name in (config.wire.codec, config.wire.cross_codec)
     )
@@ -72,7 +76,7 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
 
 
 def learning_rate(config: Config, done: float, after: float) -> float:
-    """The rate when a fraction ``done`` of the run is over, of an exchange that ends ``after`` another."""
+    """The rate of an exchange from a fraction ``done`` of the run to a fraction ``after``."""
     keys = config.training
     return (
         keys.rate
@@ -168,7 +172,10 @@ def _order(call: _Call) -> Order:
 
 
 def _neighbours(call: _Call) -> Mapping[int, float]:
-    """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
+    """The neighbours and their weights.
+
+    A peer knows them itself, but for a file of edges, which only the server has.
+    """
     step, found = call.asked.step, call.asked.neighbours
     if call.config.topology.name != "edges":
         return (
@@ -184,7 +191,10 @@ def _neighbours(call: _Call) -> Mapping[int, float]:
 
 
 def _readers(call: _Call, named: Iterable[int] | None) -> tuple[int, ...]:
-    """Who may read an offer: those whom the server names, if they are neighbours; all of these, where it names none."""
+    """Those who may read an offer: the neighbours among those whom the server names.
+
+    Where the server names none, all neighbours may.
+    """
     if call.config.topology.name == "edges":
         return tuple(call.asked.neighbours if named is None else named)
     known = graph_of(call.config).readers(call.peer.number)
@@ -268,28 +278,19 @@ def _reply(
         arrays |= found
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
     reasons = [f"site {site}: {reason}" for site, reason in refused]
-    answer: dict[str, Any] = {
-        "refused": reasons,
-        "broken": broken,
-        "fresh": result.restarted,
-        "anew": forgotten,
-    }
+    answer: dict[str, Any] = {"refused": reasons, "broken": broken}
+    answer |= {"fresh": result.restarted, "anew": forgotten}
     if call.ring:
         answer["nonce"] = sealing.nonce_of(call.context)
-    content = RecordDict(
-        {
-            ARRAYS: ArrayRecord(arrays),
-            METRICS: MetricRecord({**metrics}),
-            CONFIG: ConfigRecord(answer),
-        }
-    )
+    content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics})})
+    content[CONFIG] = ConfigRecord(answer)
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
 
 
 def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
-    """The finished model: to the server if it may have it, and into the file that the site names."""
+    """Save the finished model in the file that the site names; send it to the server if allowed."""
     if call.config.wire.collect_models and call.ring is None:
         content["model"] = pack({X: state.x, STATS: state.stats})
     # A model that was not trained replaces none.

@@ -1,4 +1,6 @@
-"""What a site is and what runs may ask of it: its operator's ``site.toml``, checked before any work.
+"""What a site is and what runs may ask of it: its operator's ``site.toml``.
+
+It is checked before any work.
 
     site = 0
     name = "clinic A"
@@ -393,7 +395,9 @@ def check_sharding(site: SiteFile, config: Config) -> None:
 def check_order(
     policy: Policy, config: Config, order: Order | PeerOrder | None, num_train: int
 ) -> None:
-    """What a message asks for, at a site of ``num_train`` examples; None: what those of this run will.
+    """Check what a message asks for, at a site of ``num_train`` examples.
+
+    Without an ``order``, what the messages of this run will ask for is checked.
 
     Raises:
         PolicyError: it breaks a rule.
@@ -444,7 +448,10 @@ def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
 
 
 def _rounded(value: float, decimals: int) -> float:
-    """A model can be made to multiply what it tells: a large loss has no more digits than a small one."""
+    """A rounded value; a large one gets no more digits than a small one.
+
+    A model can be made to multiply what it reports.
+    """
     large = math.floor(math.log10(abs(value))) if 1 <= abs(value) < math.inf else 0
     return round(value, decimals - large)
 

@@ -1,14 +1,15 @@
-"""The site service: the operator's own, installed copy of the handlers, with the data, the network and the keys.
+"""The site service: the operator's own, installed copy of the handlers.
 
-    python -m client_app.service /etc/archipelago/site.toml            answer letters until it is ended
-    python -m client_app.service --check /etc/archipelago/site.toml    say what it would do, or what is wrong
-    torchrun --max-restarts=100 --nproc-per-node=4 -m client_app.service site.toml        the same on four GPUs
+    python -m client_app.service /etc/archipelago/site.toml   answer letters until it is ended
+    python -m client_app.service --check site.toml            say what it would do, or what is wrong
+    torchrun --max-restarts=100 --nproc-per-node=4 -m client_app.service site.toml   on four GPUs
 
-It listens at a Unix socket that its own user and the members of one group may open; Flower's ClientApp, whose code the server
-ships and which may run as another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask is
-decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer before it leaves
-(:mod:`client_app.privacy`). One letter is answered after the other, by this process's main thread; data, network and what runs
-made this site remember stay in its memory.
+It has the data, the network and the keys, and listens at a Unix socket that its own user and the
+members of one group may open; Flower's ClientApp, whose code the server ships and which may run as
+another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask
+is decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer before
+it leaves (:mod:`client_app.privacy`). One letter is answered after the other, by this process's
+main thread; data, network and what runs made this site remember stay in its memory.
 """
 
 import argparse
@@ -87,7 +88,9 @@ WAITING = 16  # letters
 
 
 class _Letter(NamedTuple):
-    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong.
+    """A letter that came, and where the main thread puts the answer to it.
+
+    The answer is records, or a text that says what is wrong.
 
     Attributes:
         unwanted: set when whoever waited for the answer is gone.
@@ -179,7 +182,10 @@ class Service:
             )
 
     def _read(self, line: socket.socket) -> None:
-        """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
+        """Read a letter, hand it to the main thread, and write the answer.
+
+        Meanwhile say once a second that the letter is worked on.
+        """
         with line, self._reading():
             line.settimeout(letter.SILENCE_S)
             sender = _sender(line)
@@ -319,7 +325,10 @@ class Service:
         return found
 
     def _forget_old(self) -> None:
-        """Only a peer's memory ends with its run: that of other runs is deleted when nothing was added for long."""
+        """Delete the memory of runs to which nothing was added for long.
+
+        Only a peer's memory ends with its run.
+        """
         if self._site.state:
             for file in Path(self._site.state).glob("*-*.*"):
                 with suppress(OSError):
@@ -351,7 +360,10 @@ class Service:
         return num_test
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
-        """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
+        """Write a line for a letter or its answer into the audit log.
+
+        ``in``: when the letter comes; ``out``: before the answer leaves.
+        """
         config = found.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
         strategy = found.head["run-config"].get("strategy")
@@ -414,10 +426,12 @@ class _Begun:
                 ) from None
 
     def add(self, run: int, digest: str, most: int) -> None:
-        """A run with a configuration of this digest begins, or goes on after this process was started anew.
+        """Note that a run with this digest of its configuration begins.
+
+        Or that it goes on after this process was restarted.
 
         Raises:
-            PolicyError: it had another configuration, or so many have begun.
+            PolicyError: it had another configuration, or ``most`` runs have begun.
         """
         now = time.time()
         # Of the future is what began before the clock was set back: it counts a day from now.
@@ -455,7 +469,10 @@ def follow(ranks: Ranks) -> None:
 
 @lru_cache(maxsize=RUNS)
 def _holdings(config: Config, site: SiteId, _: Origin) -> tuple[int, int, tuple[int, ...]]:
-    """Training and test examples, and the shape of one as the network takes it; anew when the files changed."""
+    """Numbers of training and test examples, and the shape of one as the network takes it.
+
+    They are determined again when the files changed.
+    """
     data = raw_data(config, site)
     shape = tuple(data.train.x.shape[1:])
     return len(data.train.y), len(data.test.y), (2 * shape[0],) if data.columns else shape
@@ -477,7 +494,10 @@ def _metadata(run: int, node: int, kind: str) -> Metadata:
 
 
 def _norms(message: Message, reply: Message) -> dict[str, float]:
-    """Euclidean norms of the vectors of an answer, or of their difference from those that came; sealed ones say nothing."""
+    """Euclidean norms of the vectors of an answer, or of their difference from those that came.
+
+    Sealed vectors are left out: their norms would say nothing.
+    """
     sent, found = arrays_of(message), dict[str, float]()
     for name, array in arrays_of(reply).items():
         if array.dtype == "float32":
@@ -487,9 +507,8 @@ def _norms(message: Message, reply: Message) -> dict[str, float]:
                 and sent[name].dtype == "float32"
                 and tuple(sent[name].shape) == tuple(array.shape)
             )
-            found[name] = float(
-                f"{extent(vector.reshape(-1), unpack(sent[name]).reshape(-1) if like else None)[1]:.4g}"
-            )
+            before = unpack(sent[name]).reshape(-1) if like else None
+            found[name] = float(f"{extent(vector.reshape(-1), before)[1]:.4g}")
     return found
 
 
@@ -501,9 +520,10 @@ def _bytes(content: RecordDict) -> int:
 
 @contextmanager
 def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
-    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was.
+    """Inside, the main thread has so many seconds, and is interrupted after them.
 
-    It is interrupted, too, by the alarm that comes with ``unwanted``.
+    The event says whether it was. It is interrupted, too, by the alarm that comes with
+    ``unwanted``.
     """
     passed, end = Event(), time.monotonic() + seconds
 
@@ -635,7 +655,10 @@ def _spent(site: SiteFile) -> str:
 
 @contextmanager
 def _alone(site: SiteFile) -> Iterator[None]:
-    """Inside, no other service uses the state: two would forget each other's runs, and what the other spends."""
+    """Inside, no other service uses the state.
+
+    Two would forget each other's runs, and what the other spends.
+    """
     if site.state:
         Path(site.state).mkdir(0o700, parents=True, exist_ok=True)
     try:
@@ -650,9 +673,10 @@ def _alone(site: SiteFile) -> Iterator[None]:
 
 
 def _own_temporary_files() -> None:
-    """Put temporary files where nobody else writes: ``torch.compile``, for which a run may ask, runs what it finds there.
+    """Put temporary files where nobody else writes.
 
-    Before PyTorch loads its compiler, which takes the place that it finds then.
+    ``torch.compile``, for which a run may ask, runs what it finds there. Call this before PyTorch
+    loads its compiler, which takes the folder that is set then.
     """
     folder = cache_folder("temporary")
     try:
@@ -665,7 +689,7 @@ def _own_temporary_files() -> None:
 
 
 def _warm() -> None:
-    """Load what PyTorch loads with the first step of an optimizer, so that no letter waits for it."""
+    """Load what PyTorch loads with an optimizer's first step, so that no letter waits for it."""
     whole = torch.nn.Parameter(torch.zeros(1))
     whole.grad = torch.zeros(1)
     for kind in (torch.optim.SGD, torch.optim.AdamW):

@@ -1,7 +1,8 @@
 """A site: which one it is, its data, its network on its device.
 
-Between messages a site keeps data and network in memory while its process lives, and relies on neither: every answer follows from
-the message, the run configuration, the data and the context's state alone.
+Between messages a site keeps data and network in memory while its process lives, and relies on
+neither: every answer follows from the message, the run configuration, the data and the context's
+state alone.
 """
 
 import os
@@ -56,7 +57,8 @@ class SiteId(NamedTuple):
 
     Attributes:
         number: counts from 0.
-        num_sites: all sites of a simulation; None in a deployment, where a site knows nothing but itself.
+        num_sites: all sites of a simulation; None in a deployment, where a site knows nothing but
+            itself.
         path: a deployed site's data.
     """
 
@@ -66,7 +68,10 @@ class SiteId(NamedTuple):
 
     @classmethod
     def of(cls, context: Context) -> "SiteId":
-        """From the node's configuration: Flower's in a simulation, ``site=0 data="/srv/data"`` in a deployment."""
+        """Read from the node's configuration.
+
+        It is Flower's in a simulation, ``site=0 data="/srv/data"`` in a deployment.
+        """
         node = context.node_config
         if "data" not in node and "partition-id" in node:
             return cls(int(node["partition-id"]), int(node["num-partitions"]), "")
@@ -86,7 +91,8 @@ class Network(NamedTuple):
         details: whether tests tell what the metrics of each class are made of.
         model: the bound model.
         predict: what it predicts for a batch of prepared examples.
-        x, stats: the initial model; of peers, which start from it. Others train what they are sent, and ``x`` is as it comes.
+        x, stats: the initial model; of peers, which start from it. Others train what they are sent,
+            and ``x`` is as it comes.
         plain: the gradient of the mean loss over a batch.
         sharp: the same, sharpness-aware where the run is.
         at_once: examples that are tested together.
@@ -103,7 +109,10 @@ class Network(NamedTuple):
     at_once: int = training.EVALUATION_BATCH
 
     def test(self, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float | list[float]]:
-        """What the mean prediction of models [k, d] with their statistics [k, b] is worth (:func:`training.evaluate`)."""
+        """Metrics of the mean prediction of models [k, d] with their statistics [k, b].
+
+        As in :func:`training.evaluate`.
+        """
         return training.evaluate(
             self.task,
             self.predict,
@@ -178,7 +187,10 @@ _looks: dict[tuple[str, str], tuple[float, str]] = {}
 
 
 def _fingerprint(source: str, path: str) -> str:
-    """Of the files, as of a moment ago: a look at a million of them takes seconds, and looking a twentieth of the time at most."""
+    """The fingerprint of the files, as of a moment ago.
+
+    A look at a million of them takes seconds, and looking takes a twentieth of the time at most.
+    """
     due, before = _looks.get((source, path), (0.0, ""))
     if (start := time.monotonic()) < due:
         return before
@@ -281,10 +293,12 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
 def site_data(
     config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None
 ) -> SiteData:
-    """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
+    """The examples of a site, on its device, with what all sites agreed on.
+
+    That is their classes and, for tables, the moments.
 
     Raises:
-        ValueError: the data cannot be read, dealt out or named.
+        ValueError: the data cannot be read, split or named.
     """
     return _site_data(config, site, origin_of(config, site), classes, common)
 
@@ -346,7 +360,10 @@ def device_of(name: str) -> torch.device:
 def network_of(
     config: Config, shape: tuple[int, ...], num_classes: int, sharding: bool = False
 ) -> Network:
-    """The network of a run for examples of ``shape``, on this site's device, or a shard of it on each of them."""
+    """The network of a run for examples of ``shape``, on this site's device.
+
+    With ``sharding`` it is a shard of the network on each device.
+    """
     device = device_of(config.computing.device)
     task, network = config.task, build(config, shape, num_classes)[0]
     if sharding:
@@ -453,7 +470,10 @@ def private(context: Context, network: Network) -> Noise | None:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, dropout draws from a seed of this site and round: it knows no generator but torch's global one."""
+    """Inside, dropout draws from a seed of this site and round.
+
+    It knows no generator but torch's global one.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for
         # devices that never come.

@@ -1,6 +1,7 @@
-"""A site's own page: what was asked of it, what left, its rules, and the privacy that is spent. No data, no keys, no models.
+"""A site's own page: what was asked of it, what left, its rules, and the privacy that is spent.
 
-It shows what the audit log holds, and the numbers that the service has in memory; ``/metrics`` has them for Prometheus.
+No data, no keys, no models. It shows what the audit log holds, and the numbers that the service has
+in memory; ``/metrics`` has them for Prometheus.
 """
 
 import json

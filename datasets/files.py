@@ -59,7 +59,10 @@ def naming(file: Path, what: str) -> Iterator[None]:
 
 
 def split_off(places: Sequence[Sequence[str]]) -> tuple[Tensor | None, list[list[str]]]:
-    """Which of the ``places``, names from the top down, are the official test part, if they tell; and the rest of each."""
+    """Which of the ``places`` are the official test part, if they tell; and the rest of each.
+
+    A place is a sequence of names from the top down.
+    """
     tops = {place[0] for place in places if place}
     if not (all(places) and tops <= PARTS.keys() and {PARTS[top] for top in tops} == {False, True}):
         return None, [list(place) for place in places]

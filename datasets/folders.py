@@ -49,7 +49,10 @@ SAID_S = 10.0  # from one word of a long reading to the next
 
 
 class Files(NamedTuple):
-    """Files by class and, where they have one, by natural site and official part: as in :class:`Examples`."""
+    """Files by class and, where they have one, by natural site and official part.
+
+    The fields are as in :class:`Examples`.
+    """
 
     files: list[Path]
     y: Tensor
@@ -64,8 +67,9 @@ def image_folder(
 ) -> Examples:
     """Pictures under ``path``, one folder a class, as uint8 [n, channels, image_size, image_size].
 
-    16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are: grey if
-    all of them are. ``group`` as in :func:`by_class`. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
+    16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are:
+    grey if all of them are. ``group`` as in :func:`by_class`. What is larger than ``memory_gb``
+    (2^30 bytes) is read when a batch needs it.
 
     Raises:
         SourceError: a file is no picture, damaged, or too large; it is named.
@@ -137,7 +141,10 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
 
 
 def decode(file: Path) -> tuple[Tensor, bool]:
-    """A picture as uint8 [3, height, width], and whether it is grey; for a damaged one, whatever Pillow raises."""
+    """A picture as uint8 [3, height, width], and whether it is grey.
+
+    For a damaged one, whatever Pillow raises is raised.
+    """
     data = file.read_bytes()
     with Image.open(BytesIO(data), formats=FORMATS) as picture:
         if picture.width * picture.height > MOST_PIXELS:
@@ -197,7 +204,8 @@ def audio_folder(
 ) -> Examples:
     """WAV files under ``path``, one folder a class, as log-mel spectrograms [n, 1, 40, frames].
 
-    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`, ``memory_gb`` as in :func:`image_folder`.
+    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`, ``memory_gb`` as
+    in :func:`image_folder`.
 
     Raises:
         SourceError: a file is no WAV file, has a rate out of bounds or samples that are not finite;
@@ -301,10 +309,10 @@ json.dump(found, sys.stdout)
 def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
     """Files under ``root`` by class, natural site and official part.
 
-    ``CLASS/file``, ``SITE/CLASS/file``, or ``CLASS/images/file`` where all lowest folders have one name;
-    each of these may lie below ``train/`` and ``test/`` (or ``val/``), the official parts. The natural
-    site is also what the first bracket of the regular expression ``group`` finds in the path below
-    ``root``.
+    ``CLASS/file``, ``SITE/CLASS/file``, or ``CLASS/images/file`` where all lowest folders have one
+    name; each of these may lie below ``train/`` and ``test/`` (or ``val/``), the official parts.
+    The natural site is also what the first bracket of the regular expression ``group`` finds in the
+    path below ``root``.
 
     Raises:
         SourceError: no files, files outside of a folder or at different depths, names that must not
@@ -342,7 +350,10 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
 def natural_sites(
     root: Path, group: str, paths: Sequence[str], names: Sequence[str] | None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The natural site of each of the ``paths`` below ``root``: what ``group`` finds there or, without it, as in ``names``."""
+    """The natural site of each of the ``paths`` below ``root``.
+
+    It is what ``group`` finds there or, without it, as in ``names``.
+    """
     if group:
         said, names = f"data.group = {shown(group)}", _search(group, paths)
     elif names is None:

@@ -21,7 +21,10 @@ FAR_OFF = 50  # deviations
 
 
 class Part(NamedTuple):
-    """Examples of one purpose: ``x`` [n, ...] as the source left it, ``y`` [n, ...], in classification [n] int64."""
+    """Examples of one purpose: ``x`` [n, ...] as the source left it, and ``y`` [n, ...].
+
+    In classification ``y`` is [n] int64.
+    """
 
     x: Values
     y: Values
@@ -296,7 +299,9 @@ def standardise(data: SiteData, common: Moments) -> SiteData:
 
 
 def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
-    """Numbers to predict with mean 0 and deviation 1 over all sites; one that is the same everywhere becomes 0.
+    """Numbers to predict, with mean 0 and deviation 1 over all sites.
+
+    A number that is the same everywhere becomes 0.
 
     Raises:
         SourceError: the moments are not those of these numbers, not finite, or too large.
@@ -352,7 +357,8 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
     """The same examples with ``y`` counting ``classes``, the list that all sites agreed on.
 
     Raises:
-        SourceError: a class of this site is not in the list; or they are names of labels or numbers, and other ones.
+        SourceError: a class of this site is not in the list; or they are names of labels or
+            numbers, and other ones.
     """
     if tuple(classes) == data.classes:
         return data

@@ -76,9 +76,11 @@ def _examples(table: Table, label: str, group: str, target: str) -> Examples:
 def parquet(
     path: str | Path, label: str, group: str, memory_gb: float, target: str = "class"
 ) -> Examples:
-    """The same of Parquet files. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
+    """The same of Parquet files.
 
-    Rows at random are read from a row group each, so these are decoded once, one after the other, into a file that is mapped.
+    What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it. Rows at random are
+    read from a row group each, so these are decoded once, one after the other, into a file that is
+    mapped.
     """
     from pyarrow.parquet import ParquetFile
 
@@ -196,8 +198,8 @@ def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
 def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Examples:
     """Texts in a column ``text``, as hashed bags of words and word pairs.
 
-    [n, text_buckets] float16, each with a mean square of 1, like pictures and standardised tables: of
-    Euclidean norm 1 they would be so small that a network stays where it starts. ``label`` and
+    [n, text_buckets] float16, each with a mean square of 1, like pictures and standardised tables:
+    of Euclidean norm 1 they would be so small that a network stays where it starts. ``label`` and
     ``group`` as in :func:`csv`.
     """
     table = _read(existing(path))
@@ -214,9 +216,10 @@ def unlabelled_text(path: str | Path, text_buckets: int) -> Tensor:
 def texts(
     path: Path, group: str
 ) -> tuple[list[str], Tensor | None, tuple[str, ...], Tensor | None]:
-    """Texts in a column ``text``, the natural site of each, the names of these, and which are the official test part.
+    """Texts in a column ``text``, the natural site of each, and the names of these sites.
 
-    ``group`` as in :func:`csv`; files named ``train`` and ``test`` are no natural sites but the official parts.
+    Also, which texts are the official test part. ``group`` as in :func:`csv`; files named ``train``
+    and ``test`` are no natural sites but the official parts.
     """
     table = _read(path)
     test, _ = split_off([(file.stem,) for file in table.files])
@@ -318,7 +321,10 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
 
 
 def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
-    """A column or what an expression makes of some, without gaps, and the columns that it was made of."""
+    """A column, or what an expression makes of some, without gaps.
+
+    Also the columns that it was made of.
+    """
     said = f"data.label = {shown(label)}"
     if label in table.rows:
         values, used = table.rows[label], [label]

@@ -1,11 +1,12 @@
-"""What each party of a deployment needs, from the templates in this folder; docs/how-to/deploy.md is the guide.
+"""What each party of a deployment needs, from the templates in this folder.
 
-    python -m deploy server NAME...              on the server, with the names and addresses by which sites call it
-    python -m deploy site NUMBER NAME SERVER     on a site's machine
-    python -m deploy backup FOLDER               on either: what cannot be made again, into a file of this folder
+    python -m deploy server NAME...           on the server, with the names and IPs that sites call
+    python -m deploy site NUMBER NAME SERVER  on a site's machine
+    python -m deploy backup FOLDER            on either: what cannot be made again, into FOLDER
 
-Nothing that is there is overwritten: to make a key or a file anew, move it away and call again. Private keys stay on the
-machine that makes them, each readable by the one user who needs it; what is to be handed over is printed.
+The guide is docs/how-to/deploy.md. Nothing that is there is overwritten: to make a key or a file
+again, move it away and repeat the command. Private keys stay on the machine that makes them, each
+readable by the one user who needs it; what is to be handed over is printed.
 """
 
 import argparse
@@ -44,7 +45,7 @@ STATE = Path("/var/lib/archipelago")
 DATABASE = Path("/var/lib/flower/state.db")
 KEPT = 7  # back-ups
 CA_DAYS, SERVER_DAYS = 3650, 730
-# Of a SuperNode's API on its own machine; one more for each site, so that a machine may have several.
+# Of a SuperNode's API on its own machine; one more for each site: a machine may have several.
 NODE_PORT = 9094
 Key = ec.EllipticCurvePrivateKey
 
@@ -118,7 +119,10 @@ class Kit:
 
 
 def make_server(kit: Kit, names: list[str]) -> None:
-    """An authority, the server's certificate by it, the secret between SuperLink and SuperExec, and the server's files."""
+    """Make an authority, the server's certificate by it, and the server's files.
+
+    Also the secret between SuperLink and SuperExec.
+    """
     alternatives = [_name(name) for name in dict.fromkeys([*names, "localhost", "127.0.0.1"])]
     if not kit.has("ca.key"):
         authority = ec.generate_private_key(ec.SECP256R1())
@@ -189,7 +193,9 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
 
 
 def back_up(folder: Path) -> Path:
-    """Keys, configuration, state and results of this machine, and Flower's database as of one moment.
+    """Back up keys, configuration, state and results of this machine, and Flower's database.
+
+    The database is as of one moment.
 
     Returns:
         the file, which holds private keys; the newest ``KEPT`` of the folder stay.

@@ -2,9 +2,10 @@
 
     python -m deploy.run -- [APP] [SUPERLINK] [--run-config ...] [--federation-config ...]
 
-takes the arguments of ``flwr run``; without APP it runs this checkout. The run's log is shown as it comes, and what
-ended the run last, without a traceback where its user can mend it. A SuperLink that is away for a while is waited for, since
-the run goes on; a ServerApp that was killed is started again, and goes on from its checkpoint.
+takes the arguments of ``flwr run``; without APP it runs this checkout. The run's log is shown as it
+comes, and what ended the run last, without a traceback where its user can mend it. A SuperLink that
+is away for a while is waited for, since the run goes on; a ServerApp that was killed is started
+again, and goes on from its checkpoint.
 """
 
 import json
@@ -53,8 +54,8 @@ class Exit(IntEnum):
     REFUSED = 2
     """the configuration cannot be run"""
     ENDED = 3
-    """it could not start or go on: too few sites, a model that is not finite, a full disk; the message
-    says what"""
+    """it could not start or go on: too few sites, a model that is not finite, a full disk; the
+    message says what"""
     CRASHED = 4
     """the ServerApp was killed again and again"""
     STOPPED = 5
@@ -141,7 +142,10 @@ class Run:
         return _said(Exit.ENDED if kinds[-1].endswith(".RunError") else Exit.REFUSED, message)
 
     def _show(self, command: list[str], quiet: bool = False) -> None:
-        """Show the lines of the run's log that were not shown yet; from Flower's report of an exception on they are held."""
+        """Show the lines of the run's log that were not shown yet.
+
+        From Flower's report of an exception on they are held.
+        """
         seen, error = 0, subprocess.DEVNULL if quiet else None
         env = os.environ | {"PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the blocks of a network are computed twice, so that less of them is held in memory."""
+"""Activation checkpointing: a network's blocks are computed twice, to hold less in memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,13 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
-    """Hold the input of each block only; the backward pass computes the rest again, with the same random numbers.
+    """Hold the input of each block only; the backward pass computes the rest again.
 
-    Gradients stay what they are, and BatchNorm's running statistics and other buffers are written once only.
+    It does so with the same random numbers: gradients stay what they are, and BatchNorm's running
+    statistics and other buffers are written once only.
 
     Args:
-        network: gets it in place; its :func:`blocks` do.
-        compiled: whether it will be compiled; torch.compile cannot keep buffers from being written twice.
+        network: changed in place, at its :func:`blocks`.
+        compiled: whether it will be compiled; torch.compile cannot keep buffers from being written
+            twice.
 
     Raises:
         ValueError: it has no blocks, or buffers in those that are compiled.
@@ -39,7 +41,10 @@ def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules of several layers that stand in a Sequential or ModuleList; where one is inside another, the inner ones."""
+    """The modules of several layers that stand in a Sequential or ModuleList.
+
+    Where one is inside another, the inner ones.
+    """
     found: list[nn.Module] = []
     for child in network.children():
         listed = isinstance(network, nn.Sequential | nn.ModuleList) and any(

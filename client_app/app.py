@@ -1,8 +1,9 @@
-"""The ClientApp that Flower starts: it carries each message to the site's service; where there is none, the handlers run here.
+"""The ClientApp that Flower starts: it passes each message on to the site's service.
 
-A deployed site names its service's socket: ``--node-config 'service="/run/archipelago/site.sock"'``
-(:mod:`client_app.service`). Then nothing but Flower and the letter's form is imported, and this process, whose code the server
-ships, needs to read neither data nor keys.
+Where there is no service, the handlers run here. A deployed site names its service's socket:
+``--node-config 'service="/run/archipelago/site.sock"'`` (:mod:`client_app.service`). Then nothing
+but Flower and the letter's form is imported, and this process, whose code the server ships, needs
+to read neither data nor keys.
 """
 
 from logging import ERROR, WARNING
@@ -30,7 +31,8 @@ class Site(ClientApp):
         if message.metadata.message_type == "query.site" and "site" in context.node_config:
             log(
                 WARNING,
-                "this site has no service: code that the server ships reads its data and keys (README, Sites)",
+                "this site has no service: code that the server ships reads its data and keys "
+                "(README, Sites)",
             )
         # Not above: with a service this process loads no torch.
         from client_app.handlers import app as handlers

@@ -66,15 +66,16 @@ from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of
 from strategies.schedules import rates
 
-KNOWN = (
-    SourceError | PartitionError | ConfigError | Diverged | BudgetError
-)  # these say all there is to say
+# Their own words say all there is to say: no traceback is printed.
+KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError
 
 
 def answer_always(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Whatever goes wrong, reply: a handler that ends the process would take other sites of a simulation with it.
+    """Reply, whatever goes wrong.
 
-    The reply holds the error's own words, so that the server can name the cause; the traceback stays in the site's log.
+    A handler that ends the process would take other sites of a simulation with it. The reply holds
+    the error's own words, so that the server can name the cause; the traceback stays in the site's
+    log.
     """
     try:
         return call_next(message, context)
@@ -91,7 +92,10 @@ app = ClientApp(mods=[answer_always, go_on, keep_on_disk])
 
 @app.query("site")
 def describe(message: Message, context: Context) -> Message:
-    """Who this site is and what it holds: all that the server needs to build the network and to find mistakes early."""
+    """Say who this site is and what it holds.
+
+    That is all that the server needs to build the network and to find mistakes early.
+    """
     config, site = config_of_site(context), SiteId.of(context)
     data = raw_data(config, site)
     device_of(config.computing.device)
@@ -107,9 +111,8 @@ def describe(message: Message, context: Context) -> Message:
             for key in Moments._fields
         }
     labels = config.task.target == "class" and isinstance(data.train.y, Tensor)
-    if (
-        site.num_sites and labels
-    ):  # how many examples of each class a real site has is its own business
+    # How many examples of each class a deployed site has is its own business.
+    if site.num_sites and labels:
         found["counts"] = torch.bincount(
             torch.cat([data.train.y, data.test.y]), minlength=len(data.classes)
         ).tolist()
@@ -119,12 +122,12 @@ def describe(message: Message, context: Context) -> Message:
         found["public_key"] = public_key(context)
     elif config.wire.sealing == "keys":
         keys = keyring(context, config.wire.sealing, site.number, {}, {})
-        linked = (
-            graph_of(config).linked(site.number) if config.topology.name != "edges" else []
-        )  # the file is the server's
+        # The file of edges is on the server only.
+        linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []
         if missing := [other for other in linked if not keys.knows(other)]:
             raise SealError(
-                f"peer-keys = {context.node_config['peer-keys']!r}: no keys of the neighbours {missing}"
+                f"peer-keys = {context.node_config['peer-keys']!r}: "
+                f"no keys of the neighbours {missing}"
             )
     if config.wire.sealing != "off":
         found["nonce"] = nonce_of(context)
@@ -152,7 +155,10 @@ def _vectors(message: Message, config: Config) -> dict[str, Tensor]:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the model in the message on this site's training part, and send it back; test it before, if asked to."""
+    """Train the model in the message on this site's training part, and send it back.
+
+    The model is tested before, if the message asks for it.
+    """
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(
@@ -192,9 +198,8 @@ def train(message: Message, context: Context) -> Message:
     with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
         batches = islice(chain.from_iterable(epochs), steps)
         mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
-    if (
-        not math.isfinite(mean_loss) and noise is None
-    ):  # with noise nobody must hear of it: it depends on each example
+    # With noise nobody may learn this: it depends on each example.
+    if not math.isfinite(mean_loss) and noise is None:
         raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
     metrics = TrainMetrics.model_construct(
         loss=mean_loss,
@@ -242,7 +247,10 @@ class _Lost(NamedTuple):
 def _coded(
     config: Config, context: Context, number: int, model: FlatModel, update: Tensor
 ) -> dict[str, Tensor]:
-    """An update in the codec of the run; with error feedback, what was lost of those before is made up for."""
+    """An update in the codec of the run.
+
+    With error feedback, what was lost of the updates before is made up for.
+    """
     codec = codec_of(config.wire, model.sizes)
     generator = torch.Generator().manual_seed(
         derive(config.seed, "codec", SiteId.of(context).number, number)
@@ -271,7 +279,7 @@ def cross(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test the model in the message, or the mean prediction of several, on this site's test part."""
+    """Test the message's model, or the mean prediction of several, on this site's test part."""
     config, _, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(

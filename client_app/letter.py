@@ -1,10 +1,11 @@
-"""A letter: a message on its way through the Unix socket between Flower's ClientApp and the site's service.
+"""A letter: a message between Flower's ClientApp and the site's service, through a Unix socket.
 
     frame    kind (1 byte), length (8 bytes, big-endian), so many bytes
     letter   HEAD: JSON, then a BLOB for each array
     answer   any number of WORKING (JSON), then HEAD and its BLOBs, or REFUSED (text)
 
-Numbers, texts and names are JSON, arrays are bytes beside it: nothing is pickled, and nothing that is read is run.
+Numbers, texts and names are JSON, arrays are bytes beside it: nothing is pickled, and nothing that
+is read is run.
 """
 
 import json
@@ -34,10 +35,8 @@ LARGEST_HEAD = 2**26  # bytes of one that is JSON
 LARGEST_NUMBER = 2**64  # of a run or a node
 LONGEST_KIND = 64  # characters
 SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
-RAISED, STOPPED = (
-    2,
-    8,
-)  # Flower's codes for a ClientApp that raised an exception, and for one that may be back any time
+# Flower's codes for a ClientApp that raised an exception, and for one that may be back any time.
+RAISED, STOPPED = 2, 8
 TEMPORARY = "ServiceError"  # what the service's words begin with where it could answer another time
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 
@@ -45,9 +44,11 @@ KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 class Line(Protocol):
     """What letters go through: a socket."""
 
-    def sendall(self, data: bytes, /) -> None: ...
+    def sendall(self, data: bytes, /) -> None:
+        """Send all of ``data``."""
 
-    def recv_into(self, view: memoryview, /) -> int: ...
+    def recv_into(self, view: memoryview, /) -> int:
+        """Receive bytes into ``view``, and return how many; 0 at the end of the line."""
 
 
 class LetterError(RuntimeError):
@@ -84,7 +85,9 @@ def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
 
 
 def check_head(head: Mapping[str, Any]) -> None:
-    """Whether a head is that of a message: it is written into the audit log, and its numbers name what is remembered.
+    """Check that a head is that of a message.
+
+    It is written into the audit log, and its numbers name what is remembered.
 
     Raises:
         LetterError: it is not.
@@ -155,7 +158,7 @@ def say(line: Line, kind: bytes, text: str) -> None:
 
 
 def ask(path: str, message: Message, context: Context) -> Message:
-    """What the service that listens at ``path`` answers; an error that says what is wrong with it, where it does not.
+    """The answer of the service that listens at ``path``; without one, an error that says why.
 
     The message is left without its content: that and the answer's would be two models at once.
     """
@@ -182,7 +185,8 @@ def ask(path: str, message: Message, context: Context) -> Message:
         doing = f", after {working['seconds']} s of {working['doing']}" if working else ""
         return _failed(
             message,
-            f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: it hangs",
+            f"ServiceError: the site's service has been silent for {SILENCE_S:g} s{doing}: "
+            "it hangs",
             STOPPED,
         )
     except (FileNotFoundError, ConnectionRefusedError):
@@ -212,10 +216,8 @@ def _send(line: Line, kind: bytes, data: bytes) -> None:
 
 
 def _exactly(line: Line, length: int) -> bytes:
-    data, part = (
-        BytesIO(),
-        memoryview(bytearray(min(length, PART))),
-    )  # a BytesIO hands over its bytes without a copy
+    # A BytesIO hands over its bytes without a copy.
+    data, part = BytesIO(), memoryview(bytearray(min(length, PART)))
     while left := length - data.tell():
         if not (count := line.recv_into(part[:left])):
             raise LetterError("the line was closed")

@@ -1,10 +1,12 @@
 """What a site remembers: in Flower's context from message to message, and on its own disk.
 
-Flower keeps ``context.state`` in the SuperNode's memory alone. Where ``--node-config 'state="/srv/state"'`` names a folder, what a
-run made this site remember is written there before the site answers, read where Flower remembers nothing of that run, and deleted
-with the next run, or a month, after the run's last step: a SuperNode that is restarted goes on where the one before it was killed.
-What was remembered before the last message is kept, too, for a server that is killed before it wrote the answer down. All this is
-as secret as the site's model and, with ``trust-on-first-use``, holds its private key.
+Flower keeps ``context.state`` in the SuperNode's memory alone. Where
+``--node-config 'state="/srv/state"'`` names a folder, what a run made this site remember is written
+there before the site answers, read where Flower remembers nothing of that run, and deleted with the
+next run, or a month, after the run's last step: a SuperNode that is restarted goes on where the one
+before it was killed. What was remembered before the last message is kept, too, for a server that is
+killed before it wrote the answer down. All this is as secret as the site's model and, with
+``trust-on-first-use``, holds its private key.
 """
 
 import json
@@ -33,14 +35,11 @@ from strategies.protocol import Agreed, Started
 from strategies.records import config_of, pack, unpack
 from strategies.saving import flatten, restore
 
-TENSORS, NUMBERS, RUN, SAVED = (
-    "peer",
-    "peer-numbers",
-    "peer-run",
-    "peer-saved",
-)  # the records in the context's state
+# The records in the context's state.
+TENSORS, NUMBERS, RUN, SAVED = "peer", "peer-numbers", "peer-run", "peer-saved"
 RULE, MOMENTS, LOST, DONE = "rule", "moments", "lost", "done"
-# What the names of files end with: the newest memory, that before the last message, that after a peer's last step.
+# What the names of files end with: the newest memory, that before the last message, that after a
+# peer's last step.
 STATE, BEFORE, ENDED = ".state", ".before", ".ended"
 T = TypeVar("T", bound=tuple[Any, ...])
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -48,7 +47,10 @@ Deal = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 def run_of(context: Context, agreed: Agreed) -> dict[str, str]:
-    """What must be the same in all messages of a run: the run itself, its configuration, and what the sites agreed on."""
+    """What must be the same in all messages of a run.
+
+    That is the run itself, its configuration, and what the sites agreed on.
+    """
     return {
         "run id": str(context.run_id),
         "run configuration": _digest(identity(context.run_config)),
@@ -61,7 +63,10 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def recall(context: Context, algorithm: type, device: torch.device) -> PeerState | None:
-    """What a peer remembers, its algorithm's state of the type ``algorithm``; None before its first step."""
+    """What a peer remembers; None before its first step.
+
+    ``algorithm`` is the type of its algorithm's state.
+    """
     tensors, numbers = context.state.get(TENSORS), context.state.get(NUMBERS)
     if not isinstance(tensors, ArrayRecord) or not isinstance(numbers, ConfigRecord):
         return None
@@ -73,7 +78,8 @@ def check_run(context: Context, run: Mapping[str, str]) -> None:
     """Drop what is remembered of another run, which Flower keeps where runs are of one series.
 
     Raises:
-        ValueError: it is of this run, but something else has changed: a server that lets a site show what it kept to itself.
+        ValueError: it is of this run, but something else has changed: that would be a server that
+            lets a site reveal what it kept to itself.
     """
     known = context.state.get(RUN)
     if isinstance(known, ConfigRecord) and known["run id"] == run["run id"]:
@@ -96,7 +102,10 @@ def remember(
 
 
 def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[int, Array]]:
-    """A state as records; and the arrays of its tensors by their ``id``, so that what is sent too need not be copied twice."""
+    """A state as records; and the arrays of its tensors by their ``id``.
+
+    With these, what is sent too need not be copied twice.
+    """
     tensors, numbers = flatten(state)
     arrays = {
         id(tensor): array
@@ -107,16 +116,17 @@ def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[in
 
 
 def remembered(context: Context, name: str, like: T, deal: Deal = lambda read: read()) -> T:
-    """What this site remembers under a name in this run: a NamedTuple of tensors like ``like``, which is what it begins with.
+    """What this site remembers under a name in this run.
 
-    ``deal`` makes of its vectors what this process needs of them.
+    It is a NamedTuple of tensors like ``like``, which is what it begins with. ``deal`` makes of its
+    vectors what this process needs of them.
     """
     vectors = deal(partial(_vectors, context, name))
     if not vectors:
         return like
     return type(like)(
-        *(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True))
-    )  # type: ignore[attr-defined]
+        *(vectors[field].to(part.device) for field, part in zip(like._fields, like, strict=True))  # type: ignore[attr-defined]
+    )
 
 
 def _vectors(context: Context, name: str) -> dict[str, Tensor]:
@@ -138,7 +148,8 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
     """
     if not hasattr(memory, "_asdict"):
         raise TypeError(
-            f"what a site remembers is a NamedTuple of tensors; the method's is {type(memory).__name__}"
+            "what a site remembers is a NamedTuple of tensors; "
+            f"the method's is {type(memory).__name__}"
         )
     context.state[name] = pack(gather(memory._asdict()))
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
@@ -147,7 +158,7 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
 def recall_moments(
     context: Context, optimizers: Sequence[torch.optim.Optimizer], deal: Deal
 ) -> None:
-    """The optimizers go on with the moments of this site's last order in this run; with none before the first."""
+    """Give the optimizers the moments of this site's last order in this run, if there was one."""
     states = _states(optimizers)
     for name, moment in deal(partial(_vectors, context, MOMENTS)).items():
         number, _, field = name.partition(".")
@@ -216,10 +227,14 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
 
 
 def restore_from_disk(message: Message, context: Context) -> Path | None:
-    """The file in which a run's memory is kept, None for none; what is there is put into an empty ``context.state``.
+    """Find the file of a run's memory, and read it into ``context.state`` if that is empty.
 
-    A server asks again for what it had not written down when it was killed, and for a round that too few others answered: a site
-    that has done that goes back to what it remembered before, and does it once more.
+    A server asks again for what it had not written down when it was killed, and for a round that
+    too few other sites answered: a site that has done that goes back to what it remembered before,
+    and does it once more.
+
+    Returns:
+        the file in which the memory is kept; None where it is not kept on disk.
 
     Raises:
         ValueError: the folder cannot be written, or a file in it not be read.
@@ -249,7 +264,11 @@ def restore_from_disk(message: Message, context: Context) -> Path | None:
 
 
 def _folder(context: Context) -> Path | None:
-    """Where a run's memory is kept: in a simulation among the results, if it is told where on this machine that is."""
+    """Where a run's memory is kept on disk, or None.
+
+    In a simulation that is among the results, if it keeps checkpoints and the path of the results
+    is absolute.
+    """
     if "state" in context.node_config:
         return Path(str(context.node_config["state"]))
     results = config_of_site(context).results
@@ -275,9 +294,9 @@ def _was_done(state: RecordDict, message: Message, config: Config) -> bool:
     ):
         return False
     last, before = int(done["number"]), int(done["started"])  # type: ignore[arg-type]
-    if (
-        before == started
-    ):  # the same round twice; of an asynchronous run, a site trains a model as often as nothing newer is there
+    # The same round twice; in an asynchronous run, a site trains a model again as long as there is
+    # no newer one.
+    if before == started:
         return (
             number == last
             and message.metadata.message_type == "train"
@@ -287,7 +306,10 @@ def _was_done(state: RecordDict, message: Message, config: Config) -> bool:
 
 
 def _delete_ended(folder: Path, file: Path) -> None:
-    """Of other runs, what nobody will ask for any more: while the last answer was on its way somebody might have."""
+    """Delete what other runs left that have ended, for which nobody asks any more.
+
+    While the last answer was on its way, the server might have asked again.
+    """
     for ended in folder.glob(f"*-{file.stem.partition('-')[2]}{ENDED}"):
         if ended.stem != file.stem:
             ended.unlink(missing_ok=True)

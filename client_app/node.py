@@ -1,6 +1,7 @@
-"""What an operator tells a SuperNode, ``--node-config``, checked before any work: a misspelt ``peer-keys`` would show a model.
+"""What an operator tells a SuperNode, ``--node-config``, checked before any work.
 
-It is read where no torch may be loaded (:mod:`client_app.app`).
+A misspelt ``peer-keys`` would reveal a model. This module is used where no torch may be loaded
+(:mod:`client_app.app`).
 """
 
 from collections.abc import Mapping
@@ -37,15 +38,17 @@ def check_node(node: Mapping[str, object]) -> None:
         if len(missing := [key for key in pair if key not in node]) == 1:
             [there] = {*pair} - {*missing}
             raise NodeError(
-                f"--node-config {there} = {node[there]!r}: there is no {missing[0]}; {' and '.join(pair)} belong together"
+                f"--node-config {there} = {node[there]!r}: there is no {missing[0]}; "
+                f"{' and '.join(pair)} belong together"
             )
     if "service" in node and (more := [key for key in node if key not in ("service", *SIMULATED)]):
         raise NodeError(
-            f"--node-config {more[0]} = {node[more[0]]!r}: a site with a service says this in its site.toml"
+            f"--node-config {more[0]} = {node[more[0]]!r}: "
+            "a site with a service says this in its site.toml"
         )
-    if (
-        "private-key" in node and "data" not in node
-    ):  # a run of Flower's simulation names its data itself
+    # A run of Flower's simulation names its data itself.
+    if "private-key" in node and "data" not in node:
         raise NodeError(
-            f"--node-config private-key = {node['private-key']!r}: a site with keys reads no data but its own; add site and data"
+            f"--node-config private-key = {node['private-key']!r}: "
+            "a site with keys reads no data but its own; add site and data"
         )

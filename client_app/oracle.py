@@ -1,4 +1,7 @@
-"""A peer's network on its data: what the functions of its step ask for (:class:`strategies.peer.state.Oracle`)."""
+"""A peer's network on its data: what the functions of its step ask for.
+
+Its protocol is :class:`strategies.peer.state.Oracle`.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -44,7 +47,10 @@ def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Ba
 
 
 class _Ahead:
-    """Reads ahead, where data are lazy and workers read them, for a peer that asks for one batch after the other."""
+    """Reads ahead for a peer that asks for one batch after the other.
+
+    It does so where data are lazy and workers read them.
+    """
 
     def __init__(self) -> None:
         self._expected: tuple[object, ...] = ()
@@ -56,11 +62,8 @@ class _Ahead:
         """The examples that are ``chosen`` for a batch of this number."""
         if not isinstance(part.x, Lazy):
             return read(*part, chosen(number))
-        if (
-            peer,
-            part.x.reader,
-            number,
-        ) != self._expected:  # another peer's of this process, or the first
+        # Another peer's of this process, or the first batch.
+        if (peer, part.x.reader, number) != self._expected:
             self._batches, found = None, read(*part, chosen(number))
         else:
             self._batches = self._batches or stream(*part, map(chosen, count(number)))
@@ -99,9 +102,8 @@ class Oracle:
         loss, gradient = self._network.plain(model.x, examples)
         if self._noise:
             [gradient] = self._noise([gradient])
-            loss = torch.zeros_like(
-                loss
-            )  # it does not leave; one that is not finite would end the step for all to see
+            # The loss does not leave; one that is not finite would end the step for all to see.
+            loss = torch.zeros_like(loss)
         return loss, gradient, model.stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:

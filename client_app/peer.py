@@ -1,7 +1,8 @@
-"""A peer's part of an exchange: read a message, open what neighbours sealed, take the step, seal and write the answer.
+"""A peer's part of an exchange: what happens between a message and its answer.
 
-The step itself is a function that knows no Flower (:mod:`strategies.peer.step`); all that a peer remembers is in
-``context.state`` (:mod:`client_app.memory`).
+A peer reads the message, opens what neighbours sealed, takes the step, and seals and writes the
+answer. The step itself is a function that knows no Flower (:mod:`strategies.peer.step`); all that a
+peer remembers is in ``context.state`` (:mod:`client_app.memory`).
 """
 
 import re
@@ -48,7 +49,10 @@ from strategies.schedules import decay, warm
 
 
 def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: int = 1) -> Peer:
-    """Peer ``number`` of a run, whose network has layers of ``sizes``, and which reports means over at least so many losses."""
+    """Peer ``number`` of a run, whose network has layers of ``sizes``.
+
+    The losses that it reports are means over at least ``loss_batches`` batches.
+    """
     offered, gradients = (
         codec_of(config.wire, sizes, name) for name in (config.wire.codec, config.wire.cross_codec)
     )
@@ -72,7 +76,7 @@ def peer_of(config: Config, number: int, sizes: tuple[int, ...], loss_batches: i
 
 
 def learning_rate(config: Config, done: float, after: float) -> float:
-    """The rate when a fraction ``done`` of the run is over, of an exchange that ends ``after`` another."""
+    """The rate of an exchange from a fraction ``done`` of the run to a fraction ``after``."""
     keys = config.training
     return (
         keys.rate
@@ -110,9 +114,8 @@ def take_step(message: Message, context: Context) -> Message:
     check_run(context, run := run_of(context, asked.agreed))
     if config.wire.sealing != "off":
         ring = sealing.keyring(context, config.wire.sealing, site.number, asked.keys, asked.nonces)
-        loss_batches = -(
-            -num_batches(len(data.train.y), config.training.batch_size) // 2
-        )  # half an epoch
+        # Half an epoch.
+        loss_batches = -(-num_batches(len(data.train.y), config.training.batch_size) // 2)
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, asked, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
@@ -140,8 +143,9 @@ def _order(call: _Call) -> Order:
     asked, plan = call.asked, call.peer.plan
     if not 0 <= asked.done <= 1:
         raise ValueError(f"cycle-from = {asked.done:g}: 0 to 1 is expected")
-    # How many exchanges a run has follows from the batches of all sites, which no site knows. But what is told to be the last one
-    # must be the end of what is told to be over; that never falls, so that whoever ends a run early has ended it.
+    # How many exchanges a run has follows from the batches of all sites, which no site knows. But
+    # what is told to be the last one must be the end of what is told to be over; that never falls,
+    # so that whoever ends a run early has ended it.
     ends = (
         asked.step
         and not call.crossing
@@ -168,7 +172,10 @@ def _order(call: _Call) -> Order:
 
 
 def _neighbours(call: _Call) -> Mapping[int, float]:
-    """Neighbours and their weights, which a peer knows itself; but for a file of edges, which only the server has."""
+    """The neighbours and their weights.
+
+    A peer knows them itself, but for a file of edges, which only the server has.
+    """
     step, found = call.asked.step, call.asked.neighbours
     if call.config.topology.name != "edges":
         return (
@@ -184,7 +191,10 @@ def _neighbours(call: _Call) -> Mapping[int, float]:
 
 
 def _readers(call: _Call, named: Iterable[int] | None) -> tuple[int, ...]:
-    """Who may read an offer: those whom the server names, if they are neighbours; all of these, where it names none."""
+    """Those who may read an offer: the neighbours among those whom the server names.
+
+    Where the server names none, all neighbours may.
+    """
     if call.config.topology.name == "edges":
         return tuple(call.asked.neighbours if named is None else named)
     known = graph_of(call.config).readers(call.peer.number)
@@ -198,7 +208,8 @@ def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
         raise ValueError(f"step {order.step} comes again")
     if call.crossing != (call.peer.plan.gradient.messages == 2 and order.step % 2 == 1):
         raise ValueError(
-            f"step {order.step} of {call.config.strategy} is no {call.message.metadata.message_type}"
+            f"step {order.step} of {call.config.strategy} "
+            f"is no {call.message.metadata.message_type}"
         )
 
 
@@ -267,38 +278,27 @@ def _reply(
         arrays |= found
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
     reasons = [f"site {site}: {reason}" for site, reason in refused]
-    answer: dict[str, Any] = {
-        "refused": reasons,
-        "broken": broken,
-        "fresh": result.restarted,
-        "anew": forgotten,
-    }
+    answer: dict[str, Any] = {"refused": reasons, "broken": broken}
+    answer |= {"fresh": result.restarted, "anew": forgotten}
     if call.ring:
         answer["nonce"] = sealing.nonce_of(call.context)
-    content = RecordDict(
-        {
-            ARRAYS: ArrayRecord(arrays),
-            METRICS: MetricRecord({**metrics}),
-            CONFIG: ConfigRecord(answer),
-        }
-    )
+    content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics})})
+    content[CONFIG] = ConfigRecord(answer)
     if order.last:
         _hand_over(call, result.state, content)
     return Message(content, reply_to=call.message)
 
 
 def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
-    """The finished model: to the server if it may have it, and into the file that the site names."""
+    """Save the finished model in the file that the site names; send it to the server if allowed."""
     if call.config.wire.collect_models and call.ring is None:
         content["model"] = pack({X: state.x, STATS: state.stats})
-    if (
-        "save" in call.context.node_config and state.batches
-    ):  # a model that was not trained replaces none
+    # A model that was not trained replaces none.
+    if "save" in call.context.node_config and state.batches:
         path = Path(str(call.context.node_config["save"]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            path.exists() and SAVED not in call.context.state
-        ):  # another run's stays: whoever starts runs overwrites no model
+        # The model of another run stays: whoever starts runs must not overwrite it.
+        if path.exists() and SAVED not in call.context.state:
             names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
             path.rename(next(name for name in names if not name.exists()))
         call.context.state[SAVED] = ConfigRecord()

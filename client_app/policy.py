@@ -1,4 +1,6 @@
-"""What a site is and what runs may ask of it: its operator's ``site.toml``, checked before any work.
+"""What a site is and what runs may ask of it: its operator's ``site.toml``.
+
+It is checked before any work.
 
     site = 0
     name = "clinic A"
@@ -70,7 +72,8 @@ class Policy(Section):
     strategies: list[str] = Field(default=list(METHODS), min_length=1)
     """methods by name; a method of somebody's own stands in import-paths too"""
     models: list[str] = Field(default=list(NETWORKS), min_length=1)
-    """networks by name, such as "cnn" or "torchvision:resnet18"; one of somebody's own stands in import-paths too"""
+    """networks by name, such as "cnn" or "torchvision:resnet18"; one of somebody's own stands in
+    import-paths too"""
     tasks: list[str] = Field(default=list(TASKS), min_length=1)
     """what networks are trained to do, by name; one of somebody's own stands in import-paths too"""
     import_paths: list[str] = Field(default=[])
@@ -86,7 +89,8 @@ class Policy(Section):
     metrics: list[Literal["loss", "accuracy", "means"]] = Field(default=["loss", "accuracy"])
     """which leave; of means the other metrics are made, such as those of each class, F1 and IoU"""
     decimals: Annotated[int, Field(ge=0, le=17)] = 3
-    """to which metrics are rounded before they leave; a loss of 10 or more to as many digits as one below"""
+    """to which metrics are rounded before they leave; a loss of 10 or more to as many digits as one
+    below"""
     largest_model: Count = 10**9
     """parameters"""
     seconds: Annotated[float, Field(ge=0.001, le=1e7)] = 3600.0
@@ -128,16 +132,19 @@ class SiteFile(Section):
     save: str = ""
     """file for the finished model of a peer"""
     initial: str = ""
-    """file from which networks start where runs have model.initial; runs name no file of this site"""
+    """file from which networks start where runs have model.initial; runs name no file of this
+    site"""
     private_key: str = ""
     """file of the site's own key, for sealed runs"""
     peer_keys: str = ""
     """file of its neighbours' public keys"""
     page: str = ""
-    """host:port at which the site's own page is served, such as "127.0.0.1:8081"; it asks for no password; empty: none is"""
+    """host:port at which the site's own page is served, such as "127.0.0.1:8081"; it asks for no
+    password; empty: none is"""
     policy: Policy = Policy()
     sharding: bool = False
-    """for models that do not fit one device: each process of torchrun has its shard of parameters, gradients and moments (FSDP2)"""
+    """for models that do not fit one device: each process of torchrun has its shard of parameters,
+    gradients and moments (FSDP2)"""
     privacy: Privacy | None = None
     """clipping and noise of what leaves; none where the table is left out"""
 
@@ -191,7 +198,8 @@ def read_site(path: Path) -> SiteFile:
         if each not in METHODS and each not in found.policy.import_paths
     ]:
         raise PolicyError(
-            f"{path}: policy.strategies: {wrong[0]!r} is no method; allowed: {', '.join(METHODS)}, import-paths"
+            f"{path}: policy.strategies: {wrong[0]!r} is no method; "
+            f"allowed: {', '.join(METHODS)}, import-paths"
         )
     if wrong := [
         each
@@ -199,7 +207,8 @@ def read_site(path: Path) -> SiteFile:
         if each not in TASKS and each not in found.policy.import_paths
     ]:
         raise PolicyError(
-            f"{path}: policy.tasks: {wrong[0]!r} is no task; allowed: {', '.join(TASKS)}, import-paths"
+            f"{path}: policy.tasks: {wrong[0]!r} is no task; "
+            f"allowed: {', '.join(TASKS)}, import-paths"
         )
     if bool(found.private_key) != bool(found.peer_keys):
         raise PolicyError(f"{path}: private-key and peer-keys belong together")
@@ -216,7 +225,8 @@ def read_site(path: Path) -> SiteFile:
         )
     if found.privacy and found.policy.metrics:
         raise PolicyError(
-            f"{path}: privacy: metrics leave without noise, epsilon would not be true: set policy.metrics = []"
+            f"{path}: privacy: metrics leave without noise, epsilon would not be true: "
+            "set policy.metrics = []"
         )
     if found.policy.sealing == "keys" and not found.private_key:
         raise PolicyError(f"{path}: policy.sealing = 'keys' needs private-key and peer-keys")
@@ -371,7 +381,8 @@ def check_sharding(site: SiteFile, config: Config) -> None:
         return
     if isinstance(config.plan, PeerPlan):
         raise PolicyError(
-            f"strategy = {config.strategy!r}: a peer keeps whole models; {said} methods with a server"
+            f"strategy = {config.strategy!r}: a peer keeps whole models; "
+            f"{said} methods with a server"
         )
     if config.training.optimizer not in ELEMENTWISE:
         raise PolicyError(
@@ -384,7 +395,9 @@ def check_sharding(site: SiteFile, config: Config) -> None:
 def check_order(
     policy: Policy, config: Config, order: Order | PeerOrder | None, num_train: int
 ) -> None:
-    """What a message asks for, at a site of ``num_train`` examples; None: what those of this run will.
+    """Check what a message asks for, at a site of ``num_train`` examples.
+
+    Without an ``order``, what the messages of this run will ask for is checked.
 
     Raises:
         PolicyError: it breaks a rule.
@@ -435,7 +448,10 @@ def withhold(policy: Policy, metrics: MetricRecord, num_test: int) -> None:
 
 
 def _rounded(value: float, decimals: int) -> float:
-    """A model can be made to multiply what it tells: a large loss has no more digits than a small one."""
+    """A rounded value; a large one gets no more digits than a small one.
+
+    A model can be made to multiply what it reports.
+    """
     large = math.floor(math.log10(abs(value))) if 1 <= abs(value) < math.inf else 0
     return round(value, decimals - large)
 

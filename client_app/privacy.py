@@ -1,15 +1,19 @@
-"""Differential privacy of what a site sends, decided by the site: clipping, Gaussian noise, and an account of what is spent.
+"""Differential privacy of what a site sends: clipping, Gaussian noise, and an account.
+
+The site decides on it; the account is of what is spent.
 
     u <- u min(1, C / |u|) + z C n,   n ~ N(0, I)
 
-``u`` is what the site's data did: how far a model came in an order to train, with all that is sent beside it as one vector; for a
-peer, whose model leaves with each exchange, every gradient. Whatever the data are, clipped ``u`` differ by at most 2 C, so that an
-answer is a Gaussian mechanism of noise multiplier z / 2 for any change of them, from one example to all. Answers compose to one of
-``1 / sqrt(sum 1 / (z_t / 2)^2)``; epsilon at delta is that of Balle and Wang, "Improving the Gaussian Mechanism for Differential
-Privacy", ICML 2018, as the library dp-accounting computes it.
+``u`` is what the site's data did: how far a model came in an order to train, with all that is sent
+beside it as one vector; for a peer, whose model leaves with each exchange, every gradient. Whatever
+the data are, clipped ``u`` differ by at most 2 C, so that an answer is a Gaussian mechanism of
+noise multiplier z / 2 for any change of them, from one example to all. Answers compose to one of
+``1 / sqrt(sum 1 / (z_t / 2)^2)``; epsilon at delta is that of Balle and Wang, "Improving the
+Gaussian Mechanism for Differential Privacy", ICML 2018, as the library dp-accounting computes it.
 
-Not covered: the census (numbers of examples, names of classes, each column's count, mean and variance), attacks on floating-point
-noise (Mironov, CCS 2012), and how long the site works.
+Not covered: what a site says of itself before the first round (numbers of examples, names of
+classes, each column's count, mean and variance), attacks on floating-point noise (Mironov, CCS
+2012), and how long the site works.
 """
 
 import json
@@ -74,7 +78,8 @@ class Account:
             spent = math.nan
         if not 0 <= spent < math.inf:
             raise ValueError(
-                f"{self._file} is damaged; bring it back from a copy, nothing else says what is spent"
+                f"{self._file} is damaged; bring it back from a copy, "
+                "nothing else says what is spent"
             )
         return spent
 
@@ -96,9 +101,10 @@ class Account:
 
 
 class _Normal:
-    """Standard normal numbers that nobody can guess: Box and Muller (1958) on AES-256 in counter mode.
+    """Standard normal numbers that nobody can guess.
 
-    Not torch's generator: on a CPU it takes 32 bits of a seed, so that an hour's work finds the noise and takes it away.
+    Source: Box and Muller (1958), on AES-256 in counter mode. Not torch's generator: on a CPU it
+    takes 32 bits of a seed, so that an hour's work finds the noise and takes it away.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -169,9 +175,8 @@ class Noise:
         """The vectors, clipped together, with noise."""
         self._uses += 1
         norm = torch.stack([vector.norm() for vector in vectors]).norm()
-        share = (
-            (self._clip / norm).clamp(max=1.0).nan_to_num()
-        )  # 0 / 0 and what is not finite: nothing leaves
+        # 0 / 0 and what is not finite: nothing leaves.
+        share = (self._clip / norm).clamp(max=1.0).nan_to_num()
         deviation = self._clip * self._multiplier
         return [
             (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector)

@@ -1,8 +1,10 @@
-"""A site of several processes, one a GPU, that ``torchrun`` starts: all work on each letter, each on its part of every batch.
+"""A site of several processes, one a GPU, that ``torchrun`` starts.
 
-Rank 0 reads the letters and answers; what it got, and what the run made the site remember, it shares with the others, which run the
-same handlers and throw their answers away. They meet in each gradient (:func:`client_app.training.data_parallel`). A process
-that fails alone ends, with it torchrun ends the others and starts all anew.
+All work on each letter, each on its part of every batch. Rank 0 reads the letters and answers; what
+it got, and what the run made the site remember, it shares with the others, which run the same
+handlers and throw their answers away. They meet in each gradient
+(:func:`client_app.training.data_parallel`). A process that fails alone ends; with it torchrun ends
+the others and starts all of them again.
 """
 
 import os
@@ -26,7 +28,10 @@ STATE = "state/"  # before the names of what the site remembers
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Inside, a process that fails ends: the others would wait for it, and torchrun starts all anew."""
+    """Inside, an error ends this process.
+
+    The others would wait for it; so torchrun ends them too, and starts all again.
+    """
     try:
         yield
     except Exception:
@@ -35,7 +40,10 @@ def all_or_none() -> Iterator[None]:
 
 
 def broadcast(data: bytes | None, group: Any = None, device: torch.device | str = "cpu") -> bytes:
-    """The bytes that rank 0 has, at all processes of a group, which exchange them through tensors of a device."""
+    """The bytes that rank 0 has, at all processes of a group.
+
+    They exchange them through tensors of a device.
+    """
     size = torch.tensor([0 if data is None else len(data)], device=device)
     with all_or_none():
         dist.broadcast(size, 0, group)
@@ -59,7 +67,8 @@ class Ranks:
         if self.count > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # Each start has names of its own: torchrun's store still knows the addresses of processes that are gone.
+            # Each start has names of its own: torchrun's store still knows the addresses of
+            # processes that are gone.
             store, rank, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # type: ignore[attr-defined]
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -91,7 +100,7 @@ class Ranks:
         broadcast(letter.to_bytes(head, content), self._control)
 
     def shared(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
-        """The other ranks' side of it: its head, the message's content, and what the site remembers."""
+        """What rank 0 shares: the head, the message's content, and what the site remembers."""
         head, records = letter.from_bytes(broadcast(None, self._control))
         content = RecordDict(
             {name: record for name, record in records.items() if not name.startswith(STATE)}
@@ -106,7 +115,10 @@ class Ranks:
         return head, content, state
 
     def meet(self, *, alone: bool = False) -> None:
-        """All are through with the letter; else this process ends. ``alone``: rank 0 has work that the others have not."""
+        """Wait until all are through with the letter; if one fails, end this process.
+
+        ``alone``: rank 0 has work that the others have not.
+        """
         if self.count > 1:
             with all_or_none():
                 dist.monitored_barrier(self._control, IDLE if alone else timedelta(seconds=MEET_S))

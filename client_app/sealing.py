@@ -1,23 +1,30 @@
-"""Sealed payloads: what peers exchange is encrypted end to end, so that the relay can neither read, change, swap nor replay it.
+"""Sealed payloads: what peers exchange is encrypted end to end.
 
-A payload is encrypted once, with a content key of its own (AES-256-GCM); that key is wrapped for each reader with a key that only
-the two of them can compute (X25519; HKDF-SHA256 with the run, both numbers, both public keys and both nonces; AES-256-GCM). Both
-are authenticated together with the run, the sender, its step and the kind of payload, the wrapped key also with the reader and the
-SHA-256 of what it opens: a reader who knows a content key cannot seal anything else with it in the sender's name. A reader takes
-each step of a sender once, in order.
+So the relay can neither read, change, swap nor replay it.
 
-A nonce is what a site draws for a run when it first hears of it, and again if it lost its memory. It is told in the census and with
-each answer, and the relay passes it on: a payload opens at a site only if it was sealed for the nonce that this site has now. So
-nothing of an earlier run does, whatever the relay calls it; a wrong nonce costs a payload, as if it had been dropped.
+A payload is encrypted once, with a content key of its own (AES-256-GCM); that key is wrapped for
+each reader with a key that only the two of them can compute (X25519; HKDF-SHA256 with the run, both
+numbers, both public keys and both nonces; AES-256-GCM). Both are authenticated together with the
+run, the sender, its step and the kind of payload, the wrapped key also with the reader and the
+SHA-256 of what it opens: a reader who knows a content key cannot seal anything else with it in the
+sender's name. A reader takes each step of a sender once, in order.
 
-Whose public key is whose, a site reads from a file of its own (``--node-config 'private-key="..." peer-keys="..."'``), which lists
-for each site number its public key. It should list neighbours only: the graph comes from the run, and whoever is listed may be
-made one. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the public ones on, and a site
-keeps to those of the first message: that protects from a relay that turns bad later, not from one that was bad at first. A site
-that lost its memory trusts anew; where ``state`` names a folder it does not lose it (:mod:`client_app.memory`).
+A nonce is what a site draws for a run at the run's first message, and again if it lost its memory.
+The site sends it when it describes itself and with each answer, and the relay passes it on: a
+payload opens at a site only if it was sealed for the nonce that this site has now. So nothing of an
+earlier run does, whatever the relay calls it; a wrong nonce costs a payload, as if it had been
+dropped.
 
-Keys of files stay the same from run to run, so there is no forward secrecy: who records what is sent and gets a site's private key
-later opens all that was sent to or from this site.
+Whose public key is whose, a site reads from a file of its own
+(``--node-config 'private-key="..." peer-keys="..."'``), which lists for each site number its public
+key. It should list neighbours only: the graph comes from the run, and whoever is listed may be made
+one. With ``sealing = "trust-on-first-use"`` sites make keys of their own, the relay passes the
+public ones on, and a site keeps to those of the first message: that protects from a relay that
+turns bad later, not from one that was bad at first. A site that lost its memory trusts the next
+message again; where ``state`` names a folder it does not lose it (:mod:`client_app.memory`).
+
+Keys of files stay the same from run to run, so there is no forward secrecy: who records what is
+sent and gets a site's private key later opens all that was sent to or from this site.
 """
 
 import os
@@ -47,16 +54,15 @@ from strategies.protocol import NONCE
 from strategies.records import TO, pack_bytes, unpack_bytes
 
 GCM_NONCE = 12  # bytes
-FIRST = bytes(
-    GCM_NONCE
-)  # a content key is used once, so its nonce need not be another one each time
+# A content key is used once, so its nonce need not be another one each time.
+FIRST = bytes(GCM_NONCE)
 SEALED, KEY = "sealed", "key"  # the parts of a sealed payload
 KEYS = "peer-keys"  # the record in the context's state, and the key in a site's configuration
 DRAWN = "run-nonce"  # the record in the context's state
 
 
 class SealError(ValueError):
-    """A payload was changed, came twice, or is not for this site; or a key is missing or another one than before."""
+    """A payload was changed, repeated, or is not for this site; or a key is missing or changed."""
 
 
 class Header(NamedTuple):
@@ -68,7 +74,10 @@ class Header(NamedTuple):
     kind: str
 
     def bytes(self, reader: int | None = None, sealed: bytes = b"") -> bytes:
-        """As it is authenticated: with the data, or with the key that opens what was ``sealed`` for a ``reader``."""
+        """The header as the bytes that are authenticated.
+
+        That is with the data or, for a ``reader``, with the key that opens what was ``sealed``.
+        """
         text = f"archipelago:{self.run}:{self.sender}:{self.step}:{self.kind}:"
         return (
             text.encode()
@@ -155,7 +164,10 @@ class Keyring:
 def seal(
     ring: Keyring, name: str, payload: Payload, readers: Iterable[int], header: Header
 ) -> tuple[dict[str, Array], dict[int, str]]:
-    """A payload as the sealed arrays that are sent under ``name``; and the readers that cannot have it, and why."""
+    """A payload as sealed arrays, which are sent under ``name``.
+
+    Also the readers that cannot have it, and why.
+    """
     data = save({part: value.detach().cpu().contiguous() for part, value in payload.items()})
     sealed, keys, problems = ring.seal(data, readers, header)
     arrays = {f"{name}/{SEALED}": pack_bytes(sealed)} | {
@@ -180,7 +192,10 @@ def _public_of(private: X25519PrivateKey) -> bytes:
 
 
 def public_key(context: Context) -> bytes:
-    """This site's public key where keys are trusted on first use; the private one is made now if there is none."""
+    """This site's public key where keys are trusted on first use.
+
+    The private one is made now if there is none.
+    """
     record = _own(context)
     private = X25519PrivateKey.from_private_bytes(bytes(record["private"]))  # type: ignore[arg-type]
     return _public_of(private)
@@ -200,9 +215,8 @@ def _own(context: Context) -> ConfigRecord:
 def nonce_of(context: Context) -> bytes:
     """This site's nonce in the run, drawn now if there is none."""
     record, run = context.state.get(DRAWN), str(context.run_id)
-    if (
-        not isinstance(record, ConfigRecord) or record["run"] != run
-    ):  # Flower keeps a context from run to run of a series
+    # Flower keeps a context from run to run of a series.
+    if not isinstance(record, ConfigRecord) or record["run"] != run:
         record = context.state[DRAWN] = ConfigRecord({"run": run, "nonce": os.urandom(NONCE)})
     return bytes(record["nonce"])  # type: ignore[arg-type]
 
@@ -220,7 +234,8 @@ def keyring(
         context: of the message.
         sealing: ``keys`` or ``trust-on-first-use``.
         number: of this site.
-        keys: public keys of other sites that the message brings; of use with trust on first use only.
+        keys: public keys of other sites that the message brings; of use with trust on first use
+            only.
         nonces: of other sites, that the message brings.
 
     Raises:
@@ -239,13 +254,16 @@ def keyring(
         record[f"key-{site}"] = key
     record["pinned"] = True  # whom the first message does not name, no later one can
     known = {
-        int(name.removeprefix("key-")): bytes(value)
+        int(name.removeprefix("key-")): bytes(value)  # type: ignore[arg-type]
         for name, value in record.items()
         if name.startswith("key-")
-    }  # type: ignore[arg-type]
+    }
     return Keyring(
-        number, X25519PrivateKey.from_private_bytes(bytes(record["private"])), known, nonces
-    )  # type: ignore[arg-type]
+        number,
+        X25519PrivateKey.from_private_bytes(bytes(record["private"])),  # type: ignore[arg-type]
+        known,
+        nonces,
+    )
 
 
 def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> Keyring:
@@ -253,7 +271,8 @@ def _from_files(context: Context, number: int, nonces: Mapping[int, bytes]) -> K
     missing = [key for key in ("private-key", KEYS) if key not in node]
     if missing:
         raise SealError(
-            f"sealing = 'keys': --node-config has no {' and no '.join(missing)}; python -m client_app.sealing makes a key, "
+            f"sealing = 'keys': --node-config has no {' and no '.join(missing)}; "
+            "python -m client_app.sealing makes a key, "
             "and in a simulation sealing = 'trust-on-first-use' needs none"
         )
     try:
@@ -294,7 +313,10 @@ def new_key() -> tuple[bytes, str]:
 
 
 def main() -> None:
-    """Write a new private key into the file named on the command line, for its owner only; print the public one."""
+    """Write a new private key into the file named on the command line; print the public one.
+
+    Only the file's owner can read it.
+    """
     import sys
 
     if len(sys.argv) != 2:

@@ -1,14 +1,15 @@
-"""The site service: the operator's own, installed copy of the handlers, with the data, the network and the keys.
+"""The site service: the operator's own, installed copy of the handlers.
 
-    python -m client_app.service /etc/archipelago/site.toml            answer letters until it is ended
-    python -m client_app.service --check /etc/archipelago/site.toml    say what it would do, or what is wrong
-    torchrun --max-restarts=100 --nproc-per-node=4 -m client_app.service site.toml        the same on four GPUs
+    python -m client_app.service /etc/archipelago/site.toml   answer letters until it is ended
+    python -m client_app.service --check site.toml            say what it would do, or what is wrong
+    torchrun --max-restarts=100 --nproc-per-node=4 -m client_app.service site.toml   on four GPUs
 
-It listens at a Unix socket that its own user and the members of one group may open; Flower's ClientApp, whose code the server
-ships and which may run as another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask is
-decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer before it leaves
-(:mod:`client_app.privacy`). One letter is answered after the other, by this process's main thread; data, network and what runs
-made this site remember stay in its memory.
+It has the data, the network and the keys, and listens at a Unix socket that its own user and the
+members of one group may open; Flower's ClientApp, whose code the server ships and which may run as
+another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask
+is decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer before
+it leaves (:mod:`client_app.privacy`). One letter is answered after the other, by this process's
+main thread; data, network and what runs made this site remember stay in its memory.
 """
 
 import argparse
@@ -87,7 +88,9 @@ WAITING = 16  # letters
 
 
 class _Letter(NamedTuple):
-    """One that came, and where the main thread puts the answer to it: records, or a text that says what is wrong.
+    """A letter that came, and where the main thread puts the answer to it.
+
+    The answer is records, or a text that says what is wrong.
 
     Attributes:
         unwanted: set when whoever waited for the answer is gone.
@@ -159,9 +162,8 @@ class Service:
             except OSError as error:
                 if listener.fileno() < 0:
                     return
-                print(
-                    f"no letter can be taken now: {error}", file=sys.stderr
-                )  # such as too many open files
+                # Such as too many open files.
+                print(f"no letter can be taken now: {error}", file=sys.stderr)
                 time.sleep(TELL_S)
                 continue
             if self._readers.acquire(blocking=False):
@@ -180,7 +182,10 @@ class Service:
             )
 
     def _read(self, line: socket.socket) -> None:
-        """Read a letter, hand it to the main thread, say once a second that it is worked on, and write the answer."""
+        """Read a letter, hand it to the main thread, and write the answer.
+
+        Meanwhile say once a second that the letter is worked on.
+        """
         with line, self._reading():
             line.settimeout(letter.SILENCE_S)
             sender = _sender(line)
@@ -207,7 +212,8 @@ class Service:
                             letter.WORKING,
                             json.dumps({"doing": doing, "seconds": round(seconds)}),
                         )
-                    except OSError:  # a run was stopped, or its SuperNode; the next letter need not wait for its work
+                    except OSError:
+                        # A run was stopped, or its SuperNode; the next letter need not wait for it.
                         found.unwanted.set()
                         os.kill(os.getpid(), signal.SIGALRM)
                         raise
@@ -217,7 +223,10 @@ class Service:
                 else:
                     letter.write(line, {}, answer)
             except (LetterError, OSError, ValueError, MemoryError) as error:
-                problem = f"a letter that cannot be read, or an answer that is not taken: {printable(str(error), 240)}"
+                problem = (
+                    "a letter that cannot be read, or an answer that is not taken: "
+                    f"{printable(str(error), 240)}"
+                )
                 with suppress(OSError):  # a full disk
                     self._write({"way": "in", "sender": sender, "problem": problem})
 
@@ -272,16 +281,16 @@ class Service:
         run = started.run if started else int(head["run"])
         message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
         node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
-        # Its state's file has the site's number, not the node's: a letter may name any node, and would leave a file for each.
+        # Its state's file has the site's number, not the node's: a letter may name any node, and
+        # would leave a file for each.
         context = Context(run, site.site, node_config, RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
         config = config_of_site(context)
         policy.check_run(site.policy, config)
         policy.check_sharding(site, config)
         num_test = self._check_message(config, message, context)
-        memory = self._memory(
-            run, asked
-        )  # a run that is refused neither counts nor pushes out what another left
+        # A run that is refused neither counts nor pushes out what another run left.
+        memory = self._memory(run, asked)
         context.state = memory.state
         if self._ranks.count > 1 and site.state:
             restore_from_disk(message, context)
@@ -316,7 +325,10 @@ class Service:
         return found
 
     def _forget_old(self) -> None:
-        """Only a peer's memory ends with its run: that of other runs is deleted when nothing was added for long."""
+        """Delete the memory of runs to which nothing was added for long.
+
+        Only a peer's memory ends with its run.
+        """
         if self._site.state:
             for file in Path(self._site.state).glob("*-*.*"):
                 with suppress(OSError):
@@ -348,7 +360,10 @@ class Service:
         return num_test
 
     def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
-        """A line for each letter when it comes (``in``), and for its answer before that leaves (``out``)."""
+        """Write a line for a letter or its answer into the audit log.
+
+        ``in``: when the letter comes; ``out``: before the answer leaves.
+        """
         config = found.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
         strategy = found.head["run-config"].get("strategy")
@@ -411,10 +426,12 @@ class _Begun:
                 ) from None
 
     def add(self, run: int, digest: str, most: int) -> None:
-        """A run with a configuration of this digest begins, or goes on after this process was started anew.
+        """Note that a run with this digest of its configuration begins.
+
+        Or that it goes on after this process was restarted.
 
         Raises:
-            PolicyError: it had another configuration, or so many have begun.
+            PolicyError: it had another configuration, or ``most`` runs have begun.
         """
         now = time.time()
         # Of the future is what began before the clock was set back: it counts a day from now.
@@ -446,14 +463,16 @@ def follow(ranks: Ranks) -> None:
             key: value for key, value in head["node-config"].items() if key not in ("state", "save")
         }
         reply = handlers(message, Context(run, node, node_config, state, head["run-config"]))
-        ranks.meet(
-            alone=SHARDING in node_config and not reply.has_error()
-        )  # whole vectors are coded, and get their noise
+        # When sharded, rank 0 alone codes whole vectors and adds noise to them.
+        ranks.meet(alone=SHARDING in node_config and not reply.has_error())
 
 
 @lru_cache(maxsize=RUNS)
 def _holdings(config: Config, site: SiteId, _: Origin) -> tuple[int, int, tuple[int, ...]]:
-    """Training and test examples, and the shape of one as the network takes it; anew when the files changed."""
+    """Numbers of training and test examples, and the shape of one as the network takes it.
+
+    They are determined again when the files changed.
+    """
     data = raw_data(config, site)
     shape = tuple(data.train.x.shape[1:])
     return len(data.train.y), len(data.test.y), (2 * shape[0],) if data.columns else shape
@@ -475,7 +494,10 @@ def _metadata(run: int, node: int, kind: str) -> Metadata:
 
 
 def _norms(message: Message, reply: Message) -> dict[str, float]:
-    """Euclidean norms of the vectors of an answer, or of their difference from those that came; sealed ones say nothing."""
+    """Euclidean norms of the vectors of an answer, or of their difference from those that came.
+
+    Sealed vectors are left out: their norms would say nothing.
+    """
     sent, found = arrays_of(message), dict[str, float]()
     for name, array in arrays_of(reply).items():
         if array.dtype == "float32":
@@ -485,9 +507,8 @@ def _norms(message: Message, reply: Message) -> dict[str, float]:
                 and sent[name].dtype == "float32"
                 and tuple(sent[name].shape) == tuple(array.shape)
             )
-            found[name] = float(
-                f"{extent(vector.reshape(-1), unpack(sent[name]).reshape(-1) if like else None)[1]:.4g}"
-            )
+            before = unpack(sent[name]).reshape(-1) if like else None
+            found[name] = float(f"{extent(vector.reshape(-1), before)[1]:.4g}")
     return found
 
 
@@ -499,9 +520,10 @@ def _bytes(content: RecordDict) -> int:
 
 @contextmanager
 def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
-    """Inside, the main thread has so many seconds, and is interrupted after them; the event says whether it was.
+    """Inside, the main thread has so many seconds, and is interrupted after them.
 
-    It is interrupted, too, by the alarm that comes with ``unwanted``.
+    The event says whether it was. It is interrupted, too, by the alarm that comes with
+    ``unwanted``.
     """
     passed, end = Event(), time.monotonic() + seconds
 
@@ -572,8 +594,10 @@ def report(site: SiteFile, ranks: int = 1) -> str:
         f"      {len(data.train.y):,} training and {len(data.test.y):,} test examples of {shape}",
         f"to predict: {names} ({config.training.task}{leave})",
         f"devices: {device_of(config.computing.device)}, {processes}{sharded}",
-        f"socket: {site.socket}, open to this user{f' and the group {site.group}' if site.group else ''}",
-        f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; audit: {site.audit or 'standard error only'}",
+        f"socket: {site.socket}, open to this user"
+        f"{f' and the group {site.group}' if site.group else ''}",
+        f"state: {site.state or 'in memory only'}; key: {site.private_key or 'none'}; "
+        f"audit: {site.audit or 'standard error only'}",
         f"page: {f'http://{site.page}' if site.page else 'none'}",
         f"privacy: {_spent(site)}",
         "policy:",
@@ -631,7 +655,10 @@ def _spent(site: SiteFile) -> str:
 
 @contextmanager
 def _alone(site: SiteFile) -> Iterator[None]:
-    """Inside, no other service uses the state: two would forget each other's runs, and what the other spends."""
+    """Inside, no other service uses the state.
+
+    Two would forget each other's runs, and what the other spends.
+    """
     if site.state:
         Path(site.state).mkdir(0o700, parents=True, exist_ok=True)
     try:
@@ -646,9 +673,10 @@ def _alone(site: SiteFile) -> Iterator[None]:
 
 
 def _own_temporary_files() -> None:
-    """Put temporary files where nobody else writes: ``torch.compile``, for which a run may ask, runs what it finds there.
+    """Put temporary files where nobody else writes.
 
-    Before PyTorch loads its compiler, which takes the place that it finds then.
+    ``torch.compile``, for which a run may ask, runs what it finds there. Call this before PyTorch
+    loads its compiler, which takes the folder that is set then.
     """
     folder = cache_folder("temporary")
     try:
@@ -661,7 +689,7 @@ def _own_temporary_files() -> None:
 
 
 def _warm() -> None:
-    """Load what PyTorch loads with the first step of an optimizer, so that no letter waits for it."""
+    """Load what PyTorch loads with an optimizer's first step, so that no letter waits for it."""
     whole = torch.nn.Parameter(torch.zeros(1))
     whole.grad = torch.zeros(1)
     for kind in (torch.optim.SGD, torch.optim.AdamW):
@@ -688,10 +716,8 @@ def main() -> None:
         if not arguments.check:
             policy.check_processes(site, ranks.count)
             with _alone(site):
-                for ending in (
-                    signal.SIGTERM,
-                    signal.SIGINT,
-                ):  # the socket goes, too; a shell's & has Ctrl-C ignored
+                # The socket is removed, too; a shell's & has Ctrl-C ignored.
+                for ending in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(ending, signal.default_int_handler)
                 _warm()
                 Service(site, ranks).serve()

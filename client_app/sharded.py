@@ -1,7 +1,9 @@
-"""A network that no device of a site need hold: each process has its shard of every parameter, gradient and moment (FSDP2).
+"""A network that no single device needs to hold: each process has its shard of it (FSDP2).
 
-Vectors [d] of the whole model are for the wire and for what a run made the site remember. Only rank 0 has them, on the CPU; they
-are dealt out and gathered parameter by parameter. While a network is built, though, each process has it whole on its CPU.
+The shard is of every parameter, gradient and moment. Vectors [d] of the whole model are for the
+wire and for what a run made the site remember. Only rank 0 has them, on the CPU; they are dealt out
+and gathered parameter by parameter. While a network is built, though, each process has it whole on
+its CPU.
 """
 
 import json
@@ -28,11 +30,13 @@ BLOCK = 2**20  # parameters: fewer are not worth a message of their own
 class ShardedModel(FlatModel):
     """A :class:`FlatModel` of several processes.
 
-    ``x`` and ``grad`` [p] are this process's shard, p = d / count and a little: FSDP2 splits each parameter by its first
-    dimension into equal parts, the last of which are filled up with zeros. These stay zero: their gradient is.
+    ``x`` and ``grad`` [p] are this process's shard, p = d / count and a little: FSDP2 splits each
+    parameter by its first dimension into equal parts, the last of which are filled up with zeros.
+    These stay zero: their gradient is.
 
     Attributes:
-        share: of the batch that this process has the next loss of; the backward pass weighs it by that and sums over all.
+        share: of the batch, the share of which this process computes the next loss; the backward
+            pass weighs the loss by it and sums over all processes.
         sizes: of the whole parameters, as in :class:`FlatModel`.
     """
 
@@ -40,7 +44,7 @@ class ShardedModel(FlatModel):
         self.rank, self.count, self.share = dist.get_rank(), dist.get_world_size(), 1.0
         mesh = init_device_mesh(device.type, (self.count,))
         for block in (*_blocks(network), network):
-            # Not even the root stays whole after a forward pass: what is loaded next would not be seen.
+            # Not even the root stays whole after a forward pass: it would not see what is loaded.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         for module in network.modules():
             if isinstance(module, FSDPModule):
@@ -49,7 +53,8 @@ class ShardedModel(FlatModel):
         super().__init__(network, device)
 
     def _bind(self, parameters: list[nn.Parameter]) -> None:
-        # FSDP2 has a tensor for each shard, zeros included; no public function makes them views into one.
+        # FSDP2 has a tensor for each shard, zeros included; no public function makes them views
+        # into one.
         states = [
             module._get_fsdp_state()
             for module in self.network.modules()
@@ -89,7 +94,9 @@ class ShardedModel(FlatModel):
         return square.sqrt()
 
     def deal(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """This process's shards [..., p] of the vectors [..., d] that ``read`` gives rank 0; numbers and ``stats`` as they are.
+        """This process's shards [..., p] of the vectors [..., d] that ``read`` gives rank 0.
+
+        Numbers and ``stats`` are not split.
 
         Raises:
             ValueError: ``read`` does; or a vector is of another size. All processes raise it.
@@ -119,7 +126,10 @@ class ShardedModel(FlatModel):
             }
 
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vectors of which each process has its shard, whole on the CPU of rank 0; nothing elsewhere."""
+        """The vectors of which each process has its shard, whole, on the CPU of rank 0.
+
+        The other processes get nothing.
+        """
         with all_or_none():
             long = {
                 name: name != STATS and each.shape == self.x.shape for name, each in vectors.items()
@@ -177,9 +187,10 @@ class ShardedModel(FlatModel):
 
 
 def sharded(base: Gradient, model: ShardedModel) -> Gradient:
-    """:func:`client_app.training.data_parallel` with a model whose backward pass sums the gradients itself.
+    """:func:`client_app.training.data_parallel` with a model that sums the gradients itself.
 
-    All must take part in that: a process without examples computes on all of them, and counts for nothing.
+    It does so in the backward pass. All must take part in that: a process without examples computes
+    on all of them, and counts for nothing.
     """
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
@@ -200,9 +211,10 @@ def sharded(base: Gradient, model: ShardedModel) -> Gradient:
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The parts that are whole one after the other, from the inside out: elements of lists and sequences, if they are large.
+    """The parts that are whole one after the other, from the inside out.
 
-    Not what shares a parameter with the rest, which both need at once.
+    They are elements of lists and sequences, if they are large; but not what shares a parameter
+    with the rest, which both need at once.
     """
     names: dict[int, int] = {}
     for _, parameter in network.named_parameters(remove_duplicate=False):

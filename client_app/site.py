@@ -1,7 +1,8 @@
 """A site: which one it is, its data, its network on its device.
 
-Between messages a site keeps data and network in memory while its process lives, and relies on neither: every answer follows from
-the message, the run configuration, the data and the context's state alone.
+Between messages a site keeps data and network in memory while its process lives, and relies on
+neither: every answer follows from the message, the run configuration, the data and the context's
+state alone.
 """
 
 import os
@@ -56,7 +57,8 @@ class SiteId(NamedTuple):
 
     Attributes:
         number: counts from 0.
-        num_sites: all sites of a simulation; None in a deployment, where a site knows nothing but itself.
+        num_sites: all sites of a simulation; None in a deployment, where a site knows nothing but
+            itself.
         path: a deployed site's data.
     """
 
@@ -66,7 +68,10 @@ class SiteId(NamedTuple):
 
     @classmethod
     def of(cls, context: Context) -> "SiteId":
-        """From the node's configuration: Flower's in a simulation, ``site=0 data="/srv/data"`` in a deployment."""
+        """Read from the node's configuration.
+
+        It is Flower's in a simulation, ``site=0 data="/srv/data"`` in a deployment.
+        """
         node = context.node_config
         if "data" not in node and "partition-id" in node:
             return cls(int(node["partition-id"]), int(node["num-partitions"]), "")
@@ -86,7 +91,8 @@ class Network(NamedTuple):
         details: whether tests tell what the metrics of each class are made of.
         model: the bound model.
         predict: what it predicts for a batch of prepared examples.
-        x, stats: the initial model; of peers, which start from it. Others train what they are sent, and ``x`` is as it comes.
+        x, stats: the initial model; of peers, which start from it. Others train what they are sent,
+            and ``x`` is as it comes.
         plain: the gradient of the mean loss over a batch.
         sharp: the same, sharpness-aware where the run is.
         at_once: examples that are tested together.
@@ -103,7 +109,10 @@ class Network(NamedTuple):
     at_once: int = training.EVALUATION_BATCH
 
     def test(self, xs: Tensor, statistics: Tensor, part: Part) -> dict[str, float | list[float]]:
-        """What the mean prediction of models [k, d] with their statistics [k, b] is worth (:func:`training.evaluate`)."""
+        """Metrics of the mean prediction of models [k, d] with their statistics [k, b].
+
+        As in :func:`training.evaluate`.
+        """
         return training.evaluate(
             self.task,
             self.predict,
@@ -125,7 +134,8 @@ def config_of_site(context: Context) -> Config:
     config = _checked(frozenset(context.run_config.items()))
     if "peer-keys" in context.node_config and config.wire.sealing != "keys":
         raise ConfigError(
-            f"wire.sealing = {config.wire.sealing!r}: this site has peer-keys and takes part in sealed runs only; allowed: 'keys'"
+            f"wire.sealing = {config.wire.sealing!r}: this site has peer-keys and takes part in "
+            "sealed runs only; allowed: 'keys'"
         )
     return config
 
@@ -172,13 +182,15 @@ def origin_of(config: Config, site: SiteId) -> Origin:
     return Origin(data.source, path, options, _fingerprint(data.source, path))
 
 
-_looks: dict[
-    tuple[str, str], tuple[float, str]
-] = {}  # of a source and path: when to look again, and what was found
+# Of a source and path: when to look again, and what was found.
+_looks: dict[tuple[str, str], tuple[float, str]] = {}
 
 
 def _fingerprint(source: str, path: str) -> str:
-    """Of the files, as of a moment ago: a look at a million of them takes seconds, and looking a twentieth of the time at most."""
+    """The fingerprint of the files, as of a moment ago.
+
+    A look at a million of them takes seconds, and looking takes a twentieth of the time at most.
+    """
     due, before = _looks.get((source, path), (0.0, ""))
     if (start := time.monotonic()) < due:
         return before
@@ -243,11 +255,15 @@ def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
     data = take(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
     if isinstance(data.train.x, Lazy) and data.train.x.in_order and not _epochs(config):
-        said = "an IterableDataset is read from its beginning each time; allowed: methods with local-epochs"
+        said = (
+            "an IterableDataset is read from its beginning each time; "
+            "allowed: methods with local-epochs"
+        )
         raise ConfigError(f"strategy = {config.strategy!r}: {said}")
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
         raise ConfigError(
-            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; allowed, sealed: {FEWEST} or more"
+            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; "
+            f"allowed, sealed: {FEWEST} or more"
         )
     return data
 
@@ -258,9 +274,11 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
         return splits if _pooled(config) else [splits[site.number]]
     if _pooled(config):
         raise ValueError(
-            f"strategy = {config.strategy!r} puts the data of all sites in one place: only in a simulation"
+            f"strategy = {config.strategy!r} puts the data of all sites in one place: "
+            "only in a simulation"
         )
-    # Not the run's seed: from what two halves have in common, and what not, follows each example; and a test stays one.
+    # Not the run's seed: from what two halves have in common, and what not, follows each example;
+    # and a test stays one.
     generator = np.random.default_rng(derive(SPLIT_SEED, "split", site.number))
     return [
         own(
@@ -275,10 +293,12 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
 def site_data(
     config: Config, site: SiteId, classes: tuple[str, ...], common: Moments | None
 ) -> SiteData:
-    """The examples of a site, on its device, with what all sites agreed on: their classes and, for tables, the moments.
+    """The examples of a site, on its device, with what all sites agreed on.
+
+    That is their classes and, for tables, the moments.
 
     Raises:
-        ValueError: the data cannot be read, dealt out or named.
+        ValueError: the data cannot be read, split or named.
     """
     return _site_data(config, site, origin_of(config, site), classes, common)
 
@@ -325,7 +345,8 @@ def device_of(name: str) -> torch.device:
         except (RuntimeError, AssertionError) as error:  # as torch's parts say it
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"computing.device = {name!r}: {reason}; allowed here: 'auto', or one that this site has"
+                f"computing.device = {name!r}: {reason}; "
+                "allowed here: 'auto', or one that this site has"
             ) from error
     ray = sys.modules.get("ray")
     if device.type == "cuda" and ray is not None and ray.is_initialized():
@@ -339,14 +360,15 @@ def device_of(name: str) -> torch.device:
 def network_of(
     config: Config, shape: tuple[int, ...], num_classes: int, sharding: bool = False
 ) -> Network:
-    """The network of a run for examples of ``shape``, on this site's device, or a shard of it on each of them."""
+    """The network of a run for examples of ``shape``, on this site's device.
+
+    With ``sharding`` it is a shard of the network on each device.
+    """
     device = device_of(config.computing.device)
     task, network = config.task, build(config, shape, num_classes)[0]
     if sharding:
-        from client_app.sharded import (
-            ShardedModel,
-            sharded,
-        )  # here: FSDP2 takes a second to import, and few sites have it
+        # Imported here: FSDP2 takes a second to import, and few sites have it.
+        from client_app.sharded import ShardedModel, sharded
 
         model: FlatModel = (shards := ShardedModel(network, device))
     else:
@@ -359,9 +381,8 @@ def network_of(
     )
 
     def predict(x: Tensor) -> Tensor:
-        together = (
-            all_or_none() if sharding else nullcontext()
-        )  # each layer is put together from all processes
+        # Each layer is put together from all processes.
+        together = all_or_none() if sharding else nullcontext()
         with (
             together,
             torch.autocast(
@@ -441,16 +462,21 @@ def private(context: Context, network: Network) -> Noise | None:
     noise = Noise.of(context)
     if noise and network.model.num_stats:
         raise ConfigError(
-            "model.norm = 'batch': statistics would leave without noise; allowed at this site: 'group'"
+            "model.norm = 'batch': statistics would leave without noise; "
+            "allowed at this site: 'group'"
         )
     return noise
 
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, dropout draws from a seed of this site and round: it knows no generator but torch's global one."""
+    """Inside, dropout draws from a seed of this site and round.
+
+    It knows no generator but torch's global one.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for devices that never come.
+        # Not torch.manual_seed: without a GPU it would remember, with a traceback each, seeds for
+        # devices that never come.
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)

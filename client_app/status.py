@@ -1,6 +1,7 @@
-"""A site's own page: what was asked of it, what left, its rules, and the privacy that is spent. No data, no keys, no models.
+"""A site's own page: what was asked of it, what left, its rules, and the privacy that is spent.
 
-It shows what the audit log holds, and the numbers that the service has in memory; ``/metrics`` has them for Prometheus.
+No data, no keys, no models. It shows what the audit log holds, and the numbers that the service has
+in memory; ``/metrics`` has them for Prometheus.
 """
 
 import json
@@ -77,9 +78,8 @@ class Status(Collector):
         privacy = self.spent()
         with self._lock:
             told = {
-                "newest": [
-                    {**line, "run": str(line["run"])} for line in reversed(self._newest)
-                ],  # too large for JavaScript
+                # The numbers of runs are too large for JavaScript.
+                "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],
                 "letters": self._letters["in"],
                 "bytes": {way: self._bytes[way] for way in ("in", "out")},
                 "refused": dict(self._refused),

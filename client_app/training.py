@@ -1,7 +1,7 @@
 """Local training: where a gradient comes from, and the loop that follows it.
 
-A gradient is a function of a model and a batch, so that plain, proximal and sharpness-aware training differ in one argument of the
-same loop, and every strategy can use any of them.
+A gradient is a function of a model and a batch, so that plain, proximal and sharpness-aware
+training differ in one argument of the same loop, and every strategy can use any of them.
 """
 
 import math
@@ -26,18 +26,21 @@ EVALUATION_BATCH = 1024
 
 
 class Gradient(Protocol):
-    """The loss [] and the gradient [d] at a model ``x`` [d], which may be overwritten by the next call.
+    """The loss [] and the gradient [d] at a model ``x`` [d].
 
-    ``track`` is False where BatchNorm's running statistics must stay as they are.
+    The gradient may be overwritten by the next call. ``track`` is False where BatchNorm's running
+    statistics must stay as they are.
     """
 
-    def __call__(
-        self, x: Tensor, batch: Batch, /, *, track: bool = True
-    ) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, batch: Batch, /, *, track: bool = True) -> tuple[Tensor, Tensor]:
+        """The loss and the gradient at ``x`` on a batch."""
 
 
 def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
-    """The gradient by backpropagation. ``loss`` computes the mean loss [] of the network that ``model`` is bound to."""
+    """The gradient by backpropagation.
+
+    ``loss`` computes the mean loss [] of the network that ``model`` is bound to.
+    """
     buffers = model.all_buffers()
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
@@ -60,11 +63,13 @@ def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
 def sharpness_aware(
     base: Gradient, rho: float, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
 ) -> Gradient:
-    """The gradient at the worst point near by: at ``x + rho g / |g|``, where ``g`` is the gradient at ``x`` on the same batch.
+    """The gradient at the worst point near by.
 
-    Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equations 2 and 3; one norm over all parameters; the second
-    pass leaves BatchNorm statistics alone, as in the authors' code. The loss returned is that of the first pass. ``norm`` is the
-    model's own.
+    That is ``x + rho g / |g|``, where ``g`` is the gradient at ``x`` on the same batch.
+
+    Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equations 2 and 3; one norm
+    over all parameters; the second pass leaves BatchNorm statistics alone, as in the authors' code.
+    The loss returned is that of the first pass. ``norm`` is the model's own.
     Special case: rho = 0 is the base gradient.
     """
     if rho == 0:
@@ -78,7 +83,10 @@ def sharpness_aware(
 
 
 def accumulated(base: Gradient, size: int) -> Gradient:
-    """The gradient over a batch, summed over parts of at most ``size`` examples: memory is that of a part. 0: at once."""
+    """The gradient over a batch, summed over parts of at most ``size`` examples.
+
+    The memory needed is that of a part. 0: the batch at once.
+    """
     if size == 0:
         return base
 
@@ -94,9 +102,10 @@ def accumulated(base: Gradient, size: int) -> Gradient:
 
 
 def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Tensor]) -> Gradient:
-    """The gradient over a batch of which each of ``count`` processes computes its part: loss and gradient are summed over all.
+    """The gradient over a batch of which each of ``count`` processes computes its part.
 
-    BatchNorm normalises each part by itself, as DistributedDataParallel does; its running ``statistics`` become the parts' mean.
+    Loss and gradient are summed over all. BatchNorm normalises each part by itself, as
+    DistributedDataParallel does; its running ``statistics`` become the parts' mean.
     """
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
@@ -122,7 +131,11 @@ def data_parallel(base: Gradient, rank: int, count: int, statistics: Sequence[Te
 
 
 def proximal(base: Gradient, anchor: Tensor, mu: float) -> Gradient:
-    """The gradient of ``f(x) + mu/2 |x - anchor|^2`` (FedProx: Li et al., MLSys 2020, equation 2). mu = 0 is the base gradient."""
+    """The gradient of ``f(x) + mu/2 |x - anchor|^2``.
+
+    Source: FedProx, Li et al., MLSys 2020, equation 2.
+    Special case: mu = 0 is the base gradient.
+    """
     if mu == 0:
         return base
 
@@ -144,14 +157,20 @@ def corrected(base: Gradient, correct: Callable[[Tensor], Tensor]) -> Gradient:
 
 
 def prepare(x: Tensor) -> Tensor:
-    """Examples as the network takes them: tokens int64; all else float32, pictures (bytes) from 0..255 to -2..2 at every site."""
+    """Examples as the network takes them.
+
+    Tokens are int64; all else is float32, pictures (bytes) from 0..255 to -2..2 at every site.
+    """
     if x.dtype == torch.int64:
         return x
     return x.float().div_(63.75).sub_(2) if x.dtype == torch.uint8 else x.float()
 
 
 def flip_crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [n, c, h, w], each flipped with probability 1/2 and cropped anew from a border of an eighth of its size."""
+    """Pictures [n, c, h, w], each flipped with probability 1/2 and cropped at random.
+
+    Before the crop, which keeps their size, they get a border of an eighth of their height.
+    """
     n, _, height, width = x.shape
     pad = max(1, height // 8)
     # Drawn on the CPU, so that every device sees the same numbers.
@@ -169,7 +188,7 @@ def flip_crop(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
-    """Batches of an epoch, the last ones being one example smaller where it does not come out even."""
+    """How many batches an epoch has; where sizes must differ, the last are one example smaller."""
     return math.ceil(num_examples / batch_size)
 
 
@@ -179,7 +198,10 @@ def batches(
     generator: torch.Generator,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None,
 ) -> Iterator[Batch]:
-    """One epoch in random order, an IterableDataset's in its own; in batches of nearly equal size: none of one example."""
+    """One epoch in random order, an IterableDataset's in its own.
+
+    Its batches are of nearly equal size: none of one example.
+    """
     order = torch.randperm(len(part.y), generator=generator)
     if isinstance(part.x, Lazy) and part.x.in_order:
         order = torch.arange(len(part.y))
@@ -198,8 +220,9 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1.
 
-    For ``muon`` there are two: Muon (Jordan et al. 2024, with Nesterov momentum) for the hidden matrices, scaled so that its
-    updates are as large as AdamW's (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982), and AdamW for the rest.
+    For ``muon`` there are two: Muon (Jordan et al. 2024, with Nesterov momentum) for the hidden
+    matrices, scaled so that its updates are as large as AdamW's (Liu et al., "Muon is Scalable for
+    LLM Training", arXiv 2502.16982), and AdamW for the rest.
     """
     whole = nn.Parameter(model.x)
     assert whole.data_ptr() == model.x.data_ptr()
@@ -222,9 +245,8 @@ def optimizers(
         for parameter in hidden_matrices(model.network)
         if parameter.requires_grad
     }
-    matrices = [
-        nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()
-    ]  # kernels: a row for each output
+    # Kernels: a row for each output.
+    matrices = [nn.Parameter(parameter.detach().flatten(1)) for parameter in hidden.values()]
     for matrix, parameter in zip(matrices, hidden.values(), strict=True):
         assert parameter.grad is not None  # a view into model.grad
         matrix.grad = parameter.grad.flatten(1)
@@ -310,8 +332,8 @@ def evaluate(
         at_once: so many examples are computed together.
 
     Returns:
-        ``loss``, where the task decides something ``accuracy``, and ``means``; of several models also
-        ``accuracy-vote`` (majority) and ``accuracy-single`` (mean over the models).
+        ``loss``, where the task decides something ``accuracy``, and ``means``; of several models
+        also ``accuracy-vote`` (majority) and ``accuracy-single`` (mean over the models).
     """
     n, k, sums = len(part.y), len(xs), dict[str, Tensor]()
     decide, means = task.decide, task.measures(details)

@@ -1,8 +1,9 @@
 """Decoded data sets on disk: one process decodes, every later one maps the file into its memory.
 
-Entries lie in ``$XDG_CACHE_HOME/archipelago/decoded`` (by default ``~/.cache/...``) and are as secret as the data. safetensors
-maps a file privately: its pages are read when they are touched, all processes share them, and what a process writes into a tensor
-it alone sees. An entry is not read whole to be checked: bytes that a disk alters go unseen.
+Entries lie in ``$XDG_CACHE_HOME/archipelago/decoded`` (by default ``~/.cache/...``) and are as
+secret as the data. safetensors maps a file privately: its pages are read when they are touched, all
+processes share them, and what a process writes into a tensor it alone sees. An entry is not read
+whole to be checked: bytes that a disk alters go unseen.
 """
 
 import json
@@ -26,15 +27,8 @@ from datasets.lazy import Lazy
 from datasets.names import shown
 
 TENSORS, NAMES = ("x", "y", "group", "test"), ("classes", "groups", "columns")
-LIBRARIES = (
-    "numpy",
-    "pandas",
-    "pillow",
-    "scikit-learn",
-    "scipy",
-    "torch",
-    "torchvision",
-)  # that decode
+# The libraries that decode.
+LIBRARIES = ("numpy", "pandas", "pillow", "scikit-learn", "scipy", "torch", "torchvision")
 
 
 def digest(value: object) -> str:
@@ -56,14 +50,21 @@ CODE = _code()  # now: later the files may be others than those that this proces
 
 
 def cache_folder(name: str) -> Path:
-    """Where this user's cache has things of a kind; ``~`` is still to be expanded, which may fail."""
+    """Where this user's cache has things of a kind; its ``~`` is not yet expanded.
+
+    Expanding it may fail.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "archipelago", name)
 
 
 def fingerprint(files: Path | None) -> str:
-    """Of a file, or of every file below a folder: relative names, sizes, times of change. None: of nothing, a package has the data.
+    """The fingerprint of a file, or of every file below a folder.
 
-    It would miss a change that leaves all three alone: in a tick of the file system's clock, or with the time set back after it.
+    It is made of relative names, sizes and times of change. None: of nothing, a package has the
+    data.
+
+    It would miss a change that leaves all three alone: in a tick of the file system's clock, or
+    with the time set back after it.
     """
     if files is None:
         return ""
@@ -83,12 +84,13 @@ def fingerprint(files: Path | None) -> str:
 def cached(
     source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]
 ) -> Examples:
-    """What ``decode`` returns, with contiguous tensors; from disk if it was called before for the same contents, options and code.
+    """What ``decode`` returns, with contiguous tensors; from disk if it was called before.
 
-    Lazy examples are returned as they are.
+    That is before for the same contents, options and code. Lazy examples are returned as they are.
 
-    Of several processes one decodes and the others wait. Entries of the same ``files`` and options, but of other contents or code,
-    are deleted. Without a folder that can be written to, a warning names it and everybody decodes.
+    Of several processes one decodes and the others wait. Entries of the same ``files`` and options,
+    but of other contents or code, are deleted. Without a folder that can be written to, a warning
+    names it and everybody decodes.
 
     Args:
         source: a name.
@@ -150,13 +152,11 @@ def _read(entry: Path) -> Examples | None:
 
 
 def _write(entry: Path, place: str, examples: Examples) -> None:
-    for old in entry.parent.glob(
-        f"{place}-*"
-    ):  # of other contents, damaged, or of a process that was killed
+    # Of other contents, damaged, or of a process that was killed.
+    for old in entry.parent.glob(f"{place}-*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    with TemporaryDirectory(
-        prefix=f"{place}-", dir=entry.parent
-    ) as partial:  # safetensors leaves more than one name
+    # In a folder: safetensors leaves files under more than one name.
+    with TemporaryDirectory(prefix=f"{place}-", dir=entry.parent) as partial:
         file = Path(partial, entry.name)
         tensors = {
             name: value for name in TENSORS if (value := getattr(examples, name)) is not None
@@ -171,5 +171,8 @@ def _write(entry: Path, place: str, examples: Examples) -> None:
 
 
 def _warn(folder: Path, error: Exception) -> None:
-    text = f"decoded data are not kept in {shown(str(folder))}, every process decodes them anew: {error}"
+    text = (
+        f"decoded data are not kept in {shown(str(folder))}, "
+        f"every process decodes them anew: {error}"
+    )
     warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -10,9 +10,8 @@ from datasets.lazy import IGNORED, Lazy, Values
 from datasets.names import LONGEST_COLUMN, fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
-TOKEN = (
-    "token",
-)  # in the place of classes, where examples are windows of language: nothing to count
+# In the place of classes, where examples are windows of language: nothing to count.
+TOKEN = ("token",)
 TARGETS = {
     "class": "y [n] int64, a class each",
     "labels": "y [n, labels] of 0 and 1",
@@ -27,13 +26,14 @@ class Examples(NamedTuple):
     """A data set. A function of one's own returns it; only the first three are needed.
 
     Attributes:
-        x: a tensor, or a map-style torch ``Dataset`` of x or (x, y), read when a batch needs it (random transforms: of torch's
-            generator), or an ``IterableDataset`` of (x, y) with a length, read from its beginning in each epoch, in the same
-            order each time; beside that y is None and test a map-style ``Dataset``. Of all examples:
+        x: a tensor, or a map-style torch ``Dataset`` of x or (x, y), read when a batch needs it
+            (random transforms: of torch's generator), or an ``IterableDataset`` of (x, y) with a
+            length, read from its beginning in each epoch, in the same order each time; beside that
+            y is None and test a map-style ``Dataset``. Of all examples:
             [n, channels, height, width] pictures, uint8 from 0 to 255 or float; or [n, features],
             float; or [n, context] tokens, int64. Floats lie within ±2^63.
-        y: by the task (``training.task``), see ``TARGETS``: [n] int64, indices into ``classes``; of tokens
-            [n, context] int64, each the one after. None: the items of x hold it.
+        y: by the task (``training.task``), see ``TARGETS``: [n] int64, indices into ``classes``; of
+            tokens [n, context] int64, each the one after. None: the items of x hold it.
         classes: names of the classes, labels or numbers, at most 100, each of at most 64 printable
             characters: they leave the site. ``("token",)`` of tokens.
         group: [n] int64, the natural site of each example, or None.
@@ -76,7 +76,8 @@ def check(examples: Examples, source: str, target: str = "class") -> Examples:
     n = len(y)
     if len(x) != n or len(x.shape) < 2:
         raise SourceError(
-            f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; got {tuple(x.shape)} and {tuple(y.shape)}"
+            f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if n < FEWEST:
         raise SourceError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from datasets.errors import SourceError
 from datasets.names import shown
 
+# Folders and files named so are official parts; whether that is the test part.
 PARTS = {
     "train": False,
     "training": False,
@@ -17,7 +18,7 @@ PARTS = {
     "val": True,
     "valid": True,
     "validation": True,
-}  # whether to test on
+}
 
 
 def existing(path: str | Path) -> Path:
@@ -51,15 +52,17 @@ def naming(file: Path, what: str) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders raise what they like: struct.error, EOFError, SyntaxError, MemoryError
+    except Exception as error:
+        # Decoders raise what they like: struct.error, EOFError, SyntaxError, MemoryError.
         reason = f"{type(error).__name__}: {str(error)[:200].strip()}".strip(" :")
         raise SourceError(f"{shown(str(file))} is not {what} that can be read: {reason}") from error
 
 
 def split_off(places: Sequence[Sequence[str]]) -> tuple[Tensor | None, list[list[str]]]:
-    """Which of the ``places``, names from the top down, are the official test part, if they tell; and the rest of each."""
+    """Which of the ``places`` are the official test part, if they tell; and the rest of each.
+
+    A place is a sequence of names from the top down.
+    """
     tops = {place[0] for place in places if place}
     if not (all(places) and tops <= PARTS.keys() and {PARTS[top] for top in tops} == {False, True}):
         return None, [list(place) for place in places]

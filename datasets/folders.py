@@ -38,12 +38,8 @@ PICTURES = {  # what Pillow may take a file for: one other of its formats starts
 }
 FORMATS = sorted(set(PICTURES.values()))
 MOST_PIXELS = 2**26  # of a picture before it is resized: 200 MB while it is decoded
-SAMPLE_RATE, WINDOW, HOP, MELS = (
-    8000,
-    256,
-    128,
-    40,
-)  # of the log-mel spectrogram, at 8 kHz: 32 ms every 16 ms
+# Of the log-mel spectrogram, at 8 kHz: 32 ms every 16 ms.
+SAMPLE_RATE, WINDOW, HOP, MELS = 8000, 256, 128, 40
 RATES = 1000, 384_000  # Hz, of WAV files
 LONGEST_CLIP = 3600.0  # seconds
 
@@ -53,7 +49,10 @@ SAID_S = 10.0  # from one word of a long reading to the next
 
 
 class Files(NamedTuple):
-    """Files by class and, where they have one, by natural site and official part: as in :class:`Examples`."""
+    """Files by class and, where they have one, by natural site and official part.
+
+    The fields are as in :class:`Examples`.
+    """
 
     files: list[Path]
     y: Tensor
@@ -68,8 +67,9 @@ def image_folder(
 ) -> Examples:
     """Pictures under ``path``, one folder a class, as uint8 [n, channels, image_size, image_size].
 
-    16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are: grey if
-    all of them are. ``group`` as in :func:`by_class`. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
+    16 bits become 8; transparency is left out. ``channels``: 1 grey, 3 coloured, 0 as they are:
+    grey if all of them are. ``group`` as in :func:`by_class`. What is larger than ``memory_gb``
+    (2^30 bytes) is read when a batch needs it.
 
     Raises:
         SourceError: a file is no picture, damaged, or too large; it is named.
@@ -141,7 +141,10 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
 
 
 def decode(file: Path) -> tuple[Tensor, bool]:
-    """A picture as uint8 [3, height, width], and whether it is grey; for a damaged one, whatever Pillow raises."""
+    """A picture as uint8 [3, height, width], and whether it is grey.
+
+    For a damaged one, whatever Pillow raises is raised.
+    """
     data = file.read_bytes()
     with Image.open(BytesIO(data), formats=FORMATS) as picture:
         if picture.width * picture.height > MOST_PIXELS:
@@ -201,7 +204,8 @@ def audio_folder(
 ) -> Examples:
     """WAV files under ``path``, one folder a class, as log-mel spectrograms [n, 1, 40, frames].
 
-    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`, ``memory_gb`` as in :func:`image_folder`.
+    Clips are cut or padded to ``audio_seconds``; ``group`` as in :func:`by_class`, ``memory_gb`` as
+    in :func:`image_folder`.
 
     Raises:
         SourceError: a file is no WAV file, has a rate out of bounds or samples that are not finite;
@@ -279,9 +283,8 @@ def log_mel(waves: Tensor) -> Tensor:
     before last.
     """
     window = torch.hann_window(WINDOW)
-    power = (
-        torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()
-    )  # [n, WINDOW / 2 + 1, frames]
+    # [n, WINDOW / 2 + 1, frames]
+    power = torch.stft(waves, WINDOW, HOP, window=window, return_complex=True).abs().square()
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     edges = torch.from_numpy(700 * (10 ** (np.linspace(0, top, MELS + 2) / 2595) - 1)).float()
     bins = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)
@@ -306,10 +309,10 @@ json.dump(found, sys.stdout)
 def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
     """Files under ``root`` by class, natural site and official part.
 
-    ``CLASS/file``, ``SITE/CLASS/file``, or ``CLASS/images/file`` where all lowest folders have one name;
-    each of these may lie below ``train/`` and ``test/`` (or ``val/``), the official parts. The natural
-    site is also what the first bracket of the regular expression ``group`` finds in the path below
-    ``root``.
+    ``CLASS/file``, ``SITE/CLASS/file``, or ``CLASS/images/file`` where all lowest folders have one
+    name; each of these may lie below ``train/`` and ``test/`` (or ``val/``), the official parts.
+    The natural site is also what the first bracket of the regular expression ``group`` finds in the
+    path below ``root``.
 
     Raises:
         SourceError: no files, files outside of a folder or at different depths, names that must not
@@ -332,7 +335,8 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
         by_depth = {len(place): path for place, path in zip(places, paths, strict=True)}
         ends = f"{shown(by_depth[min(by_depth)])} and {shown(by_depth[max(by_depth)])}"
         raise SourceError(
-            f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? {ends} lie at different depths"
+            f"{shown(str(root))}: is it CLASS/file or SITE/CLASS/file? "
+            f"{ends} lie at different depths"
         )
     classes, y = _index(place[-1] for place in places)
     if wrong := too_many(len(classes)) or fault(classes):
@@ -346,7 +350,10 @@ def by_class(root: Path, group: str, endings: Sequence[str]) -> Files:
 def natural_sites(
     root: Path, group: str, paths: Sequence[str], names: Sequence[str] | None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The natural site of each of the ``paths`` below ``root``: what ``group`` finds there or, without it, as in ``names``."""
+    """The natural site of each of the ``paths`` below ``root``.
+
+    It is what ``group`` finds there or, without it, as in ``names``.
+    """
     if group:
         said, names = f"data.group = {shown(group)}", _search(group, paths)
     elif names is None:

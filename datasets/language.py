@@ -1,4 +1,7 @@
-"""Language: texts as bytes, and the files that somebody's tokenizer wrote, in windows of a context and the token after it."""
+"""Language: texts as bytes, and the files that somebody's tokenizer wrote.
+
+Both in windows of a context and the token after it.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -50,7 +53,9 @@ class Stream(NamedTuple):
 
 @lru_cache(maxsize=256)
 def mapped(file: Path, changed: int) -> NDArray[np.generic]:
-    """The tokens of a file that was ``changed`` then, mapped into memory: pages are read when they are touched.
+    """The tokens of a file that was ``changed`` then, mapped into memory.
+
+    Pages are read when they are touched.
 
     Raises:
         SourceError: it is no file of tokens.
@@ -61,9 +66,8 @@ def mapped(file: Path, changed: int) -> NDArray[np.generic]:
         else:
             found = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(found.base, mmap):
-            found.base.madvise(
-                MADV_RANDOM
-            )  # or the pages around each window would be read and held with it
+            # Else the pages around each window would be read and held with it.
+            found.base.madvise(MADV_RANDOM)
         if found.ndim != 1 or found.dtype.name not in KINDS:
             raise ValueError(
                 f"{found.dtype} {list(found.shape)}; allowed: one row of {', '.join(sorted(KINDS))}"
@@ -111,10 +115,11 @@ class Windows:
 
 
 def text_bytes(path: str | Path, group: str, context: int) -> Examples:
-    """Texts as UTF-8 bytes, a 0 between two documents, in windows (:class:`Windows`) of their natural site's stream.
+    """Texts as UTF-8 bytes, in windows (:class:`Windows`) of their natural site's stream.
 
-    Documents are the rows of CSV files with a column ``text`` (:func:`datasets.tables.texts`), or ``.txt`` files, whose natural
-    sites are as in :func:`tokens`.
+    There is a 0 between two documents. Documents are the rows of CSV files with a column ``text``
+    (:func:`datasets.tables.texts`), or ``.txt`` files, whose natural sites are as in
+    :func:`tokens`.
 
     Raises:
         SourceError: no texts, or none that fills a window.
@@ -129,9 +134,8 @@ def text_bytes(path: str | Path, group: str, context: int) -> Examples:
             with naming(file, "a text in UTF-8"):
                 documents.append(file.read_text("utf-8"))
     unknown = torch.zeros(len(documents), dtype=torch.int64)
-    kinds = torch.stack(
-        [unknown if each is None else each.long() for each in (of_group, test)]
-    )  # whose documents make a stream
+    # Documents of the same site and part make one stream.
+    kinds = torch.stack([unknown if each is None else each.long() for each in (of_group, test)])
     streams, different = [], kinds.unique(dim=1)
     for kind in different.T:
         ours = (kinds == kind[:, None]).all(0).nonzero().flatten().tolist()
@@ -148,15 +152,17 @@ def text_bytes(path: str | Path, group: str, context: int) -> Examples:
 
 
 def tokens(path: str | Path, group: str, context: int, vocabulary: int) -> Examples:
-    """What a tokenizer wrote, mapped into memory: ``.bin`` files of little-endian uint16, ``.npy`` files of uint8, 16 or 32.
+    """What a tokenizer wrote, mapped into memory.
 
-    The natural site of a file is its top folder below ``path`` or, where files lie in none, its name; or what the first bracket of
-    the regular expression ``group`` finds in its path. Files or folders named ``train`` and ``test`` (or ``val``) are the official
-    parts. Windows (:class:`Windows`) reach over no file's end.
+    That is ``.bin`` files of little-endian uint16, or ``.npy`` files of uint8, 16 or 32. The
+    natural site of a file is its top folder below ``path`` or, where files lie in none, its name;
+    or what the first bracket of the regular expression ``group`` finds in its path. Files or
+    folders named ``train`` and ``test`` (or ``val``) are the official parts. Windows
+    (:class:`Windows`) reach over no file's end.
 
     Raises:
-        SourceError: no files, one that holds no tokens, or none that fills a window; a token that is not below ``vocabulary`` when
-            it is read.
+        SourceError: no files, one that holds no tokens, or none that fills a window; a token that
+            is not below ``vocabulary`` when it is read.
     """
     root = existing(path)
     files, of_group, groups, test = _files(root, group, (".bin", ".npy"))

@@ -1,7 +1,8 @@
 """Examples that stay where they are until a batch needs them: data larger than memory.
 
-Which examples make a batch is drawn where the network is; other processes only read them (a torch ``DataLoader``), so that their
-number changes no result. They are started by Python's forkserver: a fresh process has neither keys nor sockets of this one.
+Which examples make a batch is drawn where the network is; other processes only read them (a torch
+``DataLoader``), so that their number changes no result. They are started by Python's forkserver:
+such a process has neither keys nor sockets of this one.
 """
 
 import atexit
@@ -33,17 +34,20 @@ IGNORED = -100  # a pixel of a map that does not count
 
 
 class Reader(Sized, Hashable, Protocol):
-    """What reads examples: x [b, ...] of some ``rows`` [b], and their y [b, ...] unless that is in memory."""
+    """Reads examples: x [b, ...] of some ``rows`` [b], and their y [b, ...].
+
+    Their y is None where it is in memory.
+    """
 
     def __getitem__(self, rows: Tensor, /) -> Found: ...
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """Stands in the place of a tensor [n, ...] that would be too large: it has its length and its shape.
+    """Stands in the place of a tensor [n, ...] that would be too large.
 
-    ``lazy[chosen]`` is the same of some rows, none of which is read yet. Of examples whose x and y are both read, x and y are
-    two of these with one reader.
+    It has the tensor's length and shape. ``lazy[chosen]`` is the same of some rows, none of which
+    is read yet. Of examples whose x and y are both read, x and y are two of these with one reader.
 
     Args:
         reader: reads several at once.
@@ -114,9 +118,8 @@ def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tens
 
     while True:
         try:
-            if (
-                pool.user is not mine
-            ):  # another one began meanwhile, and had what was read for this one thrown away
+            # Another stream began meanwhile, and had what was read for this one thrown away.
+            if pool.user is not mine:
                 lists = chain(list(asked), lists)
                 asked.clear()
                 pool.begin(mine, asking())
@@ -130,7 +133,10 @@ def stream(x: Values, y: Values, lists: Iterable[Tensor]) -> Iterator[tuple[Tens
 
 
 def close() -> None:
-    """End the processes that read; whoever still holds a stream may go on with it, and has others started."""
+    """End the processes that read.
+
+    Whoever still holds a stream may go on with it, and has others started.
+    """
     for pool in list(_pools):
         pool.end()
     _pool.cache_clear()
@@ -184,9 +190,8 @@ class _Pool:
 
     def __init__(self, reader: Reader, workers: int, pinned: bool) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torchvision.transforms.functional", "pandas"]
-        )  # once, not in each
+        # Imported once, not in each process.
+        context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])
         self._asked, self.user = _Asked(), object()
         self.batches: Iterator[Found | str] = iter(())
         self._load = partial(
@@ -220,7 +225,10 @@ _pools: WeakSet[_Pool] = WeakSet()
 
 @contextmanager
 def _no_main() -> Iterator[None]:
-    """Processes that start inside do not import this program's main module: readers need nothing of it, and it may be slow."""
+    """Inside, processes that start do not import this program's main module.
+
+    Readers need nothing of it, and it may be slow.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -235,7 +243,11 @@ def _pool(reader: Reader, workers: int, device: str) -> _Pool:
 
 
 def _end_with_parent(_: int) -> None:
-    """Torch's own watch looks at the parent that started this process, which is the forkserver and lives as long as this one."""
+    """End this process when the one that uses what it reads ends.
+
+    Torch's own watch looks at the parent that started this process, which is the forkserver and
+    lives as long as this one.
+    """
 
     def watch() -> None:
         if parent := parent_process():
@@ -275,9 +287,10 @@ class Items:
 
 
 class Streamed:
-    """Reads an ``IterableDataset`` of pairs x and y in its order, and after it a map-style one, the test part, at random.
+    """Reads an ``IterableDataset`` of pairs x and y in its order.
 
-    Who asks for an example before the last one has the first read from its beginning.
+    After it, it reads a map-style one, the test part, at random. Who asks for an example before the
+    last one has the first data set read from its beginning.
     """
 
     def __init__(self, train: Any, test: Any, classes: int) -> None:
@@ -343,12 +356,14 @@ def _stacked(items: list[Any], labelled: bool, classes: int) -> Found:
 
 
 def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
-    """x, y and test of somebody's own :class:`datasets.examples.Examples`, torch data sets among them as lazy examples.
+    """x, y and test of somebody's own :class:`datasets.examples.Examples`.
 
-    ``classes``: whole numbers in y lie below; 0: nobody looks.
+    Torch data sets among them become lazy examples. ``classes``: whole numbers in y lie below; 0:
+    nobody looks.
 
     Raises:
-        SourceError: an IterableDataset without a length or without a test part, or an item that is not as it should be.
+        SourceError: an IterableDataset without a length or without a test part, or an item that is
+            not as it should be.
     """
     if not isinstance(x, Dataset):
         return {"x": x, "y": y, "test": test}
@@ -362,7 +377,8 @@ def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
     if isinstance(x, IterableDataset):
         if y is not None or not isinstance(test, Dataset) or isinstance(test, IterableDataset):
             raise SourceError(
-                f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a map-style Dataset"
+                f"{type(x).__name__}: beside an IterableDataset of (x, y), y is None and test a "
+                "map-style Dataset"
             )
         reader = Streamed(x, test, classes)
         test = torch.arange(len(reader)) >= length

@@ -51,7 +51,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def called(key: str, value: str, error: type[ValueError], *arguments: object) -> Any:
-    """What the function of one's own returns that the run's ``key = "package.module:function"`` names.
+    """What the function returns that the run names by ``key = "package.module:function"``.
 
     Raises:
         ``error``: there is none, or it raises something.

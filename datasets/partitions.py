@@ -1,9 +1,9 @@
 """Who gets what in a simulation. Every example goes to exactly one site.
 
-A partition is a function of labels [n] (all 0 where examples have no classes), the number of sites and a generator, which returns
-a list of index arrays, one a site; what it takes beside these are keys of the run configuration. The same
-generator gives the same split. ``PARTITIONS`` names those of this file; one's own is
-``package.module:function`` (see ``examples/my_partition.py``).
+A partition is a function of labels [n] (all 0 where examples have no classes), the number of sites
+and a generator, which returns a list of index arrays, one a site; what it takes beside these are
+keys of the run configuration. The same generator gives the same split. ``PARTITIONS`` names those
+of this file; one's own is ``package.module:function`` (see ``examples/my_partition.py``).
 """
 
 import inspect
@@ -70,8 +70,8 @@ def dirichlet_equal(
 
     Sites are split in groups of at most ten. In a group each class is cut by Dirichlet shares, a
     site that already has its share of examples getting no more, until the smallest site has half
-    the average. The lists of all sites are then laid end to end and cut again into equal slices, whose
-    borders are not those of the Dirichlet draw.
+    the average. The lists of all sites are then laid end to end and cut again into equal slices,
+    whose borders are not those of the Dirichlet draw.
 
     Source: the code of Lin et al., "Quasi-global momentum", ICML 2021. Differs: the slices take up
     the remainder, so that every example is used once.

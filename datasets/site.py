@@ -21,7 +21,10 @@ FAR_OFF = 50  # deviations
 
 
 class Part(NamedTuple):
-    """Examples of one purpose: ``x`` [n, ...] as the source left it, ``y`` [n, ...], in classification [n] int64."""
+    """Examples of one purpose: ``x`` [n, ...] as the source left it, and ``y`` [n, ...].
+
+    In classification ``y`` is [n] int64.
+    """
 
     x: Values
     y: Values
@@ -123,7 +126,8 @@ def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | 
     """Examples to split, and the official test part where it is asked for; else it is not used."""
     if isinstance(examples.x, Lazy) and examples.x.in_order and test_part != "official":
         raise SourceError(
-            f"data.test-part = {test_part!r}: an IterableDataset cannot be split; allowed: 'official'"
+            f"data.test-part = {test_part!r}: an IterableDataset cannot be split; "
+            "allowed: 'official'"
         )
     if examples.test is None:
         if test_part == "official":
@@ -251,9 +255,10 @@ def merge(sites: Sequence[Moments], columns: Sequence[str] = ()) -> Moments:
     columns = columns or _numbered(len(sites[0].known))
     for site in sites:
         site.check(columns)
+    # [sites, columns]
     count, mean, variance = (
         torch.tensor(each, dtype=torch.float64) for each in zip(*sites, strict=True)
-    )  # [sites, columns]
+    )
     total = count.sum(0)
     share = count / total.clamp(min=1)
     middle = (share * mean).sum(0)
@@ -294,7 +299,9 @@ def standardise(data: SiteData, common: Moments) -> SiteData:
 
 
 def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
-    """Numbers to predict with mean 0 and deviation 1 over all sites; one that is the same everywhere becomes 0.
+    """Numbers to predict, with mean 0 and deviation 1 over all sites.
+
+    A number that is the same everywhere becomes 0.
 
     Raises:
         SourceError: the moments are not those of these numbers, not finite, or too large.
@@ -350,7 +357,8 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
     """The same examples with ``y`` counting ``classes``, the list that all sites agreed on.
 
     Raises:
-        SourceError: a class of this site is not in the list; or they are names of labels or numbers, and other ones.
+        SourceError: a class of this site is not in the list; or they are names of labels or
+            numbers, and other ones.
     """
     if tuple(classes) == data.classes:
         return data
@@ -370,8 +378,7 @@ def relabel(data: SiteData, classes: Sequence[str]) -> SiteData:
         )
 
     def counted(part: Part) -> Part:
-        return Part(
-            part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y)
-        )  # below 0: pixels that do not count
+        # Below 0: pixels that do not count.
+        return Part(part.x, torch.where(part.y >= 0, index[part.y.clamp(min=0)], part.y))
 
     return data._replace(train=counted(data.train), test=counted(data.test), classes=tuple(classes))

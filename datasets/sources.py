@@ -61,9 +61,8 @@ def torchvision_set(name: str, path: str) -> Examples:
 
     build = getattr(known, name)
     folder = _root(path)
-    for file in sorted(
-        (folder / name / "raw").glob("*-ubyte")
-    ):  # where MNIST and Fashion-MNIST are
+    # Where MNIST and Fashion-MNIST are.
+    for file in sorted((folder / name / "raw").glob("*-ubyte")):
         with naming(file, f"a part of {name}"):
             read_sn3_pascalvincent_tensor(str(file))
     try:
@@ -99,7 +98,8 @@ class Source(NamedTuple):
     Attributes:
         read: takes some of the run configuration's keys and returns the examples.
         pictures: whether these are pictures.
-        official_test: whether they have an official test part, or may have one: files or folders named so.
+        official_test: whether they have an official test part, or may have one: files or folders
+            named so.
         folder: of a data set of torchvision, below the root.
         kept: whether what was decoded is kept on disk.
         targets: what y can be (:data:`datasets.examples.TARGETS`).
@@ -185,7 +185,8 @@ def load(
 
     The arguments are the run configuration's of the same names, and the target of its task
     (:data:`datasets.examples.TARGETS`). What a named source decoded is kept on disk
-    (:mod:`datasets.cache`); a function may read anything, so that nobody knows when it would return something else.
+    (:mod:`datasets.cache`); a function may read anything, so that nobody knows when it would return
+    something else.
 
     Raises:
         SourceError: what is missing, and where it was looked for.

@@ -76,9 +76,11 @@ def _examples(table: Table, label: str, group: str, target: str) -> Examples:
 def parquet(
     path: str | Path, label: str, group: str, memory_gb: float, target: str = "class"
 ) -> Examples:
-    """The same of Parquet files. What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it.
+    """The same of Parquet files.
 
-    Rows at random are read from a row group each, so these are decoded once, one after the other, into a file that is mapped.
+    What is larger than ``memory_gb`` (2^30 bytes) is read when a batch needs it. Rows at random are
+    read from a row group each, so these are decoded once, one after the other, into a file that is
+    mapped.
     """
     from pyarrow.parquet import ParquetFile
 
@@ -153,7 +155,8 @@ def _decoded(root: Path, files: list[Path], features: Sequence[str]) -> Path:
             Path(partial, "rows").rename(found)
     except OSError as error:
         raise SourceError(
-            f"{shown(str(root))} exceeds data.memory-gb and cannot be decoded into {shown(str(folder))}: {error}"
+            f"{shown(str(root))} exceeds data.memory-gb and cannot be decoded into "
+            f"{shown(str(folder))}: {error}"
         ) from error
     return found
 
@@ -195,8 +198,8 @@ def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
 def text_csv(path: str | Path, label: str, group: str, text_buckets: int) -> Examples:
     """Texts in a column ``text``, as hashed bags of words and word pairs.
 
-    [n, text_buckets] float16, each with a mean square of 1, like pictures and standardised tables: of
-    Euclidean norm 1 they would be so small that a network stays where it starts. ``label`` and
+    [n, text_buckets] float16, each with a mean square of 1, like pictures and standardised tables:
+    of Euclidean norm 1 they would be so small that a network stays where it starts. ``label`` and
     ``group`` as in :func:`csv`.
     """
     table = _read(existing(path))
@@ -213,9 +216,10 @@ def unlabelled_text(path: str | Path, text_buckets: int) -> Tensor:
 def texts(
     path: Path, group: str
 ) -> tuple[list[str], Tensor | None, tuple[str, ...], Tensor | None]:
-    """Texts in a column ``text``, the natural site of each, the names of these, and which are the official test part.
+    """Texts in a column ``text``, the natural site of each, and the names of these sites.
 
-    ``group`` as in :func:`csv`; files named ``train`` and ``test`` are no natural sites but the official parts.
+    Also, which texts are the official test part. ``group`` as in :func:`csv`; files named ``train``
+    and ``test`` are no natural sites but the official parts.
     """
     table = _read(path)
     test, _ = split_off([(file.stem,) for file in table.files])
@@ -251,8 +255,9 @@ def _read(
     for file in files:
         with naming(file, "a table"):
             if kind == ".csv":
-                # Of a first row longer than the header pandas would take the first field for the row's
-                # name, and move the others by one column. A row longer than one before is an error.
+                # Of a first row longer than the header pandas would take the first field for the
+                # row's name, and move the others by one column. A row longer than one before is an
+                # error.
                 pd.read_csv(file, header=None, nrows=2, dtype=str)
                 tables.append(pd.read_csv(file, low_memory=False))
             else:
@@ -306,7 +311,8 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
             raise SourceError(f"data.label = {shown(name)} of {table.path} {said}")
         if target == "labels" and not bool(values.isin([0, 1]).all()):
             raise SourceError(
-                f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, as training.task needs it"
+                f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, "
+                "as training.task needs it"
             )
         columns.append(values.to_numpy(np.float32))
         used += of
@@ -315,7 +321,10 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
 
 
 def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
-    """A column or what an expression makes of some, without gaps, and the columns that it was made of."""
+    """A column, or what an expression makes of some, without gaps.
+
+    Also the columns that it was made of.
+    """
     said = f"data.label = {shown(label)}"
     if label in table.rows:
         values, used = table.rows[label], [label]
@@ -327,7 +336,10 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(
                 name in table.rows for name in several
             ):
-                how = f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or 'regression'"
+                how = (
+                    f"data.label = {', '.join(several)!r} with training.task = 'multi-label' or "
+                    "'regression'"
+                )
                 raise SourceError(f"{wrong}; to predict several columns: {how}") from error
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
     # Of a missing value a comparison makes no: what is not known would be learnt as known.

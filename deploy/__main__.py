@@ -1,11 +1,12 @@
-"""What each party of a deployment needs, from the templates in this folder; docs/how-to/deploy.md is the guide.
+"""What each party of a deployment needs, from the templates in this folder.
 
-    python -m deploy server NAME...              on the server, with the names and addresses by which sites call it
-    python -m deploy site NUMBER NAME SERVER     on a site's machine
-    python -m deploy backup FOLDER               on either: what cannot be made again, into a file of this folder
+    python -m deploy server NAME...           on the server, with the names and IPs that sites call
+    python -m deploy site NUMBER NAME SERVER  on a site's machine
+    python -m deploy backup FOLDER            on either: what cannot be made again, into FOLDER
 
-Nothing that is there is overwritten: to make a key or a file anew, move it away and call again. Private keys stay on the
-machine that makes them, each readable by the one user who needs it; what is to be handed over is printed.
+The guide is docs/how-to/deploy.md. Nothing that is there is overwritten: to make a key or a file
+again, move it away and repeat the command. Private keys stay on the machine that makes them, each
+readable by the one user who needs it; what is to be handed over is printed.
 """
 
 import argparse
@@ -44,7 +45,8 @@ STATE = Path("/var/lib/archipelago")
 DATABASE = Path("/var/lib/flower/state.db")
 KEPT = 7  # back-ups
 CA_DAYS, SERVER_DAYS = 3650, 730
-NODE_PORT = 9094  # of a SuperNode's API on its own machine; one more for each site, so that a machine may have several
+# Of a SuperNode's API on its own machine; one more for each site: a machine may have several.
+NODE_PORT = 9094
 Key = ec.EllipticCurvePrivateKey
 
 
@@ -117,7 +119,10 @@ class Kit:
 
 
 def make_server(kit: Kit, names: list[str]) -> None:
-    """An authority, the server's certificate by it, the secret between SuperLink and SuperExec, and the server's files."""
+    """Make an authority, the server's certificate by it, and the server's files.
+
+    Also the secret between SuperLink and SuperExec.
+    """
     alternatives = [_name(name) for name in dict.fromkeys([*names, "localhost", "127.0.0.1"])]
     if not kit.has("ca.key"):
         authority = ec.generate_private_key(ec.SECP256R1())
@@ -155,9 +160,8 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
             f"name = {name!r}: printable characters other than quotes and backslashes are allowed"
         )
     if not kit.has("node"):
-        node = ec.generate_private_key(
-            ec.SECP384R1()
-        )  # of Flower's kinds that which its own guide makes
+        # Of the kinds that Flower takes, the one that its own guide makes.
+        node = ec.generate_private_key(ec.SECP384R1())
         kit.write(
             "node",
             node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
@@ -189,7 +193,9 @@ def make_site(kit: Kit, number: int, name: str, server: str) -> None:
 
 
 def back_up(folder: Path) -> Path:
-    """Keys, configuration, state and results of this machine, and Flower's database as of one moment.
+    """Back up keys, configuration, state and results of this machine, and Flower's database.
+
+    The database is as of one moment.
 
     Returns:
         the file, which holds private keys; the newest ``KEPT`` of the folder stay.
@@ -215,7 +221,8 @@ def back_up(folder: Path) -> Path:
             os.chown(copy, DATABASE.stat().st_uid, DATABASE.stat().st_gid)
             parts += [f"--directory={scratch}", str(DATABASE.relative_to("/"))]
         made = Path(scratch) / "tar"
-        # 1: a file changed while it was read; all that is to be whole is written beside its place and moved there.
+        # 1: a file changed while it was read; all that is to be whole is written beside its place
+        # and moved there.
         if (
             code := subprocess.run(
                 ["tar", "--create", "--gzip", "--ignore-failed-read", f"--file={made}", *parts]

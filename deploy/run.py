@@ -2,9 +2,10 @@
 
     python -m deploy.run -- [APP] [SUPERLINK] [--run-config ...] [--federation-config ...]
 
-takes the arguments of ``flwr run``; without APP it runs this checkout. The run's log is shown as it comes, and what
-ended the run last, without a traceback where its user can mend it. A SuperLink that is away for a while is waited for, since
-the run goes on; a ServerApp that was killed is started again, and goes on from its checkpoint.
+takes the arguments of ``flwr run``; without APP it runs this checkout. The run's log is shown as it
+comes, and what ended the run last, without a traceback where its user can mend it. A SuperLink that
+is away for a while is waited for, since the run goes on; a ServerApp that was killed is started
+again, and goes on from its checkpoint.
 """
 
 import json
@@ -26,22 +27,19 @@ from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-# The one place that says how a run that was killed goes on: what is set in its configuration when it is started again.
+# The one place that says how a run that was killed goes on: what is set in its configuration when
+# it is started again.
 RESUME: dict[str, Any] = {"results.resume": "auto"}
 RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting anew
 STEADY_S = 3600.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
 ASK_S = 1.0  # from one question to the SuperLink to the next
-LOST = "Run ID not found"  # Flower's words where a SuperLink came back without its database,
-KILLED = (
-    LOST,
-    "No heartbeat received",
-    "Task failed with unknown error",
-)  # and where a ServerApp was ended
+# Flower's words where a SuperLink came back without its database, and where a ServerApp was ended.
+LOST = "Run ID not found"
+KILLED = LOST, "No heartbeat received", "Task failed with unknown error"
 OURS = re.compile(r"(configuration|server_app|strategies|datasets|models)\.[\w.]+Error")
-OF_COMMAND = re.compile(
-    r"^Using SuperLink|(Starting|Exiting) logstream"
-)  # lines of the command, not of the run
+# Lines of the command, not of the run.
+OF_COMMAND = re.compile(r"^Using SuperLink|(Starting|Exiting) logstream")
 FAILED = re.compile(r"ERROR\s*:\s*(ServerApp|Simulation) raised an exception")
 STARTED = re.compile(r"Successfully started run (\d+)")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
@@ -56,7 +54,8 @@ class Exit(IntEnum):
     REFUSED = 2
     """the configuration cannot be run"""
     ENDED = 3
-    """it could not start or go on: too few sites, a model that is not finite, a full disk; the message says what"""
+    """it could not start or go on: too few sites, a model that is not finite, a full disk; the
+    message says what"""
     CRASHED = 4
     """the ServerApp was killed again and again"""
     STOPPED = 5
@@ -143,7 +142,10 @@ class Run:
         return _said(Exit.ENDED if kinds[-1].endswith(".RunError") else Exit.REFUSED, message)
 
     def _show(self, command: list[str], quiet: bool = False) -> None:
-        """Show the lines of the run's log that were not shown yet; from Flower's report of an exception on they are held."""
+        """Show the lines of the run's log that were not shown yet.
+
+        From Flower's report of an exception on they are held.
+        """
         seen, error = 0, subprocess.DEVNULL if quiet else None
         env = os.environ | {"PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(

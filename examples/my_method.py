@@ -1,4 +1,4 @@
-"""A method of one's own: FedAvg whose server goes only a part of the way to the mean (FedAvg with a server's learning rate).
+"""A method of one's own: FedAvg whose server goes a part of the way (a server's learning rate).
 
 make run SET='strategy="examples.my_method:METHOD" my-method.step=0.5'
 """

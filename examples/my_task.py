@@ -1,4 +1,4 @@
-"""A task of one's own: ordered classes, such as grades, where a near miss costs less than a far one.
+"""A task of one's own: ordered classes, such as grades; a near miss costs less than a far one.
 
 flwr run . --run-config 'training.task="examples.my_task:GRADES"'
 """

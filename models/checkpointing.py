@@ -1,4 +1,4 @@
-"""Activation checkpointing: the blocks of a network are computed twice, so that less of them is held in memory."""
+"""Activation checkpointing: a network's blocks are computed twice, to hold less in memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,13 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
-    """Hold the input of each block only; the backward pass computes the rest again, with the same random numbers.
+    """Hold the input of each block only; the backward pass computes the rest again.
 
-    Gradients stay what they are, and BatchNorm's running statistics and other buffers are written once only.
+    It does so with the same random numbers: gradients stay what they are, and BatchNorm's running
+    statistics and other buffers are written once only.
 
     Args:
-        network: gets it in place; its :func:`blocks` do.
-        compiled: whether it will be compiled; torch.compile cannot keep buffers from being written twice.
+        network: changed in place, at its :func:`blocks`.
+        compiled: whether it will be compiled; torch.compile cannot keep buffers from being written
+            twice.
 
     Raises:
         ValueError: it has no blocks, or buffers in those that are compiled.
@@ -23,13 +25,15 @@ def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
     found = blocks(network)
     if not found:
         raise ValueError(
-            "computing.checkpointing = True: this network has no blocks (modules of layers in a list); allowed: False"
+            "computing.checkpointing = True: this network has no blocks (modules of layers in a "
+            "list); allowed: False"
         )
     for block in found:
         writes = any(True for _ in block.buffers())
         if writes and compiled:
             raise ValueError(
-                "computing.checkpointing = True: not with computing.compile and BatchNorm; allowed: model.norm = 'group'"
+                "computing.checkpointing = True: not with computing.compile and BatchNorm; "
+                "allowed: model.norm = 'group'"
             )
         more = {"context_fn": partial(_contexts, block)} if writes else {}
         # Not a module around it, which would give the parameters other names.
@@ -37,7 +41,10 @@ def checkpoint_blocks(network: nn.Module, compiled: bool = False) -> None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules of several layers that stand in a Sequential or ModuleList; where one is inside another, the inner ones."""
+    """The modules of several layers that stand in a Sequential or ModuleList.
+
+    Where one is inside another, the inner ones.
+    """
     found: list[nn.Module] = []
     for child in network.children():
         listed = isinstance(network, nn.Sequential | nn.ModuleList) and any(

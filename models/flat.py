@@ -1,7 +1,8 @@
 """A network whose parameters are one vector.
 
-The algorithms work on ``x`` [d]; the network works on tensors of many shapes. Both look at the same memory, so that nothing is
-copied between a step of training and a step of an algorithm, and an optimizer sees one tensor instead of a hundred.
+The algorithms work on ``x`` [d]; the network works on tensors of many shapes. Both look at the same
+memory, so that nothing is copied between a step of training and a step of an algorithm, and an
+optimizer sees one tensor instead of a hundred.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +18,19 @@ _LARGE = 1 << 24  # elements (64 MB)
 
 
 class FlatModel:
-    """A network bound to a vector ``x`` [d] of its trainable parameters and a vector ``grad`` [d] of their gradients.
+    """A network bound to two vectors: of its trainable parameters and of their gradients.
 
-    Floating-point buffers (BatchNorm's running statistics) are read and written as a vector ``stats`` [b], but for those of
-    layers that are not trained; integer buffers are no part of a model. The order of the parts is that of
+    These are ``x`` [d] and ``grad`` [d]. Floating-point buffers (BatchNorm's running statistics)
+    are read and written as a vector ``stats`` [b], but for those of layers that are not trained;
+    integer buffers are no part of a model. The order of the parts is that of
     ``network.parameters()`` and ``network.buffers()``.
 
     Attributes:
         network: the module; its parameters are views into ``x``.
         x: [d], float32.
         grad: [d], float32; the parameters' ``.grad`` are views into it.
-        sizes: how many elements of ``x`` each parameter has, in their order; what a codec calls layers.
+        sizes: how many elements of ``x`` each parameter has, in their order; what a codec calls
+            layers.
         statistics: the parts of ``stats``, as the network holds them.
         buffer_names: theirs.
     """
@@ -41,7 +44,8 @@ class FlatModel:
         self._bind(parameters)
         self._parameters = parameters
         self._pieces: tuple[Tensor, ...] = ()
-        # Not views: torch.compile guards badly against buffers that share memory and are written in the forward pass.
+        # Not views: torch.compile guards badly against buffers that share memory and are written in
+        # the forward pass.
         self.buffer_names, self.statistics = _statistics(network)
         self._counters = [
             (buffer, buffer.clone())
@@ -66,16 +70,17 @@ class FlatModel:
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of ``loss`` [] into ``grad``.
 
-        ``loss.backward()`` would add to each parameter's ``.grad`` on its own, a kernel a parameter; here one moves them all.
+        ``loss.backward()`` would add to each parameter's ``.grad`` on its own, a kernel a
+        parameter; here one moves them all.
         """
-        # The pieces are kept until the next call: with nothing of a step left, the allocator of the C library would hand the
-        # step's memory back to the system and fetch it anew, a tenth of the time of ResNet-20 on a CPU.
+        # The pieces are kept until the next call: with nothing of a step left, the allocator of the
+        # C library would hand the step's memory back to the system and fetch it anew, a tenth of
+        # the time of ResNet-20 on a CPU.
         self._pieces = ()
         self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         torch.cat([piece.reshape(-1) for piece in self._pieces], out=self.grad)
-        if (
-            len(self.x) >= _LARGE
-        ):  # whose pieces are handed back anyway, and are as much memory as the model
+        # Large pieces are handed back anyway, and are as much memory as the model.
+        if len(self.x) >= _LARGE:
             self._pieces = ()
 
     def norm(self, vector: Tensor) -> Tensor:
@@ -84,7 +89,10 @@ class FlatModel:
         return found
 
     def deal(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What this process needs of the vectors that ``read`` gives: all (others: :mod:`client_app.sharded`)."""
+        """What this process needs of the vectors that ``read`` gives: all of them.
+
+        It is otherwise in :mod:`client_app.sharded`.
+        """
         return dict(read())
 
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +126,7 @@ class FlatModel:
                 buffer.copy_(part.view(buffer.shape))
 
     def state_dict(self, x: Tensor, stats: Tensor) -> dict[str, Tensor]:
-        """A model as a state dict of the network, on the CPU, for people who know nothing of vectors."""
+        """A model as a state dict of the network, on the CPU, for those who do not use vectors."""
         parts = dict(zip(map(id, self._parameters), x.split(self.sizes), strict=True))
         parts |= dict(
             zip(

@@ -1,7 +1,7 @@
 """The networks by name.
 
-Small ones are written here in the form that the literature on decentralized learning uses; everything else comes from
-torchvision or from the user.
+Small ones are written here in the form that the literature on decentralized learning uses;
+everything else comes from torchvision or from the user.
 """
 
 import importlib
@@ -29,20 +29,22 @@ def build(
     """A freshly initialised network, the same for the same seed.
 
     Args:
-        name: of :data:`NETWORKS`, ``torchvision:NAME`` or ``package.module:function``, the function being called with ``shape``
-            and ``num_outputs``.
+        name: of :data:`NETWORKS`, ``torchvision:NAME`` or ``package.module:function``, the function
+            being called with ``shape`` and ``num_outputs``.
         shape: of one example, (channels, height, width), (features,) or (context,).
         num_outputs: classes, or the size of the vocabulary.
         seed: of the initialisation.
         output: shape of what the network makes of one example; (num_outputs,) by default.
         tokens: whether examples are tokens, int64.
-        **options: the other keys of the section Model, of which the network gets those that it takes.
+        **options: the other keys of the section Model, of which the network gets those that it
+            takes.
 
     Raises:
         ValueError: the network cannot take examples of this shape; the message says so.
     """
     expected = output or (num_outputs,)
-    # Layers draw from the global generator: fork it, so that building a network changes nobody else's numbers.
+    # Layers draw from the global generator: fork it, so that building a network changes nobody
+    # else's numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _construct(name, shape, num_outputs, tokens, options)
@@ -59,19 +61,26 @@ def build(
     if not isinstance(made, Tensor) or made.shape != (2, *expected):
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         wanted = ", ".join(map(str, ("batch", *expected)))
-        said = f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, it returned {got}"
+        said = (
+            f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, "
+            f"it returned {got}"
+        )
         raise ValueError(said + _hint(name, expected, made))
     return network.train()
 
 
 def _hint(name: str, expected: tuple[int, ...], made: Any) -> str:
-    """What a network of this program or of torchvision that does not fit to the task is for, or which do."""
+    """A hint for a network that does not fit the task: what it is for, or which ones fit.
+
+    Empty for a network of one's own.
+    """
     if ":" in name and not name.startswith("torchvision:"):
         return ""
     if isinstance(made, Tensor) and made.dim() == 4:
         return "; it is for training.task = 'segmentation'"
     return (
-        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, or your own"
+        "; a class for each pixel: allowed: 'unet', torchvision's segmentation networks, "
+        "or your own"
         if len(expected) == 3
         else ""
     )
@@ -102,7 +111,8 @@ def _construct(
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
-            f"model.name = {name!r} must return a torch.nn.Module, it returned {type(network).__name__}"
+            f"model.name = {name!r} must return a torch.nn.Module, "
+            f"it returned {type(network).__name__}"
         )
     return network
 
@@ -125,9 +135,10 @@ def _shipped(
 
 
 def num_parameters(name: str, shape: tuple[int, ...], num_outputs: int, **options: Any) -> int:
-    """How many parameters :func:`build` would make, without the memory that they need; 0 where that takes the memory.
+    """How many parameters :func:`build` would make, without the memory that they need.
 
-    Which it does for a network of one's own, and for torchvision's RegNets, which compute with numbers while they are built.
+    0 where counting takes that memory: for a network of one's own, and for torchvision's RegNets,
+    which compute with numbers while they are built.
     """
     try:
         with torch.device("meta"):
@@ -157,7 +168,8 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
     elif name.startswith("vit_"):
         if len(shape) != 3 or shape[1] != shape[2]:
             raise ValueError(
-                f"model.name = 'torchvision:{name}' needs square pictures, the examples are of shape {shape}"
+                f"model.name = 'torchvision:{name}' needs square pictures, "
+                f"the examples are of shape {shape}"
             )
         extra = {"image_size": shape[1]}
     elif name in models.list_models(module=models.segmentation):
@@ -169,7 +181,7 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
             f"model.name = 'torchvision:{name}' cannot take examples of shape {shape}: {error}"
         ) from error
     if "weights_backbone" in extra:
-        # A hook, not a module around it: parameters keep torchvision's names, which a checkpoint has.
+        # A hook, not a module around it: parameters keep torchvision's names, as in checkpoints.
         network.register_forward_hook(lambda _module, _x, made: made["out"])
     return network
 
@@ -190,7 +202,8 @@ def own(name: str) -> Callable[..., nn.Module]:
     if not isinstance(found, FunctionType | type):
         kind = type(found).__name__
         raise ValueError(
-            f"model.name = {name!r}: a function written in Python or a class is expected, it is a {kind}"
+            f"model.name = {name!r}: a function written in Python or a class is expected, "
+            f"it is a {kind}"
         )
     return found
 
@@ -203,9 +216,10 @@ class _ThreeChannels(nn.Module):
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """The weights of a network's hidden layers, kernels of convolutions too: no vectors, no embeddings, and not the head's.
+    """The weights of a network's hidden layers, kernels of convolutions too.
 
-    The head's are the last ones, in the order of ``network.parameters()``.
+    No vectors, no embeddings, and not the head's. The head's are the last ones, in the order of
+    ``network.parameters()``.
     """
     embeddings = {
         id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)
@@ -221,7 +235,8 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 def cnn(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Two convolutions, a hidden layer: 55 thousand parameters on digits, 0.5 million on CIFAR-10.
 
-    Its normalisation (GroupNorm) holds parameters only, which average well; without one, momentum diverges on larger pictures.
+    Its normalisation (GroupNorm) holds parameters only, which average well; without one, momentum
+    diverges on larger pictures.
     """
     channels, height, width = shape
     return nn.Sequential(
@@ -251,12 +266,16 @@ def mlp(shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling, as the decentralized literature runs it on Fashion-MNIST."""
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling.
+
+    The decentralized literature runs it so on Fashion-MNIST.
+    """
     channels, height, width = shape
     rows, columns = (height // 2 - 4) // 2, (width // 2 - 4) // 2
     if min(rows, columns) < 1:
         raise ValueError(
-            f"model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, these have {height} x {width}"
+            "model.name = 'lenet5' needs pictures of at least 12 x 12 pixels, "
+            f"these have {height} x {width}"
         )
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5, padding=2),
@@ -275,7 +294,10 @@ def lenet5(shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def _norm(name: str) -> tuple[Callable[[int], nn.Module], nn.Module]:
-    """A layer of normalisation by its channels, and the non-linearity after it; EvoNorm holds its own."""
+    """Normalisation, a layer by its channels, and the non-linearity after it.
+
+    EvoNorm holds its own.
+    """
     match name:
         case "batch":
             return nn.BatchNorm2d, nn.ReLU()
@@ -287,10 +309,14 @@ def _norm(name: str) -> tuple[Callable[[int], nn.Module], nn.Module]:
 
 
 def vgg11(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
-    """The narrow VGG-11 of the decentralized literature (RelaySGD, Vogels et al. 2021): 580 thousand parameters on CIFAR-10."""
+    """The narrow VGG-11 of the decentralized literature: 580 thousand parameters on CIFAR-10.
+
+    Source: RelaySGD, Vogels et al. 2021.
+    """
     if min(shape[1:]) < 32:
         raise ValueError(
-            f"model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, these have {shape[1]} x {shape[2]}"
+            "model.name = 'vgg11' needs pictures of at least 32 x 32 pixels, "
+            f"these have {shape[1]} x {shape[2]}"
         )
     layer, act = _norm(norm)
     layers: list[nn.Module] = []
@@ -311,8 +337,9 @@ class EvoNormS0(nn.Module):
 
         y = gamma x sigmoid(v x) / std_group(x) + beta
 
-    Source: Liu et al., "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2. Differs: 8 groups, as
-    in the code of the decentralized literature, which has nothing to gossip but parameters.
+    Source: Liu et al., "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2. Differs:
+    8 groups, as in the code of the decentralized literature, which has nothing to gossip but
+    parameters.
     """
 
     def __init__(self, channels: int) -> None:
@@ -323,6 +350,7 @@ class EvoNormS0(nn.Module):
         self.v = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise pictures [n, c, h, w], and apply the non-linearity."""
         n, channels, height, width = x.shape
         grouped = x.reshape(n, self.groups, channels // self.groups, height, width)
         variance = grouped.var((2, 3, 4), correction=0, keepdim=True)
@@ -362,9 +390,10 @@ class _Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 for small pictures (He et al. 2016, section 4.2): 16, 32, 64 channels, three blocks each; 1x1 shortcuts.
+    """ResNet-20 for small pictures (He et al. 2016, section 4.2).
 
-    With ``norm="evonorm"`` the normalisation holds the non-linearity, so there is no ReLU anywhere.
+    It has 16, 32, 64 channels, three blocks each; 1x1 shortcuts. With ``norm="evonorm"`` the
+    normalisation holds the non-linearity, so there is no ReLU anywhere.
     """
 
     def __init__(self, channels: int, num_classes: int, norm: str) -> None:
@@ -385,6 +414,7 @@ class ResNet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pictures [n, c, h, w] to logits [n, classes]."""
         features = self.blocks(self.stem(x))
         logits: Tensor = self.head(F.adaptive_avg_pool2d(features, 1).flatten(1))
         return logits
@@ -396,7 +426,10 @@ def resnet20(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
 
 
 class _Layer(nn.Module):
-    """A layer of :class:`GPT`: causal attention, then an MLP, each on what LayerNorm makes of its input and added to it."""
+    """A layer of :class:`GPT`: causal attention, then an MLP.
+
+    Each works on what LayerNorm makes of its input, and is added to it.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -409,24 +442,25 @@ class _Layer(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        each = self.queries_keys_values(self.attention_norm(x)).unflatten(
-            -1, (3, self.heads, -1)
-        )  # [n, context, 3, heads, size]
+        # [n, context, 3, heads, size]
+        each = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = each.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True
-        )  # [n, heads, context, size]
+        # [n, heads, context, size]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return y
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: tokens [n, context] to logits [n, context, vocabulary] of each one's successor.
+    """A decoder-only transformer: tokens [n, context] to logits of each one's successor.
 
-    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3: LayerNorm before
-    attention and MLP, learned positions, the embedding as head; weights normal with deviation 0.02, those of the projections
-    that are added to their input divided by sqrt(2 layers). Differs: no dropout, the exact GELU, positions with deviation 0.02.
+    The logits are [n, context, vocabulary].
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019),
+    section 2.3: LayerNorm before attention and MLP, learned positions, the embedding as head;
+    weights normal with deviation 0.02, those of the projections that are added to their input
+    divided by sqrt(2 layers). Differs: no dropout, the exact GELU, positions with deviation 0.02.
     """
 
     def __init__(self, context: int, vocabulary: int, layers: int, width: int, heads: int) -> None:
@@ -445,6 +479,7 @@ class GPT(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens [n, context] to logits [n, context, vocabulary]."""
         y = self.tokens(x) + self.positions.weight[: x.shape[1]]
         for layer in self.layers:
             y = layer(y)
@@ -459,11 +494,14 @@ def gpt(shape: tuple[int, ...], vocabulary: int, layers: int, width: int, heads:
 
 
 class UNet(nn.Module):
-    """A small U-Net: pictures [n, c, h, w] of any size to logits [n, classes, h, w]; 0.5 million parameters.
+    """A small U-Net: a class for each pixel; 0.5 million parameters.
 
-    Source: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, figure 1. Differs:
-    two halvings of the size instead of four, of 32 to 128 channels; convolutions with padding, so that nothing is cropped;
-    GroupNorm; enlarged by repeating pixels instead of transposed convolutions.
+    Pictures [n, c, h, w] of any size to logits [n, classes, h, w].
+
+    Source: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation",
+    MICCAI 2015, figure 1. Differs: two halvings of the size instead of four, of 32 to 128 channels;
+    convolutions with padding, so that nothing is cropped; GroupNorm; enlarged by repeating pixels
+    instead of transposed convolutions.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -473,6 +511,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(32, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pictures [n, c, h, w] to logits [n, classes, h, w]."""
         kept: list[Tensor] = []
         for block in self.down:
             x = block(F.max_pool2d(x, 2, ceil_mode=True) if kept else x)

@@ -1,4 +1,4 @@
-"""Networks that do not start from nothing: parameters from a file, and only some of them trained."""
+"""Networks that start from parameters in a file, and of which only some are trained."""
 
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -14,9 +14,10 @@ SHOWN = 6  # names in a message
 
 
 def start_from(network: nn.Module, path: str) -> str:
-    """Take over what a safetensors file holds under the network's own names; what does not fit is said.
+    """Take over what a safetensors file holds under the network's own names.
 
-    A tensor of another shape, such as the last layer's for another number of classes, stays as it was initialised.
+    What does not fit is said. A tensor of another shape, such as the last layer's for another
+    number of classes, stays as it was initialised.
 
     Raises:
         ValueError: it cannot be read, or nothing of it fits.
@@ -34,7 +35,8 @@ def start_from(network: nn.Module, path: str) -> str:
     }
     if not fitting:
         raise ValueError(
-            f"{said}: nothing of it fits; the network has {_some(list(own))}, the file {_some(list(found))}"
+            f"{said}: nothing of it fits; the network has {_some(list(own))}, "
+            f"the file {_some(list(found))}"
         )
     network.load_state_dict(fitting, strict=False)
     other = [name for name in found if name in own and name not in fitting]
@@ -52,10 +54,11 @@ def _some(names: list[str]) -> str:
 
 
 def freeze(network: nn.Module, trainable: str) -> None:
-    """Only parameters whose name one of the shell patterns ``trainable`` (``"fc.* layer4.*"``) matches are trained.
+    """Train only parameters whose name matches one of the shell patterns ``trainable``.
 
-    BatchNorm that is not trained keeps its running statistics and uses them in training, too: the network's frozen part computes
-    the same at all sites.
+    An example of these is ``"fc.* layer4.*"``. BatchNorm that is not trained keeps its running
+    statistics and uses them in training, too: the network's frozen part computes the same at all
+    sites.
 
     Raises:
         ValueError: a pattern matches no parameter.
@@ -65,7 +68,8 @@ def freeze(network: nn.Module, trainable: str) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"model.trainable = {trainable!r}: {pattern!r} matches no parameter; there are {_some(names)}"
+                f"model.trainable = {trainable!r}: {pattern!r} matches no parameter; "
+                f"there are {_some(names)}"
             )
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))

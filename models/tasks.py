@@ -1,7 +1,8 @@
-"""What a network is trained to do: its loss, what it decides, and means over examples of which the metrics are made.
+"""What a network is trained to do: its loss, its decisions, and the means behind its metrics.
 
-Everything that a site reports of a test is a mean over its examples, so that the mean over sites by their examples is that of all
-examples; metrics that are no means themselves (mean IoU, F1, RMSE) are made of such means, of each site and of all.
+Everything that a site reports of a test is a mean over its examples, so that the mean over sites by
+their examples is that of all examples; metrics that are no means themselves (mean IoU, F1, RMSE)
+are made of such means, of each site and of all.
 """
 
 import math
@@ -38,14 +39,17 @@ class Task(NamedTuple):
     """A task; one's own is ``training.task = "package.module:TASK"`` (see ``examples/my_task.py``).
 
     Attributes:
-        target: what belongs to an example: ``class`` (y [n] int64), ``labels`` (y [n, labels], 0 or 1), ``numbers`` (y [n, numbers]
-            float32, standardised), ``tokens`` (y [n, context] int64, and so is x), ``map`` (y [n, height, width] int64).
+        target: what belongs to an example: ``class`` (y [n] int64), ``labels`` (y [n, labels], 0 or
+            1), ``numbers`` (y [n, numbers] float32, standardised), ``tokens`` (y [n, context]
+            int64, and so is x), ``map`` (y [n, height, width] int64).
         losses: outputs and y to the loss of each example, [n].
         headline: the metric by which runs are compared.
         pooled: outputs of several models [k, n, ...] to those of their mean prediction, [n, ...].
         decide: outputs to what is compared with y, for the accuracy; None where nothing is decided.
-        means: outputs and y to sums over examples, [s], whose means ``metrics`` gets; None for none.
-        metrics: the mean loss, those means (none where a site keeps them to itself) and targets to further metrics by name.
+        means: outputs and y to sums over examples, [s], whose means ``metrics`` gets; None for
+            none.
+        metrics: the mean loss, those means (none where a site keeps them to itself) and targets to
+            further metrics by name.
         larger: whether more of the headline is better.
         only_details: whether ``means`` serve the metrics of each class only.
     """
@@ -91,9 +95,10 @@ class Task(NamedTuple):
         return self.means if details or not self.only_details else None
 
     def measured(self, found: Mapping[str, float], targets: Targets) -> dict[str, float]:
-        """What sites reported, or the mean over them, with the metrics in the place of the means that they are made of.
+        """What sites reported, with metrics in the place of the means that they are made of.
 
-        Of these only such as are numbers: a site may keep the loss to itself, or report anything.
+        It is the report of one site, or the mean over sites. Of the metrics only such as are
+        numbers: a site may keep the loss to itself, or report anything.
         """
         means = [value for name, value in found.items() if name.startswith(MEAN)]
         known = {name: value for name, value in found.items() if not name.startswith(MEAN)}
@@ -153,7 +158,11 @@ def _named(kind: str, names: Sequence[str], values: Tensor) -> dict[str, float]:
 
 
 def _class_means(outputs: Tensor, y: Tensor) -> Tensor:
-    """Of each class: examples, predictions, right ones; of each bin of confidence: examples, confidence, right ones."""
+    """Sums over examples, of each class and of each bin of confidence.
+
+    Of each class: examples, predictions, right ones; of each bin of confidence: examples,
+    confidence, right ones.
+    """
     outputs, y = outputs.cpu().double(), y.cpu()
     probabilities, size = outputs.softmax(1), outputs.shape[1]
     confidence, decided = probabilities.max(1)
@@ -171,7 +180,10 @@ def _class_means(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _class_metrics(_: float, means: list[float], targets: Targets) -> dict[str, float]:
-    """Source of the expected calibration error: Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3."""
+    """The expected calibration error, and recall and precision of each class.
+
+    Source of the error: Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3.
+    """
     if not means:
         return {}
     size = len(targets.names)
@@ -227,7 +239,11 @@ def _number_means(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _number_metrics(loss: float, means: list[float], targets: Targets) -> dict[str, float]:
-    """Of one number in its own unit; of several RMSE in deviations. R² is against the mean over all sites."""
+    """RMSE, MAE and R² of numbers to predict.
+
+    Of one number in its own unit; of several RMSE in deviations. R² is against the mean over all
+    sites.
+    """
     one = len(targets.names) == 1
     found = {"rmse": math.sqrt(loss) * (targets.deviations[0] if one else 1)}
     if not means:
@@ -258,7 +274,7 @@ def _language_metrics(loss: float, _: list[float], targets: Targets) -> dict[str
 
 
 def _map_means(outputs: Tensor, y: Tensor) -> Tensor:
-    """Of each class: pixels that are it and are taken for it, and those that are or are taken for it."""
+    """Of each class: pixels that are it and are taken for it; those that are it or taken for it."""
     size, counts = outputs.shape[1], (y != IGNORED).cpu()
     real, decided = y.cpu()[counts], outputs.argmax(1).cpu()[counts]
     both = torch.bincount(real[real == decided], minlength=size)

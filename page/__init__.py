@@ -1,7 +1,8 @@
-"""The page to watch: one HTML document that needs no other file and no network, and the read-only server of it.
+"""The page to watch, and the read-only server of it.
 
-Flower's bundle of an app carries neither .js, .css nor .html, so the page's own parts are the fenced blocks of ``page.md`` and the
-library that draws its charts is ``uplot.json`` (uPlot, MIT; from ``npm pack uplot``).
+The page is one HTML document that needs no other file and no network. Flower's bundle of an app
+carries neither .js, .css nor .html, so the page's own parts are the fenced blocks of ``page.md``
+and the library that draws its charts is ``uplot.json`` (uPlot, MIT; from ``npm pack uplot``).
 """
 
 import json
@@ -47,7 +48,7 @@ def _parts() -> tuple[str, str, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def policy() -> str:
-    """The content security policy: the document's own scripts and style by their hashes, and nothing else."""
+    """The content security policy: only the document's own scripts and style, by their hashes."""
 
     def hashes(*texts: str) -> str:
         return " ".join(
@@ -132,9 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if (
-            self.server.loopback and name not in LOOPBACK
-        ):  # a page elsewhere whose name points here (DNS rebinding)
+        # A page elsewhere whose name points here (DNS rebinding).
+        if self.server.loopback and name not in LOOPBACK:
             self._send(403, Answer("text/plain", b"ask for it by 127.0.0.1 or localhost\n"))
             return
         query = {
@@ -179,10 +179,13 @@ def server(
     data: Callable[[Mapping[str, str]], object],
     metrics: Callable[[], bytes],
 ) -> _Server:
-    """What serves the page at ``/``, its data at ``/data`` and Prometheus' metrics at ``/metrics``; it reads and never writes.
+    """What serves the page at ``/``, its data at ``/data`` and metrics at ``/metrics``.
+
+    It reads and never writes.
 
     Args:
-        address: host and port; at a loopback address it answers only who asks for it by such a name.
+        address: host and port; at a loopback address it answers only who asks for it by such a
+            name.
         data: of a query's parameters; None where there is none.
         metrics: in Prometheus' text format.
     """

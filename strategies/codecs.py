@@ -1,12 +1,14 @@
 """How a vector crosses the wire: fewer bits a number, or fewer numbers.
 
-A codec works layer by layer, since layers differ in scale. What it makes of a vector, a *payload*, is what is sent: bytes are
-those of its tensors. Decoding needs nothing but the payload and the sizes of the layers, which everybody knows.
+A codec works layer by layer, since layers differ in scale. What it makes of a vector, a *payload*,
+is what is sent: bytes are those of its tensors. Decoding needs nothing but the payload and the
+sizes of the layers, which everybody knows.
 
-``CODECS`` names those of this file; one's own is ``package.module:function`` (see ``examples/my_codec.py``).
+``CODECS`` names those of this file; one's own is ``package.module:function`` (see
+``examples/my_codec.py``).
 
-Sources: QSGD: Alistarh et al., NeurIPS 2017; top-k and random-k: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018; scaled
-sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
+Sources: QSGD: Alistarh et al., NeurIPS 2017; top-k and random-k: Stich et al., "Sparsified SGD with
+Memory", NeurIPS 2018; scaled sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
 """
 
 import inspect
@@ -93,8 +95,9 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
 
         C(v) = m sign(v) (floor(s |v| / m) + Bernoulli(rest)) / s,   m = max |v| of the layer
 
-    Differs from the paper's analysis: scaled by the largest number, as in its experiments, not by the Euclidean norm, which in a
-    layer of many thousand numbers leaves most of them below the first level. ``bits`` counts the sign.
+    Differs from the paper's analysis: scaled by the largest number, as in its experiments, not by
+    the Euclidean norm, which in a layer of many thousand numbers leaves most of them below the
+    first level. ``bits`` counts the sign.
     """
     if bits not in BITS:
         raise ValueError(f"bits = {bits}: {', '.join(map(str, BITS))}")

@@ -1,8 +1,9 @@
 """What crosses the wire between the server and its sites, typed: one function each way between a value and Flower's records.
 
-A server that believes a site is ended by the first broken one. Every reply is therefore read here, once and completely, before
-anything is touched: which records there are, every name, type and range, every byte of an array's header, every number of a
-model. Whatever is wrong, or goes wrong while reading, is a :class:`Refusal` that says what in one short line.
+A server that believes a site is ended by the first broken one. Every reply is therefore read here,
+once and completely, before anything is touched: which records there are, every name, type and
+range, every byte of an array's header, every number of a model. Whatever is wrong, or goes wrong
+while reading, is a :class:`Refusal` that says what in one short line.
 """
 
 import re
@@ -162,7 +163,8 @@ class StepNotes(Part):
         broken: neighbours to start anew with.
         fresh: whether it started anew itself.
         anew: whether it remembers nothing of the run.
-        nonce: its own in this run, where payloads are sealed; another one than before if it lost its memory.
+        nonce: its own in this run, where payloads are sealed; another one than before if it lost
+            its memory.
     """
 
     refused: Annotated[list[str], Field(max_length=1000)]
@@ -246,8 +248,8 @@ class Agreed(NamedTuple):
 
     Attributes:
         classes: of all sites.
-        moments: ``known``, ``mean`` and ``variance`` over all sites, of a table's columns and of numbers to predict; empty where
-            there are none.
+        moments: ``known``, ``mean`` and ``variance`` over all sites, of a table's columns and of
+            numbers to predict; empty where there are none.
         started: of a run that goes on, what its messages tell of that.
     """
 
@@ -486,7 +488,8 @@ class Offer(NamedTuple):
     """A peer's reply to a step.
 
     Attributes:
-        arrays: payloads for all neighbours (``offer/``) or one (``to-J/``), which only they look into.
+        arrays: payloads for all neighbours (``offer/``) or one (``to-J/``), which only they look
+            into.
         metrics: what it reports.
         notes: what it says.
         model: its last model, where the server may have it.
@@ -676,7 +679,8 @@ def read_trained(
         content: of the reply.
         layout: of the model.
         num_examples: what the site said at first.
-        sent: the vectors that the change is taken from; not those of which the site sends the change itself.
+        sent: the vectors that the change is taken from; not those of which the site sends the
+            change itself.
         tested: whether there is also what :func:`read_tested` reads.
 
     Raises:

@@ -1,7 +1,7 @@
 """Vectors as Flower records, and back.
 
-A model crosses the wire as one float32 vector ``x`` and, where it has BatchNorm, one of statistics ``stats``: Flower's cost is
-per array, not per byte.
+A model crosses the wire as one float32 vector ``x`` and, where it has BatchNorm, one of statistics
+``stats``: Flower's cost is per array, not per byte.
 """
 
 import hashlib
@@ -98,8 +98,8 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     return shape, dtype, stream.tell()
 
 
-# Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole content, which would keep a
-# model in memory until Python looks for cycles.
+# Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole
+# content, which would keep a model in memory until Python looks for cycles.
 def arrays_of(message: Message) -> ArrayRecord:
     """The arrays of a message; none where there are none."""
     record = message.content.get(ARRAYS)
@@ -142,8 +142,9 @@ def num_bytes(message: Message) -> int:
 def code_version() -> str:
     """A hash of the code that sites run.
 
-    Ray's workers look for packages in the directory in which the SuperLink was started before they look in the app: a hash
-    that a site sends tells whether it runs this code or something else of the same name.
+    Ray's workers look for packages in the directory in which the SuperLink was started before they
+    look in the app: a hash that a site sends tells whether it runs this code or something else of
+    the same name.
     """
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()

@@ -6,19 +6,25 @@ Of the rows v_1 .. v_n, of which f may be hostile:
     trimmed-mean   of each coordinate the mean without the f smallest and the f largest values
     krum           score_i = sum of |v_i - v_j|^2 over the n - f - 2 nearest j;  the mean of the n - f rows of the lowest scores
     clipped        own + sum_j w_j c_j (v_j - own),  c_j = min(1, tau / |v_j - own|),
-                   tau = sqrt(sum_j w_j |v_j - own|^2 / delta), the sum without the f furthest j, delta: their weights
+                   tau = sqrt(sum_j w_j |v_j - own|^2 / delta), the sum without the f furthest j,
+                   delta: their weights
 
-and of shares s_k, one that is larger than c is cut to c, and what is cut goes to the others in proportion to theirs.
+and of shares s_k, one that is larger than c is cut to c, and what is cut goes to the others in
+proportion to theirs.
 
-Sources: median and trimmed mean: Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed Learning", ICML 2018. Krum:
-Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries", NeurIPS 2017, as Multi-Krum; its n - f rows are those
-of later implementations, the guarantee of the paper holds for fewer. Clipped: He, Karimireddy, Jaggi, "Byzantine-Robust
-Decentralized Learning via ClippedGossip", arXiv 2202.01545; **the radius is reconstructed**: theirs is made of the good neighbours,
-which are known to nobody, and stands here for those that are not the f furthest. Differs: all rows count the same, whatever
-examples stand behind them, except in ``clipped``. With fewer than 2 f + 1 rows f is as many as there can be (the median); of so few
-Krum keeps at least one row.
-Special cases: f = 0 is the mean, for Krum too; n rows that are equal are their mean; a cap of 1 changes no share.
-Trap: where sites hold different data, honest rows differ, and what all these means leave out is not only what is hostile.
+Sources: median and trimmed mean: Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed
+Learning", ICML 2018. Krum: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with
+Adversaries", NeurIPS 2017, as Multi-Krum; its n - f rows are those of later implementations, the
+guarantee of the paper holds for fewer. Clipped: He, Karimireddy, Jaggi, "Byzantine-Robust
+Decentralized Learning via ClippedGossip", arXiv 2202.01545; **the radius is reconstructed**: theirs
+is made of the good neighbours, which are known to nobody, and stands here for those that are not
+the f furthest. Differs: all rows count the same, whatever examples stand behind them, except in
+``clipped``. With fewer than 2 f + 1 rows f is as many as there can be (the median); of so few Krum
+keeps at least one row.
+Special cases: f = 0 is the mean, for Krum too; n rows that are equal are their mean; a cap of 1
+changes no share.
+Trap: where sites hold different data, honest rows differ, and what all these means leave out is not
+only what is hostile.
 """
 
 import math
@@ -149,7 +155,8 @@ def neighbourhood_mean(
     own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], robust: Robust
 ) -> Tensor:
     """What a peer goes to, of its ``own`` vector [d] and its neighbours'. Median and trimmed mean are those of all of these, which
-    count the same (BRIDGE: Yang and Bajwa, "BRIDGE: Byzantine-Resilient Decentralized Gradient Descent", arXiv 1908.08098).
+    count the same (BRIDGE: Yang and Bajwa, "BRIDGE: Byzantine-Resilient Decentralized Gradient
+    Descent", arXiv 1908.08098).
     """
     if robust.kind == "clipped":
         return clipped(own, theirs, weights, robust.faulty)

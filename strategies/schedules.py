@@ -4,13 +4,15 @@
     linear        eta(u) = eta_max (1 - (1 - r) u)
     cosine        eta(u) = eta_max (r + (1 - r) (1 + cos(pi u)) / 2)
 
-``r`` is the rate at the end of the cycle over the rate at its start; every shape starts at ``eta_max`` and ends at ``r eta_max``.
-With warm-up over a fraction ``w`` of the cycle the rate rises linearly: a step that ends at ``u`` has ``u / w`` of ``eta_max``, so
-that the first is not 0. Then the shape goes over the rest.
+``r`` is the rate at the end of the cycle over the rate at its start; every shape starts at
+``eta_max`` and ends at ``r eta_max``. With warm-up over a fraction ``w`` of the cycle the rate
+rises linearly: a step that ends at ``u`` has ``u / w`` of ``eta_max``, so that the first is not 0.
+Then the shape goes over the rest.
 
-Source: the cyclical rate of Xu et al., "Collaborative Deep Learning Across Multiple Data Centers" (arXiv 1810.06877), of which
-only the abstract could be read: the shapes are reconstructed. Linear is the cycle of SWA (Izmailov et al. 2018), which that
-paper cites; cosine is SGDR (Loshchilov and Hutter 2017, eq. 5).
+Source: the cyclical rate of Xu et al., "Collaborative Deep Learning Across Multiple Data Centers"
+(arXiv 1810.06877), of which only the abstract could be read: the shapes are reconstructed. Linear
+is the cycle of SWA (Izmailov et al. 2018), which that paper cites; cosine is SGDR (Loshchilov and
+Hutter 2017, eq. 5).
 """
 
 import math

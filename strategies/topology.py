@@ -1,8 +1,9 @@
 """Who exchanges with whom, and with which weight.
 
-A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms ``sum_j w_ij x_j``. W is doubly
-stochastic, so that exchanging never moves the mean of all peers. Time-varying graphs have several matrices, used in turn.
-``TOPOLOGIES`` names those of this file; one's own is ``package.module:function`` (see ``examples/my_topology.py``).
+A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms
+``sum_j w_ij x_j``. W is doubly stochastic, so that exchanging never moves the mean of all peers.
+Time-varying graphs have several matrices, used in turn. ``TOPOLOGIES`` names those of this file;
+one's own is ``package.module:function`` (see ``examples/my_topology.py``).
 """
 
 import inspect
@@ -109,7 +110,8 @@ def hypercube(n: int) -> "nx.Graph[int]":
 def hubs(n: int) -> "nx.Graph[int]":
     """Two hubs, the last peers, each linked to all others and not to one another: the "bipartite" graph of the code of CGA.
 
-    Source: Esfandiari et al., "Cross-Gradient Aggregation", ICML 2021, code. Differs: that code rounds weights to two decimals.
+    Source: Esfandiari et al., "Cross-Gradient Aggregation", ICML 2021, code. Differs: that code
+    rounds weights to two decimals.
     """
     if n < 4:
         raise TopologyError(f"topology.name = 'hubs': num-sites = {n}; allowed: 4, 5, 6, ...")
@@ -217,8 +219,9 @@ class Kind(NamedTuple):
     """A named topology.
 
     Attributes:
-        build: takes the number of peers and the keys, and returns a graph, or several that are used in turn. A link with a
-            ``weight`` bears that in W; the others get theirs by the configuration.
+        build: takes the number of peers and the keys, and returns a graph, or several that are used
+            in turn. A link with a ``weight`` bears that in W; the others get theirs by the
+            configuration.
         directed: whether links have a direction, from a reader to whom it reads.
         varying: whether neighbours change.
     """
@@ -257,14 +260,17 @@ def topology(name: str, n: int, *, weights: str, lazy: bool, **keys: Any) -> Top
     """The topology of a run configuration for ``n`` peers.
 
     Args:
-        name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of peers.
+        name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of
+            peers.
         n: number of peers.
-        weights: ``metropolis`` or ``uniform``; the same on regular graphs, and others must not be directed.
+        weights: ``metropolis`` or ``uniform``; the same on regular graphs, and others must not be
+            directed.
         lazy: halve all links, (I + W) / 2: no negative eigenvalues.
         keys: what it takes, and it may be more.
 
     Raises:
-        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not doubly stochastic.
+        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not
+            doubly stochastic.
     """
     if n < 2:
         raise TopologyError(f"num-sites = {n}: peers need somebody to exchange with; at least 2")
@@ -324,8 +330,8 @@ def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
 def metropolis_weights(adjacency: Tensor) -> Tensor:
     """Metropolis-Hastings weights, ``w_ij = 1 / (1 + max(deg_i, deg_j))`` on links: doubly stochastic on every undirected graph.
 
-    Source: Xiao and Boyd, "Fast linear iterations for distributed averaging", 2004. On a regular graph these are
-    :func:`uniform_weights`.
+    Source: Xiao and Boyd, "Fast linear iterations for distributed averaging", 2004. On a regular
+    graph these are :func:`uniform_weights`.
 
     Args:
         adjacency: [n, n] float64, 1 where i and j are linked; symmetric, zero diagonal.
@@ -348,7 +354,8 @@ def uniform_weights(adjacency: Tensor) -> Tensor:
 def spectral_gap(*matrices: Tensor) -> float:
     """1 minus the largest factor by which an exchange shrinks disagreement: ``1 - max(|lambda_2|, |lambda_n|)`` of a symmetric W.
 
-    Of several matrices used in turn, that of their product, an exchange; of a matrix that is not symmetric, by eigenvalues too.
+    Of several matrices used in turn, that of their product, an exchange; of a matrix that is not
+    symmetric, by eigenvalues too.
     """
     product = matrices[0]
     for matrix in matrices[1:]:
@@ -363,7 +370,8 @@ def check(matrices: list[Tensor], name: str) -> None:
     """Refuse what does not lead to agreement.
 
     Raises:
-        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that others never reach.
+        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that
+            others never reach.
     """
     union = torch.stack(matrices).sum(0)
     for matrix in matrices:

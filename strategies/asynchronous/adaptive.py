@@ -5,8 +5,10 @@
     u     = beta_2 u + (1 - beta_2) G_hat . G_hat
     x     = x - eta (m / (1 - beta^t)) / (sqrt(u / (1 - beta_2^t)) + epsilon)
 
-Source: Kingma and Ba, ICLR 2015, algorithm 1; RMSProp is beta = 0 without the corrections 1 - beta^t (Tieleman and Hinton 2012).
-Differs: fed one site's update at a time (**reconstructed**: GSGM's abstracts say "on popular optimization algorithms").
+Source: Kingma and Ba, ICLR 2015, algorithm 1; RMSProp is beta = 0 without the corrections
+1 - beta^t (Tieleman and Hinton 2012).
+Differs: fed one site's update at a time (**reconstructed**: GSGM's abstracts say "on popular
+optimization algorithms").
 Special case: one site, p = 1 is ``torch.optim.Adam`` or ``RMSprop``.
 """
 

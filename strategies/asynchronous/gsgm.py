@@ -4,10 +4,11 @@
     partly averaged  g_hat = mean of the last p of s(staleness) g,   g of the base optimizer
     momentum         v = beta v + (1 - beta) g_hat;   x = x - eta v
 
-Source: "Gradient Scheduling with Global Momentum for Non-IID Data Distributed Asynchronous Training", arXiv 1902.07848 (2019).
-**Reconstructed from the abstracts**: which updates are averaged, that the momentum is damped, when the list is refilled, and the
-defaults are ours; no number of the paper is reproduced or claimed. With Adam or RMSProp as base, Adam's first moment is the
-momentum, and RMSProp has none (:mod:`strategies.asynchronous.adaptive`).
+Source: "Gradient Scheduling with Global Momentum for Non-IID Data Distributed Asynchronous
+Training", arXiv 1902.07848 (2019). **Reconstructed from the abstracts**: which updates are
+averaged, that the momentum is damped, when the list is refilled, and the defaults are ours; no
+number of the paper is reproduced or claimed. With Adam or RMSProp as base, Adam's first moment is
+the momentum, and RMSProp has none (:mod:`strategies.asynchronous.adaptive`).
 Special cases: base asgd, p = 1, beta = 0, s = 1 and an infinite slack is ASGD.
 """
 

@@ -3,11 +3,12 @@
     b     = of the last p contributions (FedBuff: of those collected) the newest of each site, each s(staleness) delta
     g_hat = median, trimmed mean or Krum of b (:mod:`strategies.robust`)
 
-``g_hat`` stands where GSGM has the mean of its last p contributions, and FedBuff that of the K that it collected. Source: none;
-asynchronous robust methods of the literature keep a buffer a group of sites, such as Yang and Li, "BASGD: Buffered Asynchronous SGD
-for Byzantine Learning", ICML 2021. Differs from the methods: a site counts once, so that one that answers more often has no more to
-say; and no step is taken while there are so few sites that f hostile ones could outvote the others. Adaptive optimizers divide by
-the newest contribution's learning rates instead of each one's own.
+``g_hat`` stands where GSGM has the mean of its last p contributions, and FedBuff that of the K that
+it collected. Source: none; asynchronous robust methods of the literature keep a buffer a group of
+sites, such as Yang and Li, "BASGD: Buffered Asynchronous SGD for Byzantine Learning", ICML 2021.
+Differs from the methods: a site counts once, so that one that answers more often has no more to
+say; and no step is taken while there are so few sites that f hostile ones could outvote the others.
+Adaptive optimizers divide by the newest contribution's learning rates instead of each one's own.
 Special case: f = 0 and contributions of different sites is the method itself.
 """
 

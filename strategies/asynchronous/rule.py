@@ -1,8 +1,9 @@
 """What a server does with one arrival. Who waits, and in which order arrivals are taken, belongs to the driver.
 
-A rule *owns* the state it is given: it may overwrite its tensors, and the caller goes on with the state returned, as with a donated
-buffer in JAX. A copy of a model of 25 million parameters costs more than everything a rule computes; nobody else holds the state.
-What is in an :class:`Update` is never written.
+A rule *owns* the state it is given: it may overwrite its tensors, and the caller goes on with the
+state returned, as with a donated buffer in JAX. A copy of a model of 25 million parameters costs
+more than everything a rule computes; nobody else holds the state. What is in an :class:`Update` is
+never written.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,8 +39,8 @@ class Update(NamedTuple):
         base: [d], the model that the site was sent; empty for a rule that does without it.
         lr: the sum of the learning rates of the site's steps: ``delta / lr`` is its mean gradient.
         staleness: by how many versions the model changed in the meantime.
-        earlier: what the site sent before while it waited for its turn. One contribution is the mean of all these, each against
-            the model that it was made of, as old as that is.
+        earlier: what the site sent before while it waited for its turn. One contribution is the
+            mean of all these, each against the model that it was made of, as old as that is.
         site: whose it is.
     """
 
@@ -69,9 +70,11 @@ class ServerRule(NamedTuple, Generic[S]):
     Attributes:
         init: the state at a model [d].
         absorb: the state after an update.
-        reach: how far ``absorb`` moves a coordinate of the model at most, given the largest magnitudes of all models and of all
-            deltas so far and the smallest ``lr``: a state that must not leave its bounds is not given what could take it there.
-        based: whether ``absorb`` looks at the model that the site was sent: the server then keeps one for each site at work.
+        reach: how far ``absorb`` moves a coordinate of the model at most, given the largest
+            magnitudes of all models and of all deltas so far and the smallest ``lr``: a state that
+            must not leave its bounds is not given what could take it there.
+        based: whether ``absorb`` looks at the model that the site was sent: the server then keeps
+            one for each site at work.
     """
 
     init: Callable[[Tensor], S]

@@ -3,9 +3,10 @@
     x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered; BatchNorm statistics likewise
     state  = absorb(state, x_mean)
 
-The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that was sent, of the sum (two
-models) and of a reply, however many sites there are. A robust mean (:mod:`strategies.robust`) takes its place where one is asked
-for: replies wait for each other on disk (:mod:`strategies.averaging.collected`), and shares count for nothing.
+The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that
+was sent, of the sum (two models) and of a reply, however many sites there are. A robust mean
+(:mod:`strategies.robust`) takes its place where one is asked for: replies wait for each other on
+disk (:mod:`strategies.averaging.collected`), and shares count for nothing.
 """
 
 import math
@@ -31,7 +32,8 @@ from strategies.robust import PLAIN, Robust
 class Planned(FedAvg):
     """A plan of rounds as Flower's kind of strategy.
 
-    Used in another app, it tells sites what to do by itself; our own driver does that (it knows how long the run is).
+    Used in another app, it tells sites what to do by itself; our own driver does that (it knows how
+    long the run is).
 
     Args:
         plan: what is done.

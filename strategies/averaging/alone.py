@@ -2,8 +2,9 @@
 
     x_k' = what site k made of x_k
 
-The record holds the models of all sites, a row each: ``x`` [K, d] and ``stats`` [K, b]. ``local`` evaluates every model on its
-own site; ``ensemble`` sends all models to all sites, which average their predictions (probabilities), not their weights.
+The record holds the models of all sites, a row each: ``x`` [K, d] and ``stats`` [K, b]. ``local``
+evaluates every model on its own site; ``ensemble`` sends all models to all sites, which average
+their predictions (probabilities), not their weights.
 """
 
 from collections.abc import Iterable, Mapping

@@ -4,11 +4,14 @@
     ILE   delta_i = |x_{i+1} - x_i| / |x_i|
           T_{i+1} = min(2 T_i, T_max) if delta_i <= epsilon else T_i
 
-Source: Xu et al., "Collaborative Deep Learning Across Multiple Data Centers", arXiv 1810.06877 (2018); Mi et al., Science China
-Information Sciences 63, 182102 (2020). **Reconstructed from the abstracts**, which say that averaging works with "the cyclical
-learning rate and the increased number of epochs for local model training". The formulas of both, their constants, the norm, the
-doubling, the cap ``T_max`` and the envelope ``g`` are ours; no number of the paper is reproduced or claimed.
-Special cases: r = 1, epsilon = 0, g = 1 is FedAvg at a constant rate; epsilon = 0 is CLR alone; r = 1 is ILE alone.
+Source: Xu et al., "Collaborative Deep Learning Across Multiple Data Centers", arXiv 1810.06877
+(2018); Mi et al., Science China Information Sciences 63, 182102 (2020). **Reconstructed from the
+abstracts**, which say that averaging works with "the cyclical learning rate and the increased
+number of epochs for local model training". The formulas of both, their constants, the norm, the
+doubling, the cap ``T_max`` and the envelope ``g`` are ours; no number of the paper is reproduced or
+claimed.
+Special cases: r = 1, epsilon = 0, g = 1 is FedAvg at a constant rate; epsilon = 0 is CLR alone;
+r = 1 is ILE alone.
 """
 
 from typing import NamedTuple, Self

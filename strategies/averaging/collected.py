@@ -1,6 +1,7 @@
 """What sites sent, on disk until all of it is there: a median needs everything at once, and memory must not grow with the sites.
 
-Memory is that of a model and of a block of all rows, however many sites there are; on disk it is a model a site.
+Memory is that of a model and of a block of all rows, however many sites there are; on disk it is a
+model a site.
 """
 
 from collections.abc import Mapping

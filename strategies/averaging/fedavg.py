@@ -2,9 +2,12 @@
 
     x' = sum_k s_k x_k / sum_k s_k      s_k = 1/K (equal) or n_k/n (samples), over the sites that answered
 
-Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, algorithm 1.
-Differs: every site takes part in every round; equal shares are offered; the learning rate decays once over the whole run.
-Special cases: one site keeps what it returns; the mean of K identical models is that model (to 2^-40 K).
+Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, algorithm 1.
+Differs: every site takes part in every round; equal shares are offered; the learning rate decays
+once over the whole run.
+Special cases: one site keeps what it returns; the mean of K identical models is that model (to
+2^-40 K).
 """
 
 from typing import NamedTuple

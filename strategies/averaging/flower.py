@@ -1,7 +1,7 @@
 """The strategies that Flower ships, by class name, as methods: Krum, FedAdam, FedProx, ...
 
-All that average arrays; not those of trees, nor wrappers of another strategy. Their records stay Flower's, see
-:mod:`strategies.averaging.shipped`.
+All that average arrays; not those of trees, nor wrappers of another strategy. Their records stay
+Flower's, see :mod:`strategies.averaging.shipped`.
 """
 
 import inspect
@@ -43,7 +43,8 @@ def arguments_of(name: str, text: str) -> dict[str, int | float]:
     """Arguments of the strategy ``name``, read from ``"eta=0.1 beta_1=0.9"``.
 
     Raises:
-        ValueError: an unknown argument or one that comes twice, a value that is no number from 0 on, or a required one left out.
+        ValueError: an unknown argument or one that comes twice, a value that is no number from 0
+            on, or a required one left out.
     """
     where = f"flower.arguments = {text!r}"
     parameters = {

@@ -2,9 +2,10 @@
 
     mean = sum_k s_k x_k / sum_k s_k
 
-Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is therefore cut to a multiple of
-2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum to at most 1, so the sum cannot overflow while ``|x| < 2^22``,
-which :func:`refusal` makes sure. A mean over K sites differs from the exact one by at most K 2^-40, then it is rounded to float32,
+Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is
+therefore cut to a multiple of 2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum
+to at most 1, so the sum cannot overflow while ``|x| < 2^22``, which :func:`refusal` makes sure. A
+mean over K sites differs from the exact one by at most K 2^-40, then it is rounded to float32,
 whose own step is larger for every value above 1.5e-5.
 """
 

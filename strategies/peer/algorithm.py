@@ -1,8 +1,8 @@
 """What a peer does between two exchanges and in one.
 
-Every function takes vectors [..., d] and reduces over the last axis only: one peer's [d] in the app, all peers' [n, d] in fast
-simulation and in tests. A state is a NamedTuple of tensors, so saving it, sending it and going on from it is one function.
-Inputs are never written.
+Every function takes vectors [..., d] and reduces over the last axis only: one peer's [d] in the
+app, all peers' [n, d] in fast simulation and in tests. A state is a NamedTuple of tensors, so
+saving it, sending it and going on from it is one function. Inputs are never written.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,10 +32,12 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
 
     Attributes:
         init: the state at a model [..., d].
-        descend: a local step, by the gradient at ``state.x``, which nobody writes afterwards, and a learning rate.
+        descend: a local step, by the gradient at ``state.x``, which nobody writes afterwards, and a
+            learning rate.
         outgoing: what neighbours are offered after the last local step.
-        mix: the exchange. Own vectors as neighbours decode them, and ``sum_j w_ij`` of everybody's decoded vectors, own included:
-            ``x + mixed - sent`` keeps the mean of all peers whatever a codec lost.
+        mix: the exchange. Own vectors as neighbours decode them, and ``sum_j w_ij`` of everybody's
+            decoded vectors, own included: ``x + mixed - sent`` keeps the mean of all peers whatever
+            a codec lost.
     """
 
     init: Callable[[Tensor], S]

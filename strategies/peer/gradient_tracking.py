@@ -5,8 +5,9 @@
     combine while adapting   x = sum_j w_ij x_j - lr y
     y_mixed = sum_j w_ij y_j
 
-Sources: Di Lorenzo and Scutari 2016; Nedic, Olshevsky, Shi, SIAM J. Optim. 2017; the code of Vogels et al., "RelaySum", 2021 (adapt
-first) and of Lin et al. 2021 (combine while adapting). Differs: none known. Two vectors a message.
+Sources: Di Lorenzo and Scutari 2016; Nedic, Olshevsky, Shi, SIAM J. Optim. 2017; the code of Vogels
+et al., "RelaySum", 2021 (adapt first) and of Lin et al. 2021 (combine while adapting). Differs:
+none known. Two vectors a message.
 Special case: W = I is gradient descent.
 """
 

@@ -2,9 +2,10 @@
 
     g_ij = grad F_j(x_i + rho grad F_j(x_i) / |grad F_j(x_i)|);    the rest is NGM's
 
-Source: Choudhary, Aketi, Roy, "SADDLe: Sharpness-Aware Decentralized Deep Learning with Heterogeneous Data", WACV 2025 (arXiv
-2405.13961), **reconstructed from the abstract**: who perturbs is not known (:mod:`strategies.peer.neighbourhood`), and no number
-of the paper is reproduced or claimed. Special case: rho -> 0 is NGM.
+Source: Choudhary, Aketi, Roy, "SADDLe: Sharpness-Aware Decentralized Deep Learning with
+Heterogeneous Data", WACV 2025 (arXiv 2405.13961), **reconstructed from the abstract**: who perturbs
+is not known (:mod:`strategies.peer.neighbourhood`), and no number of the paper is reproduced or
+claimed. Special case: rho -> 0 is NGM.
 """
 
 from typing import Literal

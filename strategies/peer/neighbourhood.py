@@ -4,16 +4,19 @@
     data variant     g_i = sum_j w_ij grad F_j(x_i)    the neighbours' gradients at the own model: a second exchange
     model variant    g_i = sum_j w_ij grad F_i(x_j)    the own gradients at the neighbours' models: nothing more to send
 
-Source: Aketi et al., "Neighborhood Gradient Clustering" (NGM; arXiv 2209.14390); for N-SADDLe, Choudhary, Aketi, Roy, WACV 2025
-(arXiv 2405.13961), **reconstructed from the abstracts** and from the code of the former. Differs from that code: every gradient is
-taken at the models of before the exchange (theirs takes the own one after averaging), and weights are W's, not 1 / (deg + 1) (the
-same on regular graphs). N-SADDLe makes each of these gradients sharpness-aware; where its perturbation is taken is not known:
+Source: Aketi et al., "Neighborhood Gradient Clustering" (NGM; arXiv 2209.14390); for N-SADDLe,
+Choudhary, Aketi, Roy, WACV 2025 (arXiv 2405.13961), **reconstructed from the abstracts** and from
+the code of the former. Differs from that code: every gradient is taken at the models of before the
+exchange (theirs takes the own one after averaging), and weights are W's, not 1 / (deg + 1) (the
+same on regular graphs). N-SADDLe makes each of these gradients sharpness-aware; where its
+perturbation is taken is not known:
 
     owner-of-data    by whoever computes the gradient, with its own loss at the model it received (the default)
     none             the own gradient only
     owner-of-model   by the peer whose model it is, with its own loss; neighbours receive the perturbed model too
 
-Special cases: W = I is the own gradient; equal models and exact gradients give the mean of the neighbourhood's gradients.
+Special cases: W = I is the own gradient; equal models and exact gradients give the mean of the
+neighbourhood's gradients.
 """
 
 from collections.abc import Callable, Mapping

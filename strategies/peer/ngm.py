@@ -4,8 +4,9 @@
     model variant    g_i = sum_j w_ij grad F_i(x_j)        the own gradients at the neighbours' models: nothing more to send
     v = beta v - lr g_i;    x = sum_j w_ij x_j + v
 
-Source: Aketi et al., "Neighborhood Gradient Clustering", arXiv 2209.14390, and its code; the differences stand in
-:mod:`strategies.peer.neighbourhood`, the descent in :mod:`strategies.peer.dsgd`.
+Source: Aketi et al., "Neighborhood Gradient Clustering", arXiv 2209.14390, and its code; the
+differences stand in :mod:`strategies.peer.neighbourhood`, the descent in
+:mod:`strategies.peer.dsgd`.
 Special case: W = I is CDMSGD.
 """
 

@@ -4,14 +4,16 @@
     d_i  = alpha d_i - beta sum_j w_ij D_j - gamma (theta_i - sum_j w_ij theta_j)
     theta_i = theta_i + d_i;    x_i = theta_i
 
-On the topology ``matching`` the sums are means of a pair, and nobody ever waits for more than one other.
+On the topology ``matching`` the sums are means of a pair, and nobody ever waits for more than one
+other.
 
-Source: "NoLoCo: No-all-reduce Low Communication Training Method for Large Models", arXiv 2506.10911,
-**reconstructed**: the signs are those above, the paper's values of alpha, beta and gamma are not
+Source: "NoLoCo: No-all-reduce Low Communication Training Method for Large Models",
+arXiv 2506.10911, **reconstructed**: the signs are those above, the paper's values of alpha, beta
+and gamma are not
 known. Differs: local steps are SGD, with momentum of their own that an exchange does not reset,
 where the paper takes Adam. Two vectors a message.
-Special cases: alpha = 0, beta = gamma = 1 is D-PSGD with local steps; W = I is SGD with heavy ball on the own D; complete graph and
-equal beginnings: one outer heavy ball for all.
+Special cases: alpha = 0, beta = gamma = 1 is D-PSGD with local steps; W = I is SGD with heavy ball
+on the own D; complete graph and equal beginnings: one outer heavy ball for all.
 Invariant: with gamma alone (beta = 0) the mean of all theta keeps still.
 """
 

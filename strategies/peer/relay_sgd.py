@@ -4,15 +4,18 @@
     s_ij    = x_half_i + sum_{k in N_i, k != j} s_ki,  c_ij = 1 + sum_{k in N_i, k != j} c_ki         of the last exchange
     x_i     = (1/n) (sum_{j in N_i} s_ji + (n - sum_{j in N_i} c_ji) x_half_i)                        of this one
 
-Peer i offers neighbour j the sum ``s_ij`` of the models on its own side of their link, and how many they are. What has not
-arrived yet counts as the own model: that of a peer at distance t arrives in t exchanges.
+Peer i offers neighbour j the sum ``s_ij`` of the models on its own side of their link, and how many
+they are. What has not arrived yet counts as the own model: that of a peer at distance t arrives in
+t exchanges.
 
-Source: Vogels, He, Koloskova, Karimireddy, Lin, Stich, Jaggi, "RelaySum for Decentralized Deep Learning on Heterogeneous Data",
-NeurIPS 2021, algorithm 1, and its code. Differs: where a neighbour sends nothing, its whole side counts as the own model, for as
-long as that lasts. BatchNorm statistics are averaged with neighbours, by the mixing matrix.
-Special cases: two peers average exactly, and with equal data are SGD; once as many exchanges are over as the tree is wide, every
-peer's model counts 1/n. Trap: on a wide tree models arrive late, and even with equal data it is not SGD but slower, by the mean
-distance; the authors take a larger rate there.
+Source: Vogels, He, Koloskova, Karimireddy, Lin, Stich, Jaggi, "RelaySum for Decentralized Deep
+Learning on Heterogeneous Data", NeurIPS 2021, algorithm 1, and its code. Differs: where a neighbour
+sends nothing, its whole side counts as the own model, for as long as that lasts. BatchNorm
+statistics are averaged with neighbours, by the mixing matrix.
+Special cases: two peers average exactly, and with equal data are SGD; once as many exchanges are
+over as the tree is wide, every peer's model counts 1/n. Trap: on a wide tree models arrive late,
+and even with equal data it is not SGD but slower, by the mean distance; the authors take a larger
+rate there.
 """
 
 from collections.abc import Mapping

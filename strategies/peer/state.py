@@ -28,7 +28,8 @@ class Peer(NamedTuple):
         seed: of the run; codecs draw from it.
         loss_batches: the loss is reported as a mean over at least so many batches.
         robust: the mean of what neighbours send.
-        max_change: what is further from the own than so many times the own's norm is refused; 0: no bound.
+        max_change: what is further from the own than so many times the own's norm is refused; 0: no
+            bound.
     """
 
     plan: PeerPlan

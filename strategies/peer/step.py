@@ -1,10 +1,12 @@
 """A peer's step as a function: what it remembered and what its neighbours sent, to what it remembers and offers them.
 
-A plain exchange is one step (:func:`models_step`): mix the neighbours' vectors, train, offer. An exchange of neighbourhood
-gradients in the data variant is two: :func:`cross_step` takes gradients at the neighbours' models and offers these, then
-:func:`models_step` descends along what came back, mixes, and offers the model.
+A plain exchange is one step (:func:`models_step`): mix the neighbours' vectors, train, offer. An
+exchange of neighbourhood gradients in the data variant is two: :func:`cross_step` takes gradients
+at the neighbours' models and offers these, then :func:`models_step` descends along what came back,
+mixes, and offers the model.
 
-Nothing here knows Flower, files or clocks. What is drawn follows from the seed, the peer's number and the step's.
+Nothing here knows Flower, files or clocks. What is drawn follows from the seed, the peer's number
+and the step's.
 """
 
 import math
@@ -83,7 +85,8 @@ def models_step(
     """Mix what neighbours sent, train, offer the result; or end an exchange of neighbourhood gradients.
 
     Raises:
-        ValueError: the step is none of this run, the exchange that it ends has not begun, or the model is not finite any more.
+        ValueError: the step is none of this run, the exchange that it ends has not begun, or the
+            model is not finite any more.
     """
     state, metrics, refused = _start(peer, state, order), Metrics(), tuple[Refusal, ...]()
     if order.step and peer.plan.gradient.messages == 2:
@@ -188,7 +191,8 @@ def _usable(
 ) -> tuple[PeerState, dict[int, T], tuple[Refusal, ...]]:
     """Of each neighbour, the newest of what it sent that can be used.
 
-    Whatever is wrong with numbers that a stranger may have made costs that neighbour its part in this exchange, and nobody else.
+    Whatever is wrong with numbers that a stranger may have made costs that neighbour its part in
+    this exchange, and nobody else.
     """
     found, refused = dict[int, T](), list[Refusal]()
     for each in received:

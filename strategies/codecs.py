@@ -67,7 +67,10 @@ def identity(sizes: Sequence[int] = ()) -> Codec:
 
 
 def rounded(dtype: torch.dtype) -> Codec:
-    """The nearest number of a shorter floating-point type, the largest one where there is none; decoded as float32."""
+    """The nearest number of a shorter floating-point type, beyond its range the largest one.
+
+    It is decoded as float32.
+    """
     largest = torch.finfo(dtype).max
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
@@ -91,10 +94,11 @@ def bf16(sizes: Sequence[int]) -> Codec:
 
 
 def qsgd(sizes: Sequence[int], bits: int) -> Codec:
-    """A sign and one of ``s = 2^(bits - 1) - 1`` levels, rounded up or down by chance so that the mean is right.
+    """A sign and one of ``s = 2^(bits - 1) - 1`` levels, by chance the upper or the lower one.
 
         C(v) = m sign(v) (floor(s |v| / m) + Bernoulli(rest)) / s,   m = max |v| of the layer
 
+    The expectation is the number itself.
     Differs from the paper's analysis: scaled by the largest number, as in its experiments, not by
     the Euclidean norm, which in a layer of many thousand numbers leaves most of them below the
     first level. ``bits`` counts the sign.
@@ -151,7 +155,7 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
 
 
 def top_k(sizes: Sequence[int], share: float) -> Codec:
-    """The largest numbers of each layer and their places (4 bytes each); of equal ones, those that come first."""
+    """The largest numbers of each layer and their places (4 bytes each); of equals, the first."""
     starts = np.cumsum([0, *sizes[:-1]])
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
@@ -175,7 +179,7 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
 
 
 def random_k(sizes: Sequence[int], share: float) -> Codec:
-    """Numbers of each layer at random places, which follow from a seed of 8 bytes; not scaled up."""
+    """Numbers of each layer at random places, which follow from a seed of 8 bytes; unscaled."""
 
     def places(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -199,7 +203,7 @@ def random_k(sizes: Sequence[int], share: float) -> Codec:
 
 
 def sign(sizes: Sequence[int]) -> Codec:
-    """The sign of each number, a bit, and the mean magnitude of each layer. Zero counts as positive."""
+    """The sign of each number, a bit, and the mean magnitude of each layer; 0 is positive."""
     total = sum(sizes)
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
@@ -282,14 +286,20 @@ def trial(found: Codec, d: int) -> str | None:
                 or not part.numel()
                 or part.dtype not in TYPES
             ):
-                return f"it sends {name!r}, {part.dtype} [{part.numel()}]; a name of a-z, 0-9, -, numbers of {TYPES}, at least one"
+                return (
+                    f"it sends {name!r}, {part.dtype} [{part.numel()}]; "
+                    f"a name of a-z, 0-9, -, numbers of {TYPES}, at least one"
+                )
         decoded = found.decode(payload)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if not torch.equal(vector, before):
         return "it writes in the vector that it encodes"
     if decoded.shape != vector.shape or decoded.dtype != vector.dtype:
-        return f"it decodes {decoded.dtype} of shape {tuple(decoded.shape)} where {vector.dtype} of shape ({d},) was encoded"
+        return (
+            f"it decodes {decoded.dtype} of shape {tuple(decoded.shape)} "
+            f"where {vector.dtype} of shape ({d},) was encoded"
+        )
     return None
 
 
@@ -303,9 +313,8 @@ def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _scatter(values: Tensor, places: Tensor, d: int) -> Tensor:
-    if (
-        places.numel() and not 0 <= int(places.min()) <= int(places.max()) < d
-    ):  # a neighbour's numbers; a GPU would stop the process
+    # A neighbour's numbers; a GPU would stop the process.
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < d:
         raise ValueError(
             f"places from {int(places.min())} to {int(places.max())} in a vector of {d}"
         )

@@ -1,8 +1,8 @@
-"""A method of the literature as a value: the keys it takes, and a plan that a driver executes without knowing its name.
+"""A method of the literature as a value: the keys it takes, and a plan that a driver executes.
 
 A plan is one of a few kinds, each with a driver of its own: :class:`RoundPlan` (synchronous
 averaging), :class:`ArrivalPlan` (the model changes when a site answers) and :class:`PeerPlan` (no
-server). Nothing here knows Flower.
+server). A driver does not know the name of the method. Nothing here knows Flower.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ Vectors = Mapping[str, Tensor]
 
 
 class Section(BaseModel):
-    """A table of the run configuration: typed keys, each with a default and a description, written with hyphens."""
+    """A table of the run configuration: typed keys with defaults and descriptions, in hyphens."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -273,7 +273,10 @@ class PeerPlan(NamedTuple):
         return (step - 1) // self.gradient.messages
 
     def number(self, step: int) -> int:
-        """The exchange, counted from 0, for which a step trains: a plain one for that after it, else for its own."""
+        """The exchange, counted from 0, for which a step trains.
+
+        A plain step trains for the exchange after it, any other for its own.
+        """
         return self.exchange(step) + (0 if step and self.gradient.at != "own" else 1)
 
     def done(self, step: int, exchanges: int) -> float:

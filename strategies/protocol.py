@@ -1,4 +1,6 @@
-"""What crosses the wire between the server and its sites, typed: one function each way between a value and Flower's records.
+"""What the server and its sites send each other, typed.
+
+One function each way converts between a value and Flower's records.
 
 A server that believes a site is ended by the first broken one. Every reply is therefore read here,
 once and completely, before anything is touched: which records there are, every name, type and
@@ -23,7 +25,8 @@ from strategies.method import Local
 from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
 
 MODEL = "model"  # the record with a peer's last model
-TEST = "test"  # the record with what a site found when it tested the model that came, before it trained it
+# The record with what a site found when it tested the model that came, before it trained it.
+TEST = "test"
 NONCE, PUBLIC_KEY = 16, 32  # bytes
 CODED = "x/"  # before the parts of an update in a codec
 SWITCHES = ("delta", "keep-moments", "plain")  # of an order
@@ -49,7 +52,7 @@ class Refusal(ValueError):
 
 
 def printable(text: str, longest: int = 80) -> str:
-    """Text of a site for a log, a table or an error: one line without control characters, shortened."""
+    """Text of a site for a log, a table or an error: one short line without control characters."""
     start = "".join(char if char.isprintable() else "?" for char in text[: longest + 1])
     return start if len(start) <= longest else f"{start[: longest - 1]}…"
 
@@ -99,8 +102,9 @@ class Part(BaseModel):
 
 
 class TrainMetrics(Part):
-    """What a site reports of its training: mean loss, first and last rate, examples, gradients (one an example) computed.
+    """What a site reports of its training.
 
+    Mean loss, first and last rate, examples, and ``samples``: gradients computed, one an example.
     Losses and accuracies are left out, here and below, where the site keeps them to itself.
     """
 
@@ -112,8 +116,10 @@ class TrainMetrics(Part):
 
 
 class TestMetrics(Part):
-    """What a site reports of a test: of the mean prediction of several models also by majority, and the mean over the models.
+    """What a site reports of a test.
 
+    Of several models it is a test of their mean prediction; beside it stand the accuracy of a
+    majority vote and the mean accuracy of the single models.
     All are means over its examples; of ``means`` metrics are made (:class:`models.tasks.Task`).
     """
 
@@ -226,7 +232,8 @@ class SiteCard(Part):
         # Whether there are numbers to predict the server knows.
         if len(self.known or ()) not in (len(self.columns), len(self.columns) + len(self.classes)):
             raise ValueError(
-                "known, mean and variance must be those of the columns and of the numbers to predict"
+                "known, mean and variance must be those of the columns and of the numbers to "
+                "predict"
             )
         if self.columns and self.shape != [len(self.columns)]:
             raise ValueError("shape must be that of the columns")
@@ -541,7 +548,8 @@ def _records(content: Mapping[str, Any], **expected: type) -> Iterator[Any]:
     """The records of a reply in the order asked for; there must be these and no others."""
     if set(content) != set(expected):
         raise Refusal(
-            f"the reply holds the records {_shown(sorted(content))}, {sorted(expected)} are expected"
+            f"the reply holds the records {_shown(sorted(content))}, "
+            f"{sorted(expected)} are expected"
         )
     for name, kind in expected.items():
         if not isinstance(content[name], kind):
@@ -584,17 +592,19 @@ def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
-    """The vectors of a model; they share the reply's memory. Their values are still to be looked at."""
+    """The vectors of a model, in the reply's memory; their values are still to be looked at."""
     if set(record) != set(layout.sizes):
         raise Refusal(
-            f"the reply holds the arrays {_shown(sorted(record))}, {sorted(layout.sizes)} are expected"
+            f"the reply holds the arrays {_shown(sorted(record))}, "
+            f"{sorted(layout.sizes)} are expected"
         )
     found = {}
     for name, size in layout.sizes.items():
         array = record[name]
         if array.dtype != "float32" or tuple(array.shape) != (size,):
             raise Refusal(
-                f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, float32 of shape ({size},) is expected"
+                f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, "
+                f"float32 of shape ({size},) is expected"
             )
         _whole(name, array, "float32", (size,))
         found[name] = unpack(array)
@@ -634,7 +644,8 @@ def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
     for name, (dtype, shape) in layout.coded.items():
         if parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
             raise Refusal(
-                f"{CODED}{name} is {_shown(parts[name].dtype)} of shape {_shown(tuple(parts[name].shape))}"
+                f"{CODED}{name} is {_shown(parts[name].dtype)} of shape "
+                f"{_shown(tuple(parts[name].shape))}"
             )
         _whole(f"{CODED}{name}", parts[name], dtype, shape)
     x = layout.codec.decode({name: unpack(array) for name, array in parts.items()})
@@ -648,7 +659,7 @@ def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
 def _model(
     record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], float, dict[str, float]]:
-    """The vectors of a model, the largest magnitude in ``x``, and how far each is from what was sent."""
+    """A model's vectors, the largest magnitude in ``x``, and how far each is from what was sent."""
     if layout.codec:
         moved, rest = _decoded(record, layout)
         vectors = _vectors(
@@ -711,9 +722,14 @@ def _few(means: list[float] | None, expected: int) -> None:
 def read_tested(
     content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0
 ) -> TestMetrics:
-    """What a site found when it tested the mean prediction of so many models; ``beside`` what it trained or in a reply of its own.
+    """What a site found when it tested the mean prediction of ``models`` models.
 
-    ``means``: how many the task has.
+    Args:
+        content: of the reply.
+        num_examples: how many the site has to test on.
+        models: how many there are.
+        beside: whether it stands in the reply to a training, or in a reply of its own.
+        means: how many the task has.
 
     Raises:
         Refusal: it cannot be used.
@@ -728,7 +744,8 @@ def read_tested(
     several = (metrics.accuracy_vote, metrics.accuracy_single)
     if models == 1 and several != (None, None):
         raise Refusal(
-            f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}"
+            "accuracy-vote and accuracy-single belong to a test of several models, "
+            f"this one is of {models}"
         )
     return metrics
 
@@ -755,7 +772,8 @@ def read_offer(
         content: of the reply.
         order: that it answers.
         layout: of a model.
-        num_examples, num_tests: what the site said at first.
+        num_examples: of the training part, as the site said at first.
+        num_tests: of the test part, as the site said at first.
         readers: whom it may address.
         model: whether its model is expected; a flaw in it costs no more than the model.
         means: how many a test has.
@@ -794,7 +812,7 @@ def read_offer(
 
 
 def _payloads(arrays: ArrayRecord, known: Collection[str]) -> None:
-    """Arrays for peers: their names and types, and that their bytes are what they are said to be."""
+    """Check arrays for peers: names, types, and that their bytes are what they are said to be."""
     for name, array in arrays.items():
         if not ARRAY_NAME.fullmatch(name) or name.partition("/")[0] not in known:
             raise Refusal(f"it offers {_shown(name)}, which nobody expects")

@@ -84,7 +84,10 @@ def unpack(array: Array) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, type and where the data begin. Cached: numpy compiles each header as Python, a quarter of a millisecond."""
+    """Shape, type and where the data begin.
+
+    Cached: numpy compiles each header as Python, which takes a quarter of a millisecond.
+    """
     stream = BytesIO(header)
     version = np.lib.format.read_magic(stream)
     read_header = (
@@ -119,9 +122,9 @@ def metrics_of(message: Message) -> MetricRecord:
 
 
 def num_bytes(message: Message) -> int:
-    """Bytes of a message's content as it is sent: arrays, metrics and configuration, without Flower's envelope.
+    """Bytes of a message's content as it is sent: arrays, metrics and configuration.
 
-    Counted once a message, by encoding what is no array.
+    Without Flower's envelope. Counted once a message, by encoding what is no array.
     """
     if not message.has_content():
         return 0

@@ -1,10 +1,12 @@
-"""Means that a few hostile contributions cannot take where they like, and shares that no site can make its own.
+"""Means that a few hostile contributions cannot move at will, and bounds on a site's share.
 
 Of the rows v_1 .. v_n, of which f may be hostile:
 
-    median         of each coordinate the middle value; of an even number the mean of the two in the middle
+    median         of each coordinate the middle value; of an even number the mean of the two in
+                   the middle
     trimmed-mean   of each coordinate the mean without the f smallest and the f largest values
-    krum           score_i = sum of |v_i - v_j|^2 over the n - f - 2 nearest j;  the mean of the n - f rows of the lowest scores
+    krum           score_i = sum of |v_i - v_j|^2 over the n - f - 2 nearest j;
+                   the mean of the n - f rows of the lowest scores
     clipped        own + sum_j w_j c_j (v_j - own),  c_j = min(1, tau / |v_j - own|),
                    tau = sqrt(sum_j w_j |v_j - own|^2 / delta), the sum without the f furthest j,
                    delta: their weights
@@ -64,7 +66,10 @@ PLAIN = Robust()
 
 
 def trimmed_mean(rows: Tensor, faulty: int) -> Tensor:
-    """Of rows [n, d] without the ``faulty`` smallest and largest of each coordinate, [d]; at least the middle stays."""
+    """The mean [d] of rows [n, d] without the ``faulty`` smallest and largest of each coordinate.
+
+    At least the middle stays.
+    """
     n = len(rows)
     cut = min(faulty, (n - 1) // 2)
     return rows.sort(0).values[cut : n - cut].mean(0)
@@ -92,7 +97,7 @@ Rows = Callable[
 def combined(
     rows: Rows, count: int, size: int, robust: Robust, judged: int | None = None
 ) -> Tensor:
-    """The robust mean [size] of ``count`` rows, which are looked at block by block: they may be on disk.
+    """The robust mean [size] of ``count`` rows, block by block: they may be on disk.
 
     Args:
         rows: gives blocks of them.
@@ -105,10 +110,8 @@ def combined(
     blocks = [(start, min(start + step, size)) for start in range(0, size, step)]
     kept = list(range(count))
     if robust.kind == "krum":
-        squares, end = (
-            torch.zeros(count, count, dtype=torch.float64),
-            size if judged is None else judged,
-        )
+        squares = torch.zeros(count, count, dtype=torch.float64)
+        end = size if judged is None else judged
         for start, stop in blocks:
             if start < end:
                 block = rows(start, min(stop, end)).double()
@@ -136,8 +139,9 @@ def mean_of(vectors: Sequence[Tensor], robust: Robust) -> Tensor:
 def clipped(
     own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], faulty: int
 ) -> Tensor:
-    """ClippedGossip: ``own`` [d] and what neighbours sent, each pulled to within a radius of it. The ``faulty`` furthest decide
-    nothing about the radius; where no others sent anything, it is 0.
+    """ClippedGossip: ``own`` [d] and what neighbours sent, each pulled to within a radius of it.
+
+    The ``faulty`` furthest decide nothing about the radius; where no others sent anything, it is 0.
     """
     lengths = {j: float(torch.linalg.vector_norm(vector - own)) for j, vector in theirs.items()}
     furthest = sorted(lengths, key=lambda j: lengths[j])[max(0, len(lengths) - faulty) :]
@@ -154,9 +158,10 @@ def clipped(
 def neighbourhood_mean(
     own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], robust: Robust
 ) -> Tensor:
-    """What a peer goes to, of its ``own`` vector [d] and its neighbours'. Median and trimmed mean are those of all of these, which
-    count the same (BRIDGE: Yang and Bajwa, "BRIDGE: Byzantine-Resilient Decentralized Gradient
-    Descent", arXiv 1908.08098).
+    """The robust mean of a peer's ``own`` vector [d] and its neighbours'.
+
+    Median and trimmed mean are those of all of these, which count the same (BRIDGE: Yang and Bajwa,
+    "BRIDGE: Byzantine-Resilient Decentralized Gradient Descent", arXiv 1908.08098).
     """
     if robust.kind == "clipped":
         return clipped(own, theirs, weights, robust.faulty)
@@ -164,7 +169,7 @@ def neighbourhood_mean(
 
 
 def capped(shares: Mapping[int, float], most: float) -> dict[int, float]:
-    """Shares, together 1, of which none is larger than ``most``, or than 1 / n where that is larger."""
+    """Shares, together 1, of which none is larger than ``most`` (or 1 / n, if that is larger)."""
     most, found = max(most, 1 / max(1, len(shares))), dict(shares)
     full: set[int] = set()
     while over := {k for k, share in found.items() if share > most + 1e-12} - full:

@@ -20,12 +20,18 @@ from collections.abc import Callable
 
 
 def warm(warmup: float, u: float, after: float) -> float:
-    """What a rate is multiplied with in a step from fraction ``u`` of the cycle to ``after``; ``warmup`` = 0: 1."""
+    """The warm-up factor of a rate in a step from fraction ``u`` of the cycle to ``after``.
+
+    With ``warmup`` = 0 it is 1.
+    """
     return min(1.0, after / warmup) if u < warmup else 1.0
 
 
 def decay(shape: str, ratio: float, u: float, warmup: float = 0.0) -> float:
-    """What the starting rate is multiplied with when a fraction ``u`` in [0, 1] of the cycle, warm-up included, is done."""
+    """The factor of the starting rate when a fraction ``u`` in [0, 1] of the cycle is done.
+
+    The fraction includes the warm-up.
+    """
     u = max(0.0, u - warmup) / (1 - warmup)
     match shape:
         case "exponential":
@@ -38,9 +44,10 @@ def decay(shape: str, ratio: float, u: float, warmup: float = 0.0) -> float:
 
 
 def progress(step: int, steps: int, epoch: int, every: str) -> float:
-    """Fraction of a round of ``steps`` batches done before its batch ``step``; an epoch has ``epoch`` batches.
+    """Fraction of a round of ``steps`` batches that is done before its batch ``step``.
 
-    ``every`` is "batch" or "epoch"; by epoch, the rate stands still inside an epoch.
+    An epoch has ``epoch`` batches. ``every`` is "batch" or "epoch"; by epoch, the rate stands still
+    inside an epoch.
     """
     return step / steps if every == "batch" else step // epoch * epoch / steps
 
@@ -60,7 +67,8 @@ def rates(
 
     Args:
         lr: the rate at the start of a cycle, after warm-up.
-        shape, ratio: of :func:`decay`.
+        shape: of :func:`decay`.
+        ratio: of :func:`decay`.
         every: of :func:`progress`.
         cycle: fractions of the cycle at the first batch and after the last.
         steps: batches in all.

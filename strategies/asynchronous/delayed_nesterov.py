@@ -1,6 +1,6 @@
 """Delayed Nesterov: momentum at the server that moves once in N arrivals, not with each stale one.
 
-    buffer = buffer + D                                              D: what a site moved, from the model it was sent
+    buffer = buffer + D                   D: what a site moved, from the model it was sent
     every N-th arrival:   m = beta m + buffer / N
                           x = x - eta ((1 - c N + c) beta m + D / N);   buffer = 0
     any other:            x = x - eta (c beta m + D / N)              c in [0, 1/N]

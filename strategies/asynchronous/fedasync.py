@@ -60,7 +60,8 @@ def plan(keys: Keys, run: Run) -> ArrivalPlan:
     """Apply everything at once."""
     if keys.local_steps == 1 and keys.proximal_mu != Keys().proximal_mu:
         raise ValueError(
-            "fedasync.proximal-mu: has no effect with fedasync.local-steps = 1, which stays where it begins"
+            "fedasync.proximal-mu: has no effect with fedasync.local-steps = 1, "
+            "which stays where it begins"
         )
     rule = fedasync(alpha=keys.mixing_rate, weight=keys.weight())
     return ArrivalPlan(rule, steps=keys.local_steps, proximal=keys.proximal_mu)

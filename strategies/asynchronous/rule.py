@@ -1,4 +1,6 @@
-"""What a server does with one arrival. Who waits, and in which order arrivals are taken, belongs to the driver.
+"""What a server does with one arrival.
+
+Who waits, and in which order arrivals are taken, belongs to the driver.
 
 A rule *owns* the state it is given: it may overwrite its tensors, and the caller goes on with the
 state returned, as with a donated buffer in JAX. A copy of a model of 25 million parameters costs
@@ -11,9 +13,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-BLOCK = (
-    1 << 20
-)  # elements worked on at a time: what a rule computes on the way stays in the processor's cache
+# Elements worked on at a time: what a rule computes on the way stays in the processor's cache.
+BLOCK = 1 << 20
 
 
 class State(Protocol):
@@ -87,7 +88,7 @@ Weight = Callable[[int], float]  # in (0, 1]
 
 
 def constant(staleness: int) -> float:
-    """1."""
+    """1, whatever the staleness."""
     return 1.0
 
 
@@ -97,7 +98,10 @@ def polynomial(exponent: float) -> Weight:
 
 
 def hinge(slope: float, border: float) -> Weight:
-    """1 up to ``border``, then ``1 / (a (staleness - b) + 1)`` (FedAsync: Xie et al. 2019, section 5.2)."""
+    """1 up to ``border`` b, then ``1 / (a (staleness - b) + 1)``, a the ``slope``.
+
+    Source: FedAsync (Xie et al. 2019, section 5.2).
+    """
     return lambda staleness: 1.0 / (slope * max(0.0, staleness - border) + 1.0)
 
 

@@ -1,6 +1,8 @@
 """The white list: every site contributes once before any contributes again.
 
-    site k may contribute  <=>  c_k - min_j c_j <= slack        over the active sites j; c: contributions so far
+    site k may contribute  <=>  c_k - min_j c_j <= slack
+
+over the active sites j, where c counts contributions so far.
 
 With slack 0 the sites that may contribute are a list from which each one is struck when it did,
 refilled when it is empty. A contribution that may not be applied yet waits, in the order of
@@ -47,7 +49,7 @@ class WhiteList(Generic[Site]):
         return site in self._waiting
 
     def arrive(self, site: Site) -> list[Site]:
-        """A contribution of ``site`` is there: the sites whose contributions are now to be applied, in this order.
+        """A contribution of ``site`` arrived: whose contributions are now applied, in this order.
 
         A site that was set aside is active again, as if it had contributed as often as the slowest.
         """
@@ -60,11 +62,11 @@ class WhiteList(Generic[Site]):
 
     @property
     def even(self) -> bool:
-        """Whether all active sites contributed equally often: the list is empty, and filled again."""
+        """Whether all active sites contributed equally often: the list is refilled."""
         return len({self.counts[site] for site in self._active}) <= 1
 
     def set_aside(self, site: Site) -> list[Site]:
-        """Nobody waits for ``site`` any more: the sites whose contributions are now to be applied."""
+        """Nobody waits for ``site`` any more: whose contributions are now applied."""
         self._active.discard(site)
         return self._release()
 

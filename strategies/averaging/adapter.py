@@ -1,7 +1,11 @@
-"""Any :class:`~strategies.method.RoundPlan` as a ``flwr.serverapp.Strategy``: for our own driver, Flower's wrappers and other apps.
+"""Any :class:`~strategies.method.RoundPlan` as a ``flwr.serverapp.Strategy``.
 
-    x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered; BatchNorm statistics likewise
+For our own driver, Flower's wrappers and other apps.
+
+    x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered
     state  = absorb(state, x_mean)
+
+BatchNorm statistics are averaged likewise.
 
 The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that
 was sent, of the sum (two models) and of a reply, however many sites there are. A robust mean
@@ -106,7 +110,7 @@ class Planned(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The plan's next model, and the mean of the sites' metrics with ``model-change`` beside them."""
+        """The plan's next model, and the mean of the sites' metrics with ``model-change``."""
         metrics: list[RecordDict] = []
         mean, answered = (self._robustly if self._robust.on else self._streaming)(replies, metrics)
         if not metrics:
@@ -136,7 +140,10 @@ class Planned(FedAvg):
     def _streaming(
         self, replies: Iterable[Message], metrics: list[RecordDict]
     ) -> tuple[dict[str, Tensor], float]:
-        """The mean of each vector, and the share of the sites that answered; what they report is added to ``metrics``."""
+        """The mean of each vector, and the share of the sites that answered.
+
+        What they report is added to ``metrics``.
+        """
         means: dict[str, StreamingMean] = {}
         for reply in replies:
             _add(means, reply, self._share(reply))

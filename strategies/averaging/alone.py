@@ -1,4 +1,6 @@
-"""Sites that train alone: each gets its own model back. The yardstick for every way of learning together.
+"""Sites that train alone: each gets its own model back.
+
+The yardstick for every way of learning together.
 
     x_k' = what site k made of x_k
 

@@ -1,6 +1,6 @@
 """DiLoCo: AdamW inside for H steps, Nesterov momentum outside.
 
-    D     = x - mean_k x_k                                     the outer gradient of a round of H local steps
+    D     = x - mean_k x_k        the outer gradient of a round of H local steps
     v     = mu v + D
     x     = x - eta (D + mu v)
 

@@ -1,6 +1,8 @@
 """FedAvg: the server's next model is the mean of the models that sites return.
 
-    x' = sum_k s_k x_k / sum_k s_k      s_k = 1/K (equal) or n_k/n (samples), over the sites that answered
+    x' = sum_k s_k x_k / sum_k s_k      s_k = 1/K (equal) or n_k/n (samples)
+
+over the sites k that answered.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 AISTATS 2017, algorithm 1.

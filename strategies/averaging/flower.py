@@ -24,7 +24,8 @@ GIVEN = {
     "train_loss_key": "loss",
     "train_metrics_aggr_fn": weighted_metrics,
     "evaluate_metrics_aggr_fn": weighted_metrics,
-    "eta": 0.01,  # of FedAdagrad, FedAdam and FedYogi: with Flower's 0.1 the first of them does not learn
+    # Of FedAdagrad, FedAdam and FedYogi: with Flower's 0.1 the first of them does not learn.
+    "eta": 0.01,
 }
 
 
@@ -36,7 +37,10 @@ class Keys(RoundKeys):
     """Of every strategy of Flower."""
 
     arguments: str = ""
-    """the strategy's own, such as "eta=0.02 beta_1=0.9" (eta is 0.01 by default); weighting is of BatchNorm statistics"""
+    (
+        'the strategy\'s own, such as "eta=0.02 beta_1=0.9" (eta is 0.01 by default); '
+        "weighting is of BatchNorm statistics"
+    )
 
 
 def arguments_of(name: str, text: str) -> dict[str, int | float]:
@@ -60,7 +64,8 @@ def arguments_of(name: str, text: str) -> dict[str, int | float]:
         if key not in parameters or key in found:
             wrong = "is given twice" if key in found else "is unknown"
             raise ValueError(
-                f"{where}: argument {key!r} of {name} {wrong}; allowed: {', '.join(parameters) or 'none'}"
+                f"{where}: argument {key!r} of {name} {wrong}; "
+                f"allowed: {', '.join(parameters) or 'none'}"
             )
         try:
             found[key] = int(value) if value.lstrip("+-").isdigit() else float(value)

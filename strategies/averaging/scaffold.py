@@ -1,8 +1,11 @@
 """SCAFFOLD: control variates take the drift out of local steps.
 
-    y_i   = x;  y_i = y_i - lr (g_i(y_i) - c_i + c)            local steps, plain SGD
-    c_i'  = c_i - c + (x - y_i) / sum of lr                    the mean gradient of the round (the paper's option II)
-    x     = x + eta_g mean_i (y_i - x);   c = c + p mean_i (c_i' - c_i)      p: share of the sites that answered
+    y_i   = x;  y_i = y_i - lr (g_i(y_i) - c_i + c)        local steps, plain SGD
+    c_i'  = c_i - c + (x - y_i) / sum of lr                the mean gradient of the round
+    x     = x + eta_g mean_i (y_i - x)
+    c     = c + p mean_i (c_i' - c_i)                      p: share of the sites that answered
+
+``c_i'`` is the paper's option II.
 
 Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML
 2020, algorithm 1. Differs: the sum of the rates stands for K lr, since a rate may decay; weight

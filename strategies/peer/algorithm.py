@@ -15,8 +15,10 @@ Vectors = tuple[Tensor, ...]
 
 
 class State(Protocol):
-    """What every algorithm remembers at least; further fields are tensors, an empty one where there is nothing to remember, or
-    dictionaries of tensors by neighbour.
+    """What every algorithm remembers at least.
+
+    Further fields are tensors, an empty one where there is nothing to remember, or dictionaries of
+    tensors by neighbour.
     """
 
     @property
@@ -47,7 +49,7 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
 
 
 class LinkAlgorithm(NamedTuple, Generic[S]):
-    """An algorithm that offers each neighbour something else, and mixes what came from each of them itself.
+    """An algorithm that offers each neighbour something else, and mixes what came from each.
 
     Attributes:
         init: the state at a model [d].
@@ -65,7 +67,10 @@ class LinkAlgorithm(NamedTuple, Generic[S]):
 def exchange(
     algorithm: PeerAlgorithm[S], state: S, sent: Vectors, mixed: Vectors, gamma: float
 ) -> S:
-    """The exchange with averaging rate ``gamma``: ``x + gamma (mixed - sent)`` where plain averaging has ``x + mixed - sent``."""
+    """The exchange with averaging rate ``gamma``.
+
+    It is ``x + gamma (mixed - sent)`` where plain averaging has ``x + mixed - sent``.
+    """
     if gamma != 1:
         mixed = tuple(
             torch.lerp(own, together, gamma) for own, together in zip(sent, mixed, strict=True)

@@ -1,8 +1,10 @@
-"""How a peer's vector reaches its neighbours: through a codec, with or without a memory of what the codec lost.
+"""How a peer's vector reaches neighbours: through a codec, with or without memory of its losses.
 
-    none           q = C(v)                                        neighbours decode q
-    deep-squeeze   q = C(v + e),  e = v + e - q                    neighbours decode q
-    choco          q = C(v - v_hat),  v_hat = v_hat + q            neighbours add q to their copy of v_hat, and use that
+    none           q = C(v)                                 neighbours decode q
+    deep-squeeze   q = C(v + e),  e = v + e - q             neighbours decode q
+    choco          q = C(v - v_hat),  v_hat = v_hat + q     neighbours add q to their copy of v_hat
+
+With ``choco``, neighbours use their copy of v_hat.
 
 Sources: Tang et al., "DeepSqueeze", 2019; Koloskova et al., "Decentralized Stochastic Optimization
 and Gossip Algorithms with Compressed Communication", ICML 2019, in that order (the hat moves first,

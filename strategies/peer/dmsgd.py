@@ -68,9 +68,9 @@ def dmsgd(*, beta: float, omega: float, velocity: bool) -> PeerAlgorithm[HeavyBa
 
 
 def growth(matrices: Sequence[Tensor], *, beta: float, omega: float) -> float:
-    """The factor by which disagreement in the position form grows an exchange in the long run, without gradients.
+    """The factor by which disagreement in the position form grows an exchange in the long run.
 
-    Peers agree in the end if it is below 1. It is the spectral radius of
+    Gradients are left out. Peers agree in the end if it is below 1. It is the spectral radius of
     ``(x, x_last) -> (W x + beta q, x)``, q as above, taken over all ``matrices`` in turn, each W
     [n, n] float64, on what is orthogonal to agreement.
     """
@@ -113,9 +113,10 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
         factor = growth(mixing, beta=keys.momentum, omega=keys.consensus_weight)
         if factor > 1 + 1e-6:
             raise TopologyError(
-                f"dmsgd.momentum = {keys.momentum:g}, dmsgd.consensus-weight = {keys.consensus_weight:g}: disagreement grows by "
-                f"{factor:.3g} an exchange in dmsgd's position form on this topology; topology.lazy = true, "
-                "dmsgd.form = 'velocity' or a smaller momentum may help"
+                f"dmsgd.momentum = {keys.momentum:g}, "
+                f"dmsgd.consensus-weight = {keys.consensus_weight:g}: disagreement grows "
+                f"by {factor:.3g} an exchange in dmsgd's position form on this topology; "
+                "topology.lazy = true, dmsgd.form = 'velocity' or a smaller momentum may help"
             )
 
     algorithm = dmsgd(

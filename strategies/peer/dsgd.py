@@ -1,4 +1,4 @@
-"""Decentralized SGD, with or without momentum of one's own, in both orders of gradient step and averaging.
+"""Decentralized SGD, with or without momentum, in both orders of gradient step and averaging.
 
     v = beta v - lr g                                  g at x
     u = v, or with Nesterov beta v - lr g
@@ -24,7 +24,13 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Descent(NamedTuple):
-    """The model, the model of the last exchange (empty when adapting first), the velocity (empty without momentum)."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        start: the model of the last exchange; empty when adapting first.
+        v: the velocity; empty without momentum.
+    """
 
     x: Tensor
     start: Tensor

@@ -22,7 +22,14 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Tracking(NamedTuple):
-    """The model, the model of the last exchange (empty when adapting first), the tracker, the last gradient."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        start: the model of the last exchange; empty when adapting first.
+        y: the tracker.
+        g: the last gradient.
+    """
 
     x: Tensor
     start: Tensor

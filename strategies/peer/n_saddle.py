@@ -20,7 +20,10 @@ class Keys(ngm.Keys, SharpKeys):
     """Of N-SADDLe."""
 
     perturbed_by: Literal["owner-of-data", "none", "owner-of-model"] = "owner-of-data"
-    """who perturbs: owner-of-data, none (the own gradient only), owner-of-model (with gradients = data and without a codec)"""
+    (
+        "who perturbs: owner-of-data, none (the own gradient only), "
+        "owner-of-model (with gradients = data and without a codec)"
+    )
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

@@ -21,7 +21,14 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Quasi(NamedTuple):
-    """The model, the model of the last exchange, the quasi-global momentum, the sum of learning rates since that exchange ([1])."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        start: the model of the last exchange.
+        m_hat: the quasi-global momentum.
+        lr: [1], the sum of learning rates since that exchange.
+    """
 
     x: Tensor
     start: Tensor

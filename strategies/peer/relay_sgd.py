@@ -1,8 +1,11 @@
 """RelaySGD: on a tree, peers relay sums of models, so that each model reaches everybody, undiluted and once.
 
-    x_half  = x - lr g                                              or a step with momentum of one's own
-    s_ij    = x_half_i + sum_{k in N_i, k != j} s_ki,  c_ij = 1 + sum_{k in N_i, k != j} c_ki         of the last exchange
-    x_i     = (1/n) (sum_{j in N_i} s_ji + (n - sum_{j in N_i} c_ji) x_half_i)                        of this one
+    x_half  = x - lr g                                       or a step with momentum of one's own
+    s_ij    = x_half_i + sum_{k in N_i, k != j} s_ki         s_ki, c_ki of the last exchange
+    c_ij    = 1 + sum_{k in N_i, k != j} c_ki
+    x_i     = (1/n) (sum_{j in N_i} s_ji + (n - sum_{j in N_i} c_ji) x_half_i)
+
+with s_ji and c_ji of this exchange in the last line.
 
 Peer i offers neighbour j the sum ``s_ij`` of the models on its own side of their link, and how many
 they are. What has not arrived yet counts as the own model: that of a peer at distance t arrives in
@@ -32,7 +35,14 @@ from strategies.topology import Topology, TopologyError
 
 
 class Relayed(NamedTuple):
-    """The model, the velocity (empty without momentum), and of each neighbour the sum that came last and its count [1]."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        v: the velocity; empty without momentum.
+        sums: of each neighbour, the sum that came last.
+        counts: of each neighbour, how many models [1] that sum has.
+    """
 
     x: Tensor
     v: Tensor
@@ -77,8 +87,10 @@ def check(topology: Topology, rate: float) -> None:
     if len(topology.matrices) > 1 or not nx.is_tree(topology.graph):
         peers, links = topology.graph.number_of_nodes(), topology.graph.number_of_edges()
         raise TopologyError(
-            f"relaysgd: needs a tree; topology.name = {topology.name!r} has {links} links between {peers} peers, or changes; "
-            f"allowed: {peers - 1} links that join all, such as 'path', 'star', or a file of 'edges'"
+            f"relaysgd: needs a tree; topology.name = {topology.name!r} has {links} links "
+            f"between {peers} peers, or changes; "
+            f"allowed: {peers - 1} links that join all, such as 'path', 'star', "
+            "or a file of 'edges'"
         )
 
 

@@ -1,4 +1,7 @@
-"""A peer's step as a function: what it remembered and what its neighbours sent, to what it remembers and offers them.
+"""A peer's step as a function.
+
+From what a peer remembered and what its neighbours sent, it makes what the peer remembers next and
+offers its neighbours.
 
 A plain exchange is one step (:func:`models_step`): mix the neighbours' vectors, train, offer. An
 exchange of neighbourhood gradients in the data variant is two: :func:`cross_step` takes gradients
@@ -67,7 +70,13 @@ def why(error: Exception) -> str:
 
 
 class Model(NamedTuple):
-    """What came from a neighbour: its vectors, its BatchNorm statistics, and how far it perturbed its model (empty: not)."""
+    """What came from a neighbour.
+
+    Attributes:
+        vectors: its vectors.
+        stats: its BatchNorm statistics.
+        shift: how far it perturbed its model; empty: not at all.
+    """
 
     vectors: Vectors
     stats: Tensor
@@ -75,14 +84,17 @@ class Model(NamedTuple):
 
 
 def begin(peer: Peer, x: Tensor, stats: Tensor) -> PeerState:
-    """The state at a model ``x`` [d] with BatchNorm statistics ``stats`` [b], before the first step."""
+    """The state at a model ``x`` [d] and BatchNorm statistics ``stats`` [b], before any step."""
     return PeerState(peer.plan.algorithm.init(x), stats, shift=x.new_empty(0))
 
 
 def models_step(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> Result:
-    """Mix what neighbours sent, train, offer the result; or end an exchange of neighbourhood gradients.
+    """Mix what neighbours sent, train, offer the result.
+
+    Of neighbourhood gradients in the data variant, it ends the exchange that :func:`cross_step`
+    began.
 
     Raises:
         ValueError: the step is none of this run, the exchange that it ends has not begun, or the
@@ -114,7 +126,10 @@ def models_step(
 def cross_step(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> Result:
-    """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
+    """The first step of an exchange of neighbourhood gradients.
+
+    The own loss is differentiated at the neighbours' models.
+    """
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
     state, mixed = _mix_stats(peer, state, found, order), _mixed(peer, state, found, order)
     metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
@@ -144,7 +159,7 @@ def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
 def encode(
     peer: Peer, memories: Vectors, vectors: Vectors, step: int
 ) -> tuple[Payload, Vectors, Vectors]:
-    """The payload of what a peer offers, the channel's new memories, and the vectors as neighbours have them.
+    """The payload of what a peer offers, the channel's new memories, the vectors as received.
 
     Args:
         peer: whose vectors they are.
@@ -168,7 +183,7 @@ def encode(
 def encode_gradient(
     peer: Peer, memory: Tensor, gradient: Tensor, reader: int, step: int
 ) -> tuple[Payload, Tensor, Tensor]:
-    """The payload of a gradient [d] for one neighbour, the new memory, and the gradient as the neighbour has it."""
+    """The payload of a gradient [d] for a neighbour, the new memory, the gradient as received."""
     seed = derive(peer.seed, "cross-codec", peer.number, reader, step)
     return peer.cross.encode(memory, gradient, torch.Generator().manual_seed(seed))
 
@@ -270,7 +285,10 @@ def _check(vector: Tensor, wanted: Tensor) -> None:
 
 
 def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) -> None:
-    """Own vectors are the measure: of so few neighbours none can tell which of the others is wrong."""
+    """Refuse a vector that is too far from the own one.
+
+    Own vectors are the measure: with so few neighbours none can tell which of the others is wrong.
+    """
     if isinstance(peer.plan.algorithm, LinkAlgorithm) or not peer.max_change:
         return
     size = max(float(torch.linalg.vector_norm(each)) for each in measures)
@@ -349,7 +367,7 @@ def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> Pe
 def _meet(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
-    """The neighbours' models: mix them; in the model variant, descend along the own gradients there too."""
+    """Mix the neighbours' models; in the model variant, descend along the own gradients there."""
     state, found, refused = _models(peer, state, received, order)
     state, algorithm, metrics = (
         _mix_stats(peer, state, found, order),
@@ -411,7 +429,10 @@ def _pair(state: PeerState, oracle: Oracle) -> Callable[[Tensor, Tensor | None],
 def _gradients(
     peer: Peer, state: PeerState, found: Mapping[int, Model], oracle: Oracle
 ) -> tuple[PeerState, Gradients]:
-    """The own gradients at the own model (row 0) and at the neighbours', on the next batch; statistics follow row 0."""
+    """The own gradients at the own model (row 0) and at the neighbours', on the next batch.
+
+    BatchNorm statistics follow row 0.
+    """
     x = (
         torch.stack([state.x, *(model.vectors[0] for model in found.values())])
         if found
@@ -442,7 +463,10 @@ def _train(peer: Peer, state: PeerState, order: Order, oracle: Oracle) -> tuple[
 
 
 def _trained(peer: Peer, state: PeerState, loss: float, order: Order) -> tuple[PeerState, Metrics]:
-    """Report the mean ``loss`` of a step's batches, or keep it until it is one of many: few losses tell the examples."""
+    """Report the mean ``loss`` of a step's batches, or keep it until it is one of many.
+
+    A mean of few losses would reveal the examples.
+    """
     losses, unreported = state.losses + peer.plan.steps * loss, state.unreported + peer.plan.steps
     if unreported < peer.loss_batches:
         return state._replace(losses=losses, unreported=unreported), {}

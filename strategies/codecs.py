@@ -35,9 +35,8 @@ TYPES = (
     torch.float64,
 )
 BITS = (2, 4, 8, 16)  # what packs evenly into bytes
-_BLOCK = (
-    1 << 18
-)  # elements worked on at a time: what is computed on the way needs no memory of the vector's size
+# Elements worked on at a time: what is computed on the way needs no memory of the vector's size.
+_BLOCK = 1 << 18
 
 
 class Codec(NamedTuple):
@@ -131,9 +130,8 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
             # Drawn on the CPU: every device sees the same numbers.
             chance = torch.rand(len(block), generator=generator).to(block)
             level = (block.abs() * step).add_(chance).to(torch.int32).clamp_(max=levels)
-            code.copy_(
-                level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit)
-            )  # the sign bit of an int16 counts below 0
+            # The sign bit of an int16 counts below 0.
+            code.copy_(level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit))
         packed = codes[::in_a_byte].clone()
         for place in range(1, in_a_byte):
             packed |= codes[place::in_a_byte] << place * bits
@@ -159,13 +157,13 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
     starts = np.cumsum([0, *sizes[:-1]])
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
+        # Few numbers are often equal; topk, which is faster, takes any of them.
         places = [
             start
             + torch.sort(layer.abs(), descending=True, stable=True).indices[
                 : _kept(len(layer), share)
             ]
-            if len(layer)
-            <= 64  # few numbers are often equal; topk, which is faster, takes any of them
+            if len(layer) <= 64
             else start + layer.abs().topk(_kept(len(layer), share), sorted=False).indices
             for start, layer in zip(starts.tolist(), vector.split(list(sizes)), strict=True)
         ]

@@ -33,16 +33,8 @@ SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
 ARRAY_NAME = re.compile(rf"({OFFER}|{TO}\d+)/[a-z0-9.-]{{1,32}}")
-NUMBERS = {
-    "uint8",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-}  # types of arrays between peers
+# Types of arrays between peers.
+NUMBERS = {"uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -75,12 +67,10 @@ Examples = Annotated[int, Field(ge=1, le=10**12)]
 Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
-Means = Annotated[
-    list[Finite], Field(max_length=10**5)
-]  # below 0: of a task of one's own, such as a signed error
-Name = Annotated[
-    str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)
-]  # datasets.names makes no others
+# Below 0: of a task of one's own, such as a signed error.
+Means = Annotated[list[Finite], Field(max_length=10**5)]
+# datasets.names makes no others.
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]
 Nonce = Annotated[bytes, Field(min_length=NONCE, max_length=NONCE)]
 Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]
 
@@ -291,10 +281,8 @@ class Started(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
-        return {
-            "run": str(self.run),
-            "started": self.times,
-        }  # Flower's numbers are too large for a message's
+        # Flower's numbers are too large for a message's.
+        return {"run": str(self.run), "started": self.times}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Started | None":

@@ -17,17 +17,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
-ARRAYS, CONFIG, METRICS = (
-    "arrays",
-    "config",
-    "metrics",
-)  # the records of a message; Flower's strategies use these names
+# The records of a message; Flower's strategies use these names.
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 X, STATS = "x", "stats"  # the arrays of a model
-OFFER, TO, FROM = (
-    "offer",
-    "to-",
-    "from-",
-)  # what a peer offers to all neighbours, or to one; what came from one
+# What a peer offers to all neighbours, or to one; what came from one.
+OFFER, TO, FROM = "offer", "to-", "from-"
 _COUNTED = "_archipelago_bytes"  # where a message keeps its size
 
 

@@ -89,9 +89,8 @@ def krum(squares: Tensor, faulty: int) -> list[int]:
     return sorted(scores.argsort(stable=True)[: max(1, n - faulty)].tolist())
 
 
-Rows = Callable[
-    [int, int], Tensor
-]  # the rows' coordinates from the first to before the second, [n, .]
+# The rows' coordinates from the first to before the second, [n, .].
+Rows = Callable[[int, int], Tensor]
 
 
 def combined(
@@ -110,8 +109,10 @@ def combined(
     blocks = [(start, min(start + step, size)) for start in range(0, size, step)]
     kept = list(range(count))
     if robust.kind == "krum":
-        squares = torch.zeros(count, count, dtype=torch.float64)
-        end = size if judged is None else judged
+        squares, end = (
+            torch.zeros(count, count, dtype=torch.float64),
+            size if judged is None else judged,
+        )
         for start, stop in blocks:
             if start < end:
                 block = rows(start, min(stop, end)).double()

@@ -17,9 +17,8 @@ from torch import Tensor
 
 ONE = 2.0**40
 LARGEST = 2.0**22
-_BLOCK = (
-    1 << 18
-)  # elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache
+# Elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache.
+_BLOCK = 1 << 18
 
 
 def refusal(x: Tensor) -> str | None:

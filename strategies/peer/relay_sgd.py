@@ -73,9 +73,8 @@ def relay_sgd(*, n: int, beta: float = 0.0) -> LinkAlgorithm[Relayed]:
         sums = {j: vectors[0] for j, vectors in received.items()}
         counts = {j: vectors[1] for j, vectors in received.items()}
         others = sum((each.clamp_min(0) for each in counts.values()), start=state.x.new_zeros(1))
-        own = (n - others).clamp_min(
-            1
-        )  # fewer, as below 0, only where a neighbour tells a wrong count
+        # Fewer, as below 0, only where a neighbour tells a wrong count.
+        own = (n - others).clamp_min(1)
         total = sum(sums.values(), start=state.x * own)
         return Relayed(total / (own + others), state.v, sums, counts)
 

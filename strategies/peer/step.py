@@ -46,12 +46,8 @@ from strategies.randomness import derive
 from strategies.robust import neighbourhood_mean
 from strategies.saving import flatten
 
-STATS, SHIFT, NEW, AFTER = (
-    "stats",
-    "shift",
-    "fresh",
-    "after",
-)  # parts of a payload, beside those of the codec
+# Parts of a payload, beside those of the codec.
+STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"
 OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
 T = TypeVar("T")
 
@@ -145,9 +141,8 @@ def cross_step(
 
 
 def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
-    if peer.channel.chained and (
-        order.again or order.restart
-    ):  # neighbours may lack what was offered last
+    # Neighbours may lack what was offered last.
+    if peer.channel.chained and (order.again or order.restart):
         state = state._replace(memories=(), restart=True)
     if order.done < state.done:
         raise ValueError(
@@ -231,9 +226,8 @@ def _usable(
 def _check_age(peer: Peer, each: Received, order: Order) -> None:
     if each.step >= order.step:
         raise Refused(f"step {each.step} is not before this peer's step {order.step}")
-    if (
-        order.step - each.step > OLDEST and not peer.channel.chained
-    ):  # chained payloads must all come
+    # Chained payloads must all come.
+    if order.step - each.step > OLDEST and not peer.channel.chained:
         raise Refused(
             f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use"
         )

@@ -55,6 +55,7 @@ class PairGradient(Protocol):
 
     def __call__(self, x: Tensor, rows: Tensor | None, /) -> Gradients:
         """At models ``x`` [k, d], of those of the m pairs that ``rows`` [k] names; None: of all."""
+        ...
 
 
 def neighbourhood_gradients(

@@ -1,4 +1,4 @@
-"""GSGM: scheduled, partly averaged updates and a global momentum, on top of an asynchronous optimizer.
+"""GSGM: scheduled, partly averaged updates and global momentum on an asynchronous optimizer.
 
     schedule         every site contributes once before any contributes again
     partly averaged  g_hat = mean of the last p of s(staleness) g,   g of the base optimizer

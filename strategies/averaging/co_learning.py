@@ -1,4 +1,4 @@
-"""Co-learning: the learning rate cycles inside every round, and rounds grow longer when the average stops moving.
+"""Co-learning: the rate cycles in every round, and rounds grow when the average stops moving.
 
     CLR   eta = g^i eta_max r^u            u in [0, 1): fraction of the round done
     ILE   delta_i = |x_{i+1} - x_i| / |x_i|

@@ -1,4 +1,6 @@
-"""Gradient tracking: each peer follows its estimate of everybody's mean gradient, and reaches the common optimum on unlike data.
+"""Gradient tracking: each peer follows its estimate of everybody's mean gradient.
+
+It reaches the common optimum on unlike data.
 
     y = y_mixed + g(x) - g_previous                  y_mixed = 0, g_previous = 0 at first
     adapt, then combine      x = sum_j w_ij (x_j - lr y_j)

@@ -1,4 +1,4 @@
-"""NoLoCo: local steps, then an outer step with momentum together with one other peer, another each time.
+"""NoLoCo: local steps, then an outer step with momentum with one other peer, another each time.
 
     D_i  = theta_i - x_i        minus what H local steps from theta_i added
     d_i  = alpha d_i - beta sum_j w_ij D_j - gamma (theta_i - sum_j w_ij theta_j)

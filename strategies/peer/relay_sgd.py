@@ -1,4 +1,4 @@
-"""RelaySGD: on a tree, peers relay sums of models, so that each model reaches everybody, undiluted and once.
+"""RelaySGD: peers on a tree relay sums of models, so each reaches everybody, undiluted and once.
 
     x_half  = x - lr g                                       or a step with momentum of one's own
     s_ij    = x_half_i + sum_{k in N_i, k != j} s_ki         s_ki, c_ki of the last exchange

@@ -2,10 +2,10 @@
 
 One function each way converts between a value and Flower's records.
 
-A server that believes a site is ended by the first broken one. Every reply is therefore read here,
-once and completely, before anything is touched: which records there are, every name, type and
-range, every byte of an array's header, every number of a model. Whatever is wrong, or goes wrong
-while reading, is a :class:`Refusal` that says what in one short line.
+A server that trusts what sites send is stopped by the first broken one. Every reply is therefore
+read here, once and completely, before anything is touched: which records there are, every name,
+type and range, every byte of an array's header, every number of a model. Whatever is wrong, or goes
+wrong while reading, is a :class:`Refusal` that says what in one short line.
 """
 
 import re

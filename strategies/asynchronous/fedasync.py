@@ -5,7 +5,7 @@
 
 Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", OPT 2020 (arXiv 1903.03934),
 algorithm 1. The site's proximal term mu/2 |x - base|^2 is ``proximal-mu``. Differs: none known;
-alpha_t is made anew from alpha for each arrival.
+alpha_t is computed from alpha again for each arrival.
 Special cases: alpha = 1 with constant weight keeps the newest model; alpha = 0 keeps the first.
 """
 

@@ -201,8 +201,8 @@ def _usable(
 ) -> tuple[PeerState, dict[int, T], tuple[Refusal, ...]]:
     """Of each neighbour, the newest of what it sent that can be used.
 
-    Whatever is wrong with numbers that a stranger may have made costs that neighbour its part in
-    this exchange, and nobody else.
+    Whatever is wrong with what a neighbour sent, which anybody may have made, costs that neighbour
+    its part in this exchange, and no other.
     """
     found, refused = dict[int, T](), list[Refusal]()
     for each in received:

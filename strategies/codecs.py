@@ -1,12 +1,14 @@
 """How a vector crosses the wire: fewer bits a number, or fewer numbers.
 
-A codec works layer by layer, since layers differ in scale. What it makes of a vector, a *payload*, is what is sent: bytes are
-those of its tensors. Decoding needs nothing but the payload and the sizes of the layers, which everybody knows.
+A codec works layer by layer, since layers differ in scale. What it makes of a vector, a *payload*,
+is what is sent: bytes are those of its tensors. Decoding needs nothing but the payload and the
+sizes of the layers, which everybody knows.
 
-``CODECS`` names those of this file; one's own is ``package.module:function`` (see ``examples/my_codec.py``).
+``CODECS`` names those of this file; one's own is ``package.module:function`` (see
+``examples/my_codec.py``).
 
-Sources: QSGD: Alistarh et al., NeurIPS 2017; top-k and random-k: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018; scaled
-sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
+Sources: QSGD: Alistarh et al., NeurIPS 2017; top-k and random-k: Stich et al., "Sparsified SGD with
+Memory", NeurIPS 2018; scaled sign: Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019.
 """
 
 import inspect
@@ -33,9 +35,8 @@ TYPES = (
     torch.float64,
 )
 BITS = (2, 4, 8, 16)  # what packs evenly into bytes
-_BLOCK = (
-    1 << 18
-)  # elements worked on at a time: what is computed on the way needs no memory of the vector's size
+# Elements worked on at a time: what is computed on the way needs no memory of the vector's size.
+_BLOCK = 1 << 18
 
 
 class Codec(NamedTuple):
@@ -65,7 +66,10 @@ def identity(sizes: Sequence[int] = ()) -> Codec:
 
 
 def rounded(dtype: torch.dtype) -> Codec:
-    """The nearest number of a shorter floating-point type, the largest one where there is none; decoded as float32."""
+    """The nearest number of a shorter floating-point type, beyond its range the largest one.
+
+    It is decoded as float32.
+    """
     largest = torch.finfo(dtype).max
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
@@ -89,12 +93,14 @@ def bf16(sizes: Sequence[int]) -> Codec:
 
 
 def qsgd(sizes: Sequence[int], bits: int) -> Codec:
-    """A sign and one of ``s = 2^(bits - 1) - 1`` levels, rounded up or down by chance so that the mean is right.
+    """A sign and one of ``s = 2^(bits - 1) - 1`` levels, by chance the upper or the lower one.
 
         C(v) = m sign(v) (floor(s |v| / m) + Bernoulli(rest)) / s,   m = max |v| of the layer
 
-    Differs from the paper's analysis: scaled by the largest number, as in its experiments, not by the Euclidean norm, which in a
-    layer of many thousand numbers leaves most of them below the first level. ``bits`` counts the sign.
+    The expectation is the number itself.
+    Differs from the paper's analysis: scaled by the largest number, as in its experiments, not by
+    the Euclidean norm, which in a layer of many thousand numbers leaves most of them below the
+    first level. ``bits`` counts the sign.
     """
     if bits not in BITS:
         raise ValueError(f"bits = {bits}: {', '.join(map(str, BITS))}")
@@ -124,9 +130,8 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
             # Drawn on the CPU: every device sees the same numbers.
             chance = torch.rand(len(block), generator=generator).to(block)
             level = (block.abs() * step).add_(chance).to(torch.int32).clamp_(max=levels)
-            code.copy_(
-                level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit)
-            )  # the sign bit of an int16 counts below 0
+            # The sign bit of an int16 counts below 0.
+            code.copy_(level.add_(block < 0, alpha=sign_bit if bits < 16 else -sign_bit))
         packed = codes[::in_a_byte].clone()
         for place in range(1, in_a_byte):
             packed |= codes[place::in_a_byte] << place * bits
@@ -148,17 +153,17 @@ def qsgd(sizes: Sequence[int], bits: int) -> Codec:
 
 
 def top_k(sizes: Sequence[int], share: float) -> Codec:
-    """The largest numbers of each layer and their places (4 bytes each); of equal ones, those that come first."""
+    """The largest numbers of each layer and their places (4 bytes each); of equals, the first."""
     starts = np.cumsum([0, *sizes[:-1]])
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
+        # Few numbers are often equal; topk, which is faster, takes any of them.
         places = [
             start
             + torch.sort(layer.abs(), descending=True, stable=True).indices[
                 : _kept(len(layer), share)
             ]
-            if len(layer)
-            <= 64  # few numbers are often equal; topk, which is faster, takes any of them
+            if len(layer) <= 64
             else start + layer.abs().topk(_kept(len(layer), share), sorted=False).indices
             for start, layer in zip(starts.tolist(), vector.split(list(sizes)), strict=True)
         ]
@@ -172,7 +177,7 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
 
 
 def random_k(sizes: Sequence[int], share: float) -> Codec:
-    """Numbers of each layer at random places, which follow from a seed of 8 bytes; not scaled up."""
+    """Numbers of each layer at random places, which follow from a seed of 8 bytes; unscaled."""
 
     def places(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -196,7 +201,7 @@ def random_k(sizes: Sequence[int], share: float) -> Codec:
 
 
 def sign(sizes: Sequence[int]) -> Codec:
-    """The sign of each number, a bit, and the mean magnitude of each layer. Zero counts as positive."""
+    """The sign of each number, a bit, and the mean magnitude of each layer; 0 is positive."""
     total = sum(sizes)
 
     def encode(vector: Tensor, _: torch.Generator) -> Payload:
@@ -279,14 +284,20 @@ def trial(found: Codec, d: int) -> str | None:
                 or not part.numel()
                 or part.dtype not in TYPES
             ):
-                return f"it sends {name!r}, {part.dtype} [{part.numel()}]; a name of a-z, 0-9, -, numbers of {TYPES}, at least one"
+                return (
+                    f"it sends {name!r}, {part.dtype} [{part.numel()}]; "
+                    f"a name of a-z, 0-9, -, numbers of {TYPES}, at least one"
+                )
         decoded = found.decode(payload)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if not torch.equal(vector, before):
         return "it writes in the vector that it encodes"
     if decoded.shape != vector.shape or decoded.dtype != vector.dtype:
-        return f"it decodes {decoded.dtype} of shape {tuple(decoded.shape)} where {vector.dtype} of shape ({d},) was encoded"
+        return (
+            f"it decodes {decoded.dtype} of shape {tuple(decoded.shape)} "
+            f"where {vector.dtype} of shape ({d},) was encoded"
+        )
     return None
 
 
@@ -300,9 +311,8 @@ def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _scatter(values: Tensor, places: Tensor, d: int) -> Tensor:
-    if (
-        places.numel() and not 0 <= int(places.min()) <= int(places.max()) < d
-    ):  # a neighbour's numbers; a GPU would stop the process
+    # A neighbour's numbers; a GPU would stop the process.
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < d:
         raise ValueError(
             f"places from {int(places.min())} to {int(places.max())} in a vector of {d}"
         )

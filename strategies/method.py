@@ -1,7 +1,8 @@
-"""A method of the literature as a value: the keys it takes, and a plan that a driver executes without knowing its name.
+"""A method of the literature as a value: the keys it takes, and a plan that a driver executes.
 
-A plan is one of a few kinds, each with a driver of its own: :class:`RoundPlan` (synchronous averaging), :class:`ArrivalPlan`
-(the model changes when a site answers) and :class:`PeerPlan` (no server). Nothing here knows Flower.
+A plan is one of a few kinds, each with a driver of its own: :class:`RoundPlan` (synchronous
+averaging), :class:`ArrivalPlan` (the model changes when a site answers) and :class:`PeerPlan` (no
+server). A driver does not know the name of the method. Nothing here knows Flower.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ Vectors = Mapping[str, Tensor]
 
 
 class Section(BaseModel):
-    """A table of the run configuration: typed keys, each with a default and a description, written with hyphens."""
+    """A table of the run configuration: typed keys with defaults and descriptions, in hyphens."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -56,7 +57,8 @@ class Local(NamedTuple):
         lr: the rate at the start of a cycle.
         cycle: fractions of the cycle, in [0, 1], at the first batch and after the last.
         proximal: mu of the pull towards the model that was sent.
-        delta: whether the site answers how far it moved (sent minus made) instead of the model it made.
+        delta: whether the site answers how far it moved (sent minus made) instead of the model it
+            made.
         keep_moments: whether the optimizer's moments stay at the site for its next order.
         plain: whether the optimizer is SGD without momentum, whatever the configuration says.
     """
@@ -99,9 +101,10 @@ class SiteRule(NamedTuple, Generic[M]):
 
     Attributes:
         init: the memory, a NamedTuple of tensors, at a model [d], before the first round.
-        correct: memory, what the server sent and a gradient [d] to the gradient that is followed; it may be written in place.
-        finish: memory, what the server sent, the model [d] at the end and the sum of the learning rates to the new memory and
-            the vectors that go back beside the model.
+        correct: memory, what the server sent and a gradient [d] to the gradient that is followed;
+            it may be written in place.
+        finish: memory, what the server sent, the model [d] at the end and the sum of the learning
+            rates to the new memory and the vectors that go back beside the model.
         sends: the names of these vectors, each [d].
     """
 
@@ -115,7 +118,8 @@ class Mean(NamedTuple):
     """What came back from a round.
 
     Attributes:
-        vectors: the mean over the sites that answered of each vector that they sent: ``x`` [d] and the site rule's.
+        vectors: the mean over the sites that answered of each vector that they sent: ``x`` [d] and
+            the site rule's.
         share: the weight of the sites that answered, of 1 for all.
     """
 
@@ -134,7 +138,8 @@ class RoundPlan(NamedTuple, Generic[S]):
     Attributes:
         init: the server's state at a model [d]; a NamedTuple with a field ``x``.
         instruct: what sites do in a round.
-        absorb: the state after a round. Like ``init`` it writes into nothing that it is given: ``x`` is what was sent.
+        absorb: the state after a round. Like ``init`` it writes into nothing that it is given:
+            ``x`` is what was sent.
         beside: vectors that go to the sites beside the model, by name.
         site: what sites remember; None for nothing.
         weighting: whether sites count the same or by their training examples.
@@ -170,7 +175,8 @@ class ForeignPlan(NamedTuple):
         instruct: what sites do in a round.
         weighting: as in :class:`RoundPlan`; of BatchNorm statistics, which that object never sees.
         by_loss: whether that object needs the sites' losses.
-        averages: whether that object looks at nothing but the mean of the models, so that it can be given another mean.
+        averages: whether that object looks at nothing but the mean of the models, so that it can be
+            given another mean.
     """
 
     build: Callable[[], Any]
@@ -187,9 +193,10 @@ class Schedule(NamedTuple):
     """When a contribution that arrived is applied (:mod:`strategies.asynchronous.white_list`).
 
     Attributes:
-        kind: ``arrival``: at once. ``list``: each site once before any again; a site that contributed waits for its turn and
-            starts again with the model of its release. ``refill``: the same, and when the list is empty all sites are sent the
-            same newest model. ``local``: a site goes on while it waits, and what it made meanwhile is averaged.
+        kind: ``arrival``: at once. ``list``: each site once before any again; a site that
+            contributed waits for its turn and starts again with the model of its release.
+            ``refill``: the same, and when the list is empty all sites are sent the same newest
+            model. ``local``: a site goes on while it waits, and what it made meanwhile is averaged.
         slack: contributions by which a site may be ahead of the slowest; not of ``arrival``.
     """
 
@@ -226,10 +233,11 @@ class Neighbourhood(NamedTuple):
     """What gradient a peer follows.
 
     Attributes:
-        at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model, which takes a second message.
-            ``model``: its own gradients at the neighbours' models.
+        at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model,
+            which takes a second message. ``model``: its own gradients at the neighbours' models.
         rho: radius of sharpness-aware minimization; 0: off.
-        perturbed_by: of gradients in the neighbourhood, who perturbs (:mod:`strategies.peer.neighbourhood`).
+        perturbed_by: of gradients in the neighbourhood, who perturbs
+            (:mod:`strategies.peer.neighbourhood`).
     """
 
     at: Literal["own", "data", "model"] = "own"
@@ -249,7 +257,8 @@ class PeerPlan(NamedTuple):
         algorithm: what a peer does with gradients and with what its neighbours sent.
         gradient: where it takes them.
         steps: batches between two exchanges.
-        check: a topology and the averaging rate with which the method works; raises TopologyError for others.
+        check: a topology and the averaging rate with which the method works; raises TopologyError
+            for others.
         exact: whether its vectors bear no lossy codec, whose errors it would carry on.
     """
 
@@ -264,7 +273,10 @@ class PeerPlan(NamedTuple):
         return (step - 1) // self.gradient.messages
 
     def number(self, step: int) -> int:
-        """The exchange, counted from 0, for which a step trains: a plain one for that after it, else for its own."""
+        """The exchange, counted from 0, for which a step trains.
+
+        A plain step trains for the exchange after it, any other for its own.
+        """
         return self.exchange(step) + (0 if step and self.gradient.at != "own" else 1)
 
     def done(self, step: int, exchanges: int) -> float:
@@ -274,7 +286,8 @@ class PeerPlan(NamedTuple):
     def after(self, step: int, done: float, batches: int) -> float:
         """The fraction that will be over after the exchange of a step, ``done`` being over in it.
 
-        Before the first exchange nothing tells how many there are: then as if all sites had this one's ``batches`` in a run.
+        Before the first exchange nothing tells how many there are: then as if all sites had this
+        one's ``batches`` in a run.
         """
         number = self.number(step)
         return done * (number + 1) / number if number else self.steps / batches

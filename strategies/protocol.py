@@ -1,8 +1,11 @@
-"""What crosses the wire between the server and its sites, typed: one function each way between a value and Flower's records.
+"""What the server and its sites send each other, typed.
 
-A server that believes a site is ended by the first broken one. Every reply is therefore read here, once and completely, before
-anything is touched: which records there are, every name, type and range, every byte of an array's header, every number of a
-model. Whatever is wrong, or goes wrong while reading, is a :class:`Refusal` that says what in one short line.
+One function each way converts between a value and Flower's records.
+
+A server that trusts what sites send is stopped by the first broken one. Every reply is therefore
+read here, once and completely, before anything is touched: which records there are, every name,
+type and range, every byte of an array's header, every number of a model. Whatever is wrong, or goes
+wrong while reading, is a :class:`Refusal` that says what in one short line.
 """
 
 import re
@@ -22,23 +25,16 @@ from strategies.method import Local
 from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
 
 MODEL = "model"  # the record with a peer's last model
-TEST = "test"  # the record with what a site found when it tested the model that came, before it trained it
+# The record with what a site found when it tested the model that came, before it trained it.
+TEST = "test"
 NONCE, PUBLIC_KEY = 16, 32  # bytes
 CODED = "x/"  # before the parts of an update in a codec
 SWITCHES = ("delta", "keep-moments", "plain")  # of an order
 MOMENTS = ("known", "mean", "variance")  # of the columns of a table
 GREATEST = 1e30  # no loss is larger: sums over sites stay finite
 ARRAY_NAME = re.compile(rf"({OFFER}|{TO}\d+)/[a-z0-9.-]{{1,32}}")
-NUMBERS = {
-    "uint8",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-}  # types of arrays between peers
+# Types of arrays between peers.
+NUMBERS = {"uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -48,7 +44,7 @@ class Refusal(ValueError):
 
 
 def printable(text: str, longest: int = 80) -> str:
-    """Text of a site for a log, a table or an error: one line without control characters, shortened."""
+    """Text of a site for a log, a table or an error: one short line without control characters."""
     start = "".join(char if char.isprintable() else "?" for char in text[: longest + 1])
     return start if len(start) <= longest else f"{start[: longest - 1]}…"
 
@@ -71,12 +67,10 @@ Examples = Annotated[int, Field(ge=1, le=10**12)]
 Magnitude = Annotated[float, Field(ge=0, le=GREATEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-GREATEST, le=GREATEST, allow_inf_nan=False)]
-Means = Annotated[
-    list[Finite], Field(max_length=10**5)
-]  # below 0: of a task of one's own, such as a signed error
-Name = Annotated[
-    str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)
-]  # datasets.names makes no others
+# Below 0: of a task of one's own, such as a signed error.
+Means = Annotated[list[Finite], Field(max_length=10**5)]
+# datasets.names makes no others.
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_is_printable)]
 Nonce = Annotated[bytes, Field(min_length=NONCE, max_length=NONCE)]
 Column = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_printable)]
 
@@ -98,8 +92,9 @@ class Part(BaseModel):
 
 
 class TrainMetrics(Part):
-    """What a site reports of its training: mean loss, first and last rate, examples, gradients (one an example) computed.
+    """What a site reports of its training.
 
+    Mean loss, first and last rate, examples, and ``samples``: gradients computed, one an example.
     Losses and accuracies are left out, here and below, where the site keeps them to itself.
     """
 
@@ -111,8 +106,10 @@ class TrainMetrics(Part):
 
 
 class TestMetrics(Part):
-    """What a site reports of a test: of the mean prediction of several models also by majority, and the mean over the models.
+    """What a site reports of a test.
 
+    Of several models it is a test of their mean prediction; beside it stand the accuracy of a
+    majority vote and the mean accuracy of the single models.
     All are means over its examples; of ``means`` metrics are made (:class:`models.tasks.Task`).
     """
 
@@ -162,7 +159,8 @@ class StepNotes(Part):
         broken: neighbours to start anew with.
         fresh: whether it started anew itself.
         anew: whether it remembers nothing of the run.
-        nonce: its own in this run, where payloads are sealed; another one than before if it lost its memory.
+        nonce: its own in this run, where payloads are sealed; another one than before if it lost
+            its memory.
     """
 
     refused: Annotated[list[str], Field(max_length=1000)]
@@ -224,7 +222,8 @@ class SiteCard(Part):
         # Whether there are numbers to predict the server knows.
         if len(self.known or ()) not in (len(self.columns), len(self.columns) + len(self.classes)):
             raise ValueError(
-                "known, mean and variance must be those of the columns and of the numbers to predict"
+                "known, mean and variance must be those of the columns and of the numbers to "
+                "predict"
             )
         if self.columns and self.shape != [len(self.columns)]:
             raise ValueError("shape must be that of the columns")
@@ -246,8 +245,8 @@ class Agreed(NamedTuple):
 
     Attributes:
         classes: of all sites.
-        moments: ``known``, ``mean`` and ``variance`` over all sites, of a table's columns and of numbers to predict; empty where
-            there are none.
+        moments: ``known``, ``mean`` and ``variance`` over all sites, of a table's columns and of
+            numbers to predict; empty where there are none.
         started: of a run that goes on, what its messages tell of that.
     """
 
@@ -282,10 +281,8 @@ class Started(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
-        return {
-            "run": str(self.run),
-            "started": self.times,
-        }  # Flower's numbers are too large for a message's
+        # Flower's numbers are too large for a message's.
+        return {"run": str(self.run), "started": self.times}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Started | None":
@@ -486,7 +483,8 @@ class Offer(NamedTuple):
     """A peer's reply to a step.
 
     Attributes:
-        arrays: payloads for all neighbours (``offer/``) or one (``to-J/``), which only they look into.
+        arrays: payloads for all neighbours (``offer/``) or one (``to-J/``), which only they look
+            into.
         metrics: what it reports.
         notes: what it says.
         model: its last model, where the server may have it.
@@ -538,7 +536,8 @@ def _records(content: Mapping[str, Any], **expected: type) -> Iterator[Any]:
     """The records of a reply in the order asked for; there must be these and no others."""
     if set(content) != set(expected):
         raise Refusal(
-            f"the reply holds the records {_shown(sorted(content))}, {sorted(expected)} are expected"
+            f"the reply holds the records {_shown(sorted(content))}, "
+            f"{sorted(expected)} are expected"
         )
     for name, kind in expected.items():
         if not isinstance(content[name], kind):
@@ -581,17 +580,19 @@ def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
-    """The vectors of a model; they share the reply's memory. Their values are still to be looked at."""
+    """The vectors of a model, in the reply's memory; their values are still to be looked at."""
     if set(record) != set(layout.sizes):
         raise Refusal(
-            f"the reply holds the arrays {_shown(sorted(record))}, {sorted(layout.sizes)} are expected"
+            f"the reply holds the arrays {_shown(sorted(record))}, "
+            f"{sorted(layout.sizes)} are expected"
         )
     found = {}
     for name, size in layout.sizes.items():
         array = record[name]
         if array.dtype != "float32" or tuple(array.shape) != (size,):
             raise Refusal(
-                f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, float32 of shape ({size},) is expected"
+                f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, "
+                f"float32 of shape ({size},) is expected"
             )
         _whole(name, array, "float32", (size,))
         found[name] = unpack(array)
@@ -631,7 +632,8 @@ def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
     for name, (dtype, shape) in layout.coded.items():
         if parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
             raise Refusal(
-                f"{CODED}{name} is {_shown(parts[name].dtype)} of shape {_shown(tuple(parts[name].shape))}"
+                f"{CODED}{name} is {_shown(parts[name].dtype)} of shape "
+                f"{_shown(tuple(parts[name].shape))}"
             )
         _whole(f"{CODED}{name}", parts[name], dtype, shape)
     x = layout.codec.decode({name: unpack(array) for name, array in parts.items()})
@@ -645,7 +647,7 @@ def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
 def _model(
     record: ArrayRecord, layout: Layout, sent: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], float, dict[str, float]]:
-    """The vectors of a model, the largest magnitude in ``x``, and how far each is from what was sent."""
+    """A model's vectors, the largest magnitude in ``x``, and how far each is from what was sent."""
     if layout.codec:
         moved, rest = _decoded(record, layout)
         vectors = _vectors(
@@ -676,7 +678,8 @@ def read_trained(
         content: of the reply.
         layout: of the model.
         num_examples: what the site said at first.
-        sent: the vectors that the change is taken from; not those of which the site sends the change itself.
+        sent: the vectors that the change is taken from; not those of which the site sends the
+            change itself.
         tested: whether there is also what :func:`read_tested` reads.
 
     Raises:
@@ -707,9 +710,14 @@ def _few(means: list[float] | None, expected: int) -> None:
 def read_tested(
     content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0
 ) -> TestMetrics:
-    """What a site found when it tested the mean prediction of so many models; ``beside`` what it trained or in a reply of its own.
+    """What a site found when it tested the mean prediction of ``models`` models.
 
-    ``means``: how many the task has.
+    Args:
+        content: of the reply.
+        num_examples: how many the site has to test on.
+        models: how many there are.
+        beside: whether it stands in the reply to a training, or in a reply of its own.
+        means: how many the task has.
 
     Raises:
         Refusal: it cannot be used.
@@ -724,7 +732,8 @@ def read_tested(
     several = (metrics.accuracy_vote, metrics.accuracy_single)
     if models == 1 and several != (None, None):
         raise Refusal(
-            f"accuracy-vote and accuracy-single belong to a test of several models, this one is of {models}"
+            "accuracy-vote and accuracy-single belong to a test of several models, "
+            f"this one is of {models}"
         )
     return metrics
 
@@ -751,7 +760,8 @@ def read_offer(
         content: of the reply.
         order: that it answers.
         layout: of a model.
-        num_examples, num_tests: what the site said at first.
+        num_examples: of the training part, as the site said at first.
+        num_tests: of the test part, as the site said at first.
         readers: whom it may address.
         model: whether its model is expected; a flaw in it costs no more than the model.
         means: how many a test has.
@@ -790,7 +800,7 @@ def read_offer(
 
 
 def _payloads(arrays: ArrayRecord, known: Collection[str]) -> None:
-    """Arrays for peers: their names and types, and that their bytes are what they are said to be."""
+    """Check arrays for peers: names, types, and that their bytes are what they are said to be."""
     for name, array in arrays.items():
         if not ARRAY_NAME.fullmatch(name) or name.partition("/")[0] not in known:
             raise Refusal(f"it offers {_shown(name)}, which nobody expects")

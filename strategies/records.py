@@ -1,7 +1,7 @@
 """Vectors as Flower records, and back.
 
-A model crosses the wire as one float32 vector ``x`` and, where it has BatchNorm, one of statistics ``stats``: Flower's cost is
-per array, not per byte.
+A model crosses the wire as one float32 vector ``x`` and, where it has BatchNorm, one of statistics
+``stats``: Flower's cost is per array, not per byte.
 """
 
 import hashlib
@@ -17,17 +17,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
-ARRAYS, CONFIG, METRICS = (
-    "arrays",
-    "config",
-    "metrics",
-)  # the records of a message; Flower's strategies use these names
+# The records of a message; Flower's strategies use these names.
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 X, STATS = "x", "stats"  # the arrays of a model
-OFFER, TO, FROM = (
-    "offer",
-    "to-",
-    "from-",
-)  # what a peer offers to all neighbours, or to one; what came from one
+# What a peer offers to all neighbours, or to one; what came from one.
+OFFER, TO, FROM = "offer", "to-", "from-"
 _COUNTED = "_archipelago_bytes"  # where a message keeps its size
 
 
@@ -84,7 +78,10 @@ def unpack(array: Array) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, type and where the data begin. Cached: numpy compiles each header as Python, a quarter of a millisecond."""
+    """Shape, type and where the data begin.
+
+    Cached: numpy compiles each header as Python, which takes a quarter of a millisecond.
+    """
     stream = BytesIO(header)
     version = np.lib.format.read_magic(stream)
     read_header = (
@@ -98,8 +95,8 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     return shape, dtype, stream.tell()
 
 
-# Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole content, which would keep a
-# model in memory until Python looks for cycles.
+# Not by ``content.array_records`` and its like: these make dictionaries in a cycle with the whole
+# content, which would keep a model in memory until Python looks for cycles.
 def arrays_of(message: Message) -> ArrayRecord:
     """The arrays of a message; none where there are none."""
     record = message.content.get(ARRAYS)
@@ -119,9 +116,9 @@ def metrics_of(message: Message) -> MetricRecord:
 
 
 def num_bytes(message: Message) -> int:
-    """Bytes of a message's content as it is sent: arrays, metrics and configuration, without Flower's envelope.
+    """Bytes of a message's content as it is sent: arrays, metrics and configuration.
 
-    Counted once a message, by encoding what is no array.
+    Without Flower's envelope. Counted once a message, by encoding what is no array.
     """
     if not message.has_content():
         return 0
@@ -142,8 +139,9 @@ def num_bytes(message: Message) -> int:
 def code_version() -> str:
     """A hash of the code that sites run.
 
-    Ray's workers look for packages in the directory in which the SuperLink was started before they look in the app: a hash
-    that a site sends tells whether it runs this code or something else of the same name.
+    Ray's workers look for packages in the directory in which the SuperLink was started before they
+    look in the app: a hash that a site sends tells whether it runs this code or something else of
+    the same name.
     """
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()

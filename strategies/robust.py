@@ -1,24 +1,32 @@
-"""Means that a few hostile contributions cannot take where they like, and shares that no site can make its own.
+"""Means that a few hostile contributions cannot move at will, and bounds on a site's share.
 
 Of the rows v_1 .. v_n, of which f may be hostile:
 
-    median         of each coordinate the middle value; of an even number the mean of the two in the middle
+    median         of each coordinate the middle value; of an even number the mean of the two in
+                   the middle
     trimmed-mean   of each coordinate the mean without the f smallest and the f largest values
-    krum           score_i = sum of |v_i - v_j|^2 over the n - f - 2 nearest j;  the mean of the n - f rows of the lowest scores
+    krum           score_i = sum of |v_i - v_j|^2 over the n - f - 2 nearest j;
+                   the mean of the n - f rows of the lowest scores
     clipped        own + sum_j w_j c_j (v_j - own),  c_j = min(1, tau / |v_j - own|),
-                   tau = sqrt(sum_j w_j |v_j - own|^2 / delta), the sum without the f furthest j, delta: their weights
+                   tau = sqrt(sum_j w_j |v_j - own|^2 / delta), the sum without the f furthest j,
+                   delta: their weights
 
-and of shares s_k, one that is larger than c is cut to c, and what is cut goes to the others in proportion to theirs.
+and of shares s_k, one that is larger than c is cut to c, and what is cut goes to the others in
+proportion to theirs.
 
-Sources: median and trimmed mean: Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed Learning", ICML 2018. Krum:
-Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries", NeurIPS 2017, as Multi-Krum; its n - f rows are those
-of later implementations, the guarantee of the paper holds for fewer. Clipped: He, Karimireddy, Jaggi, "Byzantine-Robust
-Decentralized Learning via ClippedGossip", arXiv 2202.01545; **the radius is reconstructed**: theirs is made of the good neighbours,
-which are known to nobody, and stands here for those that are not the f furthest. Differs: all rows count the same, whatever
-examples stand behind them, except in ``clipped``. With fewer than 2 f + 1 rows f is as many as there can be (the median); of so few
-Krum keeps at least one row.
-Special cases: f = 0 is the mean, for Krum too; n rows that are equal are their mean; a cap of 1 changes no share.
-Trap: where sites hold different data, honest rows differ, and what all these means leave out is not only what is hostile.
+Sources: median and trimmed mean: Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed
+Learning", ICML 2018. Krum: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with
+Adversaries", NeurIPS 2017, as Multi-Krum; its n - f rows are those of later implementations, the
+guarantee of the paper holds for fewer. Clipped: He, Karimireddy, Jaggi, "Byzantine-Robust
+Decentralized Learning via ClippedGossip", arXiv 2202.01545; **the radius is reconstructed**: theirs
+is made of the good neighbours, which are known to nobody, and stands here for those that are not
+the f furthest. Differs: all rows count the same, whatever examples stand behind them, except in
+``clipped``. With fewer than 2 f + 1 rows f is as many as there can be (the median); of so few Krum
+keeps at least one row.
+Special cases: f = 0 is the mean, for Krum too; n rows that are equal are their mean; a cap of 1
+changes no share.
+Trap: where sites hold different data, honest rows differ, and what all these means leave out is not
+only what is hostile.
 """
 
 import math
@@ -58,7 +66,10 @@ PLAIN = Robust()
 
 
 def trimmed_mean(rows: Tensor, faulty: int) -> Tensor:
-    """Of rows [n, d] without the ``faulty`` smallest and largest of each coordinate, [d]; at least the middle stays."""
+    """The mean [d] of rows [n, d] without the ``faulty`` smallest and largest of each coordinate.
+
+    At least the middle stays.
+    """
     n = len(rows)
     cut = min(faulty, (n - 1) // 2)
     return rows.sort(0).values[cut : n - cut].mean(0)
@@ -78,15 +89,14 @@ def krum(squares: Tensor, faulty: int) -> list[int]:
     return sorted(scores.argsort(stable=True)[: max(1, n - faulty)].tolist())
 
 
-Rows = Callable[
-    [int, int], Tensor
-]  # the rows' coordinates from the first to before the second, [n, .]
+# The rows' coordinates from the first to before the second, [n, .].
+Rows = Callable[[int, int], Tensor]
 
 
 def combined(
     rows: Rows, count: int, size: int, robust: Robust, judged: int | None = None
 ) -> Tensor:
-    """The robust mean [size] of ``count`` rows, which are looked at block by block: they may be on disk.
+    """The robust mean [size] of ``count`` rows, block by block: they may be on disk.
 
     Args:
         rows: gives blocks of them.
@@ -130,8 +140,9 @@ def mean_of(vectors: Sequence[Tensor], robust: Robust) -> Tensor:
 def clipped(
     own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], faulty: int
 ) -> Tensor:
-    """ClippedGossip: ``own`` [d] and what neighbours sent, each pulled to within a radius of it. The ``faulty`` furthest decide
-    nothing about the radius; where no others sent anything, it is 0.
+    """ClippedGossip: ``own`` [d] and what neighbours sent, each pulled to within a radius of it.
+
+    The ``faulty`` furthest decide nothing about the radius; where no others sent anything, it is 0.
     """
     lengths = {j: float(torch.linalg.vector_norm(vector - own)) for j, vector in theirs.items()}
     furthest = sorted(lengths, key=lambda j: lengths[j])[max(0, len(lengths) - faulty) :]
@@ -148,8 +159,10 @@ def clipped(
 def neighbourhood_mean(
     own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float], robust: Robust
 ) -> Tensor:
-    """What a peer goes to, of its ``own`` vector [d] and its neighbours'. Median and trimmed mean are those of all of these, which
-    count the same (BRIDGE: Yang and Bajwa, "BRIDGE: Byzantine-Resilient Decentralized Gradient Descent", arXiv 1908.08098).
+    """The robust mean of a peer's ``own`` vector [d] and its neighbours'.
+
+    Median and trimmed mean are those of all of these, which count the same (BRIDGE: Yang and Bajwa,
+    "BRIDGE: Byzantine-Resilient Decentralized Gradient Descent", arXiv 1908.08098).
     """
     if robust.kind == "clipped":
         return clipped(own, theirs, weights, robust.faulty)
@@ -157,7 +170,7 @@ def neighbourhood_mean(
 
 
 def capped(shares: Mapping[int, float], most: float) -> dict[int, float]:
-    """Shares, together 1, of which none is larger than ``most``, or than 1 / n where that is larger."""
+    """Shares, together 1, of which none is larger than ``most`` (or 1 / n, if that is larger)."""
     most, found = max(most, 1 / max(1, len(shares))), dict(shares)
     full: set[int] = set()
     while over := {k for k, share in found.items() if share > most + 1e-12} - full:

@@ -1,7 +1,8 @@
-"""A state as flat tensors and numbers by name, and back: whatever is remembered is saved by these two functions.
+"""A state as flat tensors and numbers by name, and back.
 
-A state is a NamedTuple of tensors, numbers, further NamedTuples, tuples of these, and dictionaries
-of these by number. Its parts are named by their path, such as ``hats.3.step``.
+Whatever is remembered is saved by these two functions. A state is a NamedTuple of tensors, numbers,
+further NamedTuples, tuples of these, and dictionaries of these by number. Its parts are named by
+their path, such as ``hats.3.step``.
 """
 
 from collections.abc import Iterator, Mapping

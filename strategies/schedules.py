@@ -4,13 +4,15 @@
     linear        eta(u) = eta_max (1 - (1 - r) u)
     cosine        eta(u) = eta_max (r + (1 - r) (1 + cos(pi u)) / 2)
 
-``r`` is the rate at the end of the cycle over the rate at its start; every shape starts at ``eta_max`` and ends at ``r eta_max``.
-With warm-up over a fraction ``w`` of the cycle the rate rises linearly: a step that ends at ``u`` has ``u / w`` of ``eta_max``, so
-that the first is not 0. Then the shape goes over the rest.
+``r`` is the rate at the end of the cycle over the rate at its start; every shape starts at
+``eta_max`` and ends at ``r eta_max``. With warm-up over a fraction ``w`` of the cycle the rate
+rises linearly: a step that ends at ``u`` has ``u / w`` of ``eta_max``, so that the first is not 0.
+Then the shape goes over the rest.
 
-Source: the cyclical rate of Xu et al., "Collaborative Deep Learning Across Multiple Data Centers" (arXiv 1810.06877), of which
-only the abstract could be read: the shapes are reconstructed. Linear is the cycle of SWA (Izmailov et al. 2018), which that
-paper cites; cosine is SGDR (Loshchilov and Hutter 2017, eq. 5).
+Source: the cyclical rate of Xu et al., "Collaborative Deep Learning Across Multiple Data Centers"
+(arXiv 1810.06877), of which only the abstract could be read: the shapes are reconstructed. Linear
+is the cycle of SWA (Izmailov et al. 2018), which that paper cites; cosine is SGDR (Loshchilov and
+Hutter 2017, eq. 5).
 """
 
 import math
@@ -18,12 +20,18 @@ from collections.abc import Callable
 
 
 def warm(warmup: float, u: float, after: float) -> float:
-    """What a rate is multiplied with in a step from fraction ``u`` of the cycle to ``after``; ``warmup`` = 0: 1."""
+    """The warm-up factor of a rate in a step from fraction ``u`` of the cycle to ``after``.
+
+    With ``warmup`` = 0 it is 1.
+    """
     return min(1.0, after / warmup) if u < warmup else 1.0
 
 
 def decay(shape: str, ratio: float, u: float, warmup: float = 0.0) -> float:
-    """What the starting rate is multiplied with when a fraction ``u`` in [0, 1] of the cycle, warm-up included, is done."""
+    """The factor of the starting rate when a fraction ``u`` in [0, 1] of the cycle is done.
+
+    The fraction includes the warm-up.
+    """
     u = max(0.0, u - warmup) / (1 - warmup)
     match shape:
         case "exponential":
@@ -36,9 +44,10 @@ def decay(shape: str, ratio: float, u: float, warmup: float = 0.0) -> float:
 
 
 def progress(step: int, steps: int, epoch: int, every: str) -> float:
-    """Fraction of a round of ``steps`` batches done before its batch ``step``; an epoch has ``epoch`` batches.
+    """Fraction of a round of ``steps`` batches that is done before its batch ``step``.
 
-    ``every`` is "batch" or "epoch"; by epoch, the rate stands still inside an epoch.
+    An epoch has ``epoch`` batches. ``every`` is "batch" or "epoch"; by epoch, the rate stands still
+    inside an epoch.
     """
     return step / steps if every == "batch" else step // epoch * epoch / steps
 
@@ -58,7 +67,8 @@ def rates(
 
     Args:
         lr: the rate at the start of a cycle, after warm-up.
-        shape, ratio: of :func:`decay`.
+        shape: of :func:`decay`.
+        ratio: of :func:`decay`.
         every: of :func:`progress`.
         cycle: fractions of the cycle at the first batch and after the last.
         steps: batches in all.

@@ -1,8 +1,9 @@
 """Who exchanges with whom, and with which weight.
 
-A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms ``sum_j w_ij x_j``. W is doubly
-stochastic, so that exchanging never moves the mean of all peers. Time-varying graphs have several matrices, used in turn.
-``TOPOLOGIES`` names those of this file; one's own is ``package.module:function`` (see ``examples/my_topology.py``).
+A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms
+``sum_j w_ij x_j``. W is doubly stochastic, so that exchanging never moves the mean of all peers.
+Time-varying graphs have several matrices, used in turn. ``TOPOLOGIES`` names those of this file;
+one's own is ``package.module:function`` (see ``examples/my_topology.py``).
 """
 
 import inspect
@@ -26,7 +27,7 @@ MATCHINGS = 64  # drawn, then used in turn
 
 
 class TopologyError(ValueError):
-    """The peers cannot be connected as asked; the message names the key of the run configuration."""
+    """The peers cannot be connected as asked; the message names the key of the configuration."""
 
 
 class Topology(NamedTuple):
@@ -47,7 +48,7 @@ class Topology(NamedTuple):
         return self.matrices[exchange % len(self.matrices)]
 
     def neighbours(self, exchange: int, peer: int) -> dict[int, float]:
-        """Whose vectors ``peer`` mixes in an exchange, with their weights, itself not among them."""
+        """Whose vectors ``peer`` mixes in an exchange, with their weights; without itself."""
         return _neighbours_of(self.matrices)[exchange % len(self.matrices)][peer]
 
     def readers(self, peer: int) -> set[int]:
@@ -59,7 +60,7 @@ class Topology(NamedTuple):
         return sorted(set(nx.all_neighbors(self.graph, peer)))
 
     def parts(self, peers: set[int]) -> list[list[int]]:
-        """The parts that these peers fall into when the others are not there; none where they hang together."""
+        """The parts into which these peers fall without the others; none if they are connected."""
         found = [
             sorted(part) for part in nx.connected_components(nx.Graph(self.graph).subgraph(peers))
         ]
@@ -99,7 +100,8 @@ def hypercube(n: int) -> "nx.Graph[int]":
     """Corners of a cube of log2 n dimensions."""
     if n & (n - 1):
         raise TopologyError(
-            f"topology.name = 'hypercube': num-sites = {n} is no power of two; allowed: 2, 4, 8, 16, ..."
+            f"topology.name = 'hypercube': num-sites = {n} is no power of two; "
+            "allowed: 2, 4, 8, 16, ..."
         )
     return nx.convert_node_labels_to_integers(
         nx.hypercube_graph(n.bit_length() - 1), ordering="sorted"
@@ -107,9 +109,11 @@ def hypercube(n: int) -> "nx.Graph[int]":
 
 
 def hubs(n: int) -> "nx.Graph[int]":
-    """Two hubs, the last peers, each linked to all others and not to one another: the "bipartite" graph of the code of CGA.
+    """Two hubs, the last peers, each linked to all others and not to one another.
 
-    Source: Esfandiari et al., "Cross-Gradient Aggregation", ICML 2021, code. Differs: that code rounds weights to two decimals.
+    It is the "bipartite" graph of the code of CGA.
+    Source: Esfandiari et al., "Cross-Gradient Aggregation", ICML 2021, code. Differs: that code
+    rounds weights to two decimals.
     """
     if n < 4:
         raise TopologyError(f"topology.name = 'hubs': num-sites = {n}; allowed: 4, 5, 6, ...")
@@ -124,7 +128,10 @@ def dyck(n: int) -> "nx.Graph[int]":
 
 
 def dyck_purdue(n: int) -> "nx.Graph[int]":
-    """The graph called "Dyck" in the code of Aketi et al. (GUT, CCL, AdaG-SGD): cubic, 32 peers, but not the Dyck graph."""
+    """The graph called "Dyck" in the code of Aketi et al. (GUT, CCL, AdaG-SGD).
+
+    It is cubic and has 32 peers, but it is not the Dyck graph.
+    """
     if n != 32:
         raise TopologyError(f"topology.name = 'dyck-purdue': num-sites = {n}; allowed: 32")
     circles = [(8 * c + i, 8 * c + (i + 1) % 8) for c in range(4) for i in range(8)]
@@ -144,7 +151,8 @@ def random_regular(n: int, degree: int, seed: int) -> "nx.Graph[int]":
     """A connected random graph with ``degree`` links a peer."""
     if not 2 <= degree < n or n * degree % 2:
         raise TopologyError(
-            f"topology.degree = {degree}: 'random-regular' with num-sites = {n} allows 2 to {n - 1}, num-sites x degree even"
+            f"topology.degree = {degree}: "
+            f"'random-regular' with num-sites = {n} allows 2 to {n - 1}, num-sites x degree even"
         )
     generator = np.random.default_rng(seed)
     while True:
@@ -166,7 +174,10 @@ def exponential(n: int) -> "nx.Graph[int]":
 
 
 def matching(n: int, seed: int) -> "list[nx.Graph[int]]":
-    """Random perfect matchings: everybody exchanges with one partner, another each time; an odd peer out keeps its own."""
+    """Random perfect matchings: everybody exchanges with one partner, another each time.
+
+    Where their number is odd, one peer is left over and keeps its own model.
+    """
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(n).tolist() for _ in range(MATCHINGS)]
     return [nx.Graph(zip(order[::2], order[1::2], strict=False)) for order in orders]
@@ -185,13 +196,15 @@ def read_edges(n: int, edges: str) -> "nx.Graph[int]":
         ]
     except (OSError, ValueError, IndexError) as error:
         raise TopologyError(
-            f"topology.edges = {edges!r}: a file with a link 'i j' or 'i j weight' a line is expected: {error}"
+            f"topology.edges = {edges!r}: "
+            f"a file with a link 'i j' or 'i j weight' a line is expected: {error}"
         ) from None
     if wrong := [
         row for row in rows if not (0 <= row[0] < n and 0 <= row[1] < n) or row[0] == row[1]
     ]:
         raise TopologyError(
-            f"topology.edges = {edges!r}: {wrong[0][:2]} is no link between two of the sites 0 to {n - 1}"
+            f"topology.edges = {edges!r}: "
+            f"{wrong[0][:2]} is no link between two of the sites 0 to {n - 1}"
         )
     if {len(row[2]) for row in rows} not in (set(), {0}, {1}):
         raise TopologyError(f"topology.edges = {edges!r}: either all links have one weight or none")
@@ -205,7 +218,8 @@ def read_edges(n: int, edges: str) -> "nx.Graph[int]":
         )
     if zero := [row[:2] for row in rows if row[2] == [0]]:
         raise TopologyError(
-            f"topology.edges = {edges!r}: the link {zero[0]} has the weight 0; above 0, or leave it out"
+            f"topology.edges = {edges!r}: the link {zero[0]} has the weight 0; "
+            "above 0, or leave it out"
         )
     links = nx.Graph()
     for i, j, weight in rows:
@@ -217,8 +231,9 @@ class Kind(NamedTuple):
     """A named topology.
 
     Attributes:
-        build: takes the number of peers and the keys, and returns a graph, or several that are used in turn. A link with a
-            ``weight`` bears that in W; the others get theirs by the configuration.
+        build: takes the number of peers and the keys, and returns a graph, or several that are used
+            in turn. A link with a ``weight`` bears that in W; the others get theirs by the
+            configuration.
         directed: whether links have a direction, from a reader to whom it reads.
         varying: whether neighbours change.
     """
@@ -257,14 +272,17 @@ def topology(name: str, n: int, *, weights: str, lazy: bool, **keys: Any) -> Top
     """The topology of a run configuration for ``n`` peers.
 
     Args:
-        name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of peers.
+        name: one of ``TOPOLOGIES``, or the import path of one's own: a function of the number of
+            peers.
         n: number of peers.
-        weights: ``metropolis`` or ``uniform``; the same on regular graphs, and others must not be directed.
+        weights: ``metropolis`` or ``uniform``; the same on regular graphs, and others must not be
+            directed.
         lazy: halve all links, (I + W) / 2: no negative eigenvalues.
         keys: what it takes, and it may be more.
 
     Raises:
-        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not doubly stochastic.
+        TopologyError: the graph does not exist for ``n`` peers, is not connected, or its matrix not
+            doubly stochastic.
     """
     if n < 2:
         raise TopologyError(f"num-sites = {n}: peers need somebody to exchange with; at least 2")
@@ -292,11 +310,13 @@ def _built(name: str, n: int, keys: dict[str, Any]) -> "list[nx.Graph[int]]":
     for graph in graphs:
         if not isinstance(graph, nx.Graph) or graph.is_multigraph():
             raise TopologyError(
-                f"topology.name = {name!r}: a graph of networkx is expected, or a list; got {type(graph).__name__}"
+                f"topology.name = {name!r}: a graph of networkx is expected, or a list; "
+                f"got {type(graph).__name__}"
             )
         if wrong := [link for link in graph.edges if link[0] == link[1] or not {*link} <= peers]:
             raise TopologyError(
-                f"topology.name = {name!r}: {wrong[0]} is no link between two of the peers 0 to {n - 1}"
+                f"topology.name = {name!r}: "
+                f"{wrong[0]} is no link between two of the peers 0 to {n - 1}"
             )
     if not graphs or len({graph.is_directed() for graph in graphs}) > 1:
         raise TopologyError(
@@ -322,10 +342,11 @@ def _weigh(links: "nx.Graph[int]", n: int, weights: str) -> Tensor:
 
 
 def metropolis_weights(adjacency: Tensor) -> Tensor:
-    """Metropolis-Hastings weights, ``w_ij = 1 / (1 + max(deg_i, deg_j))`` on links: doubly stochastic on every undirected graph.
+    """Metropolis-Hastings weights, ``w_ij = 1 / (1 + max(deg_i, deg_j))`` on links.
 
-    Source: Xiao and Boyd, "Fast linear iterations for distributed averaging", 2004. On a regular graph these are
-    :func:`uniform_weights`.
+    They are doubly stochastic on every undirected graph.
+    Source: Xiao and Boyd, "Fast linear iterations for distributed averaging", 2004. On a regular
+    graph these are :func:`uniform_weights`.
 
     Args:
         adjacency: [n, n] float64, 1 where i and j are linked; symmetric, zero diagonal.
@@ -339,16 +360,20 @@ def metropolis_weights(adjacency: Tensor) -> Tensor:
 
 
 def uniform_weights(adjacency: Tensor) -> Tensor:
-    """All neighbours and the peer itself count the same: ``1 / (1 + deg_i)``; doubly stochastic on regular graphs only."""
+    """All neighbours and the peer itself count the same: ``1 / (1 + deg_i)``.
+
+    These weights are doubly stochastic on regular graphs only.
+    """
     return (adjacency + torch.eye(len(adjacency), dtype=torch.float64)) / (
         1 + adjacency.sum(1, keepdim=True)
     )
 
 
 def spectral_gap(*matrices: Tensor) -> float:
-    """1 minus the largest factor by which an exchange shrinks disagreement: ``1 - max(|lambda_2|, |lambda_n|)`` of a symmetric W.
+    """1 minus the largest factor by which an exchange shrinks disagreement.
 
-    Of several matrices used in turn, that of their product, an exchange; of a matrix that is not symmetric, by eigenvalues too.
+    Of a symmetric W it is ``1 - max(|lambda_2|, |lambda_n|)``. Of several matrices used in turn,
+    that of their product, an exchange; of a matrix that is not symmetric, by eigenvalues too.
     """
     product = matrices[0]
     for matrix in matrices[1:]:
@@ -363,7 +388,8 @@ def check(matrices: list[Tensor], name: str) -> None:
     """Refuse what does not lead to agreement.
 
     Raises:
-        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that others never reach.
+        TopologyError: a negative weight, a row or column that does not sum to 1, or peers that
+            others never reach.
     """
     union = torch.stack(matrices).sum(0)
     for matrix in matrices:
@@ -371,13 +397,16 @@ def check(matrices: list[Tensor], name: str) -> None:
             worst = int((sums - 1).abs().argmax())
             if not abs(float(sums[worst]) - 1) <= TOLERANCE:  # so that NaN is refused too
                 raise TopologyError(
-                    f"topology.name = {name!r}: the mixing matrix is not doubly stochastic, {kind} {worst} sums to "
-                    f"{float(sums[worst]):.6g}; topology.mixing = 'metropolis' suits every undirected graph, 'uniform' regular ones"
+                    f"topology.name = {name!r}: the mixing matrix is not doubly stochastic, "
+                    f"{kind} {worst} sums to {float(sums[worst]):.6g}; "
+                    "topology.mixing = 'metropolis' suits every undirected graph, "
+                    "'uniform' regular ones"
                 )
         if float(matrix.min()) < -TOLERANCE:
             i, j = divmod(int(matrix.argmin()), len(matrix))
             raise TopologyError(
-                f"topology.name = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; at least 0"
+                f"topology.name = {name!r}: the weight of ({i}, {j}) is {float(matrix.min()):.6g}; "
+                "at least 0"
             )
     graph = nx.from_numpy_array(union.numpy(), create_using=nx.DiGraph)
     if not nx.is_strongly_connected(graph):

@@ -1,12 +1,14 @@
-"""Adam and RMSProp at the server, fed with partly averaged updates: GSGM on top of an adaptive optimizer.
+"""Adam and RMSProp at the server on partly averaged updates: GSGM with an adaptive optimizer.
 
     G_hat = mean of the last p of s(staleness) delta / lr
     m     = beta m + (1 - beta) G_hat                     the first moment is the global momentum
     u     = beta_2 u + (1 - beta_2) G_hat . G_hat
     x     = x - eta (m / (1 - beta^t)) / (sqrt(u / (1 - beta_2^t)) + epsilon)
 
-Source: Kingma and Ba, ICLR 2015, algorithm 1; RMSProp is beta = 0 without the corrections 1 - beta^t (Tieleman and Hinton 2012).
-Differs: fed one site's update at a time (**reconstructed**: GSGM's abstracts say "on popular optimization algorithms").
+Source: Kingma and Ba, ICLR 2015, algorithm 1; RMSProp is beta = 0 without the corrections
+1 - beta^t (Tieleman and Hinton 2012).
+Differs: fed one site's update at a time (**reconstructed**: GSGM's abstracts say "on popular
+optimization algorithms").
 Special case: one site, p = 1 is ``torch.optim.Adam`` or ``RMSprop``.
 """
 
@@ -35,11 +37,12 @@ class Adaptive(NamedTuple):
 def adaptive(
     *, eta: float, beta: float, beta_2: float, window: int, weight: Weight, correct: bool
 ) -> ServerRule[Adaptive]:
-    """Adam (``correct``) or RMSProp (not ``correct``, ``beta`` = 0) on updates in the order of arrival.
+    """Adam, or RMSProp (not ``correct``, ``beta`` = 0), on updates in the order of arrival.
 
     Args:
         eta: learning rate of the server.
-        beta, beta_2: decays of the moments.
+        beta: decay of the first moment.
+        beta_2: decay of the second moment.
         window: how many of the last updates are averaged, p.
         weight: of an update by its staleness.
         correct: divide the moments by 1 - beta^t.

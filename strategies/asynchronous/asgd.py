@@ -2,8 +2,9 @@
 
     x = x - eta s(staleness) delta
 
-Source: Dean et al., "Large Scale Distributed Deep Networks", NeurIPS 2012 (Downpour SGD). Differs: a site may take several steps;
-weights by staleness are offered. The rule is :mod:`strategies.asynchronous.descent` with everything else off.
+Source: Dean et al., "Large Scale Distributed Deep Networks", NeurIPS 2012 (Downpour SGD). Differs:
+a site may take several steps; weights by staleness are offered. The rule is
+:mod:`strategies.asynchronous.descent` with everything else off.
 Special case: one site is SGD.
 """
 

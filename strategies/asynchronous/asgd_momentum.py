@@ -3,7 +3,8 @@
     v = beta v + (1 - beta) s(staleness) delta
     x = x - eta v
 
-Source: the "global momentum" of GSGM (arXiv 1902.07848), alone; **reconstructed from the abstracts**: that it is damped is ours.
+Source: the "global momentum" of GSGM (arXiv 1902.07848), alone; **reconstructed from the
+abstracts**: that it is damped is ours.
 Special case: beta = 0 is ASGD.
 """
 

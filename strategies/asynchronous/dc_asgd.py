@@ -6,8 +6,8 @@
 constant (``dc-asgd-c``): lambda as given. Adaptive (``dc-asgd-a``), with G = delta / lr:
     lambda / sqrt(m + 1e-7),   m = 0.95 m + 0.05 G . G
 
-Source: Zheng et al., "Asynchronous Stochastic Gradient Descent with Delay Compensation", ICML 2017. Differs: one ``m``, not one a
-worker. Special case: lambda = 0 is ASGD.
+Source: Zheng et al., "Asynchronous Stochastic Gradient Descent with Delay Compensation", ICML 2017.
+Differs: one ``m``, not one a worker. Special case: lambda = 0 is ASGD.
 """
 
 from strategies.asynchronous.descent import descent

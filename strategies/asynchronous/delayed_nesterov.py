@@ -1,15 +1,16 @@
 """Delayed Nesterov: momentum at the server that moves once in N arrivals, not with each stale one.
 
-    buffer = buffer + D                                              D: what a site moved, from the model it was sent
+    buffer = buffer + D                   D: what a site moved, from the model it was sent
     every N-th arrival:   m = beta m + buffer / N
                           x = x - eta ((1 - c N + c) beta m + D / N);   buffer = 0
     any other:            x = x - eta (c beta m + D / N)              c in [0, 1/N]
 
-Source: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", arXiv 2401.09135 (2024), which finds that momentum and
-stale updates do not go together; **reconstructed from the abstract and a description of the rule**. ``by-speed`` is its dynamic
-local update: a site takes ``max(1, floor(H speed / fastest))`` batches, so that all are equally long on their way.
-Special cases: N = 1 is Nesterov momentum as in ``torch.optim.SGD`` (DiLoCo's outer step, one site at a time); beta = 0 is ASGD
-with the rate eta / N.
+Source: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", arXiv 2401.09135
+(2024), which finds that momentum and stale updates do not go together; **reconstructed from the
+abstract and a description of the rule**. ``by-speed`` is its dynamic local update: a site takes
+``max(1, floor(H speed / fastest))`` batches, so that all are equally long on their way.
+Special cases: N = 1 is Nesterov momentum as in ``torch.optim.SGD`` (DiLoCo's outer step, one site
+at a time); beta = 0 is ASGD with the rate eta / N.
 """
 
 from typing import Annotated, NamedTuple

@@ -1,20 +1,23 @@
 """Asynchronous descent: ASGD, ASGD with momentum, DC-ASGD, and what GSGM does with an update.
 
-    g     = delta + (lambda / lr) delta . delta . (x - base)       delay compensation; "." elementwise; lambda = 0: none
+    g     = delta + (lambda / lr) delta . delta . (x - base)    delay compensation
     g     = s(staleness) g
-    g_hat = mean of the last p of these                            partly averaged; p = 1: g itself
-    v     = beta v + (1 - beta) g_hat                              damped global momentum
+    g_hat = mean of the last p of these                         partly averaged; p = 1: g itself
+    v     = beta v + (1 - beta) g_hat                           damped global momentum
     x     = x - eta v
 
-In gradients: delta = lr G, so that the total weight of each update is eta lr. With ``lambda_a`` instead of ``lambda``, adaptive:
+"." is elementwise; lambda = 0 is no compensation. In gradients: delta = lr G, so that the total
+weight of each update is eta lr. With ``lambda_a`` instead of ``lambda``, adaptive:
 lambda = lambda_a / sqrt(m + 1e-7), m = 0.95 m + 0.05 G . G.
 
-Sources: ASGD: Dean et al., NeurIPS 2012. DC-ASGD: Zheng et al., "Asynchronous Stochastic Gradient Descent with Delay
-Compensation", ICML 2017. GSGM: "Gradient Scheduling with Global Momentum for Non-IID Data Distributed Asynchronous Training", arXiv
-1902.07848 (2019). **GSGM is reconstructed from the abstracts**: which updates are averaged, that the momentum is damped, and their
-defaults are ours; its white list is :mod:`strategies.asynchronous.white_list`. Differs: DC-ASGD keeps one ``m``, not one a worker;
-a site may take several steps, where the papers send one gradient.
-Special cases: p = 1, beta = 0, s = 1, lambda = 0 is ASGD; with one site that is SGD; beta > 0 alone is ASGD with momentum.
+Sources: ASGD: Dean et al., NeurIPS 2012. DC-ASGD: Zheng et al., "Asynchronous Stochastic Gradient
+Descent with Delay Compensation", ICML 2017. GSGM: "Gradient Scheduling with Global Momentum for
+Non-IID Data Distributed Asynchronous Training", arXiv 1902.07848 (2019). **GSGM is reconstructed
+from the abstracts**: which updates are averaged, that the momentum is damped, and their defaults
+are ours; its white list is :mod:`strategies.asynchronous.white_list`. Differs: DC-ASGD keeps one
+``m``, not one a worker; a site may take several steps, where the papers send one gradient.
+Special cases: p = 1, beta = 0, s = 1, lambda = 0 is ASGD; with one site that is SGD; beta > 0 alone
+is ASGD with momentum.
 """
 
 import math

@@ -3,8 +3,9 @@
     alpha_t = alpha s(staleness)
     x       = (1 - alpha_t) x + alpha_t x_site
 
-Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", OPT 2020 (arXiv 1903.03934), algorithm 1. The site's proximal
-term mu/2 |x - base|^2 is ``proximal-mu``. Differs: none known; alpha_t is made anew from alpha for each arrival.
+Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", OPT 2020 (arXiv 1903.03934),
+algorithm 1. The site's proximal term mu/2 |x - base|^2 is ``proximal-mu``. Differs: none known;
+alpha_t is computed from alpha again for each arrival.
 Special cases: alpha = 1 with constant weight keeps the newest model; alpha = 0 keeps the first.
 """
 
@@ -59,7 +60,8 @@ def plan(keys: Keys, run: Run) -> ArrivalPlan:
     """Apply everything at once."""
     if keys.local_steps == 1 and keys.proximal_mu != Keys().proximal_mu:
         raise ValueError(
-            "fedasync.proximal-mu: has no effect with fedasync.local-steps = 1, which stays where it begins"
+            "fedasync.proximal-mu: has no effect with fedasync.local-steps = 1, "
+            "which stays where it begins"
         )
     rule = fedasync(alpha=keys.mixing_rate, weight=keys.weight())
     return ArrivalPlan(rule, steps=keys.local_steps, proximal=keys.proximal_mu)

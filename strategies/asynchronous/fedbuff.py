@@ -3,10 +3,12 @@
     b = b + delta / sqrt(1 + staleness)
     after each K-th:   x = x - eta b / K,   b = 0
 
-Source: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, algorithm 1. Differs: plain
-descent at the server. The delta is against the model that the site was sent, and the divisor is K, not the sum of the weights
-(other implementations err in either). Staleness counts steps of the server, so the version changes once for every K arrivals.
-Special cases: K = number of sites, no staleness, eta = 1 is one round of model averaging; K = 1 is ASGD with weights.
+Source: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022,
+algorithm 1. Differs: plain descent at the server. The delta is against the model that the site was
+sent, and the divisor is K, not the sum of the weights (other implementations err in either).
+Staleness counts steps of the server, so the version changes once for every K arrivals.
+Special cases: K = number of sites, no staleness, eta = 1 is one round of model averaging; K = 1 is
+ASGD with weights.
 """
 
 from typing import Any, NamedTuple

@@ -1,13 +1,16 @@
-"""GSGM: scheduled, partly averaged updates and a global momentum, on top of an asynchronous optimizer.
+"""GSGM: scheduled, partly averaged updates and global momentum on an asynchronous optimizer.
 
-    schedule         every site contributes once before any contributes again (:mod:`strategies.asynchronous.white_list`)
+    schedule         every site contributes once before any contributes again
     partly averaged  g_hat = mean of the last p of s(staleness) g,   g of the base optimizer
     momentum         v = beta v + (1 - beta) g_hat;   x = x - eta v
 
-Source: "Gradient Scheduling with Global Momentum for Non-IID Data Distributed Asynchronous Training", arXiv 1902.07848 (2019).
-**Reconstructed from the abstracts**: which updates are averaged, that the momentum is damped, when the list is refilled, and the
-defaults are ours; no number of the paper is reproduced or claimed. With Adam or RMSProp as base, Adam's first moment is the
-momentum, and RMSProp has none (:mod:`strategies.asynchronous.adaptive`).
+The schedule is :mod:`strategies.asynchronous.white_list`.
+
+Source: "Gradient Scheduling with Global Momentum for Non-IID Data Distributed Asynchronous
+Training", arXiv 1902.07848 (2019). **Reconstructed from the abstracts**: which updates are
+averaged, that the momentum is damped, when the list is refilled, and the defaults are ours; no
+number of the paper is reproduced or claimed. With Adam or RMSProp as base, Adam's first moment is
+the momentum, and RMSProp has none (:mod:`strategies.asynchronous.adaptive`).
 Special cases: base asgd, p = 1, beta = 0, s = 1 and an infinite slack is ASGD.
 """
 
@@ -25,7 +28,10 @@ class Keys(DescentKeys):
     """Of GSGM."""
 
     schedule: Literal["list", "refill", "local"] = "list"
-    """list: a site waits for its turn; refill: and all start again together; local: it goes on, and what it made is averaged"""
+    (
+        "list: a site waits for its turn; refill: and all start again together; local: it goes on, "
+        "and what it made is averaged"
+    )
     slack: Annotated[NotNegative, Only(schedule=("list", "local"))] = 0.0
     """contributions by which a site may be ahead of the slowest"""
     window: Positive = 3

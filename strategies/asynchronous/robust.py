@@ -1,13 +1,15 @@
-"""Robust means of the newest contributions, for asynchronous rules that average some of them: GSGM, FedBuff.
+"""Robust means of the newest contributions, for GSGM and FedBuff, which average some of them.
 
-    b     = of the last p contributions (FedBuff: of those collected) the newest of each site, each s(staleness) delta
+    b     = of the last p contributions (FedBuff: of those collected) the newest of each site,
+            each s(staleness) delta
     g_hat = median, trimmed mean or Krum of b (:mod:`strategies.robust`)
 
-``g_hat`` stands where GSGM has the mean of its last p contributions, and FedBuff that of the K that it collected. Source: none;
-asynchronous robust methods of the literature keep a buffer a group of sites, such as Yang and Li, "BASGD: Buffered Asynchronous SGD
-for Byzantine Learning", ICML 2021. Differs from the methods: a site counts once, so that one that answers more often has no more to
-say; and no step is taken while there are so few sites that f hostile ones could outvote the others. Adaptive optimizers divide by
-the newest contribution's learning rates instead of each one's own.
+``g_hat`` stands where GSGM has the mean of its last p contributions, and FedBuff that of the K that
+it collected. Source: none; asynchronous robust methods of the literature keep a buffer a group of
+sites, such as Yang and Li, "BASGD: Buffered Asynchronous SGD for Byzantine Learning", ICML 2021.
+Differs from the methods: a site counts once, so that one that answers more often has no more to
+say; and no step is taken while there are so few sites that f hostile ones could outvote the others.
+Adaptive optimizers divide by the newest contribution's learning rates instead of each one's own.
 Special case: f = 0 and contributions of different sites is the method itself.
 """
 
@@ -21,7 +23,14 @@ from strategies.robust import Robust, mean_of
 
 
 class Newest(NamedTuple):
-    """The rule's state, the newest contributions [d] with their sites, in the order of arrival, and how many came since a step."""
+    """The rule's state, and the newest contributions.
+
+    Attributes:
+        inner: the rule's state.
+        sites: whose the contributions are, in the order of arrival.
+        vectors: the contributions [d], in the same order.
+        collected: how many came since the last step.
+    """
 
     inner: Any
     sites: tuple[int, ...] = ()

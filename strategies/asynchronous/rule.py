@@ -1,8 +1,11 @@
-"""What a server does with one arrival. Who waits, and in which order arrivals are taken, belongs to the driver.
+"""What a server does with one arrival.
 
-A rule *owns* the state it is given: it may overwrite its tensors, and the caller goes on with the state returned, as with a donated
-buffer in JAX. A copy of a model of 25 million parameters costs more than everything a rule computes; nobody else holds the state.
-What is in an :class:`Update` is never written.
+Who waits, and in which order arrivals are taken, belongs to the driver.
+
+A rule *owns* the state it is given: it may overwrite its tensors, and the caller goes on with the
+state returned, as with a donated buffer in JAX. A copy of a model of 25 million parameters costs
+more than everything a rule computes; nobody else holds the state. What is in an :class:`Update` is
+never written.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,9 +13,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-BLOCK = (
-    1 << 20
-)  # elements worked on at a time: what a rule computes on the way stays in the processor's cache
+# Elements worked on at a time: what a rule computes on the way stays in the processor's cache.
+BLOCK = 1 << 20
 
 
 class State(Protocol):
@@ -38,8 +40,8 @@ class Update(NamedTuple):
         base: [d], the model that the site was sent; empty for a rule that does without it.
         lr: the sum of the learning rates of the site's steps: ``delta / lr`` is its mean gradient.
         staleness: by how many versions the model changed in the meantime.
-        earlier: what the site sent before while it waited for its turn. One contribution is the mean of all these, each against
-            the model that it was made of, as old as that is.
+        earlier: what the site sent before while it waited for its turn. One contribution is the
+            mean of all these, each against the model that it was made of, as old as that is.
         site: whose it is.
     """
 
@@ -69,9 +71,11 @@ class ServerRule(NamedTuple, Generic[S]):
     Attributes:
         init: the state at a model [d].
         absorb: the state after an update.
-        reach: how far ``absorb`` moves a coordinate of the model at most, given the largest magnitudes of all models and of all
-            deltas so far and the smallest ``lr``: a state that must not leave its bounds is not given what could take it there.
-        based: whether ``absorb`` looks at the model that the site was sent: the server then keeps one for each site at work.
+        reach: how far ``absorb`` moves a coordinate of the model at most, given the largest
+            magnitudes of all models and of all deltas so far and the smallest ``lr``: a state that
+            must not leave its bounds is not given what could take it there.
+        based: whether ``absorb`` looks at the model that the site was sent: the server then keeps
+            one for each site at work.
     """
 
     init: Callable[[Tensor], S]
@@ -84,7 +88,7 @@ Weight = Callable[[int], float]  # in (0, 1]
 
 
 def constant(staleness: int) -> float:
-    """1."""
+    """1, whatever the staleness."""
     return 1.0
 
 
@@ -94,7 +98,10 @@ def polynomial(exponent: float) -> Weight:
 
 
 def hinge(slope: float, border: float) -> Weight:
-    """1 up to ``border``, then ``1 / (a (staleness - b) + 1)`` (FedAsync: Xie et al. 2019, section 5.2)."""
+    """1 up to ``border`` b, then ``1 / (a (staleness - b) + 1)``, a the ``slope``.
+
+    Source: FedAsync (Xie et al. 2019, section 5.2).
+    """
     return lambda staleness: 1.0 / (slope * max(0.0, staleness - border) + 1.0)
 
 

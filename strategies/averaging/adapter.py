@@ -1,11 +1,16 @@
-"""Any :class:`~strategies.method.RoundPlan` as a ``flwr.serverapp.Strategy``: for our own driver, Flower's wrappers and other apps.
+"""Any :class:`~strategies.method.RoundPlan` as a ``flwr.serverapp.Strategy``.
 
-    x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered; BatchNorm statistics likewise
+For our own driver, Flower's wrappers and other apps.
+
+    x_mean = sum_k s_k x_k / sum_k s_k      over the sites that answered
     state  = absorb(state, x_mean)
 
-The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that was sent, of the sum (two
-models) and of a reply, however many sites there are. A robust mean (:mod:`strategies.robust`) takes its place where one is asked
-for: replies wait for each other on disk (:mod:`strategies.averaging.collected`), and shares count for nothing.
+BatchNorm statistics are averaged likewise.
+
+The mean streams: a reply is added when it arrives, then forgotten. Memory is that of the model that
+was sent, of the sum (two models) and of a reply, however many sites there are. A robust mean
+(:mod:`strategies.robust`) takes its place where one is asked for: replies wait for each other on
+disk (:mod:`strategies.averaging.collected`), and shares count for nothing.
 """
 
 import math
@@ -31,7 +36,8 @@ from strategies.robust import PLAIN, Robust
 class Planned(FedAvg):
     """A plan of rounds as Flower's kind of strategy.
 
-    Used in another app, it tells sites what to do by itself; our own driver does that (it knows how long the run is).
+    Used in another app, it tells sites what to do by itself; our own driver does that (it knows how
+    long the run is).
 
     Args:
         plan: what is done.
@@ -104,7 +110,7 @@ class Planned(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The plan's next model, and the mean of the sites' metrics with ``model-change`` beside them."""
+        """The plan's next model, and the mean of the sites' metrics with ``model-change``."""
         metrics: list[RecordDict] = []
         mean, answered = (self._robustly if self._robust.on else self._streaming)(replies, metrics)
         if not metrics:
@@ -134,7 +140,10 @@ class Planned(FedAvg):
     def _streaming(
         self, replies: Iterable[Message], metrics: list[RecordDict]
     ) -> tuple[dict[str, Tensor], float]:
-        """The mean of each vector, and the share of the sites that answered; what they report is added to ``metrics``."""
+        """The mean of each vector, and the share of the sites that answered.
+
+        What they report is added to ``metrics``.
+        """
         means: dict[str, StreamingMean] = {}
         for reply in replies:
             _add(means, reply, self._share(reply))

@@ -1,9 +1,12 @@
-"""Sites that train alone: each gets its own model back. The yardstick for every way of learning together.
+"""Sites that train alone: each gets its own model back.
+
+The yardstick for every way of learning together.
 
     x_k' = what site k made of x_k
 
-The record holds the models of all sites, a row each: ``x`` [K, d] and ``stats`` [K, b]. ``local`` evaluates every model on its
-own site; ``ensemble`` sends all models to all sites, which average their predictions (probabilities), not their weights.
+The record holds the models of all sites, a row each: ``x`` [K, d] and ``stats`` [K, b]. ``local``
+evaluates every model on its own site; ``ensemble`` sends all models to all sites, which average
+their predictions (probabilities), not their weights.
 """
 
 from collections.abc import Iterable, Mapping

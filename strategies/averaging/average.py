@@ -8,7 +8,7 @@ NUM_EXAMPLES, CHANGE = "num-examples", "model-change"
 
 
 def weighted_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecord:
-    """Means of the sites' metrics, weighted by ``weight_key`` and independent of the order of the sites."""
+    """Means of the sites' metrics, weighted by ``weight_key``; independent of the sites' order."""
     records = [next(iter(content.metric_records.values())) for content in contents]
     rows = [
         {key: float(value) for key, value in record.items() if isinstance(value, int | float)}

@@ -1,5 +1,6 @@
-"""Centralized training: the union of all data in one place: what no federation can do, as a yardstick. Only in a simulation.
+"""Centralized training: all data in one place, as a yardstick; only in a simulation.
 
+It is trained on the union of all data, which no federation can do.
 Special case: FedAvg with one site.
 """
 

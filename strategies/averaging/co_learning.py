@@ -1,14 +1,19 @@
-"""Co-learning: the learning rate cycles inside every round, and rounds grow longer when the average stops moving.
+"""Co-learning: the rate cycles in every round, and rounds grow when the average stops moving.
 
-    CLR   eta = g^i eta_max r^u            u in [0, 1): fraction of the round done; the rate is back at its top with the new average
+    CLR   eta = g^i eta_max r^u            u in [0, 1): fraction of the round done
     ILE   delta_i = |x_{i+1} - x_i| / |x_i|
           T_{i+1} = min(2 T_i, T_max) if delta_i <= epsilon else T_i
 
-Source: Xu et al., "Collaborative Deep Learning Across Multiple Data Centers", arXiv 1810.06877 (2018); Mi et al., Science China
-Information Sciences 63, 182102 (2020). **Reconstructed from the abstracts**, which say that averaging works with "the cyclical
-learning rate and the increased number of epochs for local model training". The formulas of both, their constants, the norm, the
-doubling, the cap ``T_max`` and the envelope ``g`` are ours; no number of the paper is reproduced or claimed.
-Special cases: r = 1, epsilon = 0, g = 1 is FedAvg at a constant rate; epsilon = 0 is CLR alone; r = 1 is ILE alone.
+The rate is back at its top with the new average.
+
+Source: Xu et al., "Collaborative Deep Learning Across Multiple Data Centers", arXiv 1810.06877
+(2018); Mi et al., Science China Information Sciences 63, 182102 (2020). **Reconstructed from the
+abstracts**, which say that averaging works with "the cyclical learning rate and the increased
+number of epochs for local model training". The formulas of both, their constants, the norm, the
+doubling, the cap ``T_max`` and the envelope ``g`` are ours; no number of the paper is reproduced or
+claimed.
+Special cases: r = 1, epsilon = 0, g = 1 is FedAvg at a constant rate; epsilon = 0 is CLR alone;
+r = 1 is ILE alone.
 """
 
 from typing import NamedTuple, Self
@@ -37,7 +42,8 @@ class Keys(RoundKeys):
     def _cap(self) -> Self:
         if self.max_local_epochs < self.local_epochs:
             raise ValueError(
-                f"max-local-epochs = {self.max_local_epochs}: at least local-epochs, which is {self.local_epochs}"
+                f"max-local-epochs = {self.max_local_epochs}: at least local-epochs, "
+                f"which is {self.local_epochs}"
             )
         return self
 
@@ -50,7 +56,10 @@ class Cycle(NamedTuple):
 
 
 def next_local_epochs(local_epochs: int, change: float, epsilon: float, largest: int) -> int:
-    """Local epochs of the next round, given how far the average moved in this one. Never fewer; 0 for ``epsilon`` never grows."""
+    """Local epochs of the next round, given how far the average moved in this one.
+
+    They never become fewer; with ``epsilon`` = 0 they never become more.
+    """
     return (
         max(local_epochs, min(2 * local_epochs, largest))
         if epsilon > 0 and change <= epsilon
@@ -59,7 +68,10 @@ def next_local_epochs(local_epochs: int, change: float, epsilon: float, largest:
 
 
 def plan(keys: Keys, run: Run) -> RoundPlan[Cycle]:
-    """A whole cycle of the rate in each round; where the mean hardly moved, local epochs double from the next round on."""
+    """A whole cycle of the learning rate in each round.
+
+    Where the mean hardly moved, local epochs double from the next round on.
+    """
 
     def instruct(state: Cycle, moment: Moment) -> Local:
         epochs = min(state.local_epochs, round(moment.total - moment.done))

@@ -1,6 +1,8 @@
-"""What sites sent, on disk until all of it is there: a median needs everything at once, and memory must not grow with the sites.
+"""What sites sent, on disk until all of it is there.
 
-Memory is that of a model and of a block of all rows, however many sites there are; on disk it is a model a site.
+A median needs everything at once, and memory must not grow with the number of sites.
+Memory is that of a model and of a block of all rows, however many sites there are; on disk it is a
+model a site.
 """
 
 from collections.abc import Mapping
@@ -29,7 +31,10 @@ class Collected:
         self._sizes: dict[str, int] = {}
 
     def add(self, vectors: Mapping[str, Tensor], key: int) -> None:
-        """What a site sent: vectors [d] of float32, of the same names from each. Rows are taken in the order of the keys."""
+        """Add what a site sent: vectors [d] of float32, of the same names from each.
+
+        Rows are taken in the order of the keys.
+        """
         self._sizes = self._sizes or {name: len(vector) for name, vector in vectors.items()}
         row = [vectors[name].numpy() for name in self._sizes]
         if self._rest or not self._written(row):
@@ -49,7 +54,7 @@ class Collected:
         return True
 
     def result(self) -> dict[str, Tensor]:
-        """The robust mean of each vector. Krum keeps the same rows of all, judged by the first one."""
+        """The robust mean of each vector. Krum keeps the same rows of all, judged by the first."""
         total, on_disk = sum(self._sizes.values()), len(self._keys) - len(self._rest)
         order = np.argsort(self._keys, kind="stable")
         rows = (

@@ -1,16 +1,17 @@
 """DiLoCo: AdamW inside for H steps, Nesterov momentum outside.
 
-    D     = x - mean_k x_k                                     the outer gradient of a round of H local steps
+    D     = x - mean_k x_k        the outer gradient of a round of H local steps
     v     = mu v + D
     x     = x - eta (D + mu v)
 
 The inner optimizer is ``training.optimizer``; its moments stay at the site from round to round.
 
-Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv 2311.08105 (2023), algorithm 1,
-as told in other works; **the original was not read**, and no number of it is reproduced or claimed. Differs: sites may be weighted
-by their examples; the inner rate decays once over the run, after ``training.lr-warmup``.
-Special cases: eta = 1, mu = 0 is FedAvg with local steps; the outer step is that of ``torch.optim.SGD(lr=eta, momentum=mu,
-nesterov=True)`` along D.
+Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models",
+arXiv 2311.08105 (2023), algorithm 1, as described in other works; **the original was not read**,
+and no number of it is reproduced or claimed. Differs: sites may be weighted by their examples; the
+inner rate decays once over the run, after ``training.lr-warmup``.
+Special cases: eta = 1, mu = 0 is FedAvg with local steps; the outer step is that of
+``torch.optim.SGD(lr=eta, momentum=mu, nesterov=True)`` along D.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Ensemble: sites train alone; what they predict is averaged (probabilities), not what they learned.
+"""Ensemble: sites train alone; their predictions (probabilities) are averaged, not their models.
 
 Special case: of one site, ``local``.
 """

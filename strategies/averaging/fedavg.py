@@ -1,10 +1,15 @@
 """FedAvg: the server's next model is the mean of the models that sites return.
 
-    x' = sum_k s_k x_k / sum_k s_k      s_k = 1/K (equal) or n_k/n (samples), over the sites that answered
+    x' = sum_k s_k x_k / sum_k s_k      s_k = 1/K (equal) or n_k/n (samples)
 
-Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, algorithm 1.
-Differs: every site takes part in every round; equal shares are offered; the learning rate decays once over the whole run.
-Special cases: one site keeps what it returns; the mean of K identical models is that model (to 2^-40 K).
+over the sites k that answered.
+
+Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, algorithm 1.
+Differs: every site takes part in every round; equal shares are offered; the learning rate decays
+once over the whole run.
+Special cases: one site keeps what it returns; the mean of K identical models is that model (to
+2^-40 K).
 """
 
 from typing import NamedTuple

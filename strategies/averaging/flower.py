@@ -1,7 +1,7 @@
 """The strategies that Flower ships, by class name, as methods: Krum, FedAdam, FedProx, ...
 
-All that average arrays; not those of trees, nor wrappers of another strategy. Their records stay Flower's, see
-:mod:`strategies.averaging.shipped`.
+All that average arrays; not those of trees, nor wrappers of another strategy. Their records stay
+Flower's, see :mod:`strategies.averaging.shipped`.
 """
 
 import inspect
@@ -24,7 +24,8 @@ GIVEN = {
     "train_loss_key": "loss",
     "train_metrics_aggr_fn": weighted_metrics,
     "evaluate_metrics_aggr_fn": weighted_metrics,
-    "eta": 0.01,  # of FedAdagrad, FedAdam and FedYogi: with Flower's 0.1 the first of them does not learn
+    # Of FedAdagrad, FedAdam and FedYogi: with Flower's 0.1 the first of them does not learn.
+    "eta": 0.01,
 }
 
 
@@ -36,14 +37,18 @@ class Keys(RoundKeys):
     """Of every strategy of Flower."""
 
     arguments: str = ""
-    """the strategy's own, such as "eta=0.02 beta_1=0.9" (eta is 0.01 by default); weighting is of BatchNorm statistics"""
+    (
+        'the strategy\'s own, such as "eta=0.02 beta_1=0.9" (eta is 0.01 by default); '
+        "weighting is of BatchNorm statistics"
+    )
 
 
 def arguments_of(name: str, text: str) -> dict[str, int | float]:
     """Arguments of the strategy ``name``, read from ``"eta=0.1 beta_1=0.9"``.
 
     Raises:
-        ValueError: an unknown argument or one that comes twice, a value that is no number from 0 on, or a required one left out.
+        ValueError: an unknown argument or one that comes twice, a value that is no number from 0
+            on, or a required one left out.
     """
     where = f"flower.arguments = {text!r}"
     parameters = {
@@ -59,7 +64,8 @@ def arguments_of(name: str, text: str) -> dict[str, int | float]:
         if key not in parameters or key in found:
             wrong = "is given twice" if key in found else "is unknown"
             raise ValueError(
-                f"{where}: argument {key!r} of {name} {wrong}; allowed: {', '.join(parameters) or 'none'}"
+                f"{where}: argument {key!r} of {name} {wrong}; "
+                f"allowed: {', '.join(parameters) or 'none'}"
             )
         try:
             found[key] = int(value) if value.lstrip("+-").isdigit() else float(value)

@@ -1,4 +1,4 @@
-"""Local training: sites that train alone and are tested alone, the yardstick for every way of learning together.
+"""Local training: sites train and are tested alone, the yardstick for learning together.
 
 x_k' = what site k made of x_k
 """

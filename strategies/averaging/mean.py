@@ -1,10 +1,11 @@
-"""Weighted mean of vectors that arrive one by one, the same bit for bit in whatever order they arrive.
+"""Weighted mean of vectors that arrive one by one, bit for bit the same in whatever order.
 
     mean = sum_k s_k x_k / sum_k s_k
 
-Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is therefore cut to a multiple of
-2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum to at most 1, so the sum cannot overflow while ``|x| < 2^22``,
-which :func:`refusal` makes sure. A mean over K sites differs from the exact one by at most K 2^-40, then it is rounded to float32,
+Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is
+therefore cut to a multiple of 2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum
+to at most 1, so the sum cannot overflow while ``|x| < 2^22``, which :func:`refusal` makes sure. A
+mean over K sites differs from the exact one by at most K 2^-40, then it is rounded to float32,
 whose own step is larger for every value above 1.5e-5.
 """
 
@@ -16,9 +17,8 @@ from torch import Tensor
 
 ONE = 2.0**40
 LARGEST = 2.0**22
-_BLOCK = (
-    1 << 18
-)  # elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache
+# Elements worked on at a time: the two scratch buffers (4 MiB) stay in the processor's cache.
+_BLOCK = 1 << 18
 
 
 def refusal(x: Tensor) -> str | None:
@@ -32,7 +32,7 @@ def magnitude(x: Tensor) -> float:
 
 
 def too_large(largest: float) -> str | None:
-    """Why a vector with this largest magnitude (NaN if it holds one) cannot be averaged, or None where it can."""
+    """Why a vector of this largest magnitude (NaN if it holds one) cannot be averaged, or None."""
     if not math.isfinite(largest):
         return "the model holds NaN or infinite values"
     if largest >= LARGEST:
@@ -43,9 +43,10 @@ def too_large(largest: float) -> str | None:
 
 
 def extent(x: Tensor, origin: Tensor | None = None, *, norm: bool = True) -> tuple[float, float]:
-    """The largest magnitude in ``x`` [d] (NaN if it holds one), and ``|x - origin|``; without an origin, ``|x|``.
+    """The largest magnitude in ``x`` [d] (NaN if it holds one), and ``|x - origin|``.
 
-    Both in one pass over memory: a block stays in the cache.
+    Without an origin, the norm is ``|x|``. Both in one pass over memory: a block stays in the
+    cache.
     """
     if not x.numel():
         return 0.0, 0.0
@@ -64,7 +65,10 @@ def extent(x: Tensor, origin: Tensor | None = None, *, norm: bool = True) -> tup
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:
-    """``|x' - x| / |x|``, Euclidean norms over all trainable parameters [d]; in blocks, so that no third vector is needed."""
+    """``|x' - x| / |x|``, Euclidean norms over all trainable parameters [d].
+
+    In blocks, so that no third vector is needed.
+    """
     moved = size = 0.0
     for a, b in zip(new.split(1 << 18), old.split(1 << 18), strict=True):
         moved += torch.dist(a, b).item() ** 2
@@ -73,7 +77,10 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 
 class StreamingMean:
-    """Keeps one 64-bit integer a coordinate: with the vector being added, the memory of three float32 models."""
+    """Keeps one 64-bit integer a coordinate.
+
+    With the vector being added, that is the memory of three float32 models.
+    """
 
     def __init__(self, shape: torch.Size) -> None:
         self._sum = torch.empty(shape.numel(), dtype=torch.int64)
@@ -86,7 +93,7 @@ class StreamingMean:
         )
 
     def add(self, x: Tensor, share: float) -> None:
-        """Add ``x`` (float32, the shape of the mean) with a share in (0, 1]; all shares together at most 1."""
+        """Add ``x`` (float32, the mean's shape) with a share in (0, 1]; all together at most 1."""
         first = not self._shares
         for source, target in zip(
             x.reshape(-1).split(_BLOCK), self._sum.split(_BLOCK), strict=True
@@ -104,7 +111,9 @@ class StreamingMean:
         return math.fsum(self._shares)
 
     def result(self) -> Tensor:
-        """The mean of what was added, float32; the end of this object, whose memory becomes the mean's.
+        """The mean of what was added, float32.
+
+        It is the end of this object, whose memory becomes the mean's.
 
         Raises:
             ValueError: nothing was added.
@@ -112,17 +121,17 @@ class StreamingMean:
         if not self._shares:
             raise ValueError("the mean of nothing")
         total = math.fsum(self._shares) * ONE
-        mean = self._sum.view(torch.float32)[
-            : self._sum.numel()
-        ]  # a block of it ends before the integers still to be read
+        # A block of the mean ends before the integers still to be read.
+        mean = self._sum.view(torch.float32)[: self._sum.numel()]
         for source, target in zip(self._sum.split(_BLOCK), mean.split(_BLOCK), strict=True):
             target.copy_(self._scaled[: source.numel()].copy_(source).div_(total))
         return mean.reshape(self._shape)
 
 
 def weighted_mean(rows: Sequence[Mapping[str, float]], weight: str) -> dict[str, float]:
-    """Means of the sites' metrics by ``weight``, which are summed, independent of the order of the sites; {} of none.
+    """Means of the sites' metrics by ``weight``, which are summed; {} of no sites.
 
+    They do not depend on the order of the sites.
     A metric that some keep to themselves is the mean over the others.
     """
     means = {}

@@ -1,14 +1,18 @@
 """SCAFFOLD: control variates take the drift out of local steps.
 
-    y_i   = x;  y_i = y_i - lr (g_i(y_i) - c_i + c)            local steps, plain SGD
-    c_i'  = c_i - c + (x - y_i) / sum of lr                    the mean gradient of the round (the paper's option II)
-    x     = x + eta_g mean_i (y_i - x);   c = c + p mean_i (c_i' - c_i)      p: share of the sites that answered
+    y_i   = x;  y_i = y_i - lr (g_i(y_i) - c_i + c)        local steps, plain SGD
+    c_i'  = c_i - c + (x - y_i) / sum of lr                the mean gradient of the round
+    x     = x + eta_g mean_i (y_i - x)
+    c     = c + p mean_i (c_i' - c_i)                      p: share of the sites that answered
 
-Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, algorithm 1. Differs: the
-sum of the rates stands for K lr, since a rate may decay; weight decay and clipping come after the correction. If an answer is lost
-on its way, its site's variate has moved and the server's has not: c is then no longer the mean of the c_i until that site's next.
-Special cases: c = c_i = 0 is FedAvg with plain SGD, as is the first round; with equal data and full batches c_i = c, and the
-corrections vanish.
+``c_i'`` is the paper's option II.
+
+Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML
+2020, algorithm 1. Differs: the sum of the rates stands for K lr, since a rate may decay; weight
+decay and clipping come after the correction. If an answer is lost on its way, its site's variate
+has moved and the server's has not: c is then no longer the mean of the c_i until that site's next.
+Special cases: c = c_i = 0 is FedAvg with plain SGD, as is the first round; with equal data and full
+batches c_i = c, and the corrections vanish.
 """
 
 from typing import Literal, NamedTuple

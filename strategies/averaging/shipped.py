@@ -1,16 +1,17 @@
 """Any strategy that Flower ships, run on our records.
 
-Three things differ from ours. Flower's strategies treat every array alike, and an adaptive or robust rule makes no sense of
-BatchNorm statistics: these are taken out, plainly averaged, and put back. And they add floating-point numbers in the order of
-arrival: replies are handed over in the order of the sites, so that the same seed gives the same model. And they stop where sites
-report different metrics: what one keeps to itself, they are not told of the others.
+Three things differ from ours. Flower's strategies treat every array alike, and an adaptive or
+robust rule makes no sense of BatchNorm statistics: these are taken out, plainly averaged, and put
+back. And they add floating-point numbers in the order of arrival: replies are handed over in the
+order of the sites, so that the same seed gives the same model. And they stop where sites report
+different metrics: a metric that one site keeps to itself is left out of the others' replies, too.
 
-They are handed all replies at once: median, Krum and their like need them, and Flower's means are written so. The server's memory
-therefore grows by a model a site, where ours stays the same.
+They are handed all replies at once: median, Krum and their like need them, and Flower's means are
+written so. The server's memory therefore grows by a model a site, where ours stays the same.
 
-They weigh models by the examples that sites say they have: where one of the sites that answered has more than its share may be,
-these numbers are changed so that it is that. Where a robust mean is asked for, a strategy that averages is handed this mean, as if
-one site had sent it.
+They weigh models by the examples that sites say they have: where one of the sites that answered has
+more than its share may be, these numbers are changed so that it is that. Where a robust mean is
+asked for, a strategy that averages is handed this mean, as if one site had sent it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

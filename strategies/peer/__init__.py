@@ -1,1 +1,1 @@
-"""Peers without a server: what each one remembers, offers its neighbours and makes of what they offer."""
+"""Peers without a server: what each remembers, offers its neighbours and makes of their offers."""

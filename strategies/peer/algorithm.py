@@ -1,8 +1,8 @@
 """What a peer does between two exchanges and in one.
 
-Every function takes vectors [..., d] and reduces over the last axis only: one peer's [d] in the app, all peers' [n, d] in fast
-simulation and in tests. A state is a NamedTuple of tensors, so saving it, sending it and going on from it is one function.
-Inputs are never written.
+Every function takes vectors [..., d] and reduces over the last axis only: one peer's [d] in the
+app, all peers' [n, d] in fast simulation and in tests. A state is a NamedTuple of tensors, so
+saving it, sending it and going on from it is one function. Inputs are never written.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +15,10 @@ Vectors = tuple[Tensor, ...]
 
 
 class State(Protocol):
-    """What every algorithm remembers at least; further fields are tensors, an empty one where there is nothing to remember, or
-    dictionaries of tensors by neighbour.
+    """What every algorithm remembers at least.
+
+    Further fields are tensors, an empty one where there is nothing to remember, or dictionaries of
+    tensors by neighbour.
     """
 
     @property
@@ -32,10 +34,12 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
 
     Attributes:
         init: the state at a model [..., d].
-        descend: a local step, by the gradient at ``state.x``, which nobody writes afterwards, and a learning rate.
+        descend: a local step, by the gradient at ``state.x``, which nobody writes afterwards, and a
+            learning rate.
         outgoing: what neighbours are offered after the last local step.
-        mix: the exchange. Own vectors as neighbours decode them, and ``sum_j w_ij`` of everybody's decoded vectors, own included:
-            ``x + mixed - sent`` keeps the mean of all peers whatever a codec lost.
+        mix: the exchange. Own vectors as neighbours decode them, and ``sum_j w_ij`` of everybody's
+            decoded vectors, own included: ``x + mixed - sent`` keeps the mean of all peers whatever
+            a codec lost.
     """
 
     init: Callable[[Tensor], S]
@@ -45,7 +49,7 @@ class PeerAlgorithm(NamedTuple, Generic[S]):
 
 
 class LinkAlgorithm(NamedTuple, Generic[S]):
-    """An algorithm that offers each neighbour something else, and mixes what came from each of them itself.
+    """An algorithm that offers each neighbour something else, and mixes what came from each.
 
     Attributes:
         init: the state at a model [d].
@@ -63,7 +67,10 @@ class LinkAlgorithm(NamedTuple, Generic[S]):
 def exchange(
     algorithm: PeerAlgorithm[S], state: S, sent: Vectors, mixed: Vectors, gamma: float
 ) -> S:
-    """The exchange with averaging rate ``gamma``: ``x + gamma (mixed - sent)`` where plain averaging has ``x + mixed - sent``."""
+    """The exchange with averaging rate ``gamma``.
+
+    It is ``x + gamma (mixed - sent)`` where plain averaging has ``x + mixed - sent``.
+    """
     if gamma != 1:
         mixed = tuple(
             torch.lerp(own, together, gamma) for own, together in zip(sent, mixed, strict=True)

@@ -3,8 +3,8 @@
     v = beta v - lr g_i(x_i)
     x = sum_j w_ij x_j + v                  Nesterov: + beta v - lr g_i(x_i)
 
-Source: Jiang et al., "Collaborative Deep Learning in Fixed Topology Networks", NeurIPS 2017, and its Keras code. The formula is
-:mod:`strategies.peer.dsgd`. Special case: beta = 0 is CDSGD.
+Source: Jiang et al., "Collaborative Deep Learning in Fixed Topology Networks", NeurIPS 2017, and
+its Keras code. The formula is :mod:`strategies.peer.dsgd`. Special case: beta = 0 is CDSGD.
 """
 
 from strategies.keys import MomentumKeys, PeerKeys

@@ -2,8 +2,9 @@
 
     x = sum_j w_ij x_j - lr g_i(x_i)
 
-Source: Jiang et al., "Collaborative Deep Learning in Fixed Topology Networks", NeurIPS 2017, and its Keras code (combine while
-adapting). The formula is :mod:`strategies.peer.dsgd` without momentum.
+Source: Jiang et al., "Collaborative Deep Learning in Fixed Topology Networks", NeurIPS 2017, and
+its Keras code (combine while adapting). The formula is :mod:`strategies.peer.dsgd` without
+momentum.
 Special cases: one peer is SGD; equal models make it D-PSGD's first step without averaging.
 """
 

@@ -1,12 +1,15 @@
-"""How a peer's vector reaches its neighbours: through a codec, with or without a memory of what the codec lost.
+"""How a peer's vector reaches neighbours: through a codec, with or without memory of its losses.
 
-    none           q = C(v)                                        neighbours decode q
-    deep-squeeze   q = C(v + e),  e = v + e - q                    neighbours decode q
-    choco          q = C(v - v_hat),  v_hat = v_hat + q            neighbours add q to their copy of v_hat, and use that
+    none           q = C(v)                                 neighbours decode q
+    deep-squeeze   q = C(v + e),  e = v + e - q             neighbours decode q
+    choco          q = C(v - v_hat),  v_hat = v_hat + q     neighbours add q to their copy of v_hat
 
-Sources: Tang et al., "DeepSqueeze", 2019; Koloskova et al., "Decentralized Stochastic Optimization and Gossip Algorithms with
-Compressed Communication", ICML 2019, in that order (the hat moves first, then peers average). Differs: a neighbour that missed
-messages gets them later, in order, so that its copy of a hat is never wrong for long.
+With ``choco``, neighbours use their copy of v_hat.
+
+Sources: Tang et al., "DeepSqueeze", 2019; Koloskova et al., "Decentralized Stochastic Optimization
+and Gossip Algorithms with Compressed Communication", ICML 2019, in that order (the hat moves first,
+then peers average). Differs: a neighbour that missed messages gets them later, in order, so that
+its copy of a hat is never wrong for long.
 Invariant: what was sent plus what is remembered is what was wanted.
 """
 
@@ -26,9 +29,12 @@ class Channel(NamedTuple):
 
     Attributes:
         init: memory for vectors like this one; empty where nothing is remembered.
-        encode: memory, vector [d] and a generator to the payload, the new memory, and the vector as neighbours have it.
-        decode: a neighbour's payload and the last vector that came from it (zeros at first) to the vector that came now.
-        exact: whether neighbours have exactly what was offered, so that nothing needs to be remembered.
+        encode: memory, vector [d] and a generator to the payload, the new memory, and the vector as
+            neighbours have it.
+        decode: a neighbour's payload and the last vector that came from it (zeros at first) to the
+            vector that came now.
+        exact: whether neighbours have exactly what was offered, so that nothing needs to be
+            remembered.
         chained: whether a payload goes on from the one before it, which a neighbour must have.
     """
 

@@ -2,8 +2,9 @@
 
     x = sum_j w_ij (x_j - lr g_j(x_j))
 
-Source: Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms?", NeurIPS 2017, in the order of the code of
-Lin et al. 2021 (adapt, then combine). The formula is :mod:`strategies.peer.dsgd` without momentum.
+Source: Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms?", NeurIPS
+2017, in the order of the code of Lin et al. 2021 (adapt, then combine). The formula is
+:mod:`strategies.peer.dsgd` without momentum.
 Special cases: one peer is SGD; on the complete graph it is model averaging.
 """
 

@@ -5,14 +5,17 @@
     p_new = x_new - x_i                    position form: Polyak's heavy ball
           | beta q - lr g_i(x_i)           velocity form
 
-Source: Balu et al., "Decentralized Deep Learning using Momentum-Accelerated Consensus", ICASSP 2021 (arXiv 2010.11166).
-**Reconstructed from its abstract and introduction** (neighbours exchange models and momentum values) and from the code of the
-same group: which of the two forms is the paper's, and that omega weighs the neighbours and not the peer itself, is not known.
-Differs: with several local steps, momentum counts exchanges; both forms keep the learning rates of past steps.
-Special cases: beta = 0 is CDSGD; velocity form, omega = 0 is CDMSGD; W = I is heavy ball, in both forms.
+Source: Balu et al., "Decentralized Deep Learning using Momentum-Accelerated Consensus", ICASSP 2021
+(arXiv 2010.11166). **Reconstructed from its abstract and introduction** (neighbours exchange models
+and momentum values) and from the code of the same group: which of the two forms is the paper's, and
+that omega weighs the neighbours and not the peer itself, is not known.
+Differs: with several local steps, momentum counts exchanges; both forms keep the learning rates of
+past steps.
+Special cases: beta = 0 is CDSGD; velocity form, omega = 0 is CDMSGD; W = I is heavy ball, in both
+forms.
 Invariant: the mean of all peers moves the same whatever omega, W and the form.
-Trap: in the position form, disagreement itself has momentum, and grows where W has eigenvalues far below 0 or far from real ones:
-:func:`growth`.
+Trap: in the position form, disagreement itself has momentum, and grows where W has eigenvalues far
+below 0 or far from real ones: :func:`growth`.
 """
 
 from collections.abc import Sequence
@@ -65,10 +68,11 @@ def dmsgd(*, beta: float, omega: float, velocity: bool) -> PeerAlgorithm[HeavyBa
 
 
 def growth(matrices: Sequence[Tensor], *, beta: float, omega: float) -> float:
-    """The factor by which disagreement in the position form grows an exchange in the long run, without gradients.
+    """The factor by which disagreement in the position form grows an exchange in the long run.
 
-    Peers agree in the end if it is below 1. It is the spectral radius of ``(x, x_last) -> (W x + beta q, x)``, q as above, taken
-    over all ``matrices`` in turn, each W [n, n] float64, on what is orthogonal to agreement.
+    Gradients are left out. Peers agree in the end if it is below 1. It is the spectral radius of
+    ``(x, x_last) -> (W x + beta q, x)``, q as above, taken over all ``matrices`` in turn, each W
+    [n, n] float64, on what is orthogonal to agreement.
     """
     n = len(matrices[0])
     apart = torch.eye(n, dtype=torch.float64) - 1 / n
@@ -109,9 +113,10 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
         factor = growth(mixing, beta=keys.momentum, omega=keys.consensus_weight)
         if factor > 1 + 1e-6:
             raise TopologyError(
-                f"dmsgd.momentum = {keys.momentum:g}, dmsgd.consensus-weight = {keys.consensus_weight:g}: disagreement grows by "
-                f"{factor:.3g} an exchange in dmsgd's position form on this topology; topology.lazy = true, "
-                "dmsgd.form = 'velocity' or a smaller momentum may help"
+                f"dmsgd.momentum = {keys.momentum:g}, "
+                f"dmsgd.consensus-weight = {keys.consensus_weight:g}: disagreement grows "
+                f"by {factor:.3g} an exchange in dmsgd's position form on this topology; "
+                "topology.lazy = true, dmsgd.form = 'velocity' or a smaller momentum may help"
             )
 
     algorithm = dmsgd(

@@ -1,15 +1,17 @@
-"""Decentralized SGD, with or without momentum of one's own, in both orders of gradient step and averaging.
+"""Decentralized SGD, with or without momentum, in both orders of gradient step and averaging.
 
     v = beta v - lr g                                  g at x
     u = v, or with Nesterov beta v - lr g
     adapt, then combine      x = sum_j w_ij (x_j + u_j)
     combine while adapting   x = sum_j w_ij x_j + u
 
-Sources: D-PSGD (beta = 0): Lian et al., NeurIPS 2017, in the order of the code of Lin et al. 2021 (adapt, then combine). CDSGD
-(beta = 0) and CDMSGD, combining while adapting: Jiang et al., "Collaborative Deep Learning in Fixed Topology Networks", NeurIPS
-2017, and its Keras code. With momentum, adapting first, it is DSGDm-N; with SAM and several local steps, DFedSAM (Shi et al., ICML
-2023; differs: momentum is not reset by an exchange). Fed with neighbourhood gradients (:mod:`strategies.peer.neighbourhood`) it
-is NGM. Differs: a velocity keeps the learning rates of its past steps, where a torch buffer applies the newest to all of them.
+Sources: D-PSGD (beta = 0): Lian et al., NeurIPS 2017, in the order of the code of Lin et al. 2021
+(adapt, then combine). CDSGD (beta = 0) and CDMSGD, combining while adapting: Jiang et al.,
+"Collaborative Deep Learning in Fixed Topology Networks", NeurIPS 2017, and its Keras code. With
+momentum, adapting first, it is DSGDm-N; with SAM and several local steps, DFedSAM (Shi et al., ICML
+2023; differs: momentum is not reset by an exchange). Fed with neighbourhood gradients
+(:mod:`strategies.peer.neighbourhood`) it is NGM. Differs: a velocity keeps the learning rates of
+its past steps, where a torch buffer applies the newest to all of them.
 Special cases: one peer is SGD with momentum; complete graph, beta = 0, is model averaging.
 """
 
@@ -22,7 +24,13 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Descent(NamedTuple):
-    """The model, the model of the last exchange (empty when adapting first), the velocity (empty without momentum)."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        start: the model of the last exchange; empty when adapting first.
+        v: the velocity; empty without momentum.
+    """
 
     x: Tensor
     start: Tensor

@@ -3,7 +3,8 @@
     v = beta v - lr g_i(x_i)
     x = sum_j w_ij (x_j + v_j)              Nesterov: x_j + beta v_j - lr g_j(x_j)
 
-Source: the baseline of Lin et al., "Quasi-global momentum", ICML 2021, and its code. The formula is :mod:`strategies.peer.dsgd`.
+Source: the baseline of Lin et al., "Quasi-global momentum", ICML 2021, and its code. The formula is
+:mod:`strategies.peer.dsgd`.
 Special case: beta = 0 is D-PSGD.
 """
 

@@ -1,12 +1,15 @@
-"""Gradient tracking: each peer follows its estimate of everybody's mean gradient, and reaches the common optimum on unlike data.
+"""Gradient tracking: each peer follows its estimate of everybody's mean gradient.
+
+It reaches the common optimum on unlike data.
 
     y = y_mixed + g(x) - g_previous                  y_mixed = 0, g_previous = 0 at first
     adapt, then combine      x = sum_j w_ij (x_j - lr y_j)
     combine while adapting   x = sum_j w_ij x_j - lr y
     y_mixed = sum_j w_ij y_j
 
-Sources: Di Lorenzo and Scutari 2016; Nedic, Olshevsky, Shi, SIAM J. Optim. 2017; the code of Vogels et al., "RelaySum", 2021 (adapt
-first) and of Lin et al. 2021 (combine while adapting). Differs: none known. Two vectors a message.
+Sources: Di Lorenzo and Scutari 2016; Nedic, Olshevsky, Shi, SIAM J. Optim. 2017; the code of Vogels
+et al., "RelaySum", 2021 (adapt first) and of Lin et al. 2021 (combine while adapting). Differs:
+none known. Two vectors a message.
 Special case: W = I is gradient descent.
 """
 
@@ -21,7 +24,14 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Tracking(NamedTuple):
-    """The model, the model of the last exchange (empty when adapting first), the tracker, the last gradient."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        start: the model of the last exchange; empty when adapting first.
+        y: the tracker.
+        g: the last gradient.
+    """
 
     x: Tensor
     start: Tensor

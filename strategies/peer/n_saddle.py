@@ -2,9 +2,10 @@
 
     g_ij = grad F_j(x_i + rho grad F_j(x_i) / |grad F_j(x_i)|);    the rest is NGM's
 
-Source: Choudhary, Aketi, Roy, "SADDLe: Sharpness-Aware Decentralized Deep Learning with Heterogeneous Data", WACV 2025 (arXiv
-2405.13961), **reconstructed from the abstract**: who perturbs is not known (:mod:`strategies.peer.neighbourhood`), and no number
-of the paper is reproduced or claimed. Special case: rho -> 0 is NGM.
+Source: Choudhary, Aketi, Roy, "SADDLe: Sharpness-Aware Decentralized Deep Learning with
+Heterogeneous Data", WACV 2025 (arXiv 2405.13961), **reconstructed from the abstract**: who perturbs
+is not known (:mod:`strategies.peer.neighbourhood`), and no number of the paper is reproduced or
+claimed. Special case: rho -> 0 is NGM.
 """
 
 from typing import Literal
@@ -19,7 +20,10 @@ class Keys(ngm.Keys, SharpKeys):
     """Of N-SADDLe."""
 
     perturbed_by: Literal["owner-of-data", "none", "owner-of-model"] = "owner-of-data"
-    """who perturbs: owner-of-data, none (the own gradient only), owner-of-model (with gradients = data and without a codec)"""
+    (
+        "who perturbs: owner-of-data, none (the own gradient only), "
+        "owner-of-model (with gradients = data and without a codec)"
+    )
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

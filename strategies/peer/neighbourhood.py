@@ -1,19 +1,26 @@
 """Neighbourhood gradients: what NGM and N-SADDLe descend along instead of the own gradient.
 
     own              g_i = grad F_i(x_i)
-    data variant     g_i = sum_j w_ij grad F_j(x_i)    the neighbours' gradients at the own model: a second exchange
-    model variant    g_i = sum_j w_ij grad F_i(x_j)    the own gradients at the neighbours' models: nothing more to send
+    data variant     g_i = sum_j w_ij grad F_j(x_i)    the neighbours' gradients at the own model
+    model variant    g_i = sum_j w_ij grad F_i(x_j)    the own gradients at the neighbours' models
 
-Source: Aketi et al., "Neighborhood Gradient Clustering" (NGM; arXiv 2209.14390); for N-SADDLe, Choudhary, Aketi, Roy, WACV 2025
-(arXiv 2405.13961), **reconstructed from the abstracts** and from the code of the former. Differs from that code: every gradient is
-taken at the models of before the exchange (theirs takes the own one after averaging), and weights are W's, not 1 / (deg + 1) (the
-same on regular graphs). N-SADDLe makes each of these gradients sharpness-aware; where its perturbation is taken is not known:
+The data variant needs a second exchange; for the model variant there is nothing more to send.
 
-    owner-of-data    by whoever computes the gradient, with its own loss at the model it received (the default)
+Source: Aketi et al., "Neighborhood Gradient Clustering" (NGM; arXiv 2209.14390); for N-SADDLe,
+Choudhary, Aketi, Roy, WACV 2025 (arXiv 2405.13961), **reconstructed from the abstracts** and from
+the code of the former. Differs from that code: every gradient is taken at the models of before the
+exchange (theirs takes the own one after averaging), and weights are W's, not 1 / (deg + 1) (the
+same on regular graphs). N-SADDLe makes each of these gradients sharpness-aware; where its
+perturbation is taken is not known:
+
+    owner-of-data    by whoever computes the gradient, with its own loss at the model it received
+                     (the default)
     none             the own gradient only
-    owner-of-model   by the peer whose model it is, with its own loss; neighbours receive the perturbed model too
+    owner-of-model   by the peer whose model it is, with its own loss; neighbours receive the
+                     perturbed model too
 
-Special cases: W = I is the own gradient; equal models and exact gradients give the mean of the neighbourhood's gradients.
+Special cases: W = I is the own gradient; equal models and exact gradients give the mean of the
+neighbourhood's gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,13 +32,18 @@ from torch import Tensor
 from strategies.gradients import perturbed
 from strategies.method import Neighbourhood
 
-Regular = Callable[
-    [Tensor, Tensor], Tensor
-]  # gradients and the models they were taken at, each [..., d], to gradients
+# Gradients and the models they were taken at, each [..., d], to gradients.
+Regular = Callable[[Tensor, Tensor], Tensor]
 
 
 class Gradients(NamedTuple):
-    """Of m pairs of a model and somebody's batch: losses [m], gradients [m, d], BatchNorm statistics [m, b]."""
+    """Of m pairs of a model and some peer's batch.
+
+    Attributes:
+        losses: [m].
+        gradients: [m, d].
+        stats: [m, b], BatchNorm statistics.
+    """
 
     losses: Tensor
     gradients: Tensor
@@ -39,9 +51,11 @@ class Gradients(NamedTuple):
 
 
 class PairGradient(Protocol):
-    """Plain gradients at models ``x`` [k, d], of those of the m pairs that ``rows`` [k] names; None for all."""
+    """Plain gradients of pairs of a model and a batch."""
 
-    def __call__(self, x: Tensor, rows: Tensor | None, /) -> Gradients: ...
+    def __call__(self, x: Tensor, rows: Tensor | None, /) -> Gradients:
+        """At models ``x`` [k, d], of those of the m pairs that ``rows`` [k] names; None: of all."""
+        ...
 
 
 def neighbourhood_gradients(
@@ -52,7 +66,7 @@ def neighbourhood_gradients(
     regular: Regular,
     shift: Tensor | None = None,
 ) -> Gradients:
-    """The gradients of m pairs: a peer's batch at its own and its neighbours' models, or everybody's at once.
+    """The gradients of m pairs: a batch of one peer or of all, at own and neighbours' models.
 
     Args:
         pair: takes the gradients.
@@ -78,7 +92,7 @@ def neighbourhood_gradients(
 
 
 def owners_shift(pair: PairGradient, x: Tensor, gradient: Neighbourhood) -> Tensor | None:
-    """How far owners perturb their models ``x`` [m, d] by their own gradients; None where they do not."""
+    """How far owners perturb their models ``x`` [m, d] by their own gradients; None: not at all."""
     if not gradient.rho or gradient.at == "own" or gradient.perturbed_by != "owner-of-model":
         return None
     return perturbed(x, pair(x, None).gradients, gradient.rho) - x
@@ -93,6 +107,9 @@ def weighted(own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, fl
 
 
 def disagreement(own: Tensor, theirs: Mapping[int, Tensor], weights: Mapping[int, float]) -> float:
-    """``sqrt(sum_j w_ij |x_j - x_i|^2)``: how far a peer is from its neighbours, which needs nobody to see all models."""
+    """``sqrt(sum_j w_ij |x_j - x_i|^2)``: how far a peer is from its neighbours.
+
+    It needs nobody to see all models.
+    """
     squares = [weights[j] * torch.linalg.vector_norm(x - own) ** 2 for j, x in theirs.items()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

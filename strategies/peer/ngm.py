@@ -1,11 +1,14 @@
 """NGM: peers take gradients in their neighbourhood, and descend along their weighted mean.
 
-    data variant     g_i = sum_j w_ij grad F_j(x_i)        the neighbours' gradients at the own model: a second exchange
-    model variant    g_i = sum_j w_ij grad F_i(x_j)        the own gradients at the neighbours' models: nothing more to send
+    data variant     g_i = sum_j w_ij grad F_j(x_i)    the neighbours' gradients at the own model
+    model variant    g_i = sum_j w_ij grad F_i(x_j)    the own gradients at the neighbours' models
     v = beta v - lr g_i;    x = sum_j w_ij x_j + v
 
-Source: Aketi et al., "Neighborhood Gradient Clustering", arXiv 2209.14390, and its code; the differences stand in
-:mod:`strategies.peer.neighbourhood`, the descent in :mod:`strategies.peer.dsgd`.
+The data variant needs a second exchange; for the model variant there is nothing more to send.
+
+Source: Aketi et al., "Neighborhood Gradient Clustering", arXiv 2209.14390, and its code; the
+differences stand in :mod:`strategies.peer.neighbourhood`, the descent in
+:mod:`strategies.peer.dsgd`.
 Special case: W = I is CDMSGD.
 """
 
@@ -20,7 +23,7 @@ class Keys(MomentumKeys):
     """Of NGM."""
 
     gradients: Literal["data", "model"] = "data"
-    """data: neighbours' gradients at the own model; model: own gradients at the neighbours' models"""
+    ("data: neighbours' gradients at the own model; model: own gradients at the neighbours' models")
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

@@ -5,8 +5,8 @@
     x_new  = sum_j w_ij x_half_j
     m_hat  = mu m_hat + (1 - mu) (x - x_new) / lr
 
-Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021 (there QG-DSGDm), and its code. Differs: with several
-local steps, the move is divided by the sum of their learning rates.
+Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-global momentum", ICML 2021 (there QG-DSGDm), and its
+code. Differs: with several local steps, the move is divided by the sum of their learning rates.
 Special cases: beta = mu = 0 is D-PSGD; W = I is SGD with quasi-hyperbolic momentum.
 """
 
@@ -21,7 +21,14 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Quasi(NamedTuple):
-    """The model, the model of the last exchange, the quasi-global momentum, the sum of learning rates since that exchange ([1])."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        start: the model of the last exchange.
+        m_hat: the quasi-global momentum.
+        lr: [1], the sum of learning rates since that exchange.
+    """
 
     x: Tensor
     start: Tensor
@@ -51,7 +58,8 @@ def qgm(*, beta: float, mu: float, nesterov: bool) -> PeerAlgorithm[Quasi]:
 
     def mix(state: Quasi, sent: Vectors, mixed: Vectors) -> Quasi:
         x = state.x + (mixed[0] - sent[0])
-        # Without a local step in between nothing moved by a gradient, and nothing is learned from the move.
+        # Without a local step in between nothing moved by a gradient, and nothing is learned from
+        # the move.
         moved = torch.where(
             state.lr > 0,
             (state.start - x) / state.lr.clamp_min(torch.finfo(x.dtype).tiny),

@@ -1,18 +1,24 @@
-"""RelaySGD: on a tree, peers relay sums of models, so that each model reaches everybody, undiluted and once.
+"""RelaySGD: peers on a tree relay sums of models, so each reaches everybody, undiluted and once.
 
-    x_half  = x - lr g                                              or a step with momentum of one's own
-    s_ij    = x_half_i + sum_{k in N_i, k != j} s_ki,  c_ij = 1 + sum_{k in N_i, k != j} c_ki         of the last exchange
-    x_i     = (1/n) (sum_{j in N_i} s_ji + (n - sum_{j in N_i} c_ji) x_half_i)                        of this one
+    x_half  = x - lr g                                       or a step with momentum of one's own
+    s_ij    = x_half_i + sum_{k in N_i, k != j} s_ki         s_ki, c_ki of the last exchange
+    c_ij    = 1 + sum_{k in N_i, k != j} c_ki
+    x_i     = (1/n) (sum_{j in N_i} s_ji + (n - sum_{j in N_i} c_ji) x_half_i)
 
-Peer i offers neighbour j the sum ``s_ij`` of the models on its own side of their link, and how many they are. What has not
-arrived yet counts as the own model: that of a peer at distance t arrives in t exchanges.
+with s_ji and c_ji of this exchange in the last line.
 
-Source: Vogels, He, Koloskova, Karimireddy, Lin, Stich, Jaggi, "RelaySum for Decentralized Deep Learning on Heterogeneous Data",
-NeurIPS 2021, algorithm 1, and its code. Differs: where a neighbour sends nothing, its whole side counts as the own model, for as
-long as that lasts. BatchNorm statistics are averaged with neighbours, by the mixing matrix.
-Special cases: two peers average exactly, and with equal data are SGD; once as many exchanges are over as the tree is wide, every
-peer's model counts 1/n. Trap: on a wide tree models arrive late, and even with equal data it is not SGD but slower, by the mean
-distance; the authors take a larger rate there.
+Peer i offers neighbour j the sum ``s_ij`` of the models on its own side of their link, and how many
+they are. What has not arrived yet counts as the own model: that of a peer at distance t arrives in
+t exchanges.
+
+Source: Vogels, He, Koloskova, Karimireddy, Lin, Stich, Jaggi, "RelaySum for Decentralized Deep
+Learning on Heterogeneous Data", NeurIPS 2021, algorithm 1, and its code. Differs: where a neighbour
+sends nothing, its whole side counts as the own model, for as long as that lasts. BatchNorm
+statistics are averaged with neighbours, by the mixing matrix.
+Special cases: two peers average exactly, and with equal data are SGD; once as many exchanges are
+over as the tree is wide, every peer's model counts 1/n. Trap: on a wide tree models arrive late,
+and even with equal data it is not SGD but slower, by the mean distance; the authors take a larger
+rate there.
 """
 
 from collections.abc import Mapping
@@ -29,7 +35,14 @@ from strategies.topology import Topology, TopologyError
 
 
 class Relayed(NamedTuple):
-    """The model, the velocity (empty without momentum), and of each neighbour the sum that came last and its count [1]."""
+    """What a peer remembers.
+
+    Attributes:
+        x: the model.
+        v: the velocity; empty without momentum.
+        sums: of each neighbour, the sum that came last.
+        counts: of each neighbour, how many models [1] that sum has.
+    """
 
     x: Tensor
     v: Tensor
@@ -60,9 +73,8 @@ def relay_sgd(*, n: int, beta: float = 0.0) -> LinkAlgorithm[Relayed]:
         sums = {j: vectors[0] for j, vectors in received.items()}
         counts = {j: vectors[1] for j, vectors in received.items()}
         others = sum((each.clamp_min(0) for each in counts.values()), start=state.x.new_zeros(1))
-        own = (n - others).clamp_min(
-            1
-        )  # fewer, as below 0, only where a neighbour tells a wrong count
+        # Fewer, as below 0, only where a neighbour tells a wrong count.
+        own = (n - others).clamp_min(1)
         total = sum(sums.values(), start=state.x * own)
         return Relayed(total / (own + others), state.v, sums, counts)
 
@@ -74,8 +86,10 @@ def check(topology: Topology, rate: float) -> None:
     if len(topology.matrices) > 1 or not nx.is_tree(topology.graph):
         peers, links = topology.graph.number_of_nodes(), topology.graph.number_of_edges()
         raise TopologyError(
-            f"relaysgd: needs a tree; topology.name = {topology.name!r} has {links} links between {peers} peers, or changes; "
-            f"allowed: {peers - 1} links that join all, such as 'path', 'star', or a file of 'edges'"
+            f"relaysgd: needs a tree; topology.name = {topology.name!r} has {links} links "
+            f"between {peers} peers, or changes; "
+            f"allowed: {peers - 1} links that join all, such as 'path', 'star', "
+            "or a file of 'edges'"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a peer is, remembers, receives and answers: the types of its step (:mod:`strategies.peer.step`)."""
+"""What a peer is, remembers, receives and answers: types of :mod:`strategies.peer.step`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +28,8 @@ class Peer(NamedTuple):
         seed: of the run; codecs draw from it.
         loss_batches: the loss is reported as a mean over at least so many batches.
         robust: the mean of what neighbours send.
-        max_change: what is further from the own than so many times the own's norm is refused; 0: no bound.
+        max_change: what is further from the own than so many times the own's norm is refused; 0: no
+            bound.
     """
 
     plan: PeerPlan
@@ -58,7 +59,7 @@ class Pending(NamedTuple):
 
 
 class Hat(NamedTuple):
-    """The copy of a neighbour's vectors that its differences are added to (CHOCO), and their step."""
+    """The copy of a neighbour's vectors to which its differences are added (CHOCO); their step."""
 
     step: int
     vectors: Vectors
@@ -156,9 +157,9 @@ class Oracle(Protocol):
     """A peer's network on its data."""
 
     def gradient(self, x: Tensor, stats: Tensor, batch: int, /) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss [] and gradient [d] at a model on a batch, counted over the whole run; BatchNorm statistics after it.
+        """Loss [] and gradient [d] at a model on a batch, and BatchNorm statistics after it.
 
-        The gradient may be overwritten by the next call.
+        Batches are counted over the whole run. The gradient may be overwritten by the next call.
         """
         ...
 

@@ -1,10 +1,15 @@
-"""A peer's step as a function: what it remembered and what its neighbours sent, to what it remembers and offers them.
+"""A peer's step as a function.
 
-A plain exchange is one step (:func:`models_step`): mix the neighbours' vectors, train, offer. An exchange of neighbourhood
-gradients in the data variant is two: :func:`cross_step` takes gradients at the neighbours' models and offers these, then
-:func:`models_step` descends along what came back, mixes, and offers the model.
+From what a peer remembered and what its neighbours sent, it makes what the peer remembers next and
+offers its neighbours.
 
-Nothing here knows Flower, files or clocks. What is drawn follows from the seed, the peer's number and the step's.
+A plain exchange is one step (:func:`models_step`): mix the neighbours' vectors, train, offer. An
+exchange of neighbourhood gradients in the data variant is two: :func:`cross_step` takes gradients
+at the neighbours' models and offers these, then :func:`models_step` descends along what came back,
+mixes, and offers the model.
+
+Nothing here knows Flower, files or clocks. What is drawn follows from the seed, the peer's number
+and the step's.
 """
 
 import math
@@ -41,12 +46,8 @@ from strategies.randomness import derive
 from strategies.robust import neighbourhood_mean
 from strategies.saving import flatten
 
-STATS, SHIFT, NEW, AFTER = (
-    "stats",
-    "shift",
-    "fresh",
-    "after",
-)  # parts of a payload, beside those of the codec
+# Parts of a payload, beside those of the codec.
+STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"
 OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
 T = TypeVar("T")
 
@@ -65,7 +66,13 @@ def why(error: Exception) -> str:
 
 
 class Model(NamedTuple):
-    """What came from a neighbour: its vectors, its BatchNorm statistics, and how far it perturbed its model (empty: not)."""
+    """What came from a neighbour.
+
+    Attributes:
+        vectors: its vectors.
+        stats: its BatchNorm statistics.
+        shift: how far it perturbed its model; empty: not at all.
+    """
 
     vectors: Vectors
     stats: Tensor
@@ -73,17 +80,21 @@ class Model(NamedTuple):
 
 
 def begin(peer: Peer, x: Tensor, stats: Tensor) -> PeerState:
-    """The state at a model ``x`` [d] with BatchNorm statistics ``stats`` [b], before the first step."""
+    """The state at a model ``x`` [d] and BatchNorm statistics ``stats`` [b], before any step."""
     return PeerState(peer.plan.algorithm.init(x), stats, shift=x.new_empty(0))
 
 
 def models_step(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> Result:
-    """Mix what neighbours sent, train, offer the result; or end an exchange of neighbourhood gradients.
+    """Mix what neighbours sent, train, offer the result.
+
+    Of neighbourhood gradients in the data variant, it ends the exchange that :func:`cross_step`
+    began.
 
     Raises:
-        ValueError: the step is none of this run, the exchange that it ends has not begun, or the model is not finite any more.
+        ValueError: the step is none of this run, the exchange that it ends has not begun, or the
+            model is not finite any more.
     """
     state, metrics, refused = _start(peer, state, order), Metrics(), tuple[Refusal, ...]()
     if order.step and peer.plan.gradient.messages == 2:
@@ -111,7 +122,10 @@ def models_step(
 def cross_step(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> Result:
-    """The first step of an exchange of neighbourhood gradients: the own loss, differentiated at the neighbours' models."""
+    """The first step of an exchange of neighbourhood gradients.
+
+    The own loss is differentiated at the neighbours' models.
+    """
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
     state, mixed = _mix_stats(peer, state, found, order), _mixed(peer, state, found, order)
     metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
@@ -127,9 +141,8 @@ def cross_step(
 
 
 def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
-    if peer.channel.chained and (
-        order.again or order.restart
-    ):  # neighbours may lack what was offered last
+    # Neighbours may lack what was offered last.
+    if peer.channel.chained and (order.again or order.restart):
         state = state._replace(memories=(), restart=True)
     if order.done < state.done:
         raise ValueError(
@@ -141,7 +154,7 @@ def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
 def encode(
     peer: Peer, memories: Vectors, vectors: Vectors, step: int
 ) -> tuple[Payload, Vectors, Vectors]:
-    """The payload of what a peer offers, the channel's new memories, and the vectors as neighbours have them.
+    """The payload of what a peer offers, the channel's new memories, the vectors as received.
 
     Args:
         peer: whose vectors they are.
@@ -165,7 +178,7 @@ def encode(
 def encode_gradient(
     peer: Peer, memory: Tensor, gradient: Tensor, reader: int, step: int
 ) -> tuple[Payload, Tensor, Tensor]:
-    """The payload of a gradient [d] for one neighbour, the new memory, and the gradient as the neighbour has it."""
+    """The payload of a gradient [d] for a neighbour, the new memory, the gradient as received."""
     seed = derive(peer.seed, "cross-codec", peer.number, reader, step)
     return peer.cross.encode(memory, gradient, torch.Generator().manual_seed(seed))
 
@@ -188,7 +201,8 @@ def _usable(
 ) -> tuple[PeerState, dict[int, T], tuple[Refusal, ...]]:
     """Of each neighbour, the newest of what it sent that can be used.
 
-    Whatever is wrong with numbers that a stranger may have made costs that neighbour its part in this exchange, and nobody else.
+    Whatever is wrong with what a neighbour sent, which anybody may have made, costs that neighbour
+    its part in this exchange, and no other.
     """
     found, refused = dict[int, T](), list[Refusal]()
     for each in received:
@@ -212,9 +226,8 @@ def _usable(
 def _check_age(peer: Peer, each: Received, order: Order) -> None:
     if each.step >= order.step:
         raise Refused(f"step {each.step} is not before this peer's step {order.step}")
-    if (
-        order.step - each.step > OLDEST and not peer.channel.chained
-    ):  # chained payloads must all come
+    # Chained payloads must all come.
+    if order.step - each.step > OLDEST and not peer.channel.chained:
         raise Refused(
             f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use"
         )
@@ -266,7 +279,10 @@ def _check(vector: Tensor, wanted: Tensor) -> None:
 
 
 def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) -> None:
-    """Own vectors are the measure: of so few neighbours none can tell which of the others is wrong."""
+    """Refuse a vector that is too far from the own one.
+
+    Own vectors are the measure: with so few neighbours none can tell which of the others is wrong.
+    """
     if isinstance(peer.plan.algorithm, LinkAlgorithm) or not peer.max_change:
         return
     size = max(float(torch.linalg.vector_norm(each)) for each in measures)
@@ -345,7 +361,7 @@ def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> Pe
 def _meet(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
-    """The neighbours' models: mix them; in the model variant, descend along the own gradients there too."""
+    """Mix the neighbours' models; in the model variant, descend along the own gradients there."""
     state, found, refused = _models(peer, state, received, order)
     state, algorithm, metrics = (
         _mix_stats(peer, state, found, order),
@@ -407,7 +423,10 @@ def _pair(state: PeerState, oracle: Oracle) -> Callable[[Tensor, Tensor | None],
 def _gradients(
     peer: Peer, state: PeerState, found: Mapping[int, Model], oracle: Oracle
 ) -> tuple[PeerState, Gradients]:
-    """The own gradients at the own model (row 0) and at the neighbours', on the next batch; statistics follow row 0."""
+    """The own gradients at the own model (row 0) and at the neighbours', on the next batch.
+
+    BatchNorm statistics follow row 0.
+    """
     x = (
         torch.stack([state.x, *(model.vectors[0] for model in found.values())])
         if found
@@ -438,7 +457,10 @@ def _train(peer: Peer, state: PeerState, order: Order, oracle: Oracle) -> tuple[
 
 
 def _trained(peer: Peer, state: PeerState, loss: float, order: Order) -> tuple[PeerState, Metrics]:
-    """Report the mean ``loss`` of a step's batches, or keep it until it is one of many: few losses tell the examples."""
+    """Report the mean ``loss`` of a step's batches, or keep it until it is one of many.
+
+    A mean of few losses would reveal the examples.
+    """
     losses, unreported = state.losses + peer.plan.steps * loss, state.unreported + peer.plan.steps
     if unreported < peer.loss_batches:
         return state._replace(losses=losses, unreported=unreported), {}

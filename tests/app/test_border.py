@@ -99,7 +99,7 @@ def answers(name: str) -> dict[str, list[RecordDict]]:
     return found
 
 
-# --- changes ----------------------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 TEXTS = [
     "",
@@ -268,7 +268,7 @@ def copied(content: RecordDict) -> RecordDict:
     return RecordDict({name: type(record)(dict(record)) for name, record in content.items()})  # type: ignore[arg-type]
 
 
-# --- an opinion of its own on what cannot be taken ---------------------------------------------------------------------
+# --- an opinion of its own on what cannot be taken ------------------------------------------------
 
 
 def bad_number(key: str, value: Any, honest: Any) -> bool:
@@ -393,7 +393,7 @@ def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
     return found
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 class Listening(logging.Handler):

@@ -128,7 +128,7 @@ def test_change_reversed_tenfold_destroys_nothing(method: str, mean: str) -> Non
     assert accuracy(configuration(**common), "reversed", 1) < 0.5 < defended
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "q-saddle"])
@@ -173,7 +173,7 @@ def test_what_peers_refuse_of_each_other_is_an_event_of_the_sender() -> None:
     assert all(event.reason.isprintable() and len(event.reason) <= 240 for event in first)
 
 
-# --- what is written down ---------------------------------------------------------------------------------------------
+# --- what is written down -------------------------------------------------------------------------
 
 
 def test_what_is_refused_is_listed_with_site_round_and_rule(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
     }, RecordDict(records)
 
 
-# --- changes ----------------------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 
 def change_bytes(random: Random, data: bytearray) -> None:
@@ -273,7 +273,7 @@ CHANGES: Sequence[Callable[[Random, bytearray], None]] = (
 )
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)

@@ -65,7 +65,7 @@ class Numbered:
         return write_trained({X: delta(site, number), STATS: stats}, metrics)
 
 
-# --- refill -----------------------------------------------------------------------------------------------------------
+# --- refill ---------------------------------------------------------------------------------------
 
 
 def test_refill_makes_the_kth_arrival_of_a_list_k_minus_1_old() -> None:
@@ -111,7 +111,7 @@ def test_refill_does_not_wait_for_a_site_that_failed() -> None:
     assert set(ages(found)) <= {0, 1, 2}
 
 
-# --- local ------------------------------------------------------------------------------------------------------------
+# --- local ----------------------------------------------------------------------------------------
 
 
 def reference(
@@ -162,7 +162,7 @@ def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() ->
     assert ages(found) - Counter(ages(found).keys() - {0, 1, 2}) >= Counter({0: 1, 1: 2, 2: 2})
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 def test_statistics_are_a_running_mean_over_the_sites() -> None:

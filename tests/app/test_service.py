@@ -79,7 +79,7 @@ def test_answers_are_those_of_the_handlers_bit_for_bit(config: Config, service: 
     assert not [line for line in service.lines() if "problem" in line or "rule" in line]
 
 
-# --- the operator's rules ---------------------------------------------------------------------------------------------
+# --- the operator's rules -------------------------------------------------------------------------
 
 STRICT = {
     "strategies": ["fedavg", "local", "asgd", "dmsgd"],
@@ -231,7 +231,7 @@ def test_what_old_runs_left_on_disk_is_deleted(tmp_path: Path) -> None:
     service.end()
 
 
-# --- a service that is not there --------------------------------------------------------------------------------------
+# --- a service that is not there ------------------------------------------------------------------
 
 
 def test_server_hears_what_is_wrong_with_a_service(
@@ -315,7 +315,7 @@ def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
     assert not answer_to(strict, flat()).has_error()
 
 
-# --- two users --------------------------------------------------------------------------------------------------------
+# --- two users ------------------------------------------------------------------------------------
 
 
 def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def as_user(user: int, group: int, act: Callable[[], str]) -> str:
     return found
 
 
-# --- what leaves ------------------------------------------------------------------------------------------------------
+# --- what leaves ----------------------------------------------------------------------------------
 
 NOISY = {"clip-norm": 0.5, "noise-multiplier": 4.0, "epsilon": 3.0}
 
@@ -589,7 +589,7 @@ def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service)
     assert all(loss == round(loss, 3) for loss in allowed)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["co-learning", "gsgm", "dmsgd"])
@@ -684,7 +684,7 @@ def test_process_that_is_killed_is_heard_of_and_all_begin_anew(
     service.end()
 
 
-# --- its own page -----------------------------------------------------------------------------------------------------
+# --- its own page ---------------------------------------------------------------------------------
 
 
 def test_page_of_the_site_says_what_was_asked_and_what_left(tmp_path: Path) -> None:

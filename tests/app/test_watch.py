@@ -205,7 +205,7 @@ def test_report_of_a_long_run_stays_small(root: Path, tmp_path: Path) -> None:
     assert len(document({"run": found})) < 250_000
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 Ask = Callable[..., tuple[HTTPResponse, bytes]]
 

@@ -67,7 +67,7 @@ def close(found: list[Tensor], expected: list[float]) -> None:
     torch.testing.assert_close(torch.cat(found), vector(*expected))
 
 
-# --- hand-computed states ---------------------------------------------------------------------------------------------
+# --- hand-computed states -------------------------------------------------------------------------
 
 
 def test_asgd_by_hand() -> None:
@@ -169,7 +169,7 @@ def test_weights_by_staleness_by_hand() -> None:
     assert [hinge(10, 4)(tau) for tau in (0, 4, 5, 7)] == [1, 1, 1 / 11, 1 / 31]
 
 
-# --- several updates of a site as one contribution ---------------------------------------------------------------------
+# --- several updates of a site as one contribution ------------------------------------------------
 
 
 PARTS = [
@@ -240,7 +240,7 @@ def test_equal_parts_are_as_one(name: str) -> None:
     )
 
 
-# --- limit cases and references ---------------------------------------------------------------------------------------
+# --- limit cases and references -------------------------------------------------------------------
 
 
 def walk(seed: int, steps: int = 30) -> list[Update]:
@@ -333,7 +333,7 @@ def test_total_weight_of_an_update_is_eta(switch: dict[str, Any]) -> None:
     torch.testing.assert_close(end, vector(-switch.get("eta", 1.0)))
 
 
-# --- what holds for every rule ----------------------------------------------------------------------------------------
+# --- what holds for every rule --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -429,7 +429,7 @@ def test_adam_reaches_any_distance_where_its_second_moment_forgets_first_or_over
     assert RULES["adam"]().reach(1.0, 1.0, 1e-20) == math.inf
 
 
-# --- the white list ---------------------------------------------------------------------------------------------------
+# --- the white list -------------------------------------------------------------------------------
 
 
 def play(

@@ -40,7 +40,7 @@ def distance(one: Run, two: Run) -> float:
     return max((one.model[name] - two.model[name]).abs().max().item() for name in one.model)
 
 
-# --- runs of the app ---------------------------------------------------------------------------------------------------------
+# --- runs of the app ------------------------------------------------------------------------------
 
 
 def test_same_seed_same_model_bit_for_bit_and_another_seed_another(run_app: RunApp) -> None:
@@ -207,7 +207,7 @@ def test_sharpness_aware_training_is_open_to_every_strategy(
     )
 
 
-# --- strategies by themselves ------------------------------------------------------------------------------------------------
+# --- strategies by themselves ---------------------------------------------------------------------
 
 
 def replies(vectors: list[dict[str, Tensor]], counts: list[int]) -> list[Message]:

@@ -71,7 +71,7 @@ def test_without_momentum_is_asgd_with_a_part_of_the_rate() -> None:
     torch.testing.assert_close(delayed, asgd)
 
 
-# --- local steps by speed ---------------------------------------------------------------------------------------------
+# --- local steps by speed -------------------------------------------------------------------------
 
 
 def ordered_steps(message: Message) -> int:

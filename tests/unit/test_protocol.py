@@ -101,7 +101,7 @@ def refusal(read: Callable[[], Any], longest: int = 300) -> str:
     return text
 
 
-# --- what survives ----------------------------------------------------------------------------------------------------
+# --- what survives --------------------------------------------------------------------------------
 
 
 def test_training_survives_and_is_measured() -> None:
@@ -168,7 +168,7 @@ def test_orders_to_peers_survive(order: PeerOrder) -> None:
     assert read_peer_order(write_peer_order(order)) == order
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

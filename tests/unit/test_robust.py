@@ -104,7 +104,7 @@ def test_of_too_few_rows_the_middle_stays() -> None:
     torch.testing.assert_close(mean_of([x[0], x[1]], Robust("trimmed-mean", 2)), x[:2].mean(0))
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
 
 
 class Full(FileIO):
@@ -140,7 +140,7 @@ def test_rows_on_disk_in_any_order_are_as_those_in_memory(
         torch.testing.assert_close(result["stats"], mean_of(list(stats), rule))
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 
 
 def test_clipped_gossip_pulls_the_furthest_to_the_others_distance() -> None:
@@ -183,7 +183,7 @@ def test_neighbourhood_without_hostile_ones_is_the_weighted_mean() -> None:
     )
 
 
-# --- windows ----------------------------------------------------------------------------------------------------------
+# --- windows --------------------------------------------------------------------------------------
 
 
 def update(site: int, delta: Tensor, staleness: int = 0) -> Update:
@@ -247,7 +247,7 @@ def test_window_forgets_who_is_gone_and_waits_for_a_majority() -> None:
     assert moved == pytest.approx([0, 0, 2, 4, 0, 0, 0])
 
 
-# --- shares -----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def test_share_that_is_cut_goes_to_the_others_in_proportion() -> None:
@@ -265,7 +265,7 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
     assert capped(shares, 0.5) == shares
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The real ServerApp and ClientApp in one process: every way of learning, every kind of data, and what they leave behind."""
+"""The real ServerApp and ClientApp in one process.
+
+Every way of learning, every kind of data, and what they leave behind.
+"""
 
 import tomllib
 from pathlib import Path
@@ -163,7 +166,7 @@ def test_table_with_natural_sites_is_named_after_its_files(
 
 
 def test_classes_that_only_some_sites_have_are_counted_alike(run_app: RunApp) -> None:
-    """Sites with four of ten classes each: a site that counted its own from 0 would be right on four of ten at best."""
+    """Four of ten classes a site: one that numbers its own from 0 is right on 0.4 at best."""
     run = run_app(
         partition={"kind": "classes", "classes_per_site": 4}, training={"lr": 0.02}, epochs=12
     )

@@ -1,4 +1,7 @@
-"""Asynchronous strategies: the real ServerApp and ClientApp in virtual time, with sites that are slow, fail, die and come back."""
+"""Asynchronous strategies: the real ServerApp and ClientApp in virtual time.
+
+Sites are slow, fail, die and come back.
+"""
 
 import logging
 import math
@@ -199,7 +202,10 @@ def test_test_that_nobody_can_take_is_not_waited_for() -> None:
 
 @pytest.mark.slow
 def test_site_that_is_back_is_sent_one_message_not_two() -> None:
-    """Its contribution of before is applied while it is away, which alone would send it the newest model."""
+    """Its earlier contribution is applied while it is away.
+
+    That alone would send it the newest model.
+    """
     world = World(samples_per_s=[64, 0.5], offline={0: [(10, 100)]})
     assert run(world, **AWAY, gsgm={"schedule": "local"}).finished
 

@@ -1,4 +1,7 @@
-"""What a relay that turned bad, or a broken neighbour, can ask of a peer: the real ClientApp, and messages that no relay sends."""
+"""What a relay that turned bad, or a broken neighbour, can ask of a peer.
+
+The real ClientApp, and messages that no relay sends.
+"""
 
 import math
 from pathlib import Path
@@ -542,7 +545,10 @@ def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_sealed_peers_tell_no_losses_on_a_few_examples(fraction: float) -> None:
-    """The run says how many of a site's examples are tested; losses of known networks on one tell what it is."""
+    """The loss of a known network on one test example tells what the example is.
+
+    The run says how many of a site's examples are tested.
+    """
     sites, changes = Sites(), {**COMMON, **SEALED, "data.test-fraction": fraction}
     sites.contexts[0] = sites.context(0, configuration(**changes))
     for reply in (sites.ask(0, "query.site", {}), sites.step(0, 0, test=True)):

@@ -1,4 +1,7 @@
-"""Methods, partitions, codecs and topologies of one's own: those of ``examples/`` do in a run what they say."""
+"""Methods, partitions, codecs and topologies of one's own.
+
+Those of ``examples/`` do in a run what they say.
+"""
 
 from pkgutil import resolve_name
 from typing import Any

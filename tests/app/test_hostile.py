@@ -1,4 +1,7 @@
-"""Hostile sites: what robust means make of them in the real server and at real peers, and what is written down of them."""
+"""Hostile sites: what robust means make of them, and what is written down of them.
+
+In the real server and at real peers.
+"""
 
 import logging
 from pathlib import Path
@@ -33,7 +36,10 @@ SMALL: dict[str, Any] = {
 def replies_of(
     strategy: str, bad: float | None = None, **keys: Any
 ) -> tuple[list[np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
-    """What sites send in the first round, the last one ``bad`` in every number, and what the server makes of it."""
+    """What sites send in the first round, and what the server makes of it.
+
+    The last site sends ``bad`` in every number, unless it is None.
+    """
     sent: dict[int, np.ndarray[Any, Any]] = {}
 
     def spoil(site: int, message: Message, content: Any) -> Any:

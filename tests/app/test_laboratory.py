@@ -1,4 +1,7 @@
-"""The laboratory: what simulate and compare return, that it can be trusted, and what they do when something goes wrong."""
+"""The laboratory: what simulate and compare return, and that it can be trusted.
+
+Also what they do when something goes wrong.
+"""
 
 import math
 import tomllib

@@ -1,4 +1,7 @@
-"""Data larger than memory: the same models wherever examples are and whoever reads them; errors that name what is wrong."""
+"""Data larger than memory.
+
+The same models wherever examples are and whoever reads them; errors that name what is wrong.
+"""
 
 import gc
 import multiprocessing

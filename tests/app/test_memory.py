@@ -25,7 +25,7 @@ SIZES = tuple(parameter.numel() for parameter in network(SHAPE, 2).parameters())
 
 @pytest.fixture(scope="module", autouse=True)
 def handed_back() -> None:
-    """The C library hands vectors back to the system as soon as they are freed; what is loaded only once is loaded."""
+    """The C library returns freed vectors at once, and what is loaded only once is loaded."""
     ctypes.CDLL(None).mallopt(
         -3, 1 << 20
     )  # M_MMAP_THRESHOLD; without it, it grows with what is freed

@@ -1,4 +1,7 @@
-"""The site service: a letter's way through the socket, the operator's rules, and what the server hears when it is not there."""
+"""The site service: a letter's way through the socket, and the operator's rules.
+
+And what the server is told when the service is not there.
+"""
 
 import contextlib
 import grp
@@ -281,7 +284,10 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
 
 
 def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
-    """A run was stopped, or its SuperNode: the next one's letter is answered, though the work would have taken days."""
+    """When a run, or its SuperNode, was stopped, the next one's letter is answered.
+
+    The work of the stopped one would have taken days.
+    """
     service = Service(tmp_path)
     try:
         head = {"kind": "train", "run": next(RUN_IDS), "node": 5, "run-config": flat()}
@@ -446,7 +452,10 @@ NOISY = {"clip-norm": 0.5, "noise-multiplier": 4.0, "epsilon": 3.0}
 
 @pytest.mark.parametrize("strategy", ["co-learning", "scaffold", "diloco", "gsgm", "dmsgd"])
 def test_noise_of_a_site_is_in_what_leaves_it(strategy: str, private: Service) -> None:
-    """The others' run goes on with it: the site's model differs from the honest one by noise of the size it was told."""
+    """The site's model differs from the honest one by noise of the size it was told.
+
+    The others' run goes on with it.
+    """
     config = config_of(strategy, **({} if strategy == "dmsgd" else {"max_change": 1e6}))
     before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
     found = deployed(config, site_1=private.socket)
@@ -482,7 +491,10 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_that_a_loss_is_not_finite_does_not_leave(bad: float, private: Service) -> None:
-    """An error would say of a model of the server's own making whether any example has a value above one of its choice."""
+    """An error would tell the server whether an example has a value above one of its choice.
+
+    It would send a model of its own making.
+    """
     told = order({}, 4810, **{"local-epochs": 1})
     told["arrays"] = pack({"x": torch.full((4810,), bad)})
     before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
@@ -559,7 +571,10 @@ def test_a_test_on_few_examples_tells_no_metric(service: Service) -> None:
 
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 20}}], indirect=True)
 def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service) -> None:
-    """A relay that starts 160 runs with chosen seeds and batches of one, rate 0, solved a picture from its losses."""
+    """A relay that starts 160 runs could compute a picture from its losses.
+
+    With chosen seeds, batches of one, and rate 0.
+    """
     tiny = flat("d-psgd") | {
         "training.batch-size": 1,
         "training.lr": 1e-30,

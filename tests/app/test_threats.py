@@ -1,4 +1,7 @@
-"""What an operator may get wrong, and what a server of sealed peers does when a site forgets or tells nothing."""
+"""What an operator may get wrong.
+
+And what a server of sealed peers does when a site forgets or tells nothing.
+"""
 
 import logging
 from pathlib import Path
@@ -150,7 +153,10 @@ def test_a_site_that_tells_no_nonce_takes_no_part_in_a_sealed_run() -> None:
 def test_a_site_that_lost_its_memory_goes_on(
     strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the real relay: it passes the new nonce on, and neither side misses more than the exchanges that were under way."""
+    """The real relay passes the new nonce on.
+
+    Neither side misses more than the exchanges that were under way.
+    """
     logging.getLogger("flwr").propagate = True
     choco: dict[str, Any] = (
         {"codec": "qsgd", "error_feedback": "choco"} if strategy == "qgm" else {}

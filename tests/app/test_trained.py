@@ -138,7 +138,7 @@ def test_export_needs_nothing_of_this_program(tmp_path: Path) -> None:
 
 
 def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
-    """ONNX Runtime, with the file alone, says of one example and of several what the network says."""
+    """ONNX Runtime, with the file alone, agrees with the network on one example and on several."""
     session = pytest.importorskip("onnxruntime").InferenceSession(file)
     with torch.no_grad():
         for x in (examples[:1], examples):

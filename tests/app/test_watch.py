@@ -1,4 +1,7 @@
-"""What the page shows of runs: from the files of their folders, whatever names sites chose; and the server of it."""
+"""What the page shows of runs, and the server of it.
+
+It reads the files of their folders, whatever names sites chose.
+"""
 
 import json
 import re

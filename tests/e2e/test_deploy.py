@@ -1,5 +1,6 @@
-"""The guide docs/how-to/deploy.md, typed as it stands: a server and two sites, machines of their own but for the network; and
-what becomes of its runs.
+"""The guide docs/how-to/deploy.md, typed as it stands, and what becomes of its runs.
+
+A server and two sites, machines of their own but for the network.
 """
 
 import os
@@ -87,7 +88,7 @@ class Shell:
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
 
     def wait(self, until: str = END) -> str:
-        """What the commands that were begun print from now on, to their end or until a line has a text."""
+        """What the commands begun print from now on, to their end or until a line has a text."""
         lines = list[str]()
         assert self._process.stdout is not None
         for line in self._process.stdout:

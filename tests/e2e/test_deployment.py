@@ -1,4 +1,7 @@
-"""Sites in processes of their own: a SuperLink with TLS, SuperNodes with keys, and one of them killed."""
+"""Sites in processes of their own, and one of them killed.
+
+A SuperLink with TLS, and SuperNodes with keys.
+"""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""The page in a browser: headless Chromium on folders of real runs. ``apt-get install chromium`` has it on Debian."""
+"""The page in a browser: headless Chromium on folders of real runs.
+
+``apt-get install chromium`` has it on Debian.
+"""
 
 import fcntl
 import shutil

@@ -1,4 +1,7 @@
-"""Peers in Flower's own simulation: a real ``flwr run`` of DMSGD and of compressed, sealed Q-SADDLe."""
+"""Peers in Flower's own simulation.
+
+A real ``flwr run`` of DMSGD and of compressed, sealed Q-SADDLe.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Sites behind services of their own, whose SuperNodes are another user, and whose ClientApp looks for what it can read."""
+"""Sites behind services of their own, whose SuperNodes are another user.
+
+Their ClientApp looks for what it can read.
+"""
 
 import grp
 import os
@@ -125,7 +128,10 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
 def test_language_is_learnt_where_a_site_has_several_processes(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Each holds a shard of the network and of AdamW's moments; the other two sites have one process."""
+    """Each process holds a shard of the network and of AdamW's moments.
+
+    The other two sites have one process.
+    """
     texts = (
         "the cat sat on the mat. ",
         "buy low, sell high, hold on. ",

@@ -1,4 +1,7 @@
-"""Asynchronous rules: hand-computed states, limit cases, references, invariants; the white list under any order of arrival."""
+"""Asynchronous rules: hand-computed states, limit cases, references, invariants.
+
+And the white list under any order of arrival.
+"""
 
 import math
 import random
@@ -118,7 +121,10 @@ def test_adaptive_lambda_of_a_gradient_that_was_hardly_there_by_hand() -> None:
 
 
 def test_adam_averages_what_there_is_by_hand() -> None:
-    """P = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2. beta = beta_2 = 1/2, corrected."""
+    """P = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2.
+
+    beta = beta_2 = 1/2, corrected for the start.
+    """
     rule = adaptive(eta=1.0, beta=0.5, beta_2=0.5, window=2, weight=constant, correct=True)
     m, u = 0.5 * 1.5 + 0.5 * 2, 0.5 * 4.5 + 0.5 * 4
     second = 10 - 1 - (m / 0.75) / math.sqrt(u / 0.75)
@@ -277,7 +283,10 @@ def test_every_switch_switches_something(switch: dict[str, Any]) -> None:
 
 
 def test_one_site_is_sgd_with_damped_momentum() -> None:
-    """Torch's momentum with dampening, from its second step on; its first is not damped, so start both with a zero gradient."""
+    """Torch's momentum with dampening, from its second step on.
+
+    Its first is not damped, so start both with a zero gradient.
+    """
     curvature, lr = vector(1, 3, 0.5), 0.2
     x = torch.nn.Parameter(vector(1, -2, 3))
     reference = torch.optim.SGD([x], lr, momentum=0.8, dampening=0.8)
@@ -435,7 +444,10 @@ def test_adam_reaches_any_distance_where_its_second_moment_forgets_first_or_over
 def play(
     num_sites: int, slack: float, seed: int, arrivals: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Sites that wait for their turn, arriving in any order: applied sites, staleness, spread of the counts after each."""
+    """Sites that wait for their turn, arriving in any order.
+
+    It returns the applied sites, their staleness, and the spread of the counts after each.
+    """
     luck = random.Random(seed)
     white_list = WhiteList(range(num_sites), slack)
     sent = dict.fromkeys(range(num_sites), 0)  # version of the model under way

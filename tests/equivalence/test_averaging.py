@@ -94,7 +94,10 @@ def test_proximal_term_of_weight_zero_is_fedavg_and_of_weight_one_is_not(run_app
 
 
 def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
-    """K = 1: the same steps in a plain loop of torch, the rate restarting with each of two rounds of two epochs."""
+    """K = 1: the same steps in a plain loop of torch.
+
+    The rate restarts with each of two rounds of two epochs.
+    """
     changes = {
         "num-sites": 1,
         "min-sites": 1,
@@ -358,10 +361,11 @@ def test_co_learning_cycles_from_its_envelope_and_takes_no_more_epochs_than_are_
 
 
 def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> None:
-    """FedAvg as a plan in ``Strategy.start``, alone and wrapped for central differential privacy by fixed clipping.
+    """FedAvg as a plan in ``Strategy.start``, alone and wrapped for differential privacy.
 
-    With a clipping norm that no update reaches and hardly any noise, the wrapper changes nothing; with a small one, the model moves
-    by at most that norm.
+    The wrapper is that for central differential privacy by fixed clipping. With a clipping norm
+    that no update reaches and hardly any noise, it changes nothing; with a small one, the model
+    moves by at most that norm.
     """
     config = configuration(
         num_sites=2, strategy="fedavg", model={"name": "mlp"}, epochs=2, fedavg={"local_epochs": 1}
@@ -386,7 +390,7 @@ def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> No
 
 
 def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> None:
-    """Torchvision's ResNet-18: what is evaluated at the sites is the saved model with its averaged statistics."""
+    """Torchvision's ResNet-18: sites evaluate the saved model with its averaged statistics."""
     run = run_app(
         model={"name": "torchvision:resnet18"},
         data={"source": "tests.equivalence.test_averaging:few"},

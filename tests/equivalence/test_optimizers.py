@@ -1,4 +1,7 @@
-"""Optimizers and warm-up: a run of one site is a plain loop of torch's own; everything that changes gradients goes with each."""
+"""Optimizers and warm-up: a run of one site is a plain loop of torch's own.
+
+Everything that changes gradients goes with each.
+"""
 
 import math
 from typing import Any
@@ -29,7 +32,7 @@ ONE: dict[str, Any] = {
 
 
 def plain_optimizers(name: str, network: nn.Module) -> list[torch.optim.Optimizer]:
-    """As a researcher writes it for the networks below: a matrix of each hidden layer, then the head."""
+    """As a researcher writes it for the networks below: matrices of hidden layers, then the head."""
     if name == "adamw":
         return [
             torch.optim.AdamW(

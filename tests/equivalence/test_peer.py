@@ -1,4 +1,7 @@
-"""Peer algorithms: contract rows over all of them, limit cases, closed forms, invariants, golden values; in float64."""
+"""Peer algorithms, in float64.
+
+Contract rows over all of them, limit cases, closed forms, invariants, golden values.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -171,7 +174,7 @@ def test_steps_of_peers_are_the_exchange_in_the_open(name: str) -> None:
 def compressed(
     algorithm: Algorithm, way: Channel, steps: int, gamma: float, mixing: Tensor = RING
 ) -> tuple[Any, Tensor, Tensor]:
-    """Rounds with one channel; the state, the sum of what was sent, and the sum of what was wanted."""
+    """Rounds with one channel; the state, and the sums of what was sent and of what was wanted."""
     state = algorithm.init(ORIGIN)
     memory = [way.init(row) for row in state.x]
     sent_sum = wanted_sum = ORIGIN
@@ -240,7 +243,10 @@ def test_zero_gradient_keeps_the_mean_of_the_models(name: str) -> None:
 
 @each
 def test_mean_moves_by_no_more_than_what_was_descended(name: str) -> None:
-    """An exchange keeps the mean of every vector that is exchanged, with any codec: no mean of ``mixed - sent`` is left over."""
+    """An exchange keeps the mean of every vector that is exchanged, with any codec.
+
+    No mean of ``mixed - sent`` is left over.
+    """
     algorithm, state = ALGORITHMS[name], warm(name)
     state = algorithm.descend(state, gradient(state.x), LR)
     alone = algorithm.mix(state, algorithm.outgoing(state), algorithm.outgoing(state))
@@ -327,7 +333,7 @@ def test_complete_graph_with_like_data_is_one_peer(name: str) -> None:
 
 @each
 def test_several_local_steps_are_taken_between_exchanges(name: str) -> None:
-    """With zero gradient a second step changes nothing but momentum's own; with W = I nothing else does."""
+    """Two local steps before an exchange; those of D-PSGD and CDSGD are compared by hand."""
     algorithm, state = ALGORITHMS[name], ALGORITHMS[name].init(ORIGIN)
     for _ in range(2):
         state = algorithm.descend(state, gradient(state.x), LR)
@@ -402,7 +408,10 @@ SPREADS += [(True, 0.0, 2.27586), (True, 0.5, 1.19842), (True, 1.0, 0.87931)]
 def test_fixed_points_tell_the_two_forms_of_dmsgd_apart(
     velocity: bool, omega: float, spread: float
 ) -> None:
-    """Exact gradients, h = 1, b = 0 .. 4: the position form has the bias of CDSGD, the velocity form amplifies it."""
+    """Exact gradients, h = 1, b = 0 .. 4.
+
+    The position form has the bias of CDSGD, the velocity form amplifies it.
+    """
     b = torch.arange(N).double()[:, None]
     found = run(
         dmsgd(beta=0.9, omega=omega, velocity=velocity),
@@ -419,7 +428,10 @@ def test_fixed_points_tell_the_two_forms_of_dmsgd_apart(
 
 @pytest.mark.parametrize(("omega", "factor"), [(0.0, 0.94868), (1.0, 0.69671)])
 def test_sharing_momentum_makes_consensus_faster(omega: float, factor: float) -> None:
-    """Without gradients disagreement shrinks by the largest root of z^2 - (lambda + beta lt) z + beta lt."""
+    """Disagreement shrinks by the largest root of z^2 - (lambda + beta lt) z + beta lt.
+
+    There are no gradients; lambda is W's second eigenvalue, lt = 1 - omega + omega lambda.
+    """
     algorithm = dmsgd(beta=0.9, omega=omega, velocity=False)
     sizes = []
     state = algorithm.init(vectors())
@@ -453,7 +465,10 @@ def test_qgm_with_mu_zero_is_the_adapt_first_twin_of_dmsgd() -> None:
 
 
 def test_qgm_divides_a_move_by_the_rates_of_all_its_local_steps() -> None:
-    """A constant gradient of 1: whatever the steps between exchanges, the move a unit of rate is 1 at first."""
+    """A constant gradient of 1: the first move per unit of rate is 1.
+
+    Whatever the number of steps between exchanges.
+    """
     algorithm = qgm(beta=0.0, mu=0.5, nesterov=False)
     state = algorithm.init(ORIGIN)
     for lr in (0.1, 0.3, 0.2):
@@ -595,7 +610,10 @@ VARIANTS.remove(("model", "owner-of-model"))  # neighbours would be sent both mo
 
 
 def followed(plan: PeerPlan, x: Tensor, **changes: Any) -> Tensor:
-    """The gradient [n, d] that peers follow in their first exchange: CDSGD moves by ``-lr g`` more than without a rate."""
+    """The gradient [n, d] that peers follow in their first exchange.
+
+    CDSGD moves by ``-lr g`` more than with rate 0.
+    """
     settings: dict[str, Any] = {"mixing": MIXING, "x": x} | changes
     still, moved = (models(lockstep(plan, 1, **settings, lr=lr)) for lr in (0.0, LR))
     return (still - moved) / LR
@@ -604,7 +622,10 @@ def followed(plan: PeerPlan, x: Tensor, **changes: Any) -> Tensor:
 @pytest.mark.parametrize(("at", "by"), VARIANTS)
 @pytest.mark.parametrize("way", [EXACT, SHRUNK], ids=["exact", "shrunk"])
 def test_neighbourhood_gradients_by_the_definition(at: Any, by: Any, way: Channel) -> None:
-    """Peer by peer, with loops; the own model as it is, the others' as they are received; an asymmetric W."""
+    """Peer by peer, with loops; an asymmetric W.
+
+    The own model is taken as it is, the others' as they are received.
+    """
     x, rho, decay = vectors(d=2), 0.3, 0.2
     received = x * 0.9 if way is SHRUNK else x
 
@@ -655,7 +676,10 @@ def test_identity_matrix_is_the_own_sharpness_aware_gradient(at: Any, by: Any) -
 
 
 def test_only_neighbourhoods_perturb_as_they_say() -> None:
-    """Whoever follows its own gradient perturbs it itself, whatever ``perturbed_by`` says of others."""
+    """A peer that follows its own gradient perturbs it itself.
+
+    Whatever ``perturbed_by`` says of others.
+    """
     x = vectors(d=2)
     found = [
         followed(PeerPlan(CDSGD, Neighbourhood("own", 0.1, by)), x)

@@ -36,7 +36,10 @@ def tree(name: str) -> Tensor:
 
 
 def reference(name: str, exchanges: int, x: Tensor, lr: float = LR, beta: float = 0.0) -> Tensor:
-    """Every peer's mean by distances: what j had when its model set out, d - 1 exchanges ago; before that the own model."""
+    """Every peer's mean by distances: what j had when its model set out, d - 1 exchanges ago.
+
+    Before that it is the own model.
+    """
     distances = dict(nx.all_pairs_shortest_path_length(TREES[name]))
     v, halves = torch.zeros_like(x), list[Tensor]()
     for now in range(exchanges):
@@ -92,7 +95,10 @@ def test_agreement_without_gradients_is_a_fixed_point(name: str) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_after_as_many_exchanges_as_a_tree_is_wide_every_model_counts_the_same(name: str) -> None:
-    """Without gradients: each peer has in its sums everybody else once, and the mean of what set out is the mean of all."""
+    """Without gradients each peer has in its sums everybody else once.
+
+    The mean of what set out is the mean of all.
+    """
     wide = nx.diameter(TREES[name])
     states = lockstep(
         PeerPlan(relay_sgd(n=N)),

@@ -329,7 +329,10 @@ def test_key_without_effect_says_who_takes_it(changes: dict[str, Any], message: 
 
 
 def test_every_key_of_every_other_method_is_refused() -> None:
-    """Each key of each method's section, at a value that is allowed and not the default, with a method that does not take it."""
+    """Each key of each method's section, with a method that does not take it.
+
+    At a value that is allowed and not the default.
+    """
     other = {"integer": 7, "number": 0.37, "boolean": True}
     tried = 0
     for method in METHODS.values():

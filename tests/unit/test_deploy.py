@@ -1,4 +1,4 @@
-"""The deployment kit's files, and the command that starts a run, with a ``flwr`` of the tests' own."""
+"""The deployment kit's files, and the command that starts a run, with a made-up ``flwr``."""
 
 import grp
 import json

@@ -17,7 +17,9 @@ NOBODY = 99
 
 
 class Announced:
-    """The part of a Grid that a mailbox uses: all replies are announced, and whoever asks for one that is not there yet waits.
+    """The part of a Grid that a mailbox uses.
+
+    All replies are announced, and whoever asks for one that is not there yet waits.
 
     Args:
         slow: nodes whose replies take until ``sent``.

@@ -34,7 +34,10 @@ def test_order_of_arrival_does_not_change_a_bit(
 
 
 def test_floating_point_sums_depend_on_the_order_here() -> None:
-    """The test above would pass for any sum if its numbers were too tame: these are of the same kind and do not commute."""
+    """The test above would pass for any sum if its numbers were too tame.
+
+    These are of the same kind, and their sum depends on the order.
+    """
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(8, 1000, generator=generator) * 10 ** (
         -6 * torch.rand(8, 1000, generator=generator)

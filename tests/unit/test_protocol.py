@@ -1,4 +1,7 @@
-"""What crosses the wire: values survive the way, and what no site may send is refused in one short line."""
+"""What crosses the wire: values survive the way.
+
+What no site may send is refused in one short line.
+"""
 
 from collections.abc import Callable
 from typing import Any

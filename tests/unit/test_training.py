@@ -76,7 +76,10 @@ def test_second_call_starts_from_zero() -> None:
 
 
 def test_sam_on_a_quadratic_in_closed_form() -> None:
-    """At x = (1, 1) with A = diag(3, 4): g = (3, 4), |g| = 5, so the gradient is taken at (1 + 3 rho / 5, 1 + 4 rho / 5)."""
+    """At x = (1, 1) with A = diag(3, 4): g = (3, 4), |g| = 5.
+
+    So the gradient is taken at (1 + 3 rho / 5, 1 + 4 rho / 5).
+    """
     curvature = torch.tensor([3.0, 4.0], dtype=torch.float64)
     value, grad = sharpness_aware(quadratic(curvature), 0.5)(
         torch.ones(2, dtype=torch.float64), batch()

@@ -51,8 +51,8 @@ def test_bytes_are_one_vector_each_way_and_message(run_app: RunApp) -> None:
     run = run_app(epochs=2, co_learning={"epsilon": 0.0})
     model = 4 * sum(value.numel() for value in run.model.values())
     last = run.metrics.query("round == 2 and split == 'test' and site == 'all'").iloc[0]
-    # Up: two models a site. Down: two for training, which test what came before, one for the last test. The rest is metrics and
-    # configuration.
+    # Up: two models a site. Down: two for training, which test what came before, one for the last
+    # test. The rest is metrics and configuration.
     assert 0 < last["bytes_up"] - 6 * model < 6 * 1000
     assert 0 < last["bytes_down"] - 9 * model < 9 * 1000
 

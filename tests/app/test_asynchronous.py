@@ -162,8 +162,8 @@ def test_site_that_sends_nan_is_left_out_by_name(
     logging.getLogger("flwr").propagate = True
     found = run_app(spoil(1), strategy="gsgm", num_sites=3, epochs=3)
     assert (
-        "update 1: site 1 (site 1) is left out of the training: loss is nan: must be a finite number"
-        in caplog.text
+        "update 1: site 1 (site 1) is left out of the training: loss is nan: "
+        "must be a finite number" in caplog.text
     )
     assert found.trace("updates", "train", "1") == [0] * len(found.trace("updates", "train", "1"))
     assert sum(found.trace("updates", "train")) == 3 * 45
@@ -177,7 +177,8 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
     history = History(config)
     with pytest.raises(
         RunError,
-        match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: loss is nan",
+        match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: "
+        r"loss is nan",
     ):
         run_server(
             VirtualGrid(client_app, World().sites(3, 1), config.flat(), all_but_one),

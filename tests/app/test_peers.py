@@ -494,7 +494,8 @@ def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
 def test_batched_run_that_diverges_says_so() -> None:
     with pytest.raises(
         RunError,
-        match=r"exchange \d+: training diverged: the models of the sites \[0, 1, 2, 3\] are not finite",
+        match=r"exchange \d+: training diverged: the models of the sites "
+        r"\[0, 1, 2, 3\] are not finite",
     ):
         run(engine="batched", strategy="d-psgd", training={"lr": 1e6})
 
@@ -744,7 +745,10 @@ def test_topology_that_cannot_be_stops_before_the_first_message(
                 "n-saddle.perturbed-by": "owner-of-model",
                 "wire.codec": "fp16",
             },
-            "wire.codec = 'fp16': n-saddle.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'",
+            (
+                "wire.codec = 'fp16': n-saddle.perturbed-by = 'owner-of-model' needs "
+                "wire.codec = 'identity'"
+            ),
         ),
         ({"strategy": "dmsgd", "wire.bits": 3}, "wire.bits = 3: must be 2, 4, 8 or 16"),
         (

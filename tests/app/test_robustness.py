@@ -330,12 +330,18 @@ MISFITS: list[tuple[str, Any, str]] = [
     (
         "shape",
         [3, 8, 8],
-        r"site 1 \(node \d+\): it has examples of shape \[3, 8, 8\], others have examples of shape \[1, 8, 8\]",
+        (
+            r"site 1 \(node \d+\): it has examples of shape \[3, 8, 8\], "
+            r"others have examples of shape \[1, 8, 8\]"
+        ),
     ),
     (
         "train",
         10**12,
-        r"site 1 \(node \d+\): it says it has 1,000,000,000,000 training examples, more than 1,000 times the median",
+        (
+            r"site 1 \(node \d+\): it says it has 1,000,000,000,000 training examples, "
+            r"more than 1,000 times the median"
+        ),
     ),
     (
         "columns",
@@ -345,7 +351,10 @@ MISFITS: list[tuple[str, Any, str]] = [
     (
         "site",
         0,
-        r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; give each its own site=",
+        (
+            r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; "
+            r"give each its own site="
+        ),
     ),
 ]
 

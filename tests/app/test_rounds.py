@@ -1,4 +1,7 @@
-"""Rounds with sites that are silent, slow or come back; runs that end without anything of use say so."""
+"""Rounds with sites that are silent, slow or come back.
+
+Runs that end without anything of use say so.
+"""
 
 import logging
 import math
@@ -257,7 +260,8 @@ def test_flaw_in_a_test_costs_the_test_only() -> None:
     assert took_part(found, 1) == [1, 2, 3]
     assert took_part(found, 1, "test") == [3]
     assert [str(event) for event in found.refused] == [
-        f"round {number}: site 1 (site 1) is left out of the test: loss is nan: must be a finite number"
+        f"round {number}: site 1 (site 1) is left out of the test: loss is nan: "
+        "must be a finite number"
         for number in (1, 2)
     ]
 

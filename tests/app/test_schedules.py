@@ -152,7 +152,8 @@ def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() ->
         [(delta(0, 0), 0)],  # 0 at 1
         [(delta(1, 0), 0)],  # 1 at 2.6
         [(delta(2, 0), 0)],  # 2 at 6.5: the first list is done, and who waited is next
-        # 0 at 2 and at 3 with what it was sent at 1 and 2; at 4, 5 and 6 with what it was sent from 3 on, after 2.6.
+        # 0 at 2 and at 3 with what it was sent at 1 and 2; at 4, 5 and 6 with what it was sent
+        # from 3 on, after 2.6.
         [(delta(0, 1), 1), (delta(0, 2), 1), (delta(0, 3), 2), (delta(0, 4), 2), (delta(0, 5), 2)],
         [(delta(1, 1), 2)],  # 1 at 5.2
     ]

@@ -54,7 +54,10 @@ SIMULATED: dict[str, Any] = {"partition-id": 0, "num-partitions": 4}
         (OWN | {"stat": "/srv"}, "stat = '/srv': unknown key"),
         (
             OWN | {"private-key": "0.key"},
-            "private-key = '0.key': there is no peer-keys; private-key and peer-keys belong together",
+            (
+                "private-key = '0.key': there is no peer-keys; "
+                "private-key and peer-keys belong together"
+            ),
         ),
         (OWN | {"peer-keys": "p.toml"}, "peer-keys = 'p.toml': there is no private-key"),
         (OWN | {"site": 1.7}, "site = 1.7; allowed: a whole number from 0 to 999999"),

@@ -183,7 +183,8 @@ def test_onnx_of_pictures_tables_and_tokens(pictures: Path, tmp_path: Path) -> N
 def test_onnx_says_what_to_install(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; or FILE.pt2",
+        match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; "
+        r"or FILE.pt2",
     ):
         load(pictures).export(tmp_path / "n.onnx")
 

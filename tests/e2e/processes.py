@@ -86,7 +86,10 @@ class Deployment:
             f'root-certificates = "{home / "server.crt"}"\n'
         )
         host, port = self.address.split(":")
-        files = "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
+        files = (
+            "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key "
+            "--enable-supernode-auth"
+        )
         arguments = f"--host {host} --port {port} {files} --disable-runtime-dependency-installation"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         if durable:
@@ -341,8 +344,8 @@ def as_anybody() -> tuple[str, ...]:
         None,
     )
     show = (
-        'set -e; mount --bind "$1" "$2"; mount -t tmpfs -o mode=755 none "$3"; mkdir -p "$1"; mount --move "$2" "$1"; '
-        'shift 3; exec "$@"'
+        'set -e; mount --bind "$1" "$2"; mount -t tmpfs -o mode=755 none "$3"; '
+        'mkdir -p "$1"; mount --move "$2" "$1"; shift 3; exec "$@"'
     )
     return (
         ("unshare", "--mount", "sh", "-c", show, "sh", str(python), tempfile.mkdtemp(), str(closed))

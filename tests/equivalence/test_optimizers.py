@@ -32,7 +32,10 @@ ONE: dict[str, Any] = {
 
 
 def plain_optimizers(name: str, network: nn.Module) -> list[torch.optim.Optimizer]:
-    """As a researcher writes it for the networks below: matrices of hidden layers, then the head."""
+    """As a researcher writes it for the networks below.
+
+    A matrix of each hidden layer, then the head.
+    """
     if name == "adamw":
         return [
             torch.optim.AdamW(
@@ -87,7 +90,8 @@ def test_a_run_of_one_site_is_a_plain_loop(name: str, shape: str) -> None:
                     )
                     optimizer.zero_grad()
                 F.cross_entropy(network(x), y).backward()
-                # One norm over all: Muon computes in bfloat16, where another rounding of the norm would show.
+                # One norm over all: Muon computes in bfloat16, where another rounding of the norm
+                # would show.
                 norm = torch.cat(
                     [each.grad.flatten() for each in network.parameters() if each.grad is not None]
                 ).norm()

@@ -1,4 +1,7 @@
-"""RelaySGD: special cases, invariants, and an independent dense reference; in float64, by the steps that the app runs."""
+"""RelaySGD: special cases, invariants, and an independent dense reference.
+
+In float64, by the steps that the app runs.
+"""
 
 from typing import Any
 

@@ -265,13 +265,15 @@ with (home / "calls").open("a") as file:
 calls = [json.loads(line) for line in (home / "calls").read_text().splitlines()]
 number = sum(call[0] == "run" for call in calls) - 1
 run = json.loads((home / "runs").read_text())[number]
-asked = sum(call[0] == verb for call in calls[max(at for at, call in enumerate(calls) if call[0] == "run"):])
+asked = sum(call[0] == verb for call in calls[\
+max(at for at, call in enumerate(calls) if call[0] == "run"):])
 if verb == "list":
     if asked <= run.get("away", 0):
         sys.exit("Error: connection refused")
     if "lost" in run:
         sys.exit("Error: [code: 16] Run ID not found.")
-    print(json.dumps({{"success": True, "runs": [{{"status": run["status"], "status-details": run.get("details", "")}}]}}))
+    print(json.dumps({{"success": True, "runs": [{{"status": run["status"], \
+"status-details": run.get("details", "")}}]}}))
 else:
     print("\\x1b[34mUsing SuperLink: clinics (server:1)\\x1b[0m")
     if verb == "run":

@@ -293,7 +293,8 @@ def test_links_come_from_a_regular_file(edges: str) -> None:
     config = Config.read({"strategy": "d-psgd", "topology.name": "edges", "topology.edges": edges})
     with pytest.raises(
         ValueError,
-        match=r"topology\.edges = '.*': a file with a link 'i j' or 'i j weight' a line is expected",
+        match=r"topology\.edges = '.*': a file with a link 'i j' or 'i j weight' a line "
+        r"is expected",
     ):
         graph_of(config)
 

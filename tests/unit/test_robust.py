@@ -322,11 +322,17 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
         ),
         (
             {"strategy": "gsgm", "robust.mean": "trimmed-mean", "gsgm.window": 2},
-            "gsgm.window = 2: robust.mean = 'trimmed-mean' against robust.faulty = 1 needs at least 3",
+            (
+                "gsgm.window = 2: robust.mean = 'trimmed-mean' against robust.faulty = 1 "
+                "needs at least 3"
+            ),
         ),
         (
             {"strategy": "fedbuff", "robust.mean": "median", "fedbuff.buffer-size": 6},
-            "fedbuff.buffer-size = 6: robust.mean = 'median' takes one contribution a site; at most num-sites, which is 5",
+            (
+                "fedbuff.buffer-size = 6: robust.mean = 'median' takes one contribution a site; "
+                "at most num-sites, which is 5"
+            ),
         ),
         (
             {"robust.mean": "median", "co-learning.weighting": "samples"},
@@ -342,7 +348,10 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
         ),
         (
             {"robust.faulty": 2},
-            "robust.faulty = 2: has no effect with robust.mean = 'mean'; only with trimmed-mean, krum, clipped",
+            (
+                "robust.faulty = 2: has no effect with robust.mean = 'mean'; "
+                "only with trimmed-mean, krum, clipped"
+            ),
         ),
         (
             {"robust.mean": "mode"},
@@ -367,7 +376,10 @@ def test_what_cannot_work_is_named(keys: dict[str, Any], wrong: str) -> None:
             "path",
             "clipped",
             1,
-            "topology.name = 'path': a peer has 1 neighbours; robust.mean = 'clipped' needs at least 2",
+            (
+                "topology.name = 'path': a peer has 1 neighbours; "
+                "robust.mean = 'clipped' needs at least 2"
+            ),
         ),
         (
             "ring",

@@ -273,7 +273,10 @@ def test_edges_of_ones_own(tmp_path: Path) -> None:
             "star",
             5,
             {"weights": "uniform"},
-            "not doubly stochastic, column 0 sums to 2.2; topology.mixing = 'metropolis' suits every",
+            (
+                "not doubly stochastic, column 0 sums to 2.2; "
+                "topology.mixing = 'metropolis' suits every"
+            ),
         ),
         (
             "edges",

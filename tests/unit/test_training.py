@@ -185,7 +185,8 @@ def test_flip_crop_yields_every_crop_of_the_padded_picture_and_its_mirror() -> N
     allowed = {tuple(crop.flatten().tolist()) for each in crops for crop in (each, each.flip(2))}
     found = training.flip_crop(picture.expand(500, -1, -1, -1), torch.Generator().manual_seed(1))
     assert found.dtype == torch.uint8
-    # 18 equally likely outcomes: one of them missing in 500 draws has a probability of 18 (17/18)^500 = 7e-12.
+    # 18 equally likely outcomes: one of them missing in 500 draws has a probability of
+    # 18 (17/18)^500 = 7e-12.
     assert {tuple(each.flatten().tolist()) for each in found} == allowed
 
 
@@ -229,7 +230,8 @@ def test_adamw_is_torchs_own() -> None:
         F.cross_entropy(reference(batch()[0]), batch()[1]).backward()
         adamw.step()
     expected = torch.cat([parameter.detach().reshape(-1) for parameter in reference.parameters()])
-    # Where a gradient is nearly 0, as for a bias before BatchNorm, AdamW divides rounding errors by their own size.
+    # Where a gradient is nearly 0, as for a bias before BatchNorm, AdamW divides rounding errors by
+    # their own size.
     bias = slice(48, 56)
     torch.testing.assert_close(
         torch.cat([model.x[:48], model.x[56:]]), torch.cat([expected[:48], expected[56:]])

@@ -22,7 +22,10 @@ from simulation.world import Lognormal, SiteWorld, World
         ({"jitter": math.inf}, "jitter = inf: must be a finite number"),
         (
             {"speed": 3},
-            "speed: unknown key; allowed: samples_per_s, bandwidth_mbps, latency_ms, jitter, offline",
+            (
+                "speed: unknown key; allowed: samples_per_s, bandwidth_mbps, latency_ms, "
+                "jitter, offline"
+            ),
         ),
         (
             {"offline": {0: [(5, 3)]}},

@@ -107,9 +107,8 @@ def test_waiting_for_the_slowest_costs_time_and_the_local_reading_uses_it() -> N
         name: found.metrics["bytes_up"].max()
         for name, found in (("strict", strict), ("local", local))
     }
-    assert (
-        bytes_of["local"] > 1.3 * bytes_of["strict"]
-    )  # nobody idles: what fast sites send is averaged
+    # Nobody idles: what fast sites send is averaged.
+    assert bytes_of["local"] > 1.3 * bytes_of["strict"]
 
 
 def test_slack_trades_evenness_for_time() -> None:

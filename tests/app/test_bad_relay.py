@@ -45,11 +45,8 @@ class Sites:
         self, node: dict[str, Any] | list[dict[str, Any]] | None = None, **changes: Any
     ) -> None:
         self.config = configuration(**(COMMON | changes))
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-            1,
-            1,
-            1,
-        )  # Flower's messages need one
+        # Flower's messages need one.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
         self.offered: dict[int, dict[int, ArrayRecord]] = {}
         self.nodes = (
             node
@@ -377,9 +374,8 @@ def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
     assert refused(reply) == ["site 1: step 0 is 20 steps old, at most 16 are of use"]
     reply = late.step(0, 21, {3: late.delivery(0, 0, 3, labelled=9999)})
     assert refused(reply) == ["site 3: step 9999 is not before this peer's step 21"]
-    assert (
-        refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []
-    )  # it blocked nothing
+    # The refused message blocked nothing.
+    assert refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []
 
 
 def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:

@@ -35,9 +35,8 @@ from simulation.laboratory import simulate
 from tests.data import write_audio
 from tests.own_data import CLASSES, Numbers, Stuck, read_ahead
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than there are cores
+# More workers than there are cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 STREAMED = {"data.memory-gb": 1e-9}
 OWN: dict[str, Any] = {"model.name": "mlp", "num-sites": 2, "progress": False}
 

@@ -790,9 +790,8 @@ def test_batch_norm_statistics_are_averaged_with_the_models() -> None:
     )
     means = [model["stem.1.running_mean"] for model in found.models.values()]
     assert not torch.equal(means[0], torch.zeros(16))
-    torch.testing.assert_close(
-        means[0], means[1]
-    )  # two peers with weights 1/2 agree after each exchange
+    # Two peers with weights 1/2 agree after each exchange.
+    torch.testing.assert_close(means[0], means[1])
 
 
 def test_results_show_the_graph_the_worst_peer_and_every_link(
@@ -985,11 +984,8 @@ def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCapt
         return reply
 
     _, history = watched(spoil_once, strategy="qgm", epochs=4, **CHOCO, **SEALED)
-    assert caplog.text.count("refuses what came from site 1") in (
-        2,
-        3,
-        4,
-    )  # both neighbours, once or twice
+    # Both neighbours, once or twice.
+    assert caplog.text.count("refuses what came from site 1") in (2, 3, 4)
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].iloc[-1] > 0.3
 
 

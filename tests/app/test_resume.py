@@ -129,9 +129,8 @@ def test_whatever_is_killed_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
         serve(config, tmp_path / "b", dies_at=int(part * events))
     resumed, _ = serve(config, tmp_path / "b")
     folders = sorted(path for path in (tmp_path / "b").iterdir() if path.name != "state")
-    assert (
-        folders[-1] == resumed.path
-    )  # with none before it, but for one that was killed before its first checkpoint
+    # There is none before it, but for one that was killed before its first checkpoint.
+    assert folders[-1] == resumed.path
     assert not any((folder / checkpoint.FOLDER).exists() for folder in folders)
     expected, found = told(undisturbed), told(resumed)
     if isinstance(config.plan, ArrivalPlan):

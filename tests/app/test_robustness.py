@@ -260,9 +260,8 @@ def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> N
 
 
 def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> None:
-    assert (
-        messages_sent({"data.source": "csv", "data.path": "/nowhere"}, tmp_path) == 2
-    )  # the census
+    # The two messages are those that ask what sites have.
+    assert messages_sent({"data.source": "csv", "data.path": "/nowhere"}, tmp_path) == 2
     assert messages_sent({"model.name": "vgg11"}, tmp_path) == 2
     assert not (tmp_path / "runs").exists()
 

@@ -115,10 +115,8 @@ def test_too_few_without_a_silent_site_means_waiting_for_it() -> None:
     def slow(site: int, message: Message) -> float:
         return 3.5 if site == 2 else 1.0
 
-    alone = {
-        "strategy": "ensemble",
-        "ensemble.local-epochs": 1,
-    }  # whose tests are messages of their own
+    # A strategy whose tests are messages of their own.
+    alone = {"strategy": "ensemble", "ensemble.local-epochs": 1}
     found = outcome(
         rounds(3, min_sites=4, **alone), silent(2, range(1, 2), ("evaluate",)), seconds=slow
     )

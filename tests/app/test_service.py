@@ -98,11 +98,8 @@ STRICT = {
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-        1,
-        1,
-        1,
-    )  # Flower's messages need one
+    # Flower's messages need one.
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
     found = Service(tmp_path_factory.mktemp("site"), policy=STRICT)
     yield found
     found.end()
@@ -264,9 +261,8 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
         waiting = [pool.submit(answer_to, service, flat(), "train", long)]
         while len(service.lines()) == before:
             time.sleep(0.05)
-        waiting += [
-            pool.submit(answer_to, service, flat()) for _ in range(18)
-        ]  # two more than may wait
+        # Two more than may wait.
+        waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]
         busy = [said(found.result()) for found in islice(as_completed(waiting), 2)]
         assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [
             True,
@@ -473,9 +469,8 @@ def test_noise_of_a_site_is_in_what_leaves_it(strategy: str, private: Service) -
         size = sum(value.numel() for value in found.models["model"].values())
         moved = answers[0]["norms"]["x"]
         wanted = NOISY["clip-norm"] * NOISY["noise-multiplier"] * size**0.5
-        assert (
-            abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01
-        )  # clipping leaves at most 0.5 of some 140
+        # Clipping leaves at most 0.5 of some 140.
+        assert abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,8 @@ from tests.data import write_keys
 
 def answer(node: dict[str, Any], **changes: Any) -> Message:
     """What a site with such a ``--node-config`` says in the census."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-        1,
-        1,
-        1,
-    )  # Flower's messages need one
+    # Flower's messages need one.
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
     settings = dict(configuration(strategy="dmsgd", num_sites=4, **changes).flat())
     return client_app(
         message=Message(RecordDict(), 1000, "query.site"),
@@ -120,9 +117,8 @@ def test_a_deployed_site_reads_its_own_data_only(keys: bool, tmp_path: Path) -> 
     assert read_card(answer(node, **changes, **sealing)).columns == ["age"]
     bare = {key: value for key, value in node.items() if key not in ("site", "data")} | SIMULATED
     reply = answer(bare, **changes, **sealing)
-    assert (
-        reply.has_error() is keys
-    )  # without keys it is a site of a simulation, which reads what the run names
+    # Without keys it is a site of a simulation, which reads what the run names.
+    assert reply.has_error() is keys
 
 
 # Nonces.

@@ -366,9 +366,8 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         said = deployed.type(kind, text)
         if "dmsgd" in text:
             assert "dmsgd after" in said
-    nodes = deployed.server.shell.type(
-        "flwr supernode list --format json"
-    )  # of the database that came back
+    # The nodes of the database that came back.
+    nodes = deployed.server.shell.type("flwr supernode list --format json")
     for site in range(2):
         (node,) = re.findall(
             r"\d{9,}", (deployed.server.etc / f"sites/site-{site}.json").read_text()

@@ -311,9 +311,8 @@ def test_one_site_is_torchs_own_adaptive_optimizer(name: str) -> None:
     for number in range(20):
         x.grad = curvature * x.detach()
         reference.step()
-        lr = 0.2 / (
-            1 + number
-        )  # of the site: what arrives counts by its gradient, whatever the site's own step was
+        # The site's rate: what arrives counts by its gradient, whatever the site's own step was.
+        lr = 0.2 / (1 + number)
         state = rule.absorb(state, update(lr * curvature * state.x, lr=lr))
         torch.testing.assert_close(state.x, x.detach())
 
@@ -507,11 +506,8 @@ def test_list_by_hand() -> None:
     assert white_list.waits("a")
     assert white_list.arrive("b") == ["b"]
     assert white_list.arrive("b") == []
-    assert white_list.arrive("c") == [
-        "c",
-        "a",
-        "b",
-    ]  # the cycle closes; who waited is next, in the order of arrival
+    # The cycle closes; who waited is next, in the order of arrival.
+    assert white_list.arrive("c") == ["c", "a", "b"]
 
 
 def test_site_that_was_ahead_when_it_was_set_aside_is_still_ahead_when_it_is_back() -> None:

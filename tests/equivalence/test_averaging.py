@@ -122,9 +122,8 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
                 torch.nn.functional.cross_entropy(network(x), y).backward()
                 sgd.step()
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(
-            run.model[name], value, rtol=1e-4, atol=1e-5
-        )  # 180 steps of float32 in another order
+        # These are 180 steps of float32 in another order.
+        torch.testing.assert_close(run.model[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
@@ -420,9 +419,8 @@ def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunAp
         for name in ("fedavg", "FedAvg")
     )
     for name, value in ours.model.items():
-        torch.testing.assert_close(
-            flowers.model[name], value, rtol=1e-4, atol=1e-5
-        )  # two rounds apart in the order of summation
+        # The two differ in the order of summation, for two rounds.
+        torch.testing.assert_close(flowers.model[name], value, rtol=1e-4, atol=1e-5)
     assert not torch.equal(ours.model["stem.1.running_mean"], torch.zeros(16))
 
 

@@ -44,9 +44,8 @@ Values = dict[str, Any]
 PATH = topology(
     "path", N, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1
 ).mixing(0)
-REQUIRES: dict[str, Values] = {
-    "co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}
-}  # beside those that Only names
+# What keys need beside what Only names.
+REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}}
 
 
 def of_local(local: Local) -> list[float]:

@@ -62,9 +62,8 @@ def test_without_an_outer_optimizer_it_is_fedavg() -> None:
         training=plain,
     )
     fedavg = last(run(strategy="fedavg", fedavg={"local_epochs": 1}, training=plain))
-    torch.testing.assert_close(
-        last(ours), fedavg, rtol=0, atol=1e-6
-    )  # x - (x - mean) is the mean but for rounding
+    # That x - (x - mean) is the mean holds but for rounding.
+    torch.testing.assert_close(last(ours), fedavg, rtol=0, atol=1e-6)
     faster = last(run(strategy="diloco", diloco={"local_steps": 15}, training=plain))
     assert float((faster - fedavg).abs().max()) > 1e-2
 

@@ -203,9 +203,8 @@ def table(values: str) -> Tensor:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values_after_two_rounds(name: str) -> None:
     plan, values = GOLDEN[name]
-    torch.testing.assert_close(
-        models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7
-    )  # six decimals are known
+    # Six decimals are known.
+    torch.testing.assert_close(models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7)
 
 
 @each
@@ -304,9 +303,8 @@ def test_mean_moves_by_no_more_than_what_was_descended(name: str) -> None:
     algorithm, state = ALGORITHMS[name], warm(name)
     state = algorithm.descend(state, gradient(state.x), LR)
     alone = algorithm.mix(state, algorithm.outgoing(state), algorithm.outgoing(state))
-    sent = tuple(
-        vectors(seed, 2) for seed, _ in enumerate(algorithm.outgoing(state))
-    )  # whatever a codec made of them
+    # These stand for whatever a codec made of them.
+    sent = tuple(vectors(seed, 2) for seed, _ in enumerate(algorithm.outgoing(state)))
     mixed = algorithm.mix(state, sent, tuple(RING @ vector for vector in sent))
     torch.testing.assert_close(mixed.x.mean(0), alone.x.mean(0))
 
@@ -492,9 +490,8 @@ def test_sharing_momentum_makes_consensus_faster(omega: float, factor: float) ->
     for _ in range(80):
         state = gossip_round(algorithm, state, torch.zeros_like, LR, RING)
         sizes.append(float((state.x - state.x.mean(0)).norm()))
-    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(
-        factor, abs=0.015
-    )  # it oscillates
+    # The disagreement oscillates.
+    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(factor, abs=0.015)
 
 
 def test_qgm_without_momentum_is_dpsgd() -> None:
@@ -704,9 +701,8 @@ def test_neighbourhood_gradients_by_the_definition(at: Any, by: Any, way: Channe
                     g = at_point(point + worst(x[model], model) - x[model], owner)
             expected[i] += MIXING[i, j] * (g + decay * point)
     found = followed(PeerPlan(CDSGD, Neighbourhood(at, rho, by)), x, way=way, weight_decay=decay)
-    torch.testing.assert_close(
-        found, expected, rtol=1e-9, atol=1e-9
-    )  # 1e-12 stands in the denominator of a perturbation
+    # 1e-12 stands in the denominator of a perturbation.
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("at", ["data", "model"])

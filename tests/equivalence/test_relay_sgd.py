@@ -169,9 +169,8 @@ def test_a_silent_side_counts_as_the_own_model_and_a_wrong_count_does_little() -
         pytest.approx(mixed.x + 12),
         4,
     ]
-    silent = algorithm.mix(
-        mixed, {2: (torch.tensor([7.0]), one)}
-    )  # what 1 sent before is of no use any more
+    # What 1 sent before is of no use any more.
+    silent = algorithm.mix(mixed, {2: (torch.tensor([7.0]), one)})
     assert silent.x == pytest.approx(float((7 + 4 * mixed.x) / 5))
     assert float(algorithm.outgoing(silent, 2)[1]) == 1
 

@@ -161,9 +161,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             *([OTHERS] if draw(st.integers(0, 9)) == 0 else []),
         ]
         found[key] = draw(st.sampled_from([value for pool in pools for value in pool]))
-    return found | (
-        {"computing.compile": False} if found.get("computing.compile") is True else {}
-    )  # it takes a minute
+    # Compiling takes a minute.
+    return found | ({"computing.compile": False} if found.get("computing.compile") is True else {})
 
 
 def small(strategy: str) -> dict[str, Any]:

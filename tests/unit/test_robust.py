@@ -252,9 +252,8 @@ def test_window_forgets_who_is_gone_and_waits_for_a_majority() -> None:
 
 def test_share_that_is_cut_goes_to_the_others_in_proportion() -> None:
     assert capped({1: 0.8, 2: 0.15, 3: 0.05}, 0.5) == pytest.approx({1: 0.5, 2: 0.375, 3: 0.125})
-    assert capped({1: 0.7, 2: 0.25, 3: 0.05}, 0.4) == pytest.approx(
-        {1: 0.4, 2: 0.4, 3: 0.2}
-    )  # the second is over then
+    # The second is over the limit when the first is cut.
+    assert capped({1: 0.7, 2: 0.25, 3: 0.05}, 0.4) == pytest.approx({1: 0.4, 2: 0.4, 3: 0.2})
     assert capped({1: 0.9, 2: 0.1}, 0.2) == pytest.approx({1: 0.5, 2: 0.5})
     assert capped({1: 1.0}, 0.5) == {1: 1.0}
 

@@ -104,9 +104,10 @@ def test_sam_perturbation_has_norm_rho(rho: float) -> None:
 
     sharpness_aware(watched, rho)(model.x, batch())
     (first, tracked), (second, also) = seen
+    # In float32.
     torch.testing.assert_close(
         torch.linalg.vector_norm(second - first).item(), rho, rtol=1e-4, atol=0
-    )  # float32
+    )
     assert (tracked, also) == (True, False)
 
 

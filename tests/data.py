@@ -62,7 +62,7 @@ def write_keys(folder: Path, sites: int = 4) -> list[dict[str, Any]]:
 
 
 def write_numbers(file: Path, rows: int = 240) -> pd.DataFrame:
-    """A table of two features, two numbers that follow from them, and two labels, maybe both."""
+    """A table of two features, two numbers that follow from them, two labels that may both hold."""
     generator = np.random.default_rng(1)
     frame = pd.DataFrame(
         {"age": generator.uniform(20, 90, rows), "height": generator.normal(170, 9, rows)}

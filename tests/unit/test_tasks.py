@@ -1,4 +1,4 @@
-"""Losses and metrics of every task, against PyTorch and scikit-learn; their sums over sites."""
+"""Losses and metrics of every task, against PyTorch and scikit-learn; they add up over sites."""
 
 import math
 from typing import Any

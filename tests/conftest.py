@@ -1,4 +1,7 @@
-"""What tests share: the default configuration, and a run of the real ServerApp and ClientApp in this process."""
+"""What tests share.
+
+The default configuration, and a run of the real ServerApp and ClientApp in this process.
+"""
 
 import multiprocessing
 import tomllib
@@ -25,7 +28,10 @@ from strategies.methods import find
 
 
 class EndToEndTogether(LoadScopeScheduling):  # type: ignore[misc]
-    """Tests with processes of Flower's own run one after the other, in the first of pytest's processes; all others beside them."""
+    """Tests with processes of Flower's own run one after the other.
+
+    They run in the first of pytest's processes, all others beside them.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return "e2e" if "tests/e2e/" in nodeid else nodeid
@@ -50,7 +56,7 @@ torch.set_num_threads(1)  # small networks; and tests run side by side
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where this process and those that tests start keep decoded data: not where their user does."""
+    """Where this process and those that tests start keep decoded data, apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home := tmp_path_factory.mktemp("cache")))
         yield home
@@ -94,7 +100,10 @@ RunApp = Callable[..., Run]
 
 @pytest.fixture
 def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
-    """``run_app(tamper=None, draw=False, epochs=2, ...)`` runs the app on digits, small and fast unless told otherwise."""
+    """``run_app(tamper=None, draw=False, epochs=2, ...)`` runs the app on digits.
+
+    Small and fast unless told otherwise.
+    """
     small = {
         "num-sites": 3,
         "epochs": 2,

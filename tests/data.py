@@ -62,7 +62,7 @@ def write_keys(folder: Path, sites: int = 4) -> list[dict[str, Any]]:
 
 
 def write_numbers(file: Path, rows: int = 240) -> pd.DataFrame:
-    """A table of two features, two numbers that follow from them, and two labels that may both hold."""
+    """A table of two features, two numbers that follow from them, two labels that may both hold."""
     generator = np.random.default_rng(1)
     frame = pd.DataFrame(
         {"age": generator.uniform(20, 90, rows), "height": generator.normal(170, 9, rows)}
@@ -76,7 +76,10 @@ def write_numbers(file: Path, rows: int = 240) -> pd.DataFrame:
 
 
 def squares(path: str) -> Examples:
-    """Pictures of a light square on dark noise, and for each pixel whether it is of it; those of the border do not count."""
+    """Pictures of a light square on dark noise, and for each pixel whether it is of the square.
+
+    The pixels of the top border do not count.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 90, (60, 1, 16, 16), generator=generator, dtype=torch.uint8)
     y = torch.zeros(60, 16, 16, dtype=torch.int64)

@@ -1,4 +1,7 @@
-"""Torch data sets as somebody's own; a module of its own, so that processes that read them import little."""
+"""Torch data sets as somebody's own.
+
+A module of its own, so that processes that read them import little.
+"""
 
 import multiprocessing
 import time
@@ -19,7 +22,10 @@ CLASSES = ("dark", "light")
 
 
 class Numbers(Dataset[Any]):
-    """Example i has the features (i mod 2, random, i / length) and, if asked for, its class with it; 60 and more are lost."""
+    """Example i has the features (i mod 2, random, i / length).
+
+    Its class comes with it if asked for; examples from 60 on are lost.
+    """
 
     def __init__(self, length: int, labelled: bool) -> None:
         self.length, self.labelled = length, labelled

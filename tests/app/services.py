@@ -73,11 +73,8 @@ class Service:
     process: "_Forked | subprocess.Popen[bytes]"
 
     def __init__(self, folder: Path, *, processes: int = 1, **keys: Any) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-            1,
-            1,
-            1,
-        )  # Flower's messages need one
+        # Flower's messages need one.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
         self._processes = processes
         self.socket, self.audit = str(folder / "site.sock"), folder / "audit.jsonl"
         self.file, self.log = folder / "site.toml", folder / "log"

@@ -1,4 +1,7 @@
-"""The real ServerApp and ClientApp in one process: every way of learning, every kind of data, and what they leave behind."""
+"""The real ServerApp and ClientApp in one process.
+
+Every way of learning, every kind of data, and what they leave behind.
+"""
 
 import tomllib
 from pathlib import Path
@@ -48,8 +51,8 @@ def test_bytes_are_one_vector_each_way_and_message(run_app: RunApp) -> None:
     run = run_app(epochs=2, co_learning={"epsilon": 0.0})
     model = 4 * sum(value.numel() for value in run.model.values())
     last = run.metrics.query("round == 2 and split == 'test' and site == 'all'").iloc[0]
-    # Up: two models a site. Down: two for training, which test what came before, one for the last test. The rest is metrics and
-    # configuration.
+    # Up: two models a site. Down: two for training, which test what came before, one for the last
+    # test. The rest is metrics and configuration.
     assert 0 < last["bytes_up"] - 6 * model < 6 * 1000
     assert 0 < last["bytes_down"] - 9 * model < 9 * 1000
 
@@ -163,7 +166,7 @@ def test_table_with_natural_sites_is_named_after_its_files(
 
 
 def test_classes_that_only_some_sites_have_are_counted_alike(run_app: RunApp) -> None:
-    """Sites with four of ten classes each: a site that counted its own from 0 would be right on four of ten at best."""
+    """Four of ten classes a site: one that numbers its own from 0 is right on 0.4 at best."""
     run = run_app(
         partition={"kind": "classes", "classes_per_site": 4}, training={"lr": 0.02}, epochs=12
     )

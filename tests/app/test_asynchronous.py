@@ -1,4 +1,7 @@
-"""Asynchronous strategies: the real ServerApp and ClientApp in virtual time, with sites that are slow, fail, die and come back."""
+"""Asynchronous strategies: the real ServerApp and ClientApp in virtual time.
+
+Sites are slow, fail, die and come back.
+"""
 
 import logging
 import math
@@ -104,9 +107,8 @@ def test_waiting_for_the_slowest_costs_time_and_the_local_reading_uses_it() -> N
         name: found.metrics["bytes_up"].max()
         for name, found in (("strict", strict), ("local", local))
     }
-    assert (
-        bytes_of["local"] > 1.3 * bytes_of["strict"]
-    )  # nobody idles: what fast sites send is averaged
+    # Nobody idles: what fast sites send is averaged.
+    assert bytes_of["local"] > 1.3 * bytes_of["strict"]
 
 
 def test_slack_trades_evenness_for_time() -> None:
@@ -159,8 +161,8 @@ def test_site_that_sends_nan_is_left_out_by_name(
     logging.getLogger("flwr").propagate = True
     found = run_app(spoil(1), strategy="gsgm", num_sites=3, epochs=3)
     assert (
-        "update 1: site 1 (site 1) is left out of the training: loss is nan: must be a finite number"
-        in caplog.text
+        "update 1: site 1 (site 1) is left out of the training: loss is nan: "
+        "must be a finite number" in caplog.text
     )
     assert found.trace("updates", "train", "1") == [0] * len(found.trace("updates", "train", "1"))
     assert sum(found.trace("updates", "train")) == 3 * 45
@@ -174,7 +176,8 @@ def test_too_few_sites_that_can_be_used_stop_the_run() -> None:
     history = History(config)
     with pytest.raises(
         RunError,
-        match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: loss is nan",
+        match=r"1 sites go on and no others will, min-sites = 2: stopped\. site 1, site 2: "
+        r"loss is nan",
     ):
         run_server(
             VirtualGrid(client_app, World().sites(3, 1), config.flat(), all_but_one),
@@ -199,7 +202,10 @@ def test_test_that_nobody_can_take_is_not_waited_for() -> None:
 
 @pytest.mark.slow
 def test_site_that_is_back_is_sent_one_message_not_two() -> None:
-    """Its contribution of before is applied while it is away, which alone would send it the newest model."""
+    """Its earlier contribution is applied while it is away.
+
+    That alone would send it the newest model.
+    """
     world = World(samples_per_s=[64, 0.5], offline={0: [(10, 100)]})
     assert run(world, **AWAY, gsgm={"schedule": "local"}).finished
 

@@ -1,4 +1,7 @@
-"""What a relay that turned bad, or a broken neighbour, can ask of a peer: the real ClientApp, and messages that no relay sends."""
+"""What a relay that turned bad, or a broken neighbour, can ask of a peer.
+
+The real ClientApp, and messages that no relay sends.
+"""
 
 import math
 from pathlib import Path
@@ -42,11 +45,8 @@ class Sites:
         self, node: dict[str, Any] | list[dict[str, Any]] | None = None, **changes: Any
     ) -> None:
         self.config = configuration(**(COMMON | changes))
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-            1,
-            1,
-            1,
-        )  # Flower's messages need one
+        # Flower's messages need one.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
         self.offered: dict[int, dict[int, ArrayRecord]] = {}
         self.nodes = (
             node
@@ -374,9 +374,8 @@ def test_payloads_that_were_held_back_or_come_too_soon_are_refused() -> None:
     assert refused(reply) == ["site 1: step 0 is 20 steps old, at most 16 are of use"]
     reply = late.step(0, 21, {3: late.delivery(0, 0, 3, labelled=9999)})
     assert refused(reply) == ["site 3: step 9999 is not before this peer's step 21"]
-    assert (
-        refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []
-    )  # it blocked nothing
+    # The refused message blocked nothing.
+    assert refused(late.step(0, 22, {3: late.delivery(0, 0, 3, labelled=21)})) == []
 
 
 def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:
@@ -542,7 +541,10 @@ def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_sealed_peers_tell_no_losses_on_a_few_examples(fraction: float) -> None:
-    """The run says how many of a site's examples are tested; losses of known networks on one tell what it is."""
+    """The loss of a known network on one test example tells what the example is.
+
+    The run says how many of a site's examples are tested.
+    """
     sites, changes = Sites(), {**COMMON, **SEALED, "data.test-fraction": fraction}
     sites.contexts[0] = sites.context(0, configuration(**changes))
     for reply in (sites.ask(0, "query.site", {}), sites.step(0, 0, test=True)):

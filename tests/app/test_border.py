@@ -99,7 +99,7 @@ def answers(name: str) -> dict[str, list[RecordDict]]:
     return found
 
 
-# --- changes ----------------------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 TEXTS = [
     "",
@@ -268,7 +268,7 @@ def copied(content: RecordDict) -> RecordDict:
     return RecordDict({name: type(record)(dict(record)) for name, record in content.items()})  # type: ignore[arg-type]
 
 
-# --- an opinion of its own on what cannot be taken ---------------------------------------------------------------------
+# --- an opinion of its own on what cannot be taken ------------------------------------------------
 
 
 def bad_number(key: str, value: Any, honest: Any) -> bool:
@@ -372,7 +372,10 @@ def bad_card(record: ConfigRecord, honest: ConfigRecord) -> bool:
 
 
 def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
-    """Whether an answer must be refused whole; a peer's last model, and what was tested before it trained, are another matter."""
+    """Whether an answer must be refused whole.
+
+    A peer's last model, and what was tested before it trained, are another matter.
+    """
     names = [name for name in honest if name not in ("model", "test")]
     if set(answer) - {"model", "test"} != set(names) or any(
         type(answer[name]) is not type(honest[name]) for name in names
@@ -393,7 +396,7 @@ def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
     return found
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 class Listening(logging.Handler):
@@ -466,7 +469,10 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
 
 
 def check_census(found: Outcome, name: str, answer: RecordDict, lines: list[str]) -> None:
-    """The site is left out, or what it says can be; or it gives itself the number of another, and none of the two is believed."""
+    """The site is left out, or what it says is possible.
+
+    Or it gives itself the number of another site, and neither of the two is believed.
+    """
     assert found.error is None, found.error
     numbers = [site.number for site in found.federation.sites]
     check_named(lines, refused=BAD not in numbers)
@@ -477,7 +483,7 @@ def check_census(found: Outcome, name: str, answer: RecordDict, lines: list[str]
 
 
 def test_made_up_sites_run_every_driver() -> None:
-    """The runs above would go on however wrong the honest answers were, if none of these counted."""
+    """The runs above would go on even if every honest answer were wrong and left out."""
     for name in RUNS:
         found = outcome(config_of_run(name))
         assert found.error is None

@@ -1,6 +1,7 @@
-"""With the shipped defaults every method learns, and every kind of data is learned, however unlike the sites are.
+"""With the shipped defaults every method learns, and every kind of data is learned.
 
-The real data sets take longer: ``python -m benchmarks.defaults``, docs/results/defaults.md.
+That holds however unlike the sites are. The real data sets take longer: ``python -m
+benchmarks.defaults``, docs/results/defaults.md.
 """
 
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Methods, partitions, codecs and topologies of one's own: those of ``examples/`` do in a run what they say."""
+"""Methods, partitions, codecs and topologies of one's own.
+
+Those of ``examples/`` do in a run what they say.
+"""
 
 from pkgutil import resolve_name
 from typing import Any
@@ -68,9 +71,8 @@ def test_my_codec_sends_a_byte_a_number_and_rounds() -> None:
     d = initial(exact).numel()
     exchanges = int(exact.history["round"].iloc[-1])
     sent = [float(run.metrics["bytes_up"].max()) for run in (exact, coarse)]
-    messages = (
-        4 * exchanges
-    )  # the models that peers offer; collected at the end, they are whole in both
+    # The models that peers offer; collected at the end, they are whole in both.
+    messages = 4 * exchanges
     assert (sent[0] - sent[1]) / messages == pytest.approx(3 * d, rel=0.03)
     assert coarse.summary["loss"] == pytest.approx(exact.summary["loss"], rel=0.1)
     assert coarse.summary["loss"] != exact.summary["loss"]

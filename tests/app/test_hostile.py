@@ -1,4 +1,7 @@
-"""Hostile sites: what robust means make of them in the real server and at real peers, and what is written down of them."""
+"""Hostile sites: what robust means make of them, and what is written down of them.
+
+In the real server and at real peers.
+"""
 
 import logging
 from pathlib import Path
@@ -33,7 +36,10 @@ SMALL: dict[str, Any] = {
 def replies_of(
     strategy: str, bad: float | None = None, **keys: Any
 ) -> tuple[list[np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
-    """What sites send in the first round, the last one ``bad`` in every number, and what the server makes of it."""
+    """What sites send in the first round, and what the server makes of it.
+
+    The last site sends ``bad`` in every number, unless it is None.
+    """
     sent: dict[int, np.ndarray[Any, Any]] = {}
 
     def spoil(site: int, message: Message, content: Any) -> Any:
@@ -128,7 +134,7 @@ def test_change_reversed_tenfold_destroys_nothing(method: str, mean: str) -> Non
     assert accuracy(configuration(**common), "reversed", 1) < 0.5 < defended
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "q-saddle"])
@@ -173,7 +179,7 @@ def test_what_peers_refuse_of_each_other_is_an_event_of_the_sender() -> None:
     assert all(event.reason.isprintable() and len(event.reason) <= 240 for event in first)
 
 
-# --- what is written down ---------------------------------------------------------------------------------------------
+# --- what is written down -------------------------------------------------------------------------
 
 
 def test_what_is_refused_is_listed_with_site_round_and_rule(tmp_path: Path) -> None:

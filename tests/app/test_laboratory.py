@@ -1,4 +1,7 @@
-"""The laboratory: what simulate and compare return, that it can be trusted, and what they do when something goes wrong."""
+"""The laboratory: what simulate and compare return, and that it can be trusted.
+
+Also what they do when something goes wrong.
+"""
 
 import math
 import tomllib
@@ -42,9 +45,8 @@ def test_same_seed_same_history_bit_for_bit_and_another_seed_another() -> None:
     first, again, other = (simulate(**SMALL, world=ROUGH, seed=seed) for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
-    assert other.summary["hours"] != pytest.approx(
-        first.summary["hours"], rel=0.01
-    )  # another world, too
+    # Another seed makes another world, too.
+    assert other.summary["hours"] != pytest.approx(first.summary["hours"], rel=0.01)
 
 
 def test_world_changes_the_time_and_nothing_else_where_all_sites_take_part() -> None:

@@ -1,4 +1,7 @@
-"""Data larger than memory: the same models wherever examples are and whoever reads them; errors that name what is wrong."""
+"""Data larger than memory.
+
+The same models wherever examples are and whoever reads them; errors that name what is wrong.
+"""
 
 import gc
 import multiprocessing
@@ -32,9 +35,8 @@ from simulation.laboratory import simulate
 from tests.data import write_audio
 from tests.own_data import CLASSES, Numbers, Stuck, read_ahead
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than there are cores
+# More workers than there are cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 STREAMED = {"data.memory-gb": 1e-9}
 OWN: dict[str, Any] = {"model.name": "mlp", "num-sites": 2, "progress": False}
 
@@ -259,9 +261,7 @@ def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
     lazy.close()
 
 
-def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_the_next_reading_begins_with_others() -> (
-    None
-):
+def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_others_read_next() -> None:
     def late(*_: object) -> None:
         raise TimeoutError
 
@@ -313,7 +313,8 @@ def test_own_data_set_is_the_same_with_its_labels_and_for_any_number_of_workers(
 def test_own_data_set_without_labels_in_memory_cannot_be_dealt_by_class() -> None:
     with pytest.raises(
         Exception,
-        match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: iid, sizes, natural",
+        match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: "
+        r"iid, sizes, natural",
     ):
         simulate(**mine("labelled", **{"partition.kind": "dirichlet"}))
 
@@ -432,6 +433,7 @@ def test_what_an_iterable_data_set_cannot_do_is_said(
 def test_workers_without_effect_are_an_error() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"computing.workers = 2: has no effect with data.source = 'digits', which is in memory",
+        match=r"computing.workers = 2: has no effect with data.source = 'digits', "
+        r"which is in memory",
     ):
         configuration(None, **{"computing.workers": 2})

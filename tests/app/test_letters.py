@@ -1,6 +1,7 @@
-"""Whatever comes through the socket of a site's service, it goes on, remembers what it did, and says what came and from whom.
+"""The site service goes on, whatever comes through its socket.
 
-Honest letters with bytes, lengths, types or values changed, each from its own seed. ``LETTER_CASES=10000`` tries as many.
+It remembers what it did, and says what came and from whom. Tried are honest letters with bytes,
+lengths, types or values changed, each from its own seed; ``LETTER_CASES=10000`` tries as many.
 """
 
 import json
@@ -83,7 +84,10 @@ SLOW = {"computing.compile"}  # it takes a minute, which says nothing about lett
 
 
 class Inside(Service):
-    """A service in this process: it works on what it is sent, one letter after the other, and returns what it wrote back."""
+    """A service in this process.
+
+    It works on what it is sent, one letter after the other, and returns what it wrote back.
+    """
 
     def __init__(self, folder: Path) -> None:
         rules = Policy(models=["mlp"], largest_model=2 * SIZE, runs_a_day=10**6)
@@ -107,7 +111,7 @@ class Inside(Service):
         )
 
     def ask(self, data: bytes) -> bytes:
-        """The kind of the last frame that comes back; nothing where the line is closed without a word."""
+        """The kind of the last frame that comes back; empty where the connection is just closed."""
         ours, theirs = socket.socketpair()
         with ours:
             for end in (ours, theirs):
@@ -191,7 +195,7 @@ def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
     }, RecordDict(records)
 
 
-# --- changes ----------------------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 
 def change_bytes(random: Random, data: bytearray) -> None:
@@ -229,7 +233,7 @@ def change_kind(random: Random, data: bytearray) -> None:
 
 
 def change_json(random: Random, data: bytearray) -> None:
-    """Somewhere in the head: a value of another kind, a key that is missing, one that nobody knows."""
+    """Somewhere in the head: a value of another type, a missing key, or an unknown one."""
     length = int.from_bytes(data[1:9], "big")
     try:
         head = json.loads(data[9 : 9 + length])
@@ -273,7 +277,7 @@ CHANGES: Sequence[Callable[[Random, bytearray], None]] = (
 )
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)

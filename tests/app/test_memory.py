@@ -25,10 +25,9 @@ SIZES = tuple(parameter.numel() for parameter in network(SHAPE, 2).parameters())
 
 @pytest.fixture(scope="module", autouse=True)
 def handed_back() -> None:
-    """The C library hands vectors back to the system as soon as they are freed; what is loaded only once is loaded."""
-    ctypes.CDLL(None).mallopt(
-        -3, 1 << 20
-    )  # M_MMAP_THRESHOLD; without it, it grows with what is freed
+    """The C library returns freed vectors at once, and what is loaded only once is loaded."""
+    # M_MMAP_THRESHOLD: unless it is set, it grows with what is freed.
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)
     peak(short("fedavg", 3, NETWORK), SIZES)
 
 

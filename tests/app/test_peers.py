@@ -1,4 +1,7 @@
-"""Peers: the real ServerApp and ClientApp over the relay, the batched engine beside it, and everything that can go wrong."""
+"""Peers: the real ServerApp and ClientApp over the relay, and the batched engine beside it.
+
+And everything that can go wrong.
+"""
 
 import ast
 import logging
@@ -115,7 +118,7 @@ ALIKE: list[dict[str, Any]] = [
 
 
 def smooth(shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
-    """A network without kinks, at which a rounding error of one engine would become far more than itself."""
+    """A network without kinks: at one, a rounding error of one engine would grow by far."""
     hidden = 64
     return torch.nn.Sequential(
         torch.nn.Flatten(),
@@ -161,8 +164,9 @@ JUMPING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", JUMPING, ids=lambda changes: next(iter(changes.values())))
 def test_what_jumps_is_close_in_both_engines(changes: dict[str, Any]) -> None:
-    """A rounding error of one engine can move a number to a codec's next level, or past the kink of a ReLU or of max-pooling, and
-    then by far more than itself, but seldom.
+    """A rounding error of one engine can grow to far more than itself, but seldom does.
+
+    It can move a number to a codec's next level, or past the kink of a ReLU or of max-pooling.
     """
     changes = {"strategy": "q-saddle"} | changes
     relay, batched = (run(engine=engine, epochs=2, **changes) for engine in ("app", "batched"))
@@ -197,7 +201,7 @@ def test_same_seed_same_history_and_seeds_differ() -> None:
 
 
 def test_state_survives_the_process() -> None:
-    """Everything a site keeps in memory is dropped before each message: only ``context.state`` remains."""
+    """A site's memory is dropped before each message: only ``context.state`` remains."""
 
     def forget(number: int, message: Message, reply: Message) -> Message:
         for cached in (site_module.network_of, site_module._site_data, oracle_module.order_of):
@@ -221,7 +225,7 @@ def test_state_survives_the_process() -> None:
 
 
 def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
-    """What Flower remembers of site 2 is gone before each message, as when its SuperNode was started anew."""
+    """What Flower holds of site 2 is gone before each message, as after its SuperNode's restart."""
     changes: dict[str, Any] = {
         "strategy": "qgm",
         "wire.codec": "qsgd",
@@ -315,7 +319,7 @@ def watched(
 
 
 def test_relay_does_no_arithmetic_on_payloads() -> None:
-    """It knows neither torch nor numpy, and what it delivers is, byte for byte, what was offered."""
+    """It imports neither torch nor numpy; what it delivers is, byte for byte, what was offered."""
     source = ast.parse(Path(relay_module.__file__).read_text())
     imported = {
         alias.name if isinstance(node, ast.Import) else str(node.module)
@@ -363,7 +367,10 @@ def test_a_message_a_peer_and_exchange_and_two_with_neighbourhood_gradients() ->
 
 
 def test_neighbours_need_not_wait_for_those_far_away() -> None:
-    """On a path the last peer is slow: when it has taken its first steps, the first one is some steps ahead, not one."""
+    """On a path the last peer is slow.
+
+    When it has taken its first steps, the first one is some steps ahead, not one.
+    """
     steps: dict[int, int] = {}
     ahead: list[int] = []
 
@@ -487,7 +494,8 @@ def test_epochs_add_up_whenever_peers_are_tested(engine: str) -> None:
 def test_batched_run_that_diverges_says_so() -> None:
     with pytest.raises(
         RunError,
-        match=r"exchange \d+: training diverged: the models of the sites \[0, 1, 2, 3\] are not finite",
+        match=r"exchange \d+: training diverged: the models of the sites "
+        r"\[0, 1, 2, 3\] are not finite",
     ):
         run(engine="batched", strategy="d-psgd", training={"lr": 1e6})
 
@@ -623,7 +631,7 @@ def test_what_cannot_be_used_is_refused_by_name(
 
 
 def test_payload_delivered_twice_is_refused() -> None:
-    """A relay that turned bad: it delivers the payload of a step again under the same, valid, header."""
+    """A bad relay delivers the payload of a step again under the same, valid, header."""
     delivered: list[ArrayRecord] = []
     refused: list[str] = []
 
@@ -737,7 +745,10 @@ def test_topology_that_cannot_be_stops_before_the_first_message(
                 "n-saddle.perturbed-by": "owner-of-model",
                 "wire.codec": "fp16",
             },
-            "wire.codec = 'fp16': n-saddle.perturbed-by = 'owner-of-model' needs wire.codec = 'identity'",
+            (
+                "wire.codec = 'fp16': n-saddle.perturbed-by = 'owner-of-model' needs "
+                "wire.codec = 'identity'"
+            ),
         ),
         ({"strategy": "dmsgd", "wire.bits": 3}, "wire.bits = 3: must be 2, 4, 8 or 16"),
         (
@@ -779,9 +790,8 @@ def test_batch_norm_statistics_are_averaged_with_the_models() -> None:
     )
     means = [model["stem.1.running_mean"] for model in found.models.values()]
     assert not torch.equal(means[0], torch.zeros(16))
-    torch.testing.assert_close(
-        means[0], means[1]
-    )  # two peers with weights 1/2 agree after each exchange
+    # Two peers with weights 1/2 agree after each exchange.
+    torch.testing.assert_close(means[0], means[1])
 
 
 def test_results_show_the_graph_the_worst_peer_and_every_link(
@@ -916,7 +926,10 @@ CHOCO: dict[str, Any] = {
 def test_hats_are_never_wrong_whoever_comes_and_goes(
     strategy: str, seed: int, timeout_s: float
 ) -> None:
-    """CHOCO: what a reader has of a neighbour that it mixes with is what that neighbour thinks it has, at the same step."""
+    """CHOCO: what a reader has of a neighbour is what that neighbour thinks it has.
+
+    For each neighbour that it mixes with, at the same step.
+    """
     hats: dict[tuple[int, int], torch.Tensor] = {}
     compared = 0
 
@@ -949,7 +962,10 @@ def test_hats_are_never_wrong_whoever_comes_and_goes(
 
 
 def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCaptureFixture) -> None:
-    """One changed bit at step 5: the neighbours leave the sender out until it starts anew, and then hear it again."""
+    """One changed bit at step 5: the neighbours leave the sender out until it restarts.
+
+    From then on they use its messages again.
+    """
     logging.getLogger("flwr").propagate = True
 
     def spoil_once(number: int, message: Message, reply: Message) -> Message:
@@ -968,11 +984,8 @@ def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCapt
         return reply
 
     _, history = watched(spoil_once, strategy="qgm", epochs=4, **CHOCO, **SEALED)
-    assert caplog.text.count("refuses what came from site 1") in (
-        2,
-        3,
-        4,
-    )  # both neighbours, once or twice
+    # Both neighbours, once or twice.
+    assert caplog.text.count("refuses what came from site 1") in (2, 3, 4)
     assert history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].iloc[-1] > 0.3
 
 

@@ -248,7 +248,10 @@ NAMES = [
 def test_names_that_sites_choose_do_no_harm(
     strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In tables, pictures and files, as names of sites and of classes; a matplotlib that fails would end the run."""
+    """As names of sites and of classes, in tables, pictures and files.
+
+    A matplotlib that fails would end the run.
+    """
     small: dict[str, Any] = {
         "num_sites": len(NAMES),
         "epochs": 1,

@@ -1,4 +1,7 @@
-"""A run that is killed goes on: the real ServerApp and ClientApp, a server that dies at any event, and another one after it."""
+"""A run that is killed goes on.
+
+The real ServerApp and ClientApp, a server that dies at any event, and another one after it.
+"""
 
 from itertools import count as count_up
 from pathlib import Path
@@ -76,7 +79,10 @@ def small(folder: Path, **changes: Any) -> Config:
 
 
 def serve(config: Config, folder: Path, dies_at: int | None = None) -> tuple[Folder, int]:
-    """Run, or go on with the unfinished run; die instead of taking notice of an event. And how many events there were."""
+    """Run, or go on with the unfinished run; return its folder and how many events there were.
+
+    At event ``dies_at`` the server dies instead of taking notice of it.
+    """
     config = configuration(**config.flat() | {"results.resume": "auto"})  # type: ignore[arg-type]
     before = checkpoint.find(config)
     run = next(RUNS)
@@ -123,9 +129,8 @@ def test_whatever_is_killed_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
         serve(config, tmp_path / "b", dies_at=int(part * events))
     resumed, _ = serve(config, tmp_path / "b")
     folders = sorted(path for path in (tmp_path / "b").iterdir() if path.name != "state")
-    assert (
-        folders[-1] == resumed.path
-    )  # with none before it, but for one that was killed before its first checkpoint
+    # There is none before it, but for one that was killed before its first checkpoint.
+    assert folders[-1] == resumed.path
     assert not any((folder / checkpoint.FOLDER).exists() for folder in folders)
     expected, found = told(undisturbed), told(resumed)
     if isinstance(config.plan, ArrivalPlan):

@@ -260,9 +260,8 @@ def test_wrong_configuration_stops_before_the_first_message(tmp_path: Path) -> N
 
 
 def test_wrong_data_or_model_stops_before_any_site_trains(tmp_path: Path) -> None:
-    assert (
-        messages_sent({"data.source": "csv", "data.path": "/nowhere"}, tmp_path) == 2
-    )  # the census
+    # The two messages are those that ask what sites have.
+    assert messages_sent({"data.source": "csv", "data.path": "/nowhere"}, tmp_path) == 2
     assert messages_sent({"model.name": "vgg11"}, tmp_path) == 2
     assert not (tmp_path / "runs").exists()
 
@@ -330,12 +329,18 @@ MISFITS: list[tuple[str, Any, str]] = [
     (
         "shape",
         [3, 8, 8],
-        r"site 1 \(node \d+\): it has examples of shape \[3, 8, 8\], others have examples of shape \[1, 8, 8\]",
+        (
+            r"site 1 \(node \d+\): it has examples of shape \[3, 8, 8\], "
+            r"others have examples of shape \[1, 8, 8\]"
+        ),
     ),
     (
         "train",
         10**12,
-        r"site 1 \(node \d+\): it says it has 1,000,000,000,000 training examples, more than 1,000 times the median",
+        (
+            r"site 1 \(node \d+\): it says it has 1,000,000,000,000 training examples, "
+            r"more than 1,000 times the median"
+        ),
     ),
     (
         "columns",
@@ -345,7 +350,10 @@ MISFITS: list[tuple[str, Any, str]] = [
     (
         "site",
         0,
-        r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; give each its own site=",
+        (
+            r"site 0 \(node \d+\), site 1 \(node \d+\): two sites have the number 0; "
+            r"give each its own site="
+        ),
     ),
 ]
 

@@ -1,4 +1,7 @@
-"""Rounds with sites that are silent, slow or come back; runs that end without anything of use say so."""
+"""Rounds with sites that are silent, slow or come back.
+
+Runs that end without anything of use say so.
+"""
 
 import logging
 import math
@@ -62,7 +65,7 @@ def test_others_wait_once_for_a_site_that_never_answers_too(strategy: str) -> No
 
 
 def test_silent_site_is_waited_for_again_after_its_answer(caplog: pytest.LogCaptureFixture) -> None:
-    """Its training is lost in the first round; from the second on it is slow: its answer comes in the fifth."""
+    """Its training is lost in round 1; from round 2 on it is slow: its answer comes in round 5."""
     logging.getLogger("flwr").propagate = True
 
     def slow(site: int, message: Message) -> float:
@@ -107,15 +110,13 @@ def test_message_of_before_that_nobody_answers_does_not_send_a_site_away_that_is
 
 
 def test_too_few_without_a_silent_site_means_waiting_for_it() -> None:
-    """All four are needed: from the second round on one is away, but each round waits for its answer."""
+    """All four are needed: from round 2 on one is away, but each round waits for its answer."""
 
     def slow(site: int, message: Message) -> float:
         return 3.5 if site == 2 else 1.0
 
-    alone = {
-        "strategy": "ensemble",
-        "ensemble.local-epochs": 1,
-    }  # whose tests are messages of their own
+    # A strategy whose tests are messages of their own.
+    alone = {"strategy": "ensemble", "ensemble.local-epochs": 1}
     found = outcome(
         rounds(3, min_sites=4, **alone), silent(2, range(1, 2), ("evaluate",)), seconds=slow
     )
@@ -124,7 +125,7 @@ def test_too_few_without_a_silent_site_means_waiting_for_it() -> None:
 
 
 def test_silent_site_that_the_grid_lost_and_has_again_is_waited_for() -> None:
-    """Silent in the first round, not connected in the second and third; from the fourth on it has its time to answer."""
+    """Silent in round 1, not connected in 2 and 3; from round 4 on it has its time to answer."""
     absent, trained = False, 0
 
     class Grid(Sites):
@@ -173,7 +174,7 @@ def test_one_test_that_can_be_used_is_enough() -> None:
 
 
 def test_steps_that_could_leave_the_bounds_are_not_taken() -> None:
-    """With a rate of the server as large as this, one contribution could: the model stays what it was."""
+    """With so large a server rate one contribution could: the model stays what it was."""
     keys = {"server_lr": 1e9, "window": 1, "momentum": 0.0}
     config = configuration(
         strategy="gsgm", num_sites=4, epochs=2, model={"name": NETWORK}, gsgm=keys
@@ -231,7 +232,10 @@ def test_reply_from_somebody_else_is_refused(kind: str) -> None:
     ],
 )
 def test_round_is_one_message(strategy: str, table: str, tests: int) -> None:
-    """What a round made is tested with the next one; alone the last, and common predictions, are tested by themselves."""
+    """What a round made is tested with the next one.
+
+    Only the last, and common predictions, are tested by themselves.
+    """
     kinds: list[str] = []
 
     def watch(site: int, message: Message, content: RecordDict) -> Answer:
@@ -254,7 +258,8 @@ def test_flaw_in_a_test_costs_the_test_only() -> None:
     assert took_part(found, 1) == [1, 2, 3]
     assert took_part(found, 1, "test") == [3]
     assert [str(event) for event in found.refused] == [
-        f"round {number}: site 1 (site 1) is left out of the test: loss is nan: must be a finite number"
+        f"round {number}: site 1 (site 1) is left out of the test: loss is nan: "
+        "must be a finite number"
         for number in (1, 2)
     ]
 

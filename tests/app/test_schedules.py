@@ -1,4 +1,7 @@
-"""When a contribution changes the model: oracles of the schedules, on made-up sites whose every number is known."""
+"""When a contribution changes the model.
+
+Oracles of the schedules, on made-up sites whose every number is known.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -65,7 +68,7 @@ class Numbered:
         return write_trained({X: delta(site, number), STATS: stats}, metrics)
 
 
-# --- refill -----------------------------------------------------------------------------------------------------------
+# --- refill ---------------------------------------------------------------------------------------
 
 
 def test_refill_makes_the_kth_arrival_of_a_list_k_minus_1_old() -> None:
@@ -75,7 +78,10 @@ def test_refill_makes_the_kth_arrival_of_a_list_k_minus_1_old() -> None:
 
 
 def test_list_makes_them_twice_as_old_after_the_first() -> None:
-    """All but those of the first list were sent the model of their release: four others came before each of them."""
+    """All but those of the first list were sent the model of their release.
+
+    Four others came before each of them.
+    """
     found = outcome(gsgm(5, 8, {"schedule": "list"}), seconds=seconds(1.0, 1.3, 1.9, 2.2, 7.0))
     assert ages(found)[4] == 7 * 5 + 1
     assert sum(ages(found).values()) == 40
@@ -111,15 +117,17 @@ def test_refill_does_not_wait_for_a_site_that_failed() -> None:
     assert set(ages(found)) <= {0, 1, 2}
 
 
-# --- local ------------------------------------------------------------------------------------------------------------
+# --- local ----------------------------------------------------------------------------------------
 
 
 def reference(
     x: Tensor, contributions: list[list[tuple[Tensor, int]]], strength: float
 ) -> list[Tensor]:
-    """The models after each contribution: of its parts' deltas, each compensated against the model of its own version.
+    """The models after each contribution.
 
-    ``x' = x - mean_p s(age_p) (delta_p + strength / lr delta_p^2 (x - x_p))`` with ``s(a) = 1 / (1 + a)`` and lr 0.1.
+    It is of its parts' deltas, each compensated against the model of its own version:
+    ``x' = x - mean_p s(age_p) (delta_p + strength / lr delta_p^2 (x - x_p))`` with
+    ``s(a) = 1 / (1 + a)`` and lr 0.1.
     """
     versions = [x]
     for parts in contributions:
@@ -136,12 +144,16 @@ def reference(
 
 
 def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() -> None:
-    """Sites take 1, 2.6 and 6.5 seconds; every arrival, worked out by hand (site, second, version that it was made of)."""
+    """Sites take 1, 2.6 and 6.5 seconds; every arrival is worked out by hand.
+
+    Of each: site, second, and the version that it was made of.
+    """
     contributions = [
         [(delta(0, 0), 0)],  # 0 at 1
         [(delta(1, 0), 0)],  # 1 at 2.6
         [(delta(2, 0), 0)],  # 2 at 6.5: the first list is done, and who waited is next
-        # 0 at 2 and at 3 with what it was sent at 1 and 2; at 4, 5 and 6 with what it was sent from 3 on, after 2.6.
+        # 0 at 2 and at 3 with what it was sent at 1 and 2; at 4, 5 and 6 with what it was sent
+        # from 3 on, after 2.6.
         [(delta(0, 1), 1), (delta(0, 2), 1), (delta(0, 3), 2), (delta(0, 4), 2), (delta(0, 5), 2)],
         [(delta(1, 1), 2)],  # 1 at 5.2
     ]
@@ -162,7 +174,7 @@ def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() ->
     assert ages(found) - Counter(ages(found).keys() - {0, 1, 2}) >= Counter({0: 1, 1: 2, 2: 2})
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 def test_statistics_are_a_running_mean_over_the_sites() -> None:

@@ -1,4 +1,7 @@
-"""The site service: a letter's way through the socket, the operator's rules, and what the server hears when it is not there."""
+"""The site service: a letter's way through the socket, and the operator's rules.
+
+And what the server is told when the service is not there.
+"""
 
 import contextlib
 import grp
@@ -79,7 +82,7 @@ def test_answers_are_those_of_the_handlers_bit_for_bit(config: Config, service: 
     assert not [line for line in service.lines() if "problem" in line or "rule" in line]
 
 
-# --- the operator's rules ---------------------------------------------------------------------------------------------
+# --- the operator's rules -------------------------------------------------------------------------
 
 STRICT = {
     "strategies": ["fedavg", "local", "asgd", "dmsgd"],
@@ -95,11 +98,8 @@ STRICT = {
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-        1,
-        1,
-        1,
-    )  # Flower's messages need one
+    # Flower's messages need one.
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
     found = Service(tmp_path_factory.mktemp("site"), policy=STRICT)
     yield found
     found.end()
@@ -231,7 +231,7 @@ def test_what_old_runs_left_on_disk_is_deleted(tmp_path: Path) -> None:
     service.end()
 
 
-# --- a service that is not there --------------------------------------------------------------------------------------
+# --- a service that is not there ------------------------------------------------------------------
 
 
 def test_server_hears_what_is_wrong_with_a_service(
@@ -261,9 +261,8 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
         waiting = [pool.submit(answer_to, service, flat(), "train", long)]
         while len(service.lines()) == before:
             time.sleep(0.05)
-        waiting += [
-            pool.submit(answer_to, service, flat()) for _ in range(18)
-        ]  # two more than may wait
+        # Two more than may wait.
+        waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]
         busy = [said(found.result()) for found in islice(as_completed(waiting), 2)]
         assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [
             True,
@@ -281,7 +280,10 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
 
 
 def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
-    """A run was stopped, or its SuperNode: the next one's letter is answered, though the work would have taken days."""
+    """When a run, or its SuperNode, was stopped, the next one's letter is answered.
+
+    The work of the stopped one would have taken days.
+    """
     service = Service(tmp_path)
     try:
         head = {"kind": "train", "run": next(RUN_IDS), "node": 5, "run-config": flat()}
@@ -315,7 +317,7 @@ def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
     assert not answer_to(strict, flat()).has_error()
 
 
-# --- two users --------------------------------------------------------------------------------------------------------
+# --- two users ------------------------------------------------------------------------------------
 
 
 def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
@@ -439,14 +441,17 @@ def as_user(user: int, group: int, act: Callable[[], str]) -> str:
     return found
 
 
-# --- what leaves ------------------------------------------------------------------------------------------------------
+# --- what leaves ----------------------------------------------------------------------------------
 
 NOISY = {"clip-norm": 0.5, "noise-multiplier": 4.0, "epsilon": 3.0}
 
 
 @pytest.mark.parametrize("strategy", ["co-learning", "scaffold", "diloco", "gsgm", "dmsgd"])
 def test_noise_of_a_site_is_in_what_leaves_it(strategy: str, private: Service) -> None:
-    """The others' run goes on with it: the site's model differs from the honest one by noise of the size it was told."""
+    """The site's model differs from the honest one by noise of the size it was told.
+
+    The others' run goes on with it.
+    """
     config = config_of(strategy, **({} if strategy == "dmsgd" else {"max_change": 1e6}))
     before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
     found = deployed(config, site_1=private.socket)
@@ -464,9 +469,8 @@ def test_noise_of_a_site_is_in_what_leaves_it(strategy: str, private: Service) -
         size = sum(value.numel() for value in found.models["model"].values())
         moved = answers[0]["norms"]["x"]
         wanted = NOISY["clip-norm"] * NOISY["noise-multiplier"] * size**0.5
-        assert (
-            abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01
-        )  # clipping leaves at most 0.5 of some 140
+        # Clipping leaves at most 0.5 of some 140.
+        assert abs(moved / wanted - 1) < 4 / (2 * size) ** 0.5 + 0.01
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +486,10 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_that_a_loss_is_not_finite_does_not_leave(bad: float, private: Service) -> None:
-    """An error would say of a model of the server's own making whether any example has a value above one of its choice."""
+    """An error would tell the server whether an example has a value above one of its choice.
+
+    It would send a model of its own making.
+    """
     told = order({}, 4810, **{"local-epochs": 1})
     told["arrays"] = pack({"x": torch.full((4810,), bad)})
     before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
@@ -559,7 +566,10 @@ def test_a_test_on_few_examples_tells_no_metric(service: Service) -> None:
 
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 20}}], indirect=True)
 def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service) -> None:
-    """A relay that starts 160 runs with chosen seeds and batches of one, rate 0, solved a picture from its losses."""
+    """A relay that starts 160 runs could compute a picture from its losses.
+
+    With chosen seeds, batches of one, and rate 0.
+    """
     tiny = flat("d-psgd") | {
         "training.batch-size": 1,
         "training.lr": 1e-30,
@@ -589,7 +599,7 @@ def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service)
     assert all(loss == round(loss, 3) for loss in allowed)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["co-learning", "gsgm", "dmsgd"])
@@ -684,7 +694,7 @@ def test_process_that_is_killed_is_heard_of_and_all_begin_anew(
     service.end()
 
 
-# --- its own page -----------------------------------------------------------------------------------------------------
+# --- its own page ---------------------------------------------------------------------------------
 
 
 def test_page_of_the_site_says_what_was_asked_and_what_left(tmp_path: Path) -> None:

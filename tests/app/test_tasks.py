@@ -174,7 +174,10 @@ def test_run_shows_the_tasks_own_metric(
         ),
         (
             {"training.task": "regression", "data.source": "csv", "partition.kind": "dirichlet"},
-            "partition.kind = 'dirichlet': examples of regression have no classes; allowed: iid, sizes, natural",
+            (
+                "partition.kind = 'dirichlet': examples of regression have no classes; allowed: "
+                "iid, sizes, natural"
+            ),
         ),
         (
             {
@@ -204,13 +207,15 @@ def test_data_of_another_task_are_refused_by_the_sites(file: Path) -> None:
         simulate(epochs=1, **table(file, "pressure", "multi-label"))
     with pytest.raises(
         RunError,
-        match=r"'pressure' of .*: 240 different classes, .*; to predict a number: training.task = 'regr",
+        match=r"'pressure' of .*: 240 different classes, .*; to predict a number: "
+        r"training.task = 'regr",
     ):
         simulate(epochs=1, **table(file, "pressure", "classification"))
     for label, task in (("pressure pulse", "regression"), ("pressure, pulse", "classification")):
         with pytest.raises(
             RunError,
-            match=r"to predict several columns: data.label = 'pressure, pulse' with training.task = 'm",
+            match=r"to predict several columns: "
+            r"data.label = 'pressure, pulse' with training.task = 'm",
         ):
             simulate(epochs=1, **table(file, label, task))
     with pytest.raises(

@@ -1,4 +1,7 @@
-"""What an operator may get wrong, and what a server of sealed peers does when a site forgets or tells nothing."""
+"""What an operator may get wrong.
+
+And what a server of sealed peers does when a site forgets or tells nothing.
+"""
 
 import logging
 from pathlib import Path
@@ -24,11 +27,8 @@ from tests.data import write_keys
 
 def answer(node: dict[str, Any], **changes: Any) -> Message:
     """What a site with such a ``--node-config`` says in the census."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-        1,
-        1,
-        1,
-    )  # Flower's messages need one
+    # Flower's messages need one.
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
     settings = dict(configuration(strategy="dmsgd", num_sites=4, **changes).flat())
     return client_app(
         message=Message(RecordDict(), 1000, "query.site"),
@@ -51,7 +51,10 @@ SIMULATED: dict[str, Any] = {"partition-id": 0, "num-partitions": 4}
         (OWN | {"stat": "/srv"}, "stat = '/srv': unknown key"),
         (
             OWN | {"private-key": "0.key"},
-            "private-key = '0.key': there is no peer-keys; private-key and peer-keys belong together",
+            (
+                "private-key = '0.key': there is no peer-keys; "
+                "private-key and peer-keys belong together"
+            ),
         ),
         (OWN | {"peer-keys": "p.toml"}, "peer-keys = 'p.toml': there is no private-key"),
         (OWN | {"site": 1.7}, "site = 1.7; allowed: a whole number from 0 to 999999"),
@@ -114,9 +117,8 @@ def test_a_deployed_site_reads_its_own_data_only(keys: bool, tmp_path: Path) -> 
     assert read_card(answer(node, **changes, **sealing)).columns == ["age"]
     bare = {key: value for key, value in node.items() if key not in ("site", "data")} | SIMULATED
     reply = answer(bare, **changes, **sealing)
-    assert (
-        reply.has_error() is keys
-    )  # without keys it is a site of a simulation, which reads what the run names
+    # Without keys it is a site of a simulation, which reads what the run names.
+    assert reply.has_error() is keys
 
 
 # Nonces.
@@ -150,7 +152,10 @@ def test_a_site_that_tells_no_nonce_takes_no_part_in_a_sealed_run() -> None:
 def test_a_site_that_lost_its_memory_goes_on(
     strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the real relay: it passes the new nonce on, and neither side misses more than the exchanges that were under way."""
+    """The real relay passes the new nonce on.
+
+    Neither side misses more than the exchanges that were under way.
+    """
     logging.getLogger("flwr").propagate = True
     choco: dict[str, Any] = (
         {"codec": "qsgd", "error_feedback": "choco"} if strategy == "qgm" else {}

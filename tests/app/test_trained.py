@@ -138,7 +138,7 @@ def test_export_needs_nothing_of_this_program(tmp_path: Path) -> None:
 
 
 def agrees(network: nn.Module, examples: torch.Tensor, file: Path) -> None:
-    """ONNX Runtime, with the file alone, says of one example and of several what the network says."""
+    """ONNX Runtime, with the file alone, agrees with the network on one example and on several."""
     session = pytest.importorskip("onnxruntime").InferenceSession(file)
     with torch.no_grad():
         for x in (examples[:1], examples):
@@ -183,7 +183,8 @@ def test_onnx_of_pictures_tables_and_tokens(pictures: Path, tmp_path: Path) -> N
 def test_onnx_says_what_to_install(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; or FILE.pt2",
+        match=r"--export .*n\.onnx: .*onnxscript not installed: pip install onnx onnxscript; "
+        r"or FILE.pt2",
     ):
         load(pictures).export(tmp_path / "n.onnx")
 

@@ -1,4 +1,7 @@
-"""What the page shows of runs: from the files of their folders, whatever names sites chose; and the server of it."""
+"""What the page shows of runs, and the server of it.
+
+It reads the files of their folders, whatever names sites chose.
+"""
 
 import json
 import re
@@ -205,7 +208,7 @@ def test_report_of_a_long_run_stays_small(root: Path, tmp_path: Path) -> None:
     assert len(document({"run": found})) < 250_000
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 Ask = Callable[..., tuple[HTTPResponse, bytes]]
 

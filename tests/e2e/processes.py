@@ -1,4 +1,7 @@
-"""Flower's processes and site services on this machine: a SuperLink with TLS, SuperNodes with keys and users of their own."""
+"""Flower's processes and site services on this machine.
+
+A SuperLink with TLS, SuperNodes with keys and users of their own.
+"""
 
 import datetime
 import ipaddress
@@ -35,12 +38,15 @@ CARRIER = 65534  # the user of the SuperNodes, where there are two
 
 
 class Deployment:
-    """Flower's processes, in a folder of their own: Python takes the app's packages from where it stands.
+    """Flower's processes, in a folder of their own.
+
+    Python takes the app's packages from the folder in which it is started.
 
     Args:
         home: the folder.
         app: the Flower app that is run.
-        durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its own.
+        durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its
+            own.
         env: what processes have besides in their environment, by name.
     """
 
@@ -80,7 +86,10 @@ class Deployment:
             f'root-certificates = "{home / "server.crt"}"\n'
         )
         host, port = self.address.split(":")
-        files = "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
+        files = (
+            "--ssl-ca-certfile server.crt --ssl-certfile server.crt --ssl-keyfile server.key "
+            "--enable-supernode-auth"
+        )
         arguments = f"--host {host} --port {port} {files} --disable-runtime-dependency-installation"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         if durable:
@@ -139,7 +148,10 @@ class Deployment:
     def join(
         self, site: int, node_config: str = "", user: int | None = None, address: str = ""
     ) -> None:
-        """Start a site's SuperNode, as another user if one is named; it knows the SuperLink by another address if there is one."""
+        """Start a site's SuperNode, as another user if one is named.
+
+        It knows the SuperLink by another address if one is given.
+        """
         key = self._home / f"node-{site}"
         if user is not None:
             os.chown(key, user, user)
@@ -152,7 +164,10 @@ class Deployment:
         self._begin(name, arguments, "--node-config", node, user=user)
 
     def run(self, settings: str, *, followed: bool = False) -> "subprocess.Popen[str]":
-        """``flwr run``, or with ``followed`` the start command of ``deploy/``; its log on standard output."""
+        """Begin ``flwr run``, or with ``followed`` the start command of ``deploy/``.
+
+        Its log is on its standard output.
+        """
         command = (
             [sys.executable, str(ROOT / "deploy/run.py"), "--"] if followed else ["flwr", "run"]
         )
@@ -304,7 +319,10 @@ class Services:
 
 @cache
 def as_user(user: int) -> tuple[str, ...]:
-    """What to put before a command that another user is to run, with this Python, wherever it is; empty where that cannot be."""
+    """What to put before a command that another user is to run with this Python.
+
+    Wherever this Python is; empty where that cannot be.
+    """
     become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
     found = (*as_anybody(), *become)
     try:
@@ -317,7 +335,8 @@ def as_user(user: int) -> tuple[str, ...]:
 def as_anybody() -> tuple[str, ...]:
     """What to put before a command of root's whose users are to have this Python.
 
-    A Python below a folder that is its owner's alone (``/root``) is shown to the command at its place, and nothing beside it.
+    A Python below a folder that is its owner's alone (``/root``) is shown to the command at its
+    place, and nothing beside it.
     """
     python = Path(sys.base_prefix)
     closed = next(
@@ -325,8 +344,8 @@ def as_anybody() -> tuple[str, ...]:
         None,
     )
     show = (
-        'set -e; mount --bind "$1" "$2"; mount -t tmpfs -o mode=755 none "$3"; mkdir -p "$1"; mount --move "$2" "$1"; '
-        'shift 3; exec "$@"'
+        'set -e; mount --bind "$1" "$2"; mount -t tmpfs -o mode=755 none "$3"; '
+        'mkdir -p "$1"; mount --move "$2" "$1"; shift 3; exec "$@"'
     )
     return (
         ("unshare", "--mount", "sh", "-c", show, "sh", str(python), tempfile.mkdtemp(), str(closed))

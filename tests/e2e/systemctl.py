@@ -1,6 +1,7 @@
-"""``systemctl`` and ``journalctl`` for a test: units run as systemd would run them, as their users, and again when they end.
+"""``systemctl`` and ``journalctl`` for a test.
 
-What a unit forbids itself (``ProtectSystem``, ``PrivateNetwork``, ...) needs systemd and is left out.
+Units run as systemd would run them, as their users, and again when they end. What a unit forbids
+itself (``ProtectSystem``, ``PrivateNetwork``, ...) needs systemd and is left out.
 """
 
 import os
@@ -54,7 +55,10 @@ class Unit:
             time.sleep(0.1)
 
     def supervise(self) -> NoReturn:
-        """Start it, and again when it ended; the file has the numbers of this process and of the unit's."""
+        """Start the unit's process, and again when it ended.
+
+        The file has the numbers of this process and of the unit's.
+        """
 
         def end(*_: object) -> NoReturn:
             raise SystemExit

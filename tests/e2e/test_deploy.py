@@ -1,5 +1,6 @@
-"""The guide docs/how-to/deploy.md, typed as it stands: a server and two sites, machines of their own but for the network; and
-what becomes of its runs.
+"""The guide docs/how-to/deploy.md, typed as it stands, and what becomes of its runs.
+
+A server and two sites, machines of their own but for the network.
 """
 
 import os
@@ -38,12 +39,14 @@ SETTLE = """
 set -e
 mount -t tmpfs none /opt && mkdir /opt/archipelago && mount --bind {root} /opt/archipelago
 mount -t tmpfs none /mnt && cp -a /etc /mnt/etc && mount --bind /mnt/etc /etc
-for folder in /run /srv /var/log /var/lib /var/cache /var/backups; do mount -t tmpfs -o mode=755 none $folder; done
+for folder in /run /srv /var/log /var/lib /var/cache /var/backups; do \
+mount -t tmpfs -o mode=755 none $folder; done
 mkdir -p /var/lib/nginx /var/log/nginx /etc/systemd/system /mnt/bin
 rm -f /etc/nginx/sites-enabled/* /etc/nginx/conf.d/*
 echo '127.0.0.1 server.example.org' >> /etc/hosts
 for name in systemctl journalctl; do
-    printf '#!/bin/sh\\nexec {python} {shim} %s "$@"\\n' "$(test $name = systemctl || echo journal)" > /mnt/bin/$name
+    printf '#!/bin/sh\\nexec {python} {shim} %s "$@"\\n' \
+"$(test $name = systemctl || echo journal)" > /mnt/bin/$name
     chmod +x /mnt/bin/$name
 done
 ip link set lo up
@@ -87,7 +90,7 @@ class Shell:
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
 
     def wait(self, until: str = END) -> str:
-        """What the commands that were begun print from now on, to their end or until a line has a text."""
+        """What the commands begun print from now on, to their end or until a line has a text."""
         lines = list[str]()
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -215,9 +218,13 @@ class Deployment:
         shell.type(
             "cd /opt/archipelago; export PATH=$PWD/.venv/bin:$PATH FLWR_HOME=/etc/archipelago/flwr"
         )
-        common = 'model.name="mlp" data.source="csv" data.label="target" results.folder="/var/lib/archipelago/runs"'
+        common = (
+            'model.name="mlp" data.source="csv" data.label="target" '
+            'results.folder="/var/lib/archipelago/runs"'
+        )
         shell.begin(
-            f"code=0; python -m deploy.run -- --run-config '{common} {settings}' || code=$?; echo exit code $code"
+            f"code=0; python -m deploy.run -- --run-config '{common} {settings}' || code=$?; "
+            "echo exit code $code"
         )
         return shell
 
@@ -253,7 +260,10 @@ GOING = "num-sites=2 epochs=12 co-learning.epsilon=0.0"  # six rounds
     ],
 )
 def test_sites_reach_the_fleet_api_only(deployed: Deployment, path: str) -> None:
-    ask = "curl --silent --path-as-is --cacert /etc/archipelago/ca.crt --output /dev/null --write-out '%{http_code}\\n' -X POST"
+    ask = (
+        "curl --silent --path-as-is --cacert /etc/archipelago/ca.crt --output /dev/null "
+        "--write-out '%{http_code}\\n' -X POST"
+    )
     shell = deployed.sites[0].shell
     assert shell.type(f"{ask} https://server.example.org:8000/v1/{path}") == "404\n"
     assert shell.type(f"{ask} https://server.example.org:8000/v1/fleet/pull-messages") != "404\n"
@@ -271,7 +281,8 @@ def test_units_are_right_and_harden(deployed: Deployment) -> None:
         )
         # In tenths: 10 is a service that may do everything.
         machine.shell.type(
-            "systemd-analyze security --offline=true --threshold=40 /etc/archipelago/archipelago-*.service"
+            "systemd-analyze security --offline=true --threshold=40 "
+            "/etc/archipelago/archipelago-*.service"
         )
 
 
@@ -355,9 +366,8 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         said = deployed.type(kind, text)
         if "dmsgd" in text:
             assert "dmsgd after" in said
-    nodes = deployed.server.shell.type(
-        "flwr supernode list --format json"
-    )  # of the database that came back
+    # The nodes of the database that came back.
+    nodes = deployed.server.shell.type("flwr supernode list --format json")
     for site in range(2):
         (node,) = re.findall(
             r"\d{9,}", (deployed.server.etc / f"sites/site-{site}.json").read_text()

@@ -1,4 +1,7 @@
-"""Sites in processes of their own: a SuperLink with TLS, SuperNodes with keys, and one of them killed."""
+"""Sites in processes of their own, and one of them killed.
+
+A SuperLink with TLS, and SuperNodes with keys.
+"""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +27,10 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Path) -> None:
     results = tmp_path / "runs"
-    settings = f'results.folder="{results}" strategy="gsgm" num-sites=3 epochs=5 gsgm.local-steps=15 timeout-s=240.0'
+    settings = (
+        f'results.folder="{results}" strategy="gsgm" num-sites=3 epochs=5 gsgm.local-steps=15 '
+        "timeout-s=240.0"
+    )
     seen, killed = [], False
     with deployment.run(settings) as process:
         assert process.stdout is not None

@@ -75,7 +75,10 @@ def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_pa
     [
         (
             "SET=training.lr=-1.0 num-sites=0",
-            "training.lr = -1.0: must be greater than or equal to 0\nnum-sites = 0: must be greater than or equal to 1",
+            (
+                "training.lr = -1.0: must be greater than or equal to 0\n"
+                "num-sites = 0: must be greater than or equal to 1"
+            ),
         ),
         ("SET=num-site=3", "num-site = 3: unknown key; did you mean 'num-sites'?"),
         ("SET=lr=0.1", "lr = 0.1: this key is now training.lr"),
@@ -102,7 +105,10 @@ def test_run_that_fails_fails_the_command(make: Make, tmp_path: Path) -> None:
         "run", f"RESULTS={tmp_path / 'none'}", 'SET=data.source="csv" data.path="/nowhere"'
     )
     assert failed.returncode != 0
-    reason = "0 sites can take part, min-sites = 2. SourceError: data.path = '/nowhere': there is no such file or folder\n"
+    reason = (
+        "0 sites can take part, min-sites = 2. SourceError: data.path = '/nowhere': "
+        "there is no such file or folder\n"
+    )
     assert failed.stderr.partition("make: ***")[0].endswith(reason)
     assert "Error 3" in failed.stderr
     assert "Traceback" not in failed.stdout + failed.stderr

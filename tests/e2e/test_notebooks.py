@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 
 def execute_notebook(name: str, **environment: str) -> nbformat.NotebookNode:
-    """Run every cell where the notebook lies, for few epochs; an error in one of them is raised here."""
+    """Run every cell where the notebook lies, for few epochs; errors of cells are raised here."""
     notebook: nbformat.NotebookNode = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     for cell in notebook.cells:
         cell.source = re.sub(r'"epochs": \d+', '"epochs": 2', cell.source)

@@ -1,4 +1,7 @@
-"""The page in a browser: headless Chromium on folders of real runs. ``apt-get install chromium`` has it on Debian."""
+"""The page in a browser: headless Chromium on folders of real runs.
+
+``apt-get install chromium`` has it on Debian.
+"""
 
 import fcntl
 import shutil
@@ -235,7 +238,8 @@ def test_every_text_has_enough_contrast(page: "Page", address: str, root: Path) 
     poor = page.evaluate(
         """() => {
           const channels = text => text.match(/[\\d.]+/g).map(Number);
-          const luminance = rgb => rgb.slice(0, 3).map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+          const luminance = rgb => rgb.slice(0, 3).map(c => c / 255)\
+.map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
             .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
           const behind = node => {
             for (; node; node = node.parentElement) {
@@ -246,10 +250,14 @@ def test_every_text_has_enough_contrast(page: "Page", address: str, root: Path) 
           };
           const poor = [];
           for (const node of document.querySelectorAll("body *")) {
-            if (![...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim())) continue;
-            if (!node.checkVisibility() || node.matches("script, style, option, button:disabled, svg *")) continue;
-            const [a, b] = [luminance(channels(getComputedStyle(node).color)), luminance(behind(node))].sort((x, y) => y - x);
-            if ((a + .05) / (b + .05) < 4.5) poor.push([node.tagName, node.textContent.slice(0, 30), (a + .05) / (b + .05)]);
+            if (![...node.childNodes].some(\
+child => child.nodeType === 3 && child.textContent.trim())) continue;
+            if (!node.checkVisibility() || \
+node.matches("script, style, option, button:disabled, svg *")) continue;
+            const [a, b] = [luminance(channels(getComputedStyle(node).color)), \
+luminance(behind(node))].sort((x, y) => y - x);
+            if ((a + .05) / (b + .05) < 4.5) \
+poor.push([node.tagName, node.textContent.slice(0, 30), (a + .05) / (b + .05)]);
           }
           return poor;
         }"""

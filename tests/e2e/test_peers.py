@@ -1,4 +1,7 @@
-"""Peers in Flower's own simulation: a real ``flwr run`` of DMSGD and of compressed, sealed Q-SADDLe."""
+"""Peers in Flower's own simulation.
+
+A real ``flwr run`` of DMSGD and of compressed, sealed Q-SADDLe.
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,9 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.parametrize("name", ["dmsgd", "q-saddle-compressed"])
 def test_flwr_run_of_peers_is_what_the_laboratory_runs(
-    name: str, make: Make, tmp_path: Path
+    name: str,
+    make: Make,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     done = make("run", f"RESULTS={tmp_path}", f"CONF=conf/{name}.toml", "SET=epochs=2 num-sites=4")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,7 @@
-"""Sites behind services of their own, whose SuperNodes are another user, and whose ClientApp looks for what it can read."""
+"""Sites behind services of their own, whose SuperNodes are another user.
+
+Their ClientApp looks for what it can read.
+"""
 
 import grp
 import os
@@ -34,7 +37,8 @@ class Spy(ClientApp):
             path = name.format(site)
             try:
                 there = socket.parent / path
-                found.append(path + ": " + str(list(there.iterdir()) if there.is_dir() else there.read_text()))
+                found.append(path + ": " + str(list(there.iterdir()) if there.is_dir() \
+else there.read_text()))
             except PermissionError:
                 found.append(path + ": may not be read")
         with Path("loot").open("a") as loot:
@@ -91,7 +95,10 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
     try:
         for site in range(SITES):
             deployment.join(site, f'service="{services.socket(site)}"', user=CARRIER)
-        settings = f'results.folder="{tmp_path}" strategy="dmsgd" wire.sealing="keys" num-sites=3 epochs=4 dmsgd.local-steps=5'
+        settings = (
+            f'results.folder="{tmp_path}" strategy="dmsgd" wire.sealing="keys" num-sites=3 '
+            "epochs=4 dmsgd.local-steps=5"
+        )
         with deployment.run(f'{settings} model.name="mlp"') as process:
             wait_for(lambda: len(services.letters(2)) >= 6, 600)
             time.sleep(0.5)  # that answer is on its way
@@ -125,7 +132,10 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
 def test_language_is_learnt_where_a_site_has_several_processes(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Each holds a shard of the network and of AdamW's moments; the other two sites have one process."""
+    """Each process holds a shard of the network and of AdamW's moments.
+
+    The other two sites have one process.
+    """
     texts = (
         "the cat sat on the mat. ",
         "buy low, sell high, hold on. ",
@@ -146,8 +156,10 @@ def test_language_is_learnt_where_a_site_has_several_processes(
         for site in range(SITES):
             deployment.join(site, f'service="{services.socket(site)}"')
         settings = (
-            f'results.folder="{tmp_path}" strategy="diloco" num-sites=3 epochs=8 diloco.local-steps=30 training.task="language" '
-            'training.optimizer="adamw" training.lr=0.01 data.source="text-bytes" data.context=16 model.name="gpt" '
+            f'results.folder="{tmp_path}" strategy="diloco" num-sites=3 epochs=8 '
+            'diloco.local-steps=30 training.task="language" '
+            'training.optimizer="adamw" training.lr=0.01 data.source="text-bytes" '
+            'data.context=16 model.name="gpt" '
             "model.layers=1 model.width=32 model.heads=2"
         )
         with deployment.run(settings) as process:

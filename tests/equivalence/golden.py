@@ -1,9 +1,12 @@
-"""The golden problem of specs/peer.md, section 9: five peers on a ring with weights 1/3, quadratics, exact gradients, float64.
+"""The golden problem of specs/peer.md, section 9, in float64.
+
+Five peers on a ring with weights 1/3, quadratics, exact gradients:
 
     F_i(x) = sum_k h_ik (x_k - b_ik)^2 / 2
 
-And two ways to run peers on it: :func:`lockstep` calls the steps that the app runs, with dictionaries in the place of messages;
-:func:`gossip_round` is an algorithm's exchange in the open, for tests of many rounds.
+And two ways to run peers on it: :func:`lockstep` calls the steps that the app runs, with
+dictionaries in the place of messages; :func:`gossip_round` is an algorithm's exchange in the open,
+for tests of many rounds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +79,10 @@ def lockstep(
     lr: float = LR,
     weight_decay: float = 0.0,
 ) -> list[PeerState]:
-    """What peers remember after so many exchanges from models ``x`` [n, d]; ``mixing`` is W, or several in turn."""
+    """What peers remember after so many exchanges from models ``x`` [n, d].
+
+    ``mixing`` is W, or several in turn.
+    """
     matrices = [mixing] if isinstance(mixing, Tensor) else mixing
 
     def regular(g: Tensor, at: Tensor) -> Tensor:
@@ -122,7 +128,10 @@ def gossip_round(
     lr: float,
     mixing: Tensor,
 ) -> Any:
-    """One local step and one exchange of all n peers: ``state`` holds [n, d], ``grad`` goes from [n, d] to [n, d]."""
+    """One local step and one exchange of all n peers.
+
+    ``state`` holds [n, d], ``grad`` goes from [n, d] to [n, d].
+    """
     state = algorithm.descend(state, grad(state.x), lr)
     sent = algorithm.outgoing(state)
     return exchange(

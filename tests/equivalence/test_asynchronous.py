@@ -1,4 +1,7 @@
-"""Asynchronous rules: hand-computed states, limit cases, references, invariants; the white list under any order of arrival."""
+"""Asynchronous rules: hand-computed states, limit cases, references, invariants.
+
+And the white list under any order of arrival.
+"""
 
 import math
 import random
@@ -67,7 +70,7 @@ def close(found: list[Tensor], expected: list[float]) -> None:
     torch.testing.assert_close(torch.cat(found), vector(*expected))
 
 
-# --- hand-computed states ---------------------------------------------------------------------------------------------
+# --- hand-computed states -------------------------------------------------------------------------
 
 
 def test_asgd_by_hand() -> None:
@@ -118,7 +121,10 @@ def test_adaptive_lambda_of_a_gradient_that_was_hardly_there_by_hand() -> None:
 
 
 def test_adam_averages_what_there_is_by_hand() -> None:
-    """P = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2. beta = beta_2 = 1/2, corrected."""
+    """P = 2, delta = lr G: the mean of the first is itself, 3; of both 3 and 1, 2.
+
+    beta = beta_2 = 1/2, corrected for the start.
+    """
     rule = adaptive(eta=1.0, beta=0.5, beta_2=0.5, window=2, weight=constant, correct=True)
     m, u = 0.5 * 1.5 + 0.5 * 2, 0.5 * 4.5 + 0.5 * 4
     second = 10 - 1 - (m / 0.75) / math.sqrt(u / 0.75)
@@ -169,7 +175,7 @@ def test_weights_by_staleness_by_hand() -> None:
     assert [hinge(10, 4)(tau) for tau in (0, 4, 5, 7)] == [1, 1, 1 / 11, 1 / 31]
 
 
-# --- several updates of a site as one contribution ---------------------------------------------------------------------
+# --- several updates of a site as one contribution ------------------------------------------------
 
 
 PARTS = [
@@ -240,7 +246,7 @@ def test_equal_parts_are_as_one(name: str) -> None:
     )
 
 
-# --- limit cases and references ---------------------------------------------------------------------------------------
+# --- limit cases and references -------------------------------------------------------------------
 
 
 def walk(seed: int, steps: int = 30) -> list[Update]:
@@ -277,7 +283,10 @@ def test_every_switch_switches_something(switch: dict[str, Any]) -> None:
 
 
 def test_one_site_is_sgd_with_damped_momentum() -> None:
-    """Torch's momentum with dampening, from its second step on; its first is not damped, so start both with a zero gradient."""
+    """Torch's momentum with dampening, from its second step on.
+
+    Its first is not damped, so start both with a zero gradient.
+    """
     curvature, lr = vector(1, 3, 0.5), 0.2
     x = torch.nn.Parameter(vector(1, -2, 3))
     reference = torch.optim.SGD([x], lr, momentum=0.8, dampening=0.8)
@@ -302,9 +311,8 @@ def test_one_site_is_torchs_own_adaptive_optimizer(name: str) -> None:
     for number in range(20):
         x.grad = curvature * x.detach()
         reference.step()
-        lr = 0.2 / (
-            1 + number
-        )  # of the site: what arrives counts by its gradient, whatever the site's own step was
+        # The site's rate: what arrives counts by its gradient, whatever the site's own step was.
+        lr = 0.2 / (1 + number)
         state = rule.absorb(state, update(lr * curvature * state.x, lr=lr))
         torch.testing.assert_close(state.x, x.detach())
 
@@ -333,7 +341,7 @@ def test_total_weight_of_an_update_is_eta(switch: dict[str, Any]) -> None:
     torch.testing.assert_close(end, vector(-switch.get("eta", 1.0)))
 
 
-# --- what holds for every rule ----------------------------------------------------------------------------------------
+# --- what holds for every rule --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -429,13 +437,16 @@ def test_adam_reaches_any_distance_where_its_second_moment_forgets_first_or_over
     assert RULES["adam"]().reach(1.0, 1.0, 1e-20) == math.inf
 
 
-# --- the white list ---------------------------------------------------------------------------------------------------
+# --- the white list -------------------------------------------------------------------------------
 
 
 def play(
     num_sites: int, slack: float, seed: int, arrivals: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Sites that wait for their turn, arriving in any order: applied sites, staleness, spread of the counts after each."""
+    """Sites that wait for their turn, arriving in any order.
+
+    It returns the applied sites, their staleness, and the spread of the counts after each.
+    """
     luck = random.Random(seed)
     white_list = WhiteList(range(num_sites), slack)
     sent = dict.fromkeys(range(num_sites), 0)  # version of the model under way
@@ -495,11 +506,8 @@ def test_list_by_hand() -> None:
     assert white_list.waits("a")
     assert white_list.arrive("b") == ["b"]
     assert white_list.arrive("b") == []
-    assert white_list.arrive("c") == [
-        "c",
-        "a",
-        "b",
-    ]  # the cycle closes; who waited is next, in the order of arrival
+    # The cycle closes; who waited is next, in the order of arrival.
+    assert white_list.arrive("c") == ["c", "a", "b"]
 
 
 def test_site_that_was_ahead_when_it_was_set_aside_is_still_ahead_when_it_is_back() -> None:

@@ -40,7 +40,7 @@ def distance(one: Run, two: Run) -> float:
     return max((one.model[name] - two.model[name]).abs().max().item() for name in one.model)
 
 
-# --- runs of the app ---------------------------------------------------------------------------------------------------------
+# --- runs of the app ------------------------------------------------------------------------------
 
 
 def test_same_seed_same_model_bit_for_bit_and_another_seed_another(run_app: RunApp) -> None:
@@ -94,7 +94,10 @@ def test_proximal_term_of_weight_zero_is_fedavg_and_of_weight_one_is_not(run_app
 
 
 def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
-    """K = 1: the same steps in a plain loop of torch, the rate restarting with each of two rounds of two epochs."""
+    """K = 1: the same steps in a plain loop of torch.
+
+    The rate restarts with each of two rounds of two epochs.
+    """
     changes = {
         "num-sites": 1,
         "min-sites": 1,
@@ -119,9 +122,8 @@ def test_one_site_is_local_training_with_warm_restarts(run_app: RunApp) -> None:
                 torch.nn.functional.cross_entropy(network(x), y).backward()
                 sgd.step()
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(
-            run.model[name], value, rtol=1e-4, atol=1e-5
-        )  # 180 steps of float32 in another order
+        # These are 180 steps of float32 in another order.
+        torch.testing.assert_close(run.model[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_rate_at_both_ends_of_every_round(run_app: RunApp) -> None:
@@ -207,7 +209,7 @@ def test_sharpness_aware_training_is_open_to_every_strategy(
     )
 
 
-# --- strategies by themselves ------------------------------------------------------------------------------------------------
+# --- strategies by themselves ---------------------------------------------------------------------
 
 
 def replies(vectors: list[dict[str, Tensor]], counts: list[int]) -> list[Message]:
@@ -358,10 +360,11 @@ def test_co_learning_cycles_from_its_envelope_and_takes_no_more_epochs_than_are_
 
 
 def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> None:
-    """FedAvg as a plan in ``Strategy.start``, alone and wrapped for central differential privacy by fixed clipping.
+    """FedAvg as a plan in ``Strategy.start``, alone and wrapped for differential privacy.
 
-    With a clipping norm that no update reaches and hardly any noise, the wrapper changes nothing; with a small one, the model moves
-    by at most that norm.
+    The wrapper is that for central differential privacy by fixed clipping. With a clipping norm
+    that no update reaches and hardly any noise, it changes nothing; with a small one, the model
+    moves by at most that norm.
     """
     config = configuration(
         num_sites=2, strategy="fedavg", model={"name": "mlp"}, epochs=2, fedavg={"local_epochs": 1}
@@ -386,7 +389,7 @@ def test_plan_of_rounds_runs_in_flowers_own_loop_and_inside_its_wrappers() -> No
 
 
 def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> None:
-    """Torchvision's ResNet-18: what is evaluated at the sites is the saved model with its averaged statistics."""
+    """Torchvision's ResNet-18: sites evaluate the saved model with its averaged statistics."""
     run = run_app(
         model={"name": "torchvision:resnet18"},
         data={"source": "tests.equivalence.test_averaging:few"},
@@ -416,9 +419,8 @@ def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunAp
         for name in ("fedavg", "FedAvg")
     )
     for name, value in ours.model.items():
-        torch.testing.assert_close(
-            flowers.model[name], value, rtol=1e-4, atol=1e-5
-        )  # two rounds apart in the order of summation
+        # The two differ in the order of summation, for two rounds.
+        torch.testing.assert_close(flowers.model[name], value, rtol=1e-4, atol=1e-5)
     assert not torch.equal(ours.model["stem.1.running_mean"], torch.zeros(16))
 
 

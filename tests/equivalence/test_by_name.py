@@ -1,9 +1,10 @@
-"""Names are tied to formulas: what each method computes, taken by its public name through the public configuration.
+"""Names are tied to formulas: what each method computes, taken by its public name.
 
-``by_name.json`` holds, for every method and for every key of its own changed in turn, the models after three rounds (arrivals,
-exchanges) on the golden problem and what sites are told to do. The formulas themselves are tested against closed forms and
-independent implementations elsewhere; here each name, key and switch of a builder leads to the right one. After a change that is
-meant: ``python -m tests.equivalence.test_by_name``.
+The configuration is the public one. ``by_name.json`` holds, for every method and for every key of
+its own changed in turn, the models after three rounds (arrivals, exchanges) on the golden problem
+and what sites are told to do. The formulas themselves are tested against closed forms and
+independent implementations elsewhere; here each name, key and switch of a builder leads to the
+right one. After a change that is meant: ``python -m tests.equivalence.test_by_name``.
 """
 
 import json
@@ -43,9 +44,8 @@ Values = dict[str, Any]
 PATH = topology(
     "path", N, weights="metropolis", lazy=False, degree=4, stride=4, edges="", seed=1
 ).mixing(0)
-REQUIRES: dict[str, Values] = {
-    "co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}
-}  # beside those that Only names
+# What keys need beside what Only names.
+REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}}
 
 
 def of_local(local: Local) -> list[float]:
@@ -148,7 +148,10 @@ def rounded(x: Tensor) -> list[float]:
 
 
 def other_values(method: Method[Any]) -> dict[str, Values]:
-    """Each key of a method at each other value that it has (of numbers, one), with what the key needs to have an effect."""
+    """Each key of a method at each other value that it has (of numbers, one).
+
+    With what the key needs to have an effect.
+    """
     found: dict[str, Values] = {}
     for name, field in method.keys.model_fields.items():
         schema = method.keys.model_json_schema(by_alias=True)["properties"][str(field.alias)]

@@ -20,9 +20,11 @@ from tests.equivalence.test_asynchronous import TOGETHER, close, follow, update,
 
 
 def test_by_hand() -> None:
-    """N = 2, c = 1/4, beta = 1/2, eta = 1; m = 0, then (4 + 2) / 2 = 3, then 3/2 + (8 + 0) / 2 = 5.5.
+    """N = 2, c = 1/4, beta = 1/2, eta = 1.
 
-    10 - 4/2 = 8; 8 - (3/4 * 3/2 + 2/2) = 5.875; 5.875 - (1/4 * 3/2 + 8/2) = 1.5; 1.5 - (3/4 * 5.5/2 + 0) = -0.5625.
+    m = 0, then (4 + 2) / 2 = 3, then 3/2 + (8 + 0) / 2 = 5.5.
+    10 - 4/2 = 8; 8 - (3/4 * 3/2 + 2/2) = 5.875; 5.875 - (1/4 * 3/2 + 8/2) = 1.5;
+    1.5 - (3/4 * 5.5/2 + 0) = -0.5625.
     """
     rule = delayed_nesterov(eta=1.0, beta=0.5, period=2, share=0.5)
     close(
@@ -71,7 +73,7 @@ def test_without_momentum_is_asgd_with_a_part_of_the_rate() -> None:
     torch.testing.assert_close(delayed, asgd)
 
 
-# --- local steps by speed ---------------------------------------------------------------------------------------------
+# --- local steps by speed -------------------------------------------------------------------------
 
 
 def ordered_steps(message: Message) -> int:
@@ -176,7 +178,7 @@ def test_all_take_the_same_steps_where_speed_does_not_count() -> None:
 
 
 def test_rate_falls_with_the_work_that_is_done_not_with_arrivals() -> None:
-    """Each order begins in the cycle where the epochs done so far end, and ends its own steps later."""
+    """Each order begins in the cycle where the epochs done end, and ends its own steps later."""
     cycles: list[tuple[float, float, int]] = []
 
     def look(site: int, message: Message, content: RecordDict) -> Answer:

@@ -1,4 +1,4 @@
-"""DiLoCo: the outer step is torch's, the inner optimizer remembers, and its special case is FedAvg."""
+"""DiLoCo: the outer step is torch's, the inner optimizer remembers; FedAvg is a special case."""
 
 from typing import Any
 
@@ -62,18 +62,18 @@ def test_without_an_outer_optimizer_it_is_fedavg() -> None:
         training=plain,
     )
     fedavg = last(run(strategy="fedavg", fedavg={"local_epochs": 1}, training=plain))
-    torch.testing.assert_close(
-        last(ours), fedavg, rtol=0, atol=1e-6
-    )  # x - (x - mean) is the mean but for rounding
+    # That x - (x - mean) is the mean holds but for rounding.
+    torch.testing.assert_close(last(ours), fedavg, rtol=0, atol=1e-6)
     faster = last(run(strategy="diloco", diloco={"local_steps": 15}, training=plain))
     assert float((faster - fedavg).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_moments_stay_at_the_site(optimizer: str) -> None:
-    """One site, no outer optimizer, a constant rate: two rounds are one twice as long, since nothing is forgotten between them.
+    """One site, no outer optimizer, a constant rate: two rounds are one twice as long.
 
-    But for the order of the examples, which is drawn anew each round: with one batch an epoch there is none.
+    Nothing is forgotten between them but the order of the examples, which is drawn again each
+    round: with one batch an epoch there is none.
     """
     one: dict[str, Any] = {"num_sites": 1, "min_sites": 1, "epochs": 6, "strategy": "diloco"}
     training: dict[str, Any] = {

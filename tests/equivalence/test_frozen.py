@@ -1,8 +1,10 @@
-"""What every file of ``conf/`` computed before the code around the formulas was rearranged, and what it sent.
+"""What every file of ``conf/`` computed and sent before a rearrangement of the code.
 
-``frozen.json`` holds, for a short run in the laboratory of each file, a hash of the final models, three projections of them and the
-bytes sent. A hash holds on one kind of processor and release of torch only; elsewhere the projections are compared. A change that
-is meant is written down by ``python -m tests.equivalence.test_frozen``, and its commit says why.
+It was that of the code around the formulas. ``frozen.json`` holds, for a short run in the
+laboratory of each file, a hash of the final models, three projections of them and the bytes sent. A
+hash holds on one kind of processor and release of torch only; elsewhere the projections are
+compared. A change that is meant is written down by ``python -m tests.equivalence.test_frozen``, and
+its commit says why.
 """
 
 import hashlib
@@ -29,7 +31,10 @@ PICTURES = "tests.equivalence.test_frozen:pictures"
 
 
 def pictures(path: str) -> Examples:
-    """80 pictures in the place of data sets that are read from a path; the last 20 are the official test part."""
+    """80 pictures in place of data sets that are read from a path.
+
+    The last 20 are the official test part.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 256, (80, 1, 28, 28), dtype=torch.uint8, generator=generator)
     return Examples(x, torch.arange(80) % 10, tuple("0123456789"), test=torch.arange(80) >= 60)

@@ -1,4 +1,7 @@
-"""Optimizers and warm-up: a run of one site is a plain loop of torch's own; everything that changes gradients goes with each."""
+"""Optimizers and warm-up: a run of one site is a plain loop of torch's own.
+
+Everything that changes gradients goes with each.
+"""
 
 import math
 from typing import Any
@@ -29,7 +32,10 @@ ONE: dict[str, Any] = {
 
 
 def plain_optimizers(name: str, network: nn.Module) -> list[torch.optim.Optimizer]:
-    """As a researcher writes it for the networks below: a matrix of each hidden layer, then the head."""
+    """As a researcher writes it for the networks below.
+
+    A matrix of each hidden layer, then the head.
+    """
     if name == "adamw":
         return [
             torch.optim.AdamW(
@@ -84,7 +90,8 @@ def test_a_run_of_one_site_is_a_plain_loop(name: str, shape: str) -> None:
                     )
                     optimizer.zero_grad()
                 F.cross_entropy(network(x), y).backward()
-                # One norm over all: Muon computes in bfloat16, where another rounding of the norm would show.
+                # One norm over all: Muon computes in bfloat16, where another rounding of the norm
+                # would show.
                 norm = torch.cat(
                     [each.grad.flatten() for each in network.parameters() if each.grad is not None]
                 ).norm()
@@ -105,9 +112,8 @@ def test_muon_gets_hidden_matrices_and_kernels_and_adamw_the_rest() -> None:
         "mlp_in",
         "mlp_out",
     }
-    model = FlatModel(
-        build("resnet20", (3, 8, 8), 1, 1, norm="evonorm")
-    )  # a head of one row; matrices of one row in EvoNorm
+    # It has a head of one row, and matrices of one row in EvoNorm.
+    model = FlatModel(build("resnet20", (3, 8, 8), 1, 1, norm="evonorm"))
     muon, adamw = training.optimizers("muon", model, 0.1, 0.9, False, 0.0)
     shapes = [tuple(each.shape) for each in muon.param_groups[0]["params"]]
     assert shapes[:2] == [(16, 27), (16, 144)]
@@ -152,9 +158,10 @@ def test_muon_where_it_would_change_nothing_is_refused() -> None:
     for strategy in ("dmsgd", "scaffold"):
         with pytest.raises(ConfigError, match=r"training.optimizer = 'muon': has no effect"):
             configuration(strategy=strategy, training={"optimizer": "muon"})
+    # Only the head is trained.
     config = configuration(
         training={"optimizer": "muon"}, model={"name": "mlp", "trainable": "3.*"}
-    )  # the head
+    )
     with pytest.raises(ValueError, match="no hidden matrix of this network is trained"):
         network_of(config, (8,), 3)
 

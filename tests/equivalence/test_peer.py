@@ -1,4 +1,7 @@
-"""Peer algorithms: contract rows over all of them, limit cases, closed forms, invariants, golden values; in float64."""
+"""Peer algorithms, in float64.
+
+Contract rows over all of them, limit cases, closed forms, invariants, golden values.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,19 +81,31 @@ NGM = dsgd(beta=0.9, nesterov=False, adapt_first=False)
 GOLDEN: dict[str, tuple[PeerPlan, str]] = {
     "D-PSGD": (
         PeerPlan(ALGORITHMS["dpsgd"]),
-        "0.395556 -0.527778 0.328889 -0.367778 0.575556 -0.537778 0.706667 -0.818889 0.600000 -0.694444",
+        (
+            "0.395556 -0.527778 0.328889 -0.367778 0.575556 -0.537778 "
+            "0.706667 -0.818889 0.600000 -0.694444"
+        ),
     ),
     "CDSGD": (
         PeerPlan(ALGORITHMS["cdsgd"]),
-        "0.200000 -0.300000 0.293333 -0.256667 0.513333 -0.586667 0.880000 -0.770000 0.693333 -1.006667",
+        (
+            "0.200000 -0.300000 0.293333 -0.256667 0.513333 -0.586667 "
+            "0.880000 -0.770000 0.693333 -1.006667"
+        ),
     ),
     "CDMSGD": (
         PeerPlan(ALGORITHMS["cdmsgd"]),
-        "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 1.420000 -1.040000 1.053333 -1.726667",
+        (
+            "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 "
+            "1.420000 -1.040000 1.053333 -1.726667"
+        ),
     ),
     "CDMSGD Nesterov": (
         PeerPlan(ALGORITHMS["cdmsgd-nesterov"]),
-        "0.380000 -0.570000 0.650933 -0.551567 1.103133 -1.301867 1.952800 -1.654700 1.572933 -2.287067",
+        (
+            "0.380000 -0.570000 0.650933 -0.551567 1.103133 -1.301867 "
+            "1.952800 -1.654700 1.572933 -2.287067"
+        ),
     ),
     **{
         f"DMSGD {form} {omega}": (
@@ -101,49 +116,82 @@ GOLDEN: dict[str, tuple[PeerPlan, str]] = {
         for omega, values in (
             (
                 0.0,
-                "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 1.420000 -1.040000 1.053333 -1.726667",
+                (
+                    "0.200000 -0.300000 0.473333 -0.346667 0.693333 -0.946667 "
+                    "1.420000 -1.040000 1.053333 -1.726667"
+                ),
             ),
             (
                 0.5,
-                "0.290000 -0.435000 0.443333 -0.376667 0.753333 -0.886667 1.330000 -1.130000 1.023333 -1.531667",
+                (
+                    "0.290000 -0.435000 0.443333 -0.376667 0.753333 -0.886667 "
+                    "1.330000 -1.130000 1.023333 -1.531667"
+                ),
             ),
             (
                 1.0,
-                "0.380000 -0.570000 0.413333 -0.406667 0.813333 -0.826667 1.240000 -1.220000 0.993333 -1.336667",
+                (
+                    "0.380000 -0.570000 0.413333 -0.406667 0.813333 -0.826667 "
+                    "1.240000 -1.220000 0.993333 -1.336667"
+                ),
             ),
         )
     },
     "QGM": (
         PeerPlan(ALGORITHMS["qgm"]),
-        "0.415556 -0.552778 0.348889 -0.389778 0.601556 -0.565778 0.738667 -0.852889 0.628000 -0.729444",
+        (
+            "0.415556 -0.552778 0.348889 -0.389778 0.601556 -0.565778 "
+            "0.738667 -0.852889 0.628000 -0.729444"
+        ),
     ),
     "QGM Nesterov": (
         PeerPlan(ALGORITHMS["qgm-nesterov"]),
-        "0.740156 -0.960028 0.613489 -0.662298 1.058216 -1.001258 1.313787 -1.513329 1.111880 -1.274794",
+        (
+            "0.740156 -0.960028 0.613489 -0.662298 1.058216 -1.001258 "
+            "1.313787 -1.513329 1.111880 -1.274794"
+        ),
     ),
     "Q-SADDLe": (
         PeerPlan(ALGORITHMS["qgm"], Neighbourhood(rho=0.1)),
-        "0.429131 -0.560739 0.364371 -0.398241 0.624308 -0.584216 0.757160 -0.875587 0.642019 -0.739371",
+        (
+            "0.429131 -0.560739 0.364371 -0.398241 0.624308 -0.584216 "
+            "0.757160 -0.875587 0.642019 -0.739371"
+        ),
     ),
     "NGM, data variant": (
         PeerPlan(NGM, Neighbourhood("data")),
-        "0.575556 -0.797778 0.457778 -0.533333 0.866667 -0.782222 1.062222 -1.244444 0.900000 -1.024444",
+        (
+            "0.575556 -0.797778 0.457778 -0.533333 0.866667 -0.782222 "
+            "1.062222 -1.244444 0.900000 -1.024444"
+        ),
     ),
     "NGM, model variant": (
         PeerPlan(NGM, Neighbourhood("model")),
-        "0.180000 -0.240000 0.486667 -0.340000 0.680000 -0.973333 1.460000 -1.020000 1.060000 -1.813333",
+        (
+            "0.180000 -0.240000 0.486667 -0.340000 0.680000 -0.973333 "
+            "1.460000 -1.020000 1.060000 -1.813333"
+        ),
     ),
     "N-SADDLe": (
         PeerPlan(NGM, Neighbourhood("data", 0.1)),
-        "0.595290 -0.811645 0.479205 -0.547954 0.899646 -0.808168 1.088127 -1.277468 0.919763 -1.040712",
+        (
+            "0.595290 -0.811645 0.479205 -0.547954 0.899646 -0.808168 "
+            "1.088127 -1.277468 0.919763 -1.040712"
+        ),
     ),
     "gradient tracking": (
         PeerPlan(ALGORITHMS["gt"]),
-        "0.417778 -0.505556 0.417778 -0.445556 0.531111 -0.582222 0.662222 -0.696667 0.577778 -0.716667",
+        (
+            "0.417778 -0.505556 0.417778 -0.445556 0.531111 -0.582222 "
+            "0.662222 -0.696667 0.577778 -0.716667"
+        ),
     ),
     "gradient tracking, combining": (
         PeerPlan(ALGORITHMS["gt-awc"]),
-        "0.400000 -0.600000 0.226667 -0.323333 0.646667 -0.453333 0.680000 -0.970000 0.626667 -0.573333",
+        (
+            "0.400000 -0.600000 0.226667 -0.323333 0.646667 -0.453333 "
+            "0.680000 -0.970000 0.626667 -0.573333"
+        ),
     ),
 }
 
@@ -155,9 +203,8 @@ def table(values: str) -> Tensor:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values_after_two_rounds(name: str) -> None:
     plan, values = GOLDEN[name]
-    torch.testing.assert_close(
-        models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7
-    )  # six decimals are known
+    # Six decimals are known.
+    torch.testing.assert_close(models(lockstep(plan, 2)), table(values), rtol=0, atol=6e-7)
 
 
 @each
@@ -171,7 +218,7 @@ def test_steps_of_peers_are_the_exchange_in_the_open(name: str) -> None:
 def compressed(
     algorithm: Algorithm, way: Channel, steps: int, gamma: float, mixing: Tensor = RING
 ) -> tuple[Any, Tensor, Tensor]:
-    """Rounds with one channel; the state, the sum of what was sent, and the sum of what was wanted."""
+    """Rounds with one channel; the state, and the sums of what was sent and of what was wanted."""
     state = algorithm.init(ORIGIN)
     memory = [way.init(row) for row in state.x]
     sent_sum = wanted_sum = ORIGIN
@@ -197,11 +244,17 @@ TOP_1 = codec("top-k", (2,), bits=8, share=0.5)
     [
         (
             "deep-squeeze",
-            "0.050800 -0.182400 0.262400 -0.298000 0.583200 -0.524800 0.787200 -0.874800 0.912400 -1.056000",
+            (
+                "0.050800 -0.182400 0.262400 -0.298000 0.583200 -0.524800 "
+                "0.787200 -0.874800 0.912400 -1.056000"
+            ),
         ),
         (
             "choco",
-            "0.119400 -0.153800 0.333200 -0.227200 0.441600 -0.666400 0.990600 -0.662400 0.711200 -1.226200",
+            (
+                "0.119400 -0.153800 0.333200 -0.227200 0.441600 -0.666400 "
+                "0.990600 -0.662400 0.711200 -1.226200"
+            ),
         ),
     ],
 )
@@ -214,7 +267,10 @@ def test_golden_values_of_error_feedback(feedback: str, values: str) -> None:
 
 def test_golden_values_of_an_averaging_rate() -> None:
     states = lockstep(PeerPlan(ALGORITHMS["qgm"]), 2, averaging_rate=0.5)
-    values = "0.251222 -0.347528 0.326056 -0.293028 0.541556 -0.619111 0.901167 -0.799972 0.699333 -1.017694"
+    values = (
+        "0.251222 -0.347528 0.326056 -0.293028 0.541556 -0.619111 "
+        "0.901167 -0.799972 0.699333 -1.017694"
+    )
     torch.testing.assert_close(models(states), table(values), rtol=0, atol=6e-7)
 
 
@@ -240,13 +296,15 @@ def test_zero_gradient_keeps_the_mean_of_the_models(name: str) -> None:
 
 @each
 def test_mean_moves_by_no_more_than_what_was_descended(name: str) -> None:
-    """An exchange keeps the mean of every vector that is exchanged, with any codec: no mean of ``mixed - sent`` is left over."""
+    """An exchange keeps the mean of every vector that is exchanged, with any codec.
+
+    No mean of ``mixed - sent`` is left over.
+    """
     algorithm, state = ALGORITHMS[name], warm(name)
     state = algorithm.descend(state, gradient(state.x), LR)
     alone = algorithm.mix(state, algorithm.outgoing(state), algorithm.outgoing(state))
-    sent = tuple(
-        vectors(seed, 2) for seed, _ in enumerate(algorithm.outgoing(state))
-    )  # whatever a codec made of them
+    # These stand for whatever a codec made of them.
+    sent = tuple(vectors(seed, 2) for seed, _ in enumerate(algorithm.outgoing(state)))
     mixed = algorithm.mix(state, sent, tuple(RING @ vector for vector in sent))
     torch.testing.assert_close(mixed.x.mean(0), alone.x.mean(0))
 
@@ -327,7 +385,7 @@ def test_complete_graph_with_like_data_is_one_peer(name: str) -> None:
 
 @each
 def test_several_local_steps_are_taken_between_exchanges(name: str) -> None:
-    """With zero gradient a second step changes nothing but momentum's own; with W = I nothing else does."""
+    """Two local steps before an exchange; those of D-PSGD and CDSGD are compared by hand."""
     algorithm, state = ALGORITHMS[name], ALGORITHMS[name].init(ORIGIN)
     for _ in range(2):
         state = algorithm.descend(state, gradient(state.x), LR)
@@ -402,7 +460,10 @@ SPREADS += [(True, 0.0, 2.27586), (True, 0.5, 1.19842), (True, 1.0, 0.87931)]
 def test_fixed_points_tell_the_two_forms_of_dmsgd_apart(
     velocity: bool, omega: float, spread: float
 ) -> None:
-    """Exact gradients, h = 1, b = 0 .. 4: the position form has the bias of CDSGD, the velocity form amplifies it."""
+    """Exact gradients, h = 1, b = 0 .. 4.
+
+    The position form has the bias of CDSGD, the velocity form amplifies it.
+    """
     b = torch.arange(N).double()[:, None]
     found = run(
         dmsgd(beta=0.9, omega=omega, velocity=velocity),
@@ -419,16 +480,18 @@ def test_fixed_points_tell_the_two_forms_of_dmsgd_apart(
 
 @pytest.mark.parametrize(("omega", "factor"), [(0.0, 0.94868), (1.0, 0.69671)])
 def test_sharing_momentum_makes_consensus_faster(omega: float, factor: float) -> None:
-    """Without gradients disagreement shrinks by the largest root of z^2 - (lambda + beta lt) z + beta lt."""
+    """Disagreement shrinks by the largest root of z^2 - (lambda + beta lt) z + beta lt.
+
+    There are no gradients; lambda is W's second eigenvalue, lt = 1 - omega + omega lambda.
+    """
     algorithm = dmsgd(beta=0.9, omega=omega, velocity=False)
     sizes = []
     state = algorithm.init(vectors())
     for _ in range(80):
         state = gossip_round(algorithm, state, torch.zeros_like, LR, RING)
         sizes.append(float((state.x - state.x.mean(0)).norm()))
-    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(
-        factor, abs=0.015
-    )  # it oscillates
+    # The disagreement oscillates.
+    assert (max(sizes[50:80]) / max(sizes[10:40])) ** (1 / 40) == pytest.approx(factor, abs=0.015)
 
 
 def test_qgm_without_momentum_is_dpsgd() -> None:
@@ -453,7 +516,10 @@ def test_qgm_with_mu_zero_is_the_adapt_first_twin_of_dmsgd() -> None:
 
 
 def test_qgm_divides_a_move_by_the_rates_of_all_its_local_steps() -> None:
-    """A constant gradient of 1: whatever the steps between exchanges, the move a unit of rate is 1 at first."""
+    """A constant gradient of 1: the first move per unit of rate is 1.
+
+    Whatever the number of steps between exchanges.
+    """
     algorithm = qgm(beta=0.0, mu=0.5, nesterov=False)
     state = algorithm.init(ORIGIN)
     for lr in (0.1, 0.3, 0.2):
@@ -595,7 +661,10 @@ VARIANTS.remove(("model", "owner-of-model"))  # neighbours would be sent both mo
 
 
 def followed(plan: PeerPlan, x: Tensor, **changes: Any) -> Tensor:
-    """The gradient [n, d] that peers follow in their first exchange: CDSGD moves by ``-lr g`` more than without a rate."""
+    """The gradient [n, d] that peers follow in their first exchange.
+
+    CDSGD moves by ``-lr g`` more than with rate 0.
+    """
     settings: dict[str, Any] = {"mixing": MIXING, "x": x} | changes
     still, moved = (models(lockstep(plan, 1, **settings, lr=lr)) for lr in (0.0, LR))
     return (still - moved) / LR
@@ -604,7 +673,10 @@ def followed(plan: PeerPlan, x: Tensor, **changes: Any) -> Tensor:
 @pytest.mark.parametrize(("at", "by"), VARIANTS)
 @pytest.mark.parametrize("way", [EXACT, SHRUNK], ids=["exact", "shrunk"])
 def test_neighbourhood_gradients_by_the_definition(at: Any, by: Any, way: Channel) -> None:
-    """Peer by peer, with loops; the own model as it is, the others' as they are received; an asymmetric W."""
+    """Peer by peer, with loops; an asymmetric W.
+
+    The own model is taken as it is, the others' as they are received.
+    """
     x, rho, decay = vectors(d=2), 0.3, 0.2
     received = x * 0.9 if way is SHRUNK else x
 
@@ -629,9 +701,8 @@ def test_neighbourhood_gradients_by_the_definition(at: Any, by: Any, way: Channe
                     g = at_point(point + worst(x[model], model) - x[model], owner)
             expected[i] += MIXING[i, j] * (g + decay * point)
     found = followed(PeerPlan(CDSGD, Neighbourhood(at, rho, by)), x, way=way, weight_decay=decay)
-    torch.testing.assert_close(
-        found, expected, rtol=1e-9, atol=1e-9
-    )  # 1e-12 stands in the denominator of a perturbation
+    # 1e-12 stands in the denominator of a perturbation.
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("at", ["data", "model"])
@@ -655,7 +726,10 @@ def test_identity_matrix_is_the_own_sharpness_aware_gradient(at: Any, by: Any) -
 
 
 def test_only_neighbourhoods_perturb_as_they_say() -> None:
-    """Whoever follows its own gradient perturbs it itself, whatever ``perturbed_by`` says of others."""
+    """A peer that follows its own gradient perturbs it itself.
+
+    Whatever ``perturbed_by`` says of others.
+    """
     x = vectors(d=2)
     found = [
         followed(PeerPlan(CDSGD, Neighbourhood("own", 0.1, by)), x)

@@ -1,4 +1,7 @@
-"""RelaySGD: special cases, invariants, and an independent dense reference; in float64, by the steps that the app runs."""
+"""RelaySGD: special cases, invariants, and an independent dense reference.
+
+In float64, by the steps that the app runs.
+"""
 
 from typing import Any
 
@@ -36,7 +39,10 @@ def tree(name: str) -> Tensor:
 
 
 def reference(name: str, exchanges: int, x: Tensor, lr: float = LR, beta: float = 0.0) -> Tensor:
-    """Every peer's mean by distances: what j had when its model set out, d - 1 exchanges ago; before that the own model."""
+    """Every peer's mean by distances: what j had when its model set out, d - 1 exchanges ago.
+
+    Before that it is the own model.
+    """
     distances = dict(nx.all_pairs_shortest_path_length(TREES[name]))
     v, halves = torch.zeros_like(x), list[Tensor]()
     for now in range(exchanges):
@@ -92,7 +98,10 @@ def test_agreement_without_gradients_is_a_fixed_point(name: str) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_after_as_many_exchanges_as_a_tree_is_wide_every_model_counts_the_same(name: str) -> None:
-    """Without gradients: each peer has in its sums everybody else once, and the mean of what set out is the mean of all."""
+    """Without gradients each peer has in its sums everybody else once.
+
+    The mean of what set out is the mean of all.
+    """
     wide = nx.diameter(TREES[name])
     states = lockstep(
         PeerPlan(relay_sgd(n=N)),
@@ -160,9 +169,8 @@ def test_a_silent_side_counts_as_the_own_model_and_a_wrong_count_does_little() -
         pytest.approx(mixed.x + 12),
         4,
     ]
-    silent = algorithm.mix(
-        mixed, {2: (torch.tensor([7.0]), one)}
-    )  # what 1 sent before is of no use any more
+    # What 1 sent before is of no use any more.
+    silent = algorithm.mix(mixed, {2: (torch.tensor([7.0]), one)})
     assert silent.x == pytest.approx(float((7 + 4 * mixed.x) / 5))
     assert float(algorithm.outgoing(silent, 2)[1]) == 1
 

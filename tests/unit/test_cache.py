@@ -326,7 +326,10 @@ def test_code_is_that_of_decoders_and_of_their_libraries(monkeypatch: Any) -> No
 
 def test_digits_from_disk_import_no_scikit_learn(home: Path) -> None:
     read("digits", "")
-    script = f"from datasets.sources import load; import sys; print(len(load('digits', '', **{KEYS}).y), 'sklearn' in sys.modules)"
+    script = (
+        "from datasets.sources import load; import sys; "
+        f"print(len(load('digits', '', **{KEYS}).y), 'sklearn' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

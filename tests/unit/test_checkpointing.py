@@ -1,4 +1,7 @@
-"""Activation checkpointing: the same gradients, statistics and random numbers, less in memory; and precision by operator."""
+"""Activation checkpointing, and precision by operator.
+
+The same gradients, statistics and random numbers, less in memory.
+"""
 
 from typing import Any
 
@@ -23,7 +26,10 @@ PICTURES: dict[str, dict[str, Any]] = {
 
 
 def dropping(shape: tuple[int, ...], num_outputs: int) -> nn.Module:
-    """Dropout and BatchNorm without a momentum, whose mean counts the batches, in each of two blocks."""
+    """Two blocks, each with dropout and a BatchNorm without a momentum.
+
+    The mean of such a BatchNorm counts the batches.
+    """
     layers = [
         nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None), nn.Dropout(0.3), nn.Tanh())
         for _ in range(2)

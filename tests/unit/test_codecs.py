@@ -66,7 +66,10 @@ def test_bytes_are_exact(name: str, changes: dict[str, Any], expected: int) -> N
 
 @pytest.mark.parametrize(("name", "changes"), CHOICES)
 def test_decoded_follows_the_original_with_slope_one(name: str, changes: dict[str, Any]) -> None:
-    """Least squares, layer by layer: of what was decoded on the original where the codec is unbiased, else the other way round."""
+    """Least squares, layer by layer: of what was decoded on the original.
+
+    The other way round where the codec is biased.
+    """
     found, vector = build(name, **changes), layers()
     decoded = found.decode(found.encode(vector, draw()))
     assert decoded.shape == vector.shape
@@ -96,7 +99,7 @@ def test_codec_of_ones_own_is_checked(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", CODECS)
 def test_table_says_what_a_codec_does(name: str) -> None:
-    """Rounding errs by a small share of each number; the mean over many draws of one that is not biased is the vector."""
+    """Rounding errs by a small share of each number; unbiased codecs are exact in the mean."""
     vector, found, generator = layers()[250:350], build(name, (50, 50)), draw()
     draws = torch.stack(
         [found.decode(found.encode(vector, generator)) for _ in range(500)]
@@ -153,7 +156,10 @@ def test_top_k_keeps_the_largest_of_each_layer_exactly() -> None:
 
 @pytest.mark.parametrize("name", ["top-k", "random-k"])
 def test_sparse_codecs_contract_by_one_minus_the_share(name: str) -> None:
-    """|C(v) - v|^2 is at most (1 - k/d) |v|^2 for top-k, and that on average for random-k: within five standard errors."""
+    """|C(v) - v|^2 is at most (1 - k/d) |v|^2 for top-k, and that on average for random-k.
+
+    Within five standard errors.
+    """
     vector, found = torch.randn(1000, generator=draw(2)), build(name, (1000,), share=0.25)
     generator = draw()
     lost = (

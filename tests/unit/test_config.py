@@ -192,7 +192,10 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"flower.arguments": "eta=1"},
-        "flower.arguments = 'eta=1': strategy = 'co-learning' does not take it, only a strategy of Flower",
+        (
+            "flower.arguments = 'eta=1': strategy = 'co-learning' does not take it, "
+            "only a strategy of Flower"
+        ),
     ),
     ({"strategy": "asgd", "fedbuff.buffer-size": 7}, "only fedbuff"),
     (
@@ -329,7 +332,10 @@ def test_key_without_effect_says_who_takes_it(changes: dict[str, Any], message: 
 
 
 def test_every_key_of_every_other_method_is_refused() -> None:
-    """Each key of each method's section, at a value that is allowed and not the default, with a method that does not take it."""
+    """Each key of each method's section, with a method that does not take it.
+
+    At a value that is allowed and not the default.
+    """
     other = {"integer": 7, "number": 0.37, "boolean": True}
     tried = 0
     for method in METHODS.values():
@@ -344,7 +350,8 @@ def test_every_key_of_every_other_method_is_refused() -> None:
             ]
             with pytest.raises(
                 ConfigError,
-                match=rf"{method.table}\.{key} = .*: strategy = '{stranger}' does not take it, only",
+                match=rf"{method.table}\.{key} = .*: strategy = '{stranger}' "
+                r"does not take it, only",
             ):
                 configuration(strategy=stranger, **{f"{method.table}.{key}": values[0]})
             tried += 1

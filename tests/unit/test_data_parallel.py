@@ -29,7 +29,10 @@ def gradient_of(model: FlatModel) -> Gradient:
 
 
 def work(rank: int, folder: str, count: int) -> None:
-    """A process: the gradients of batches, with and without BatchNorm; of fewer examples than processes, too."""
+    """A process: the gradients of batches, with and without BatchNorm.
+
+    Of fewer examples than processes, too.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count

@@ -1,4 +1,4 @@
-"""The deployment kit's files, and the command that starts a run, with a ``flwr`` of the tests' own."""
+"""The deployment kit's files, and the command that starts a run, with a made-up ``flwr``."""
 
 import grp
 import json
@@ -198,9 +198,8 @@ def test_containers_reach_no_more_than_units(folder: Path) -> None:
         ("ARCHIPELAGO", "FLOWER"), f"{os.geteuid()}:{pwd.getpwuid(os.geteuid()).pw_gid}"
     )
     assert server["superlink"]["build"]["args"] == {**users, "LETTERS": str(os.getegid())}
-    assert (
-        "listen 8000 ssl" in (folder / "server/nginx.conf").read_text()
-    )  # the proxy's, in the same network
+    # The port is the proxy's, in the same network.
+    assert "listen 8000 ssl" in (folder / "server/nginx.conf").read_text()
     site = yaml.safe_load((folder / "1/compose.yaml").read_text())["services"]
     assert site["service"]["network_mode"] == "none"
     seen = {volume.partition(":")[0] for volume in site["supernode"]["volumes"]}
@@ -265,13 +264,15 @@ with (home / "calls").open("a") as file:
 calls = [json.loads(line) for line in (home / "calls").read_text().splitlines()]
 number = sum(call[0] == "run" for call in calls) - 1
 run = json.loads((home / "runs").read_text())[number]
-asked = sum(call[0] == verb for call in calls[max(at for at, call in enumerate(calls) if call[0] == "run"):])
+asked = sum(call[0] == verb for call in calls[\
+max(at for at, call in enumerate(calls) if call[0] == "run"):])
 if verb == "list":
     if asked <= run.get("away", 0):
         sys.exit("Error: connection refused")
     if "lost" in run:
         sys.exit("Error: [code: 16] Run ID not found.")
-    print(json.dumps({{"success": True, "runs": [{{"status": run["status"], "status-details": run.get("details", "")}}]}}))
+    print(json.dumps({{"success": True, "runs": [{{"status": run["status"], \
+"status-details": run.get("details", "")}}]}}))
 else:
     print("\\x1b[34mUsing SuperLink: clinics (server:1)\\x1b[0m")
     if verb == "run":

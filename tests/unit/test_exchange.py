@@ -17,7 +17,9 @@ NOBODY = 99
 
 
 class Announced:
-    """The part of a Grid that a mailbox uses: all replies are announced, and whoever asks for one that is not there yet waits.
+    """The part of a Grid that a mailbox uses.
+
+    All replies are announced, and whoever asks for one that is not there yet waits.
 
     Args:
         slow: nodes whose replies take until ``sent``.
@@ -93,9 +95,8 @@ def test_few_replies_are_in_memory_at_once() -> None:
     grid = Announced(slow=range(1, 31))
     arrivals = grid.exchange(range(1, 32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            time, "sleep", lambda _: grid.sent.set()
-        )  # the first round of questions is over
+        # The first round of questions is over.
+        patch.setattr(time, "sleep", lambda _: grid.sent.set())
         first = next(arrivals)
     assert grid.under_way == AT_ONCE
     assert sorted([first[0], *(node for node, _ in arrivals)]) == list(range(1, 32))

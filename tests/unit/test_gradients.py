@@ -20,9 +20,8 @@ def test_clipping_shortens_and_never_lengthens_then_decay_is_added(
         expected.append((g * clip_norm / norm if 0 < clip_norm < norm else g) + weight_decay * x)
     before = G.clone(), X.clone()
     found = regularised(G, X, clip_norm=clip_norm, weight_decay=weight_decay)
-    torch.testing.assert_close(
-        found, torch.stack(expected), rtol=0, atol=1e-5
-    )  # 1e-6 stands in the denominator
+    # 1e-6 stands in the denominator.
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-5)
     rows = [
         regularised(g, x, clip_norm=clip_norm, weight_decay=weight_decay)
         for g, x in zip(G, X, strict=True)

@@ -161,9 +161,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             *([OTHERS] if draw(st.integers(0, 9)) == 0 else []),
         ]
         found[key] = draw(st.sampled_from([value for pool in pools for value in pool]))
-    return found | (
-        {"computing.compile": False} if found.get("computing.compile") is True else {}
-    )  # it takes a minute
+    # Compiling takes a minute.
+    return found | ({"computing.compile": False} if found.get("computing.compile") is True else {})
 
 
 def small(strategy: str) -> dict[str, Any]:
@@ -293,7 +292,8 @@ def test_links_come_from_a_regular_file(edges: str) -> None:
     config = Config.read({"strategy": "d-psgd", "topology.name": "edges", "topology.edges": edges})
     with pytest.raises(
         ValueError,
-        match=r"topology\.edges = '.*': a file with a link 'i j' or 'i j weight' a line is expected",
+        match=r"topology\.edges = '.*': a file with a link 'i j' or 'i j weight' a line "
+        r"is expected",
     ):
         graph_of(config)
 

@@ -1,4 +1,7 @@
-"""The journal of a run: what a line says, whatever happens to the file, and whatever kinds of events come."""
+"""The journal of a run: what a line says.
+
+Whatever happens to the file, and whatever kinds of events come.
+"""
 
 import json
 import logging

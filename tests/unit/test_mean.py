@@ -34,7 +34,10 @@ def test_order_of_arrival_does_not_change_a_bit(
 
 
 def test_floating_point_sums_depend_on_the_order_here() -> None:
-    """The test above would pass for any sum if its numbers were too tame: these are of the same kind and do not commute."""
+    """The test above would pass for any sum if its numbers were too tame.
+
+    These are of the same kind, and their sum depends on the order.
+    """
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(8, 1000, generator=generator) * 10 ** (
         -6 * torch.rand(8, 1000, generator=generator)
@@ -48,14 +51,14 @@ def test_floating_point_sums_depend_on_the_order_here() -> None:
 
 
 def test_mean_is_the_weighted_mean() -> None:
-    vectors = torch.randn(
-        5, 300_000, generator=torch.Generator().manual_seed(1)
-    )  # more than one block
+    # These are more than one block.
+    vectors = torch.randn(5, 300_000, generator=torch.Generator().manual_seed(1))
     shares = [0.1, 0.2, 0.3, 0.15, 0.25]
     expected = (vectors.double() * torch.tensor(shares, dtype=torch.float64)[:, None]).sum(0)
+    # Up to one step of float32.
     torch.testing.assert_close(
         mean_of(list(vectors), shares), expected.float(), rtol=2.0**-23, atol=5 * 2.0**-40
-    )  # one step of float32
+    )
 
 
 def test_sites_that_did_not_answer_do_not_shrink_the_mean() -> None:

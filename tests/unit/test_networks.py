@@ -206,20 +206,29 @@ def test_same_seed_same_network_and_nobody_elses_numbers_change() -> None:
             "gpt",
             (3, 8, 8),
             False,
-            r"'gpt' needs tokens, the examples are of shape \(3, 8, 8\); allowed: 'mlp' or your own",
+            (
+                r"'gpt' needs tokens, the examples are of shape \(3, 8, 8\); allowed: "
+                r"'mlp' or your own"
+            ),
         ),
         (
             "cnn",
             (8,),
             True,
-            r"'cnn' needs pictures, the examples are tokens, of shape \(8,\); allowed: 'gpt' or your own",
+            (
+                r"'cnn' needs pictures, the examples are tokens, of shape \(8,\); allowed: "
+                r"'gpt' or your own"
+            ),
         ),
         ("gpt", (8,), True, "model.heads = 3: must divide model.width, which is 8"),
         (
             "mlp",
             (8,),
             True,
-            r"'mlp' needs pictures or numbers, the examples are tokens, of shape \(8,\); allowed: 'gpt'",
+            (
+                r"'mlp' needs pictures or numbers, the examples are tokens, of shape \(8,\); "
+                r"allowed: 'gpt'"
+            ),
         ),
     ],
 )

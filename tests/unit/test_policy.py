@@ -1,4 +1,7 @@
-"""The operator's file: what of it is not there is said before any letter comes, and no way around a rule."""
+"""The operator's file: what of it is not there is said before any letter comes.
+
+There is no way around a rule.
+"""
 
 import json
 import tempfile
@@ -190,7 +193,10 @@ def test_a_large_loss_tells_no_more_digits_than_a_small_one(tmp_path: Path) -> N
 
 
 def test_the_test_part_of_a_deployed_site_is_the_same_in_all_runs() -> None:
-    """Moments of many halves that a run's seed picks are as many equations for each example; and a test example was trained on."""
+    """A run's seed must not choose the split: many splits would reveal each example.
+
+    Moments of many halves are as many equations for it; and a test example was trained on.
+    """
     one, other = (raw_data(configuration(seed=seed), SiteId(0, None, "")) for seed in (1, 2))
     assert one.train.y.tolist() == other.train.y.tolist()
     assert (
@@ -241,7 +247,7 @@ def test_a_clock_that_is_set_back_ends_no_runs_for_years(
 def test_temporary_files_lie_where_nobody_else_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.compile unpickles what it finds in a folder of a known name below the place for temporary files."""
+    """torch.compile unpickles what it finds in a folder of a known name for temporary files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TMPDIR", "")
     monkeypatch.setattr(tempfile, "tempdir", None)

@@ -55,7 +55,10 @@ def test_noise_differs_from_use_to_use_and_follows_from_the_seed(tmp_path: Path)
 
 
 def test_epsilon_is_that_of_another_accountant(tmp_path: Path) -> None:
-    """Privacy loss distributions, composed numerically: 5 answers, then 15 with other noise, at half their multipliers."""
+    """Privacy loss distributions, composed numerically.
+
+    5 answers, then 15 with other noise, at half their multipliers.
+    """
     for multiplier, uses in ((4.0, 5), (6.0, 15)):
         made = noise(tmp_path, multiplier=multiplier)
         for _ in range(uses):

@@ -1,4 +1,7 @@
-"""What crosses the wire: values survive the way, and what no site may send is refused in one short line."""
+"""What crosses the wire: values survive the way.
+
+What no site may send is refused in one short line.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +104,7 @@ def refusal(read: Callable[[], Any], longest: int = 300) -> str:
     return text
 
 
-# --- what survives ----------------------------------------------------------------------------------------------------
+# --- what survives --------------------------------------------------------------------------------
 
 
 def test_training_survives_and_is_measured() -> None:
@@ -168,7 +171,7 @@ def test_orders_to_peers_survive(order: PeerOrder) -> None:
     assert read_peer_order(write_peer_order(order)) == order
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

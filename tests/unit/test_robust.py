@@ -104,7 +104,7 @@ def test_of_too_few_rows_the_middle_stays() -> None:
     torch.testing.assert_close(mean_of([x[0], x[1]], Robust("trimmed-mean", 2)), x[:2].mean(0))
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
 
 
 class Full(FileIO):
@@ -140,7 +140,7 @@ def test_rows_on_disk_in_any_order_are_as_those_in_memory(
         torch.testing.assert_close(result["stats"], mean_of(list(stats), rule))
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 
 
 def test_clipped_gossip_pulls_the_furthest_to_the_others_distance() -> None:
@@ -183,7 +183,7 @@ def test_neighbourhood_without_hostile_ones_is_the_weighted_mean() -> None:
     )
 
 
-# --- windows ----------------------------------------------------------------------------------------------------------
+# --- windows --------------------------------------------------------------------------------------
 
 
 def update(site: int, delta: Tensor, staleness: int = 0) -> Update:
@@ -247,14 +247,13 @@ def test_window_forgets_who_is_gone_and_waits_for_a_majority() -> None:
     assert moved == pytest.approx([0, 0, 2, 4, 0, 0, 0])
 
 
-# --- shares -----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def test_share_that_is_cut_goes_to_the_others_in_proportion() -> None:
     assert capped({1: 0.8, 2: 0.15, 3: 0.05}, 0.5) == pytest.approx({1: 0.5, 2: 0.375, 3: 0.125})
-    assert capped({1: 0.7, 2: 0.25, 3: 0.05}, 0.4) == pytest.approx(
-        {1: 0.4, 2: 0.4, 3: 0.2}
-    )  # the second is over then
+    # The second is over the limit when the first is cut.
+    assert capped({1: 0.7, 2: 0.25, 3: 0.05}, 0.4) == pytest.approx({1: 0.4, 2: 0.4, 3: 0.2})
     assert capped({1: 0.9, 2: 0.1}, 0.2) == pytest.approx({1: 0.5, 2: 0.5})
     assert capped({1: 1.0}, 0.5) == {1: 1.0}
 
@@ -265,7 +264,7 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
     assert capped(shares, 0.5) == shares
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,11 +321,17 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
         ),
         (
             {"strategy": "gsgm", "robust.mean": "trimmed-mean", "gsgm.window": 2},
-            "gsgm.window = 2: robust.mean = 'trimmed-mean' against robust.faulty = 1 needs at least 3",
+            (
+                "gsgm.window = 2: robust.mean = 'trimmed-mean' against robust.faulty = 1 "
+                "needs at least 3"
+            ),
         ),
         (
             {"strategy": "fedbuff", "robust.mean": "median", "fedbuff.buffer-size": 6},
-            "fedbuff.buffer-size = 6: robust.mean = 'median' takes one contribution a site; at most num-sites, which is 5",
+            (
+                "fedbuff.buffer-size = 6: robust.mean = 'median' takes one contribution a site; "
+                "at most num-sites, which is 5"
+            ),
         ),
         (
             {"robust.mean": "median", "co-learning.weighting": "samples"},
@@ -342,7 +347,10 @@ def test_cap_of_one_and_shares_below_it_change_nothing() -> None:
         ),
         (
             {"robust.faulty": 2},
-            "robust.faulty = 2: has no effect with robust.mean = 'mean'; only with trimmed-mean, krum, clipped",
+            (
+                "robust.faulty = 2: has no effect with robust.mean = 'mean'; "
+                "only with trimmed-mean, krum, clipped"
+            ),
         ),
         (
             {"robust.mean": "mode"},
@@ -367,7 +375,10 @@ def test_what_cannot_work_is_named(keys: dict[str, Any], wrong: str) -> None:
             "path",
             "clipped",
             1,
-            "topology.name = 'path': a peer has 1 neighbours; robust.mean = 'clipped' needs at least 2",
+            (
+                "topology.name = 'path': a peer has 1 neighbours; "
+                "robust.mean = 'clipped' needs at least 2"
+            ),
         ),
         (
             "ring",

@@ -94,11 +94,17 @@ def test_run_stops_at_once_where_nobody_can_help() -> None:
     [
         (
             False,
-            "1 sites go on after patience-s = 60, min-sites = 2: stopped. site 1: why 1; site 2: why 2; site 3: why 3",
+            (
+                "1 sites go on after patience-s = 60, min-sites = 2: stopped. "
+                "site 1: why 1; site 2: why 2; site 3: why 3"
+            ),
         ),
         (
             True,
-            "1 sites go on and no others will, min-sites = 2: stopped. site 1: why 1; site 2: why 2; site 3: why 3",
+            (
+                "1 sites go on and no others will, min-sites = 2: stopped. "
+                "site 1: why 1; site 2: why 2; site 3: why 3"
+            ),
         ),
     ],
 )

@@ -91,7 +91,10 @@ def test_who_has_not_the_senders_key_cannot_pretend_to_be_the_sender() -> None:
 
 
 def test_a_reader_and_the_relay_cannot_forge_the_senders_payload() -> None:
-    """Reader 1 knows the content key: it seals other data with it, which reach reader 2 with the genuine key of 2."""
+    """Reader 1 knows the content key, and seals other data with it.
+
+    They reach reader 2 with the genuine key of 2.
+    """
     data, keys = sealed()
     secret = PRIVATE[1].exchange(PRIVATE[0].public_key())
     both = f"0:{PUBLIC[0].hex()}:{NONCES[0].hex()}:1:{PUBLIC[1].hex()}:{NONCES[1].hex()}"
@@ -108,7 +111,7 @@ def test_a_reader_and_the_relay_cannot_forge_the_senders_payload() -> None:
 
 @pytest.mark.parametrize("site", [0, 1])
 def test_what_was_sealed_for_another_nonce_is_refused(site: int) -> None:
-    """A payload of an earlier run with the same id, whoever of the two has drawn a new nonce since."""
+    """A payload of an earlier run with the same id; one of the two has drawn a new nonce since."""
     data, keys = sealed()
     with pytest.raises(SealError, match="its key or nonce is another one"):
         Keyring(1, PRIVATE[1], PUBLIC, NONCES | {site: bytes(16)}).open(data, keys[1], HEADER)
@@ -163,7 +166,10 @@ def write_private(path: Path, site: int, mode: int = 0o600) -> None:
 
 @pytest.mark.slow
 def test_keys_from_files(tmp_path: Path) -> None:
-    """As the operator makes them: the program writes the private key for its owner only and prints the public one."""
+    """As the operator makes them.
+
+    The program writes the private key for its owner only and prints the public one.
+    """
     made = subprocess.run(
         [sys.executable, "-m", "client_app.sealing", str(tmp_path / "own.key")],
         capture_output=True,

@@ -126,9 +126,8 @@ def work(rank: int, folder: str, count: int) -> None:
         }
         found = model.gather({"x": model.x, **moments})
         torch.save((loss, found), f"{folder}/{name}-{rank}.pt")
-    parts = Case(
-        rho=0.1, batch_norm=True
-    )  # no Adam: the bias before BatchNorm has rounding errors for a gradient
+    # No Adam: the bias before BatchNorm has rounding errors for a gradient.
+    parts = Case(rho=0.1, batch_norm=True)
     whole, model = FlatModel(network(parts)), ShardedModel(network(parts), torch.device("cpu"))
     losses = [trained(parts, each)[0] for each in (whole, model)]
     both = {"x": whole.x, "stats": whole.stats}, model.gather({"x": model.x, "stats": model.stats})
@@ -166,9 +165,8 @@ def test_shards_are_as_the_whole(tmp_path: Path) -> None:
             assert (first[1][key] - vector).abs().max() <= 1e-5, (name, key)
         assert second == (first[0], {})
     for rank in range(2):
-        losses, (whole, parts) = torch.load(
-            tmp_path / f"parts-{rank}.pt"
-        )  # BatchNorm sees the parts, as without shards
+        # BatchNorm sees the parts, as without shards.
+        losses, (whole, parts) = torch.load(tmp_path / f"parts-{rank}.pt")
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
         assert all((parts[name] - whole[name]).abs().max() <= 1e-5 for name in parts)
         several, back, step = torch.load(tmp_path / f"dealt-{rank}.pt")
@@ -177,7 +175,6 @@ def test_shards_are_as_the_whole(tmp_path: Path) -> None:
         )
         assert (step.tolist(), [len(row) for row in back]) == ([1.0], [0, 0] if rank else [2, 2])
     halves = [torch.load(tmp_path / f"storage-{rank}.pt") for rank in range(2)]
-    size = (
-        4 * 4 * FlatModel(network(CASES["adamw"], WIDTH)).x.numel()
-    )  # model, gradient and two moments, float32
+    # Model, gradient and two moments, float32.
+    size = 4 * 4 * FlatModel(network(CASES["adamw"], WIDTH)).x.numel()
     assert all(size / 2 <= half < 0.51 * size for half in halves)

@@ -206,9 +206,10 @@ def test_text_becomes_bags_of_mean_square_one(tmp_path: Path) -> None:
     )
     examples = read("text-csv", path)
     assert examples.x.shape == (3, 64)
+    # In float16.
     torch.testing.assert_close(
         examples.x.float().square().mean(1), torch.ones(3), rtol=2e-3, atol=0
-    )  # float16
+    )
     similarity = examples.x.float() @ examples.x.float().T
     assert similarity[0, 2] > similarity[0, 1]
 

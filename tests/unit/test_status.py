@@ -46,7 +46,8 @@ def test_letters_bytes_and_refusals_are_counted() -> None:
         letter(
             "out",
             0,
-            rule="refused by this site's policy: strategy = 'gsgm': this site's policy has strategies = ['a']",
+            rule="refused by this site's policy: strategy = 'gsgm': "
+            "this site's policy has strategies = ['a']",
         )
     )
     told = page.data({})["site"]
@@ -102,7 +103,10 @@ def test_letters_before_this_service_started_are_read_from_the_audit_log(tmp_pat
     ("said", "rule"),
     [
         (
-            "refused by this site's policy: a model of 7 parameters: this site's policy has largest-model = 6",
+            (
+                "refused by this site's policy: a model of 7 parameters: "
+                "this site's policy has largest-model = 6"
+            ),
             "largest-model",
         ),
         (
@@ -111,7 +115,10 @@ def test_letters_before_this_service_started_are_read_from_the_audit_log(tmp_pat
         ),
         ("BudgetError: privacy.epsilon = 8: with this answer it would be 8.1", "epsilon"),
         (
-            "refused by this site's policy: run 7 has another configuration than in its first letter",
+            (
+                "refused by this site's policy: run 7 has another configuration "
+                "than in its first letter"
+            ),
             "other",
         ),
         ("refused by this site's policy: a = 'x': this site's policy has made-up = '1'", "other"),

@@ -1,4 +1,4 @@
-"""Losses and metrics of every task, against PyTorch and scikit-learn; and that they add up over sites."""
+"""Losses and metrics of every task, against PyTorch and scikit-learn; they add up over sites."""
 
 import math
 from typing import Any
@@ -104,7 +104,10 @@ def test_classification_by_class() -> None:
 
 
 def test_calibration_error_of_known_confidences() -> None:
-    """Of 10 examples that are 0.9 sure, 6 are right: |0.9 - 0.6|; of 10 that are 0.65 sure, 8: |0.65 - 0.8|."""
+    """Of 10 examples that are 0.9 sure, 6 are right: |0.9 - 0.6|.
+
+    Of 10 that are 0.65 sure, 8 are: |0.65 - 0.8|.
+    """
     y = torch.zeros(20, dtype=torch.int64)
     confident = torch.tensor([0.9] * 10 + [0.65] * 10)
     wrong = torch.tensor([False] * 6 + [True] * 4 + [False] * 8 + [True] * 2)
@@ -204,7 +207,10 @@ def test_models_together_predict_their_mean_number() -> None:
 
 
 def test_metrics_of_means_need_no_loss_and_are_numbers() -> None:
-    """A site's policy may withhold the loss alone; what another reports may make infinite metrics."""
+    """A site's policy may withhold the loss alone.
+
+    What another site reports must not make metrics infinite.
+    """
     found = numbers(reported("multi-label", *examples("multi-label")))
     del found["loss"]
     assert (

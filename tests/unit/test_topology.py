@@ -231,7 +231,10 @@ def by_turns(n: int) -> "list[nx.Graph[int]]":
     ],
 )
 def test_topology_of_ones_own_must_suit_the_method(keys: dict[str, Any], message: str) -> None:
-    """Its name does not tell: a run went on without the gradients, or without half of the exchanges."""
+    """Its name does not tell.
+
+    A run went on without the gradients, or without half of the exchanges.
+    """
     with pytest.raises(TopologyError, match=message):
         graph_of(configuration(num_sites=4, **keys))
 
@@ -270,7 +273,10 @@ def test_edges_of_ones_own(tmp_path: Path) -> None:
             "star",
             5,
             {"weights": "uniform"},
-            "not doubly stochastic, column 0 sums to 2.2; topology.mixing = 'metropolis' suits every",
+            (
+                "not doubly stochastic, column 0 sums to 2.2; "
+                "topology.mixing = 'metropolis' suits every"
+            ),
         ),
         (
             "edges",

@@ -1,4 +1,7 @@
-"""Experiment trackers: what they get, what is said where they are missing, and that their failures cost the run nothing."""
+"""Experiment trackers: what they get, and what is said where they are missing.
+
+Their failures cost the run nothing.
+"""
 
 from pathlib import Path
 from threading import Event

@@ -76,7 +76,10 @@ def test_second_call_starts_from_zero() -> None:
 
 
 def test_sam_on_a_quadratic_in_closed_form() -> None:
-    """At x = (1, 1) with A = diag(3, 4): g = (3, 4), |g| = 5, so the gradient is taken at (1 + 3 rho / 5, 1 + 4 rho / 5)."""
+    """At x = (1, 1) with A = diag(3, 4): g = (3, 4), |g| = 5.
+
+    So the gradient is taken at (1 + 3 rho / 5, 1 + 4 rho / 5).
+    """
     curvature = torch.tensor([3.0, 4.0], dtype=torch.float64)
     value, grad = sharpness_aware(quadratic(curvature), 0.5)(
         torch.ones(2, dtype=torch.float64), batch()
@@ -101,9 +104,10 @@ def test_sam_perturbation_has_norm_rho(rho: float) -> None:
 
     sharpness_aware(watched, rho)(model.x, batch())
     (first, tracked), (second, also) = seen
+    # In float32.
     torch.testing.assert_close(
         torch.linalg.vector_norm(second - first).item(), rho, rtol=1e-4, atol=0
-    )  # float32
+    )
     assert (tracked, also) == (True, False)
 
 
@@ -182,7 +186,8 @@ def test_flip_crop_yields_every_crop_of_the_padded_picture_and_its_mirror() -> N
     allowed = {tuple(crop.flatten().tolist()) for each in crops for crop in (each, each.flip(2))}
     found = training.flip_crop(picture.expand(500, -1, -1, -1), torch.Generator().manual_seed(1))
     assert found.dtype == torch.uint8
-    # 18 equally likely outcomes: one of them missing in 500 draws has a probability of 18 (17/18)^500 = 7e-12.
+    # 18 equally likely outcomes: one of them missing in 500 draws has a probability of
+    # 18 (17/18)^500 = 7e-12.
     assert {tuple(each.flatten().tolist()) for each in found} == allowed
 
 
@@ -226,7 +231,8 @@ def test_adamw_is_torchs_own() -> None:
         F.cross_entropy(reference(batch()[0]), batch()[1]).backward()
         adamw.step()
     expected = torch.cat([parameter.detach().reshape(-1) for parameter in reference.parameters()])
-    # Where a gradient is nearly 0, as for a bias before BatchNorm, AdamW divides rounding errors by their own size.
+    # Where a gradient is nearly 0, as for a bias before BatchNorm, AdamW divides rounding errors by
+    # their own size.
     bias = slice(48, 56)
     torch.testing.assert_close(
         torch.cat([model.x[:48], model.x[56:]]), torch.cat([expected[:48], expected[56:]])

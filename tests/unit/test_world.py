@@ -22,7 +22,10 @@ from simulation.world import Lognormal, SiteWorld, World
         ({"jitter": math.inf}, "jitter = inf: must be a finite number"),
         (
             {"speed": 3},
-            "speed: unknown key; allowed: samples_per_s, bandwidth_mbps, latency_ms, jitter, offline",
+            (
+                "speed: unknown key; allowed: samples_per_s, bandwidth_mbps, latency_ms, "
+                "jitter, offline"
+            ),
         ),
         (
             {"offline": {0: [(5, 3)]}},
@@ -59,9 +62,8 @@ def test_speeds_are_a_number_for_all_a_list_or_lognormal() -> None:
             for site in World(samples_per_s=Lognormal(median=100, sigma=0.5)).sites(400, 1)
         ]
     )
-    error = 0.5 / math.sqrt(
-        400
-    )  # standard error of the mean; that of the deviation is smaller by sqrt(2)
+    # Standard error of the mean; that of the deviation is smaller by sqrt(2).
+    error = 0.5 / math.sqrt(400)
     assert abs(drawn.mean() - math.log(100)) < 3 * error
     assert abs(drawn.std() - 0.5) < 3 * error
 
@@ -135,8 +137,7 @@ def test_random_outages_have_the_mean_lengths_asked_for() -> None:
         ups.append(outage[0] - time)
         downs.append(outage[1] - outage[0])
         time = outage[1]
-    assert abs(np.mean(ups) - 90) < 3 * 90 / math.sqrt(
-        400
-    )  # an exponential's deviation is its mean
+    # An exponential's deviation is its mean.
+    assert abs(np.mean(ups) - 90) < 3 * 90 / math.sqrt(400)
     assert abs(np.mean(downs) - 10) < 3 * 10 / math.sqrt(400)
     assert site.next_outage(0) == (ups[0], ups[0] + downs[0])  # the past stays what it was

@@ -68,6 +68,7 @@ docs: .venv/installed
 	python -m configuration.generate
 	python -m uv pip install --quiet --python .venv/bin/python --group docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo 'site/index.html; with search: .venv/bin/python -m http.server --bind 127.0.0.1 --directory site 8000'
 
 check: .venv/installed
 	ruff check . && ruff format --check . && mypy . && lint-imports

@@ -1,4 +1,7 @@
-"""mkdocs: links of a page to files of the repository that are no pages become their text; one to nothing is a warning."""
+"""mkdocs: links of a page to files of the repository that are no pages become their text; one to nothing is a warning.
+
+A number and its error stay in one line.
+"""
 
 import logging
 import re
@@ -22,4 +25,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             LOG.warning("%s: there is no %s", page.file.src_uri, link[2])
         return link[1]
 
-    return LINK.sub(inside, markdown)
+    return LINK.sub(inside, markdown).replace(" ± ", "\u00a0±\u00a0")

@@ -25,7 +25,7 @@ NAMES = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT")
 DOCUMENTS = [*(ROOT / f"{name}.md" for name in NAMES), *PAGES]
 BLOCK = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:|mailto:)([^)\s]+)\)")
-INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 KEYS = {f"{table}.{key}" if table else key for table, kind in tables().items() for key in fields(kind)}
 TABLES = {table for table in tables() if table}
 FILES = (".py", ".png", ".safetensors", ".toml")
@@ -39,6 +39,11 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def prose(path: Path) -> str:
     return BLOCK.sub("", path.read_text())
+
+
+def codes(path: Path) -> list[str]:
+    """Inline code, which may go on in the next line."""
+    return INLINE.findall(prose(path).replace("\n", " "))
 
 
 def anchors(path: Path) -> set[str]:
@@ -70,7 +75,7 @@ def test_every_page_is_in_the_index_of_pages() -> None:
 @documents
 def test_keys_exist_and_their_values_are_allowed(path: Path) -> None:
     """Inline code such as ``gsgm.window`` and ``wire.codec = "qsgd"``."""
-    for code in INLINE.findall(prose(path)):
+    for code in codes(path):
         key = re.match(r"([a-z-]+)\.[a-z-]+(?= = |$)", code)
         if key and key[1] in TABLES and Path(key[0]).suffix not in FILES:
             assert key[0] in KEYS, code
@@ -84,7 +89,7 @@ def test_keys_exist_and_their_values_are_allowed(path: Path) -> None:
 def commands(path: Path) -> Iterator[str]:
     for text in blocks(path, "bash"):
         yield from text.replace("\\\n", "").splitlines()
-    yield from (code for code in INLINE.findall(prose(path)) if code.startswith("make "))
+    yield from (code for code in codes(path) if code.startswith("make "))
 
 
 @documents

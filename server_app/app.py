@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
@@ -84,10 +84,15 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
 def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel, emit: Sink, saved: Saved | None) -> None:
     """Execute the plan of the run."""
     first = saved.arrays if saved and saved.arrays else {X: model.x, STATS: model.stats}
-    # A function: held here, the first model would stay in memory.
-    initial, layout, shares = lambda: pack(first), layout_of(model), partial(_shares, federation, config)
+    layout, shares = layout_of(model), partial(_shares, federation, config)
     if sends_updates(config.wire) and not isinstance(config.plan, PeerPlan):
         layout = layout.with_codec(codec_of(config.wire, model.sizes))
+
+    def initial() -> ArrayRecord:  # held here, the first model would stay in memory
+        arrays = pack(first)
+        if saved:
+            saved.forget()
+        return arrays
 
     def rounds(strategy: Strategy, instruct: Callable[[Moment, Tensor], Local]) -> Rounds:
         driver = Rounds(grid, strategy, instruct, federation, config, layout, emit)
@@ -105,6 +110,7 @@ def _drive(grid: Grid, config: Config, federation: Federation, model: FlatModel,
             relay = Relay(grid, plan, graph_of(config), federation, config, layout, emit)
             if saved:
                 relay.resume(saved.driver, saved.offers)
+                saved.forget()
             report_consensus(grid, relay.run(), federation, config, relay.report, relay.exchanges)
         case RoundPlan() as plan:
             planned = Planned(plan, shares(plan.weighting), robust=config.robust.rule)

@@ -110,7 +110,7 @@ class Asynchronous:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; what sites did since then is lost: they are sent the newest model anew."""
-        self._resumed = state
+        self._resumed = dict(state)
         self._report.resume(Moment(*state["now"]))
         self._extremes, self._updates, self._tested, self._done, start = state["counts"]
         self._period = Period(start)

@@ -55,11 +55,16 @@ class Saved(NamedTuple):
     rows: int
     arrays: dict[str, Tensor]
     driver: dict[str, Any]
-    offers: Mapping[str, Mapping[str, Array]] = {}
+    offers: dict[str, Mapping[str, Array]]
 
     def next_start(self) -> Started:
         """How sites are told that it goes on."""
         return Started(self.run, self.start + 1)
+
+    def forget(self) -> None:
+        """Whoever goes on with it has what it needs: nothing large stays in memory for whoever holds this."""
+        for part in (self.arrays, self.driver, self.offers):
+            part.clear()
 
 
 class Writer:
@@ -169,7 +174,9 @@ def read(folder: Path) -> Saved:
         try:
             with torch.serialization.safe_globals(_kinds(file)):
                 saved = Saved(**torch.load(file, map_location="cpu", weights_only=True))
-            offers = {name: pack(load_file(file.with_name(f"{name}.safetensors"))) for name in saved.offers}
+            offers: dict[str, Mapping[str, Array]] = {
+                name: pack(load_file(file.with_name(f"{name}.safetensors"))) for name in saved.offers
+            }
             return saved._replace(offers=offers)
         except Exception as error:  # whatever is wrong with a damaged file, the one before it may be whole
             reasons.append(f"{file.name}: {type(error).__name__}: {str(error).splitlines()[0]}")

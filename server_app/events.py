@@ -82,7 +82,7 @@ class Checkpoint(NamedTuple):
     """
 
     state: Callable[[], dict[str, Any]]
-    offers: Callable[[], Mapping[str, Mapping[str, Array]]] = dict
+    offers: Callable[[], dict[str, Mapping[str, Array]]] = dict
 
 
 class Away(NamedTuple):

@@ -1,5 +1,6 @@
 """What tests share: the default configuration, and a run of the real ServerApp and ClientApp in this process."""
 
+import multiprocessing
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ class EndToEndTogether(LoadScopeScheduling):  # type: ignore[misc]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EndToEndTogether:
     """What ``--numprocesses`` distributes tests with."""
     return EndToEndTogether(config, log)
+
+
+def pytest_sessionfinish() -> None:
+    """Python would wait for the processes that a test which failed has left."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,8 @@
 """Site services in processes of their own, and who sends them letters."""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
+from client_app.service import main as serve
 from configuration.config import Config, configuration
 from server_app.app import run as run_server
 from server_app.results import History
@@ -24,9 +27,46 @@ from tests.conftest import ROOT
 SITES = 3
 RUN_IDS = iter(range(100, 10**6))
 
+# Processes that have imported all this are forked: a service starts in a moment.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload([__name__])
+
+
+class _Forked:
+    """As much of ``subprocess.Popen`` as tests need."""
+
+    def __init__(self, file: Path, log: Path) -> None:
+        self._process = FORK.Process(target=_serve, args=[file, log, dict(os.environ)])
+        self._process.start()
+        assert self._process.pid
+        self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _serve(file: Path, log: Path, environment: dict[str, str]) -> None:
+    """``python -m client_app.service``."""
+    with log.open("a") as target:
+        for stream in (1, 2):
+            os.dup2(target.fileno(), stream)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = ["service", str(file)]
+    serve()
+
 
 class Service:
     """A service in a process of its own."""
+
+    process: "_Forked | subprocess.Popen[bytes]"
 
     def __init__(self, folder: Path, *, processes: int = 1, **keys: Any) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's messages need one
@@ -39,10 +79,13 @@ class Service:
 
     def start(self) -> None:
         several = ["torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={self._processes}", "-m"]
-        command = [sys.executable, "-m", *(several if self._processes > 1 else []), "client_app.service", str(self.file)]
         Path(self.socket).unlink(missing_ok=True)  # of one that was killed
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        if self._processes == 1:
+            self.process = _Forked(self.file, self.log)
+        else:
+            with self.log.open("a") as log:
+                command = [sys.executable, "-m", *several, "client_app.service", str(self.file)]
+                self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         while not Path(self.socket).exists():
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)

@@ -147,17 +147,18 @@ def test_sealing_changes_no_number_and_keeps_models_from_the_server() -> None:
         "wire.codec": "qsgd",
         "wire.error-feedback": "choco",
         "topology.averaging-rate": 0.5,
+        "epochs": 2,
     }
     open_, sealed = run(**changes), run(**changes, **SEALED)
     assert list(open_.history["accuracy"]) == list(sealed.history["accuracy"])
     assert sealed.models == {}
     assert sealed.metrics.query("split == 'consensus'").empty
-    ngm = run(strategy="ngm", wire={"cross_codec": "sign"}, **SEALED)
-    assert list(ngm.history["accuracy"]) == list(run(strategy="ngm", wire={"cross_codec": "sign"}).history["accuracy"])
+    coded: dict[str, Any] = {"strategy": "ngm", "wire.cross-codec": "sign", "epochs": 2}
+    assert list(run(**coded, **SEALED).history["accuracy"]) == list(run(**coded).history["accuracy"])
 
 
 def test_same_seed_same_history_and_seeds_differ() -> None:
-    one, two, other = run(strategy="dmsgd"), run(strategy="dmsgd"), run(strategy="dmsgd", seed=2)
+    one, two, other = (run(strategy="dmsgd", epochs=1, seed=seed) for seed in (1, 1, 2))
     assert one.metrics.equals(two.metrics)
     assert not one.metrics.equals(other.metrics)
 
@@ -188,6 +189,7 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
         "wire.codec": "qsgd",
         "wire.error-feedback": "choco",
         "topology.averaging-rate": 0.5,
+        "epochs": 2,
         **SEALED,
     }
     config = small(**changes)
@@ -329,9 +331,9 @@ def accuracy(found: Run, site: int) -> list[float]:
 
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "n-saddle"])
 def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
-    found = run(World(samples_per_s=100, offline={2: [(6.0, math.inf)]}), strategy=strategy, epochs=12)
+    found = run(World(samples_per_s=100, offline={2: [(6.0, math.inf)]}), strategy=strategy, epochs=6)
     assert found.finished
-    assert len(accuracy(found, 2)) < len(accuracy(found, 0)) == 12
+    assert len(accuracy(found, 2)) < len(accuracy(found, 0)) == 6
     assert found.history["accuracy"].iloc[-1] > 0.6
     assert "model-2" not in found.models
     assert len(found.models) == 3
@@ -341,7 +343,6 @@ def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
     "changes",
     [
         {"strategy": "dmsgd"},
-        {"strategy": "n-saddle"},
         {"strategy": "q-saddle", "wire.codec": "qsgd", "wire.error-feedback": "choco", "topology.averaging-rate": 0.5, **SEALED},
         {
             "strategy": "n-saddle",
@@ -351,19 +352,19 @@ def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
             "wire.cross-codec": "sign",
         },
     ],
-    ids=["dmsgd", "n-saddle", "choco, sealed", "n-saddle, choco"],
+    ids=["dmsgd", "choco, sealed", "n-saddle, choco"],
 )
 @pytest.mark.slow
 def test_peer_that_comes_back_rejoins_with_its_state(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flwr").propagate = True
-    found = run(World(samples_per_s=100, offline={2: [(6.0, 80.0)]}), epochs=24, **changes)
+    found = run(World(samples_per_s=100, offline={2: [(6.0, 68.0)]}), epochs=16, **changes)
     assert found.finished
     assert "site 2 is back" in caplog.text
     assert "refuses" not in caplog.text
     own = accuracy(found, 2)
-    assert len(own) <= 24  # it may have missed tests
+    assert len(own) <= 16  # it may have missed tests
     assert own[-1] > 0.7
-    assert len(accuracy(found, 0)) == 24
+    assert len(accuracy(found, 0)) == 16
     if "wire.sealing" not in changes:
         distance = found.metrics.query("metric == 'consensus-distance'")["value"].iloc[-1]
         assert distance < 0.5
@@ -691,7 +692,7 @@ def test_sealed_peers_keep_their_models_whatever_the_server_asks_for() -> None:
 
     for sealing, expected in (("off", True), ("trust-on-first-use", False)):
         handed.clear()
-        config = small(strategy="dmsgd", wire={"sealing": sealing})
+        config = small(strategy="dmsgd", epochs=1, wire={"sealing": sealing})
         grid = Between(client_app, World().sites(4, 1), config.flat(), look)
         grid.change = ask_for_all
         run_server(grid, config, History(config))
@@ -711,9 +712,9 @@ def deployed(config: Config, nodes: Iterable[dict[str, Any]]) -> History:
 
 def test_keys_of_files_seal_a_run(tmp_path: Path) -> None:
     nodes = write_keys(tmp_path / "keys")
-    config = small(strategy="dmsgd", wire={"sealing": "keys"})
+    config = small(strategy="dmsgd", epochs=2, wire={"sealing": "keys"})
     sealed = deployed(config, nodes)
-    plain = deployed(small(strategy="dmsgd"), [{"site": node["site"], "data": ""} for node in nodes])
+    plain = deployed(small(strategy="dmsgd", epochs=2), [{"site": node["site"], "data": ""} for node in nodes])
     found = (history.metrics.query("metric == 'accuracy' and site == 'all'")["value"].tolist() for history in (sealed, plain))
     assert next(found) == next(found)
 

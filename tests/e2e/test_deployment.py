@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 
 from simulation.laboratory import Run
-from tests.e2e.processes import SITES, Deployment
+from tests.e2e.processes import SITES, Deployment, Services
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    found = Deployment(tmp_path)
+    found, services = Deployment(tmp_path), Services(tmp_path, data={"source": "digits"})
+    for site in range(SITES):
+        found.join(site, f'service="{services.socket(site)}"')
     yield found
     found.end()
+    services.end()
 
 
 def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Path) -> None:
-    for site in range(SITES):
-        deployment.join(site)
     results = tmp_path / "runs"
     settings = f'results.folder="{results}" strategy="gsgm" num-sites=3 epochs=5 gsgm.local-steps=15 timeout-s=240.0'
     seen, killed = [], False
@@ -37,7 +38,7 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     (folder,) = results.iterdir()
     run = Run.load(folder)
     assert run.finished, log
-    assert re.search(r"site 2 .*is left out of the training", log)
+    assert re.search(r"clinic 2 .*is left out of the training", log)
     updates = run.metrics.query("metric == 'updates' and split == 'train'").pivot_table(
         index="round", columns="site", values="value"
     )

@@ -28,7 +28,7 @@ class Site(ClientApp):
         if "service" in context.node_config:
             return ask(str(context.node_config["service"]), message, context)
         if message.metadata.message_type == "query.site" and "site" in context.node_config:
-            log(WARNING, "this site has no service: code that the server ships reads its data and keys (README, Sites)")
+            log(WARNING, "this site has no service: code that the server ships reads its data and keys (docs/how-to/site.md)")
         # Not above: with a service this process loads no torch.
         from client_app.handlers import app as handlers
 

@@ -119,8 +119,8 @@ class Machine:
 def blocks(first: int, last: int) -> list[tuple[set[str], str]]:
     """The blocks of the guide's sections: on which machines they are typed, and what."""
     sections = re.split(r"^## \d+\. ", GUIDE.read_text(), flags=re.MULTILINE)[first : last + 1]
-    found = re.findall(r"^```bash (.+?)\n(.*?)^```", "".join(sections), re.DOTALL | re.MULTILINE)
-    return [(set(kind.split()), text) for kind, text in found]
+    found = re.findall(r'^```bash title="(.+?)"\n(.*?)^```', "".join(sections), re.DOTALL | re.MULTILINE)
+    return [(set(re.findall(r"[\w-]+", title)), text) for title, text in found]
 
 
 def of_site(text: str, number: int) -> str:

@@ -107,10 +107,16 @@ class Deployment:
 
     def run(self, settings: str, *, followed: bool = False) -> "subprocess.Popen[str]":
         """``flwr run``, or with ``followed`` the start command of ``deploy/``; its log on standard output."""
-        command = [sys.executable, str(ROOT / "deploy/run.py"), "--"] if followed else ["flwr", "run"]
+        command = [sys.executable, "-m", "deploy.run", "--"] if followed else ["flwr", "run"]
         command += [str(self._app), "here", "--stream", "--run-config", settings]
         return subprocess.Popen(
-            command, cwd=self._home, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+            command,
+            cwd=ROOT if followed else self._home,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
         )
 
     def running(self, name: str) -> bool:

@@ -1,7 +1,8 @@
 # make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='training.lr=0.1 seed=2' other values
 # make test   the tests; make test-fast: those that start no process of their own; make test-long: those that take minutes; make check: linters and types; make fix: mend
-#             what the linter can; make docs: what is generated; make bench: the benchmarks
+#             what the linter can; make docs: what is generated, and docs/ as a site in site/; make bench: the benchmarks
 # make watch  a page that shows the runs: http://127.0.0.1:8080
+# make ... TORCH=cpu   without CUDA
 # make predict RUN=runs/... INPUT=file-or-folder   what a run's model says of it, as CSV
 # make notebook   Jupyter on notebooks/
 # make stop   end the SuperLink that stays for the next `make run`
@@ -11,6 +12,8 @@ BIN := $(CURDIR)/.venv/bin
 CONF ?=
 SET ?=
 RESULTS ?= $(CURDIR)/runs
+# PyTorch's build: cpu (without 5 GB of CUDA), cu128, ... or that of the package index; kept for the next make.
+TORCH ?= $(shell cat .venv/torch 2>/dev/null)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 
 # Every checkout has a SuperLink of its own, on a port of its own, started in a folder without Python packages: Ray's workers look
@@ -32,7 +35,9 @@ export PYTHONDONTWRITEBYTECODE :=
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check 'flwr>=1.41,<2'
-	.venv/bin/python -m uv sync --quiet --group dev --python .venv/bin/python
+	.venv/bin/python -m uv $(if $(TORCH),pip install --torch-backend $(TORCH) -r pyproject.toml,sync) \
+		--quiet --group dev --python .venv/bin/python
+	@echo '$(TORCH)' > .venv/torch
 	@touch $@
 
 # The SuperLink that `flwr run` would start by itself makes a copy of the environment for each run, which costs half a minute; deleting
@@ -61,6 +66,9 @@ test-fast: .venv/installed
 
 docs: .venv/installed
 	python -m configuration.generate
+	python -m uv pip install --quiet --python .venv/bin/python --group docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo 'site/index.html; with search: .venv/bin/python -m http.server --bind 127.0.0.1 --directory site 8000'
 
 check: .venv/installed
 	ruff check . && ruff format --check . && mypy . && lint-imports

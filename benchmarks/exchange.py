@@ -5,9 +5,9 @@
     exchange = down + up + site's work + server's work
     down, up = bytes a site / min(server's link / sites, one stream)
 
-One stream is what specs/data-centers.md quotes for a SuperLink over a WAN of 100 ms: 4 GB each way
-in about 10 minutes, 13 MB/s. Packing, the border's checks, the mean and the codecs are measured
-with 20 million parameters, on one core. ``superlink`` is what Flower's processes need for a GB:
+One stream is what others report of a SuperLink over a WAN of 100 ms: 4 GB each way in about
+10 minutes, 13 MB/s. Packing, the border's checks, the mean and the codecs are measured with
+20 million parameters, on one core. ``superlink`` is what Flower's processes need for a GB:
 docs/results/deployment.md, 100 million parameters, what is left of a round without the service's
 work and Flower's polls. Pessimistic: nothing overlaps.
 """

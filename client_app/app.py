@@ -32,7 +32,7 @@ class Site(ClientApp):
             log(
                 WARNING,
                 "this site has no service: code that the server ships reads its data and keys "
-                "(README, Sites)",
+                "(docs/how-to/site.md)",
             )
         # Not above: with a service this process loads no torch.
         from client_app.handlers import app as handlers

@@ -4,8 +4,11 @@ The default configuration, and a run of the real ServerApp and ClientApp in this
 """
 
 import multiprocessing
+import os
+import signal
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +49,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EndToEndToge
 def pytest_sessionfinish() -> None:
     """Python would wait for the processes that a test which failed has left."""
     for process in multiprocessing.active_children():
-        process.kill()
+        assert process.pid
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)  # joblib's have no kill()
 
 
 ROOT = Path(__file__).parent.parent

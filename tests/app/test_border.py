@@ -339,9 +339,9 @@ def bad_notes(record: ConfigRecord, honest: ConfigRecord) -> bool:
         return True
     lists = {"refused": str, "broken": int}
     whole = all(
-        isinstance(record[key], list) and all(type(each) is kind for each in record[key])
+        isinstance(found := record[key], list) and all(type(each) is kind for each in found)
         for key, kind in lists.items()
-    )  # type: ignore[union-attr]
+    )
     return not whole or not all(type(record[key]) is bool for key in ("fresh", "anew"))
 
 

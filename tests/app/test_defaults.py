@@ -25,11 +25,12 @@ DRIVERS = ("co-learning", "gsgm", "dmsgd")
 
 
 def learns(method: str, split: str, **keys: Any) -> bool:
-    """Peers by the batched engine, which is the relay step for step, and faster."""
+    """Peers by the batched engine, which is the relay step for step, and faster, where it can."""
     common: dict[str, Any] = {"strategy": method, "data.test-part": "pooled"} | NEEDED.get(
         method, {}
     )
-    engine = "batched" if isinstance(configuration(**common).plan, PeerPlan) else "app"
+    peers = isinstance(configuration(**common).plan, PeerPlan) and method != "relaysgd"
+    engine = "batched" if peers else "app"
     return reached(
         simulate(engine=engine, progress=False, **(common | SPLITS[split] | keys))
     ).learned

@@ -420,9 +420,9 @@ def test_metrics_that_fail_with_what_a_site_reports_cost_the_site_its_test() -> 
         Federation(sites, ("a", "b"), (1, 8, 8), None, ()),
         config,
         events.append,
-        clock_of(object()),
+        clock_of(object()),  # type: ignore[arg-type]
         "round",
-    )  # type: ignore[arg-type]
+    )
     found: dict[int, dict[str, float | list[float]]]
     found = {
         node: {"loss": 1.0, "means": [mean], "num-examples": 9.0}

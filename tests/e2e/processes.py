@@ -164,17 +164,12 @@ class Deployment:
         self._begin(name, arguments, "--node-config", node, user=user)
 
     def run(self, settings: str, *, followed: bool = False) -> "subprocess.Popen[str]":
-        """Begin ``flwr run``, or with ``followed`` the start command of ``deploy/``.
-
-        Its log is on its standard output.
-        """
-        command = (
-            [sys.executable, str(ROOT / "deploy/run.py"), "--"] if followed else ["flwr", "run"]
-        )
+        """``flwr run``, or with ``followed`` the start command of ``deploy/``; and its log."""
+        command = [sys.executable, "-m", "deploy.run", "--"] if followed else ["flwr", "run"]
         command += [str(self._app), "here", "--stream", "--run-config", settings]
         return subprocess.Popen(
             command,
-            cwd=self._home,
+            cwd=ROOT if followed else self._home,
             env=self._env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

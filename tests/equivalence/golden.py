@@ -1,6 +1,6 @@
-"""The golden problem of specs/peer.md, section 9, in float64.
+"""The golden problem of docs/explanation/golden-values.md.
 
-Five peers on a ring with weights 1/3, quadratics, exact gradients:
+Five peers on a ring, weights 1/3, quadratics, exact gradients, float64:
 
     F_i(x) = sum_k h_ik (x_k - b_ik)^2 / 2
 

@@ -129,4 +129,10 @@ if __name__ == "__main__":
     with TemporaryDirectory() as folder:
         changes = write_data(Path(folder))
         runs = {name: fingerprint(short_run(name, changes.get(name, {}))) for name in CONF}
+    before = json.loads(FROZEN.read_text())["runs"]
+    for name, found in runs.items():  # the last digits of projections depend on threads
+        if (old := before.get(name)) and all(
+            old[key] == found[key] for key in ("sha256", "bytes", "accuracy")
+        ):
+            runs[name] = old
     FROZEN.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")

@@ -1,6 +1,8 @@
 """Peer algorithms, in float64.
 
 Contract rows over all of them, limit cases, closed forms, invariants, golden values.
+
+The numbers are derived in docs/explanation/golden-values.md, apart from this code.
 """
 
 from collections.abc import Callable
@@ -546,7 +548,7 @@ def test_gradient_tracking_reaches_the_common_optimum(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "bias"), [("dpsgd", 0.2832), ("qgm", 0.2832), ("ngm", 0.7455)])
 def test_bias_of_those_that_do_not(name: str, bias: float) -> None:
-    """The largest error against (2, -2) after 5,000 rounds, from specs/peer.md."""
+    """The largest error against (2, -2) after 5,000 rounds."""
 
     def mean_of_neighbourhood(x: Tensor) -> Tensor:
         return (RING @ H) * x - RING @ (H * B)

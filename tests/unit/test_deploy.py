@@ -197,9 +197,14 @@ def test_containers_reach_no_more_than_units(folder: Path) -> None:
     users = dict.fromkeys(
         ("ARCHIPELAGO", "FLOWER"), f"{os.geteuid()}:{pwd.getpwuid(os.geteuid()).pw_gid}"
     )
-    assert server["superlink"]["build"]["args"] == {**users, "LETTERS": str(os.getegid())}
-    # The port is the proxy's, in the same network.
-    assert "listen 8000 ssl" in (folder / "server/nginx.conf").read_text()
+    assert server["superlink"]["build"]["args"] == {
+        **users,
+        "LETTERS": str(os.getegid()),
+        "TORCH": "${TORCH:-}",
+    }
+    assert (
+        "listen 8000 ssl" in (folder / "server/nginx.conf").read_text()
+    )  # the proxy's, in the same network
     site = yaml.safe_load((folder / "1/compose.yaml").read_text())["services"]
     assert site["service"]["network_mode"] == "none"
     seen = {volume.partition(":")[0] for volume in site["supernode"]["volumes"]}

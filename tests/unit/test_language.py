@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +29,8 @@ NOTHING = {
 def language(
     source: str, path: Path, context: int = 4, vocabulary: int = 256, group: str = ""
 ) -> Examples:
-    return load(
-        source, str(path), **NOTHING | {"group": group}, context=context, vocabulary=vocabulary
-    )  # type: ignore[arg-type]
+    more: dict[str, Any] = {**NOTHING, "group": group}
+    return load(source, str(path), context=context, vocabulary=vocabulary, **more)
 
 
 def windows(examples: Examples) -> tuple[list[list[int]], list[list[int]]]:

@@ -4,6 +4,7 @@ What no site may send is refused in one short line.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -278,8 +279,8 @@ def test_data_of_another_length_or_kind_are_refused() -> None:
         whole.data.replace(b"(6,)", b"((("),
     ):
         assert "bytes that are not" in refusal(
-            lambda data=data: trained(with_x(Array("float32", (SIZE,), "numpy.ndarray", data)))
-        )  # type: ignore[misc]
+            partial(trained, with_x(Array("float32", (SIZE,), "numpy.ndarray", data)))
+        )
     assert "x is a 'torch.Tensor'" in refusal(
         lambda: trained(with_x(Array("float32", (SIZE,), "torch.Tensor", whole.data)))
     )

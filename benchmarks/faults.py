@@ -2,7 +2,7 @@
 
 Does the run end, with the right model, and what did it cost?
 
-    python -m benchmarks.faults [--trials 13] [--seed 1] [--only serverapp superlink ...]
+    python -m benchmarks.faults [--trials 12] [--seed 1] [--only "all killed" ...]
 
 A SuperLink with its database and a SuperExec, as the units of ``deploy/server`` start them, three
 SuperNodes with site services that reach the SuperLink through a TCP proxy, and the start command of
@@ -11,8 +11,7 @@ faults; in each, one happens, at a moment drawn from the time that an undisturbe
 run is compared with that run: Co-learning, with ``min-sites`` = 3, must end with the same model,
 bit for bit.
 
-A full disk needs root (a file system of its own for results and sites), a clock that jumps
-``apt install faketime``.
+A full disk needs root: a file system of its own for results and sites.
 """
 
 import argparse
@@ -44,10 +43,7 @@ SETTINGS = (
 )
 BACK_OFF_S = 2.0
 LASTS_S = 60.0  # what does not kill
-JUMP_S = 3600
 LONGEST_S = 900.0  # of a trial
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
-SERVER = ("superlink", "superexec")
 
 
 class Supervisor(Thread):
@@ -170,37 +166,12 @@ class Disk:
             subprocess.run(["umount", "--lazy", str(self.path)], check=False)
 
 
-class Clock:
-    """A machine's clock, for those of its processes that have :attr:`env` in their environment.
-
-    Args:
-        file: by which they are told how wrong it is.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self.env = {
-            "LD_PRELOAD": str(FAKETIME),
-            "FAKETIME_TIMESTAMP_FILE": str(file),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
-        file.write_text("+0")
-
-    def jump(self, seconds: int) -> None:
-        """It is wrong for a minute."""
-        self._file.write_text(f"{seconds:+}")
-        time.sleep(LASTS_S)
-        self._file.write_text("+0")
-
-
 class Faults:
     """What can happen.
 
     Args:
         deployment, services: to whom.
-        links, disk, clocks: of the sites; of the server's results and the sites; of the server and
-            one site.
+        links, disk: of the sites; of the server's results and the sites.
         choose: draws.
     """
 
@@ -210,7 +181,6 @@ class Faults:
         services: Services,
         links: Sequence[Link],
         disk: Disk,
-        clocks: Sequence[Clock],
         choose: random.Random,
     ) -> None:
         self._deployment, self._services, self._choose = deployment, services, choose
@@ -229,10 +199,6 @@ class Faults:
         }
         if disk.own:
             self.kinds["disks full"] = disk.fill
-        if clocks:
-            self.kinds["clock jumps"] = lambda: choose.choice(clocks).jump(
-                choose.choice((-JUMP_S, JUMP_S))
-            )
 
     def _kill(self, program: str) -> None:
         while not (found := named(program)):  # a ClientApp lives as long as its message
@@ -334,22 +300,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=13)
+    parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     with TemporaryDirectory() as name:
         home, disk = Path(name), Disk(Path(name) / "disk")
-        clocks = (
-            [Clock(home / f"clock-{machine}") for machine in ("server", "site")]
-            if FAKETIME.exists()
-            else []
-        )
-        env = (
-            dict.fromkeys(SERVER, clocks[0].env) | {"supernode-0": clocks[1].env} if clocks else {}
-        )
-        deployment = Deployment(home, durable=True, env=env)
+        deployment = Deployment(home, durable=True)
         services = Services(
             disk.path, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"}
         )
@@ -363,7 +321,7 @@ def main() -> None:
             assert whole.folder is not None, whole.log
             reference = Run.load(whole.folder)
             supervisor.start()
-            faults = Faults(deployment, services, links, disk, clocks, choose)
+            faults = Faults(deployment, services, links, disk, choose)
             kinds = arguments.only or list(faults.kinds)
             print(
                 f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, "

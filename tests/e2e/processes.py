@@ -47,18 +47,10 @@ class Deployment:
         app: the Flower app that is run.
         durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its
             own.
-        env: what processes have besides in their environment, by name.
     """
 
-    def __init__(
-        self,
-        home: Path,
-        app: Path = ROOT,
-        *,
-        durable: bool = False,
-        env: Mapping[str, Mapping[str, str]] | None = None,
-    ) -> None:
-        self._home, self._app, self._more = home, app, env or {}
+    def __init__(self, home: Path, app: Path = ROOT, *, durable: bool = False) -> None:
+        self._home, self._app = home, app
         self._commands: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self.address = f"127.0.0.1:{free_port()}"
         clean = {
@@ -121,7 +113,7 @@ class Deployment:
         self, name: str, arguments: str, *more: str, user: int | None = None
     ) -> "subprocess.Popen[bytes]":
         command = [f"flower-{name.split('-')[0]}", *arguments.split(), *more]
-        home, env = self._home, self._env | dict(self._more.get(name, {}))
+        home, env = self._home, self._env
         if user is not None:
             home = self._home / name
             home.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Sites that answer at once with made-up numbers: the real server, without training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from configuration.config import Config
+from configuration.config import Config, configuration
 from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
 from server_app.events import Event, Kept, Refused
-from server_app.results import History
+from server_app.results import Folder, History
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
 from strategies.protocol import (
@@ -205,4 +206,30 @@ def outcome(config: Config, *args: Any, **kwargs: Any) -> Outcome:
     except Exception as error:
         found.error = error
     found.seconds = grid.now()
+    return found
+
+
+def config_of_run(tmp_path: Path, **changes: Any) -> Config:
+    """Four epochs of FedAvg, with results in ``tmp_path / "runs"``."""
+    small: dict[str, Any] = {
+        "strategy": "fedavg",
+        "fedavg.local-epochs": 1,
+        "num_sites": 3,
+        "epochs": 4,
+    }
+    return configuration(
+        **small | changes | {"model.name": NETWORK, "results.folder": str(tmp_path / "runs")}
+    )
+
+
+def written(config: Config, spoil: Spoil) -> Folder:
+    """Run the real server over :class:`Sites`; the sink that wrote the results."""
+    found = Folder(config)
+    run(Sites(config, spoil), config, found)
+    return found
+
+
+def only(folder: Path) -> Path:
+    """What is in a folder, alone."""
+    (found,) = folder.iterdir()
     return found

@@ -36,6 +36,12 @@ from strategies.records import STATS, X, arrays_of, code_version, config_of, pac
 
 SITES, TRAIN, TEST, SIZE = 5, 8, 4, 14
 NETWORK = "tests.app.stubs:network"
+SMALL: dict[str, Any] = {
+    "num_sites": SITES,
+    "epochs": 2,
+    "model": {"name": NETWORK},
+    "training": {"batch_size": 4},
+}
 Answer = RecordDict | Error | None  # None: it is lost
 Spoil = Callable[[int, Message, RecordDict], Answer]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from client_app.oracle import Oracle
 from configuration.config import configuration
 from strategies.records import arrays_of, config_of, metrics_of, unpack
-from tests.app.peers import SEALED
+from tests.app.peers import CHOCO, SEALED
 from tests.app.ring import COMMON, SITES, Sites, after, refused
 from tests.data import write_keys
 
@@ -241,33 +241,23 @@ def test_what_comes_again_after_a_lost_answer_is_no_fault() -> None:
 
 
 def test_a_difference_without_those_before_it_is_refused() -> None:
-    choco: dict[str, Any] = {
-        "wire.codec": "qsgd",
-        "wire.error-feedback": "choco",
-        "topology.averaging-rate": 0.5,
-    }
-    sites = after(3, **choco)
+    sites = after(3, **CHOCO)
     sites.contexts[0] = sites.context(0, sites.config)  # it remembers nothing
     reply = sites.step(0, 3)
     assert refused(reply) == [
         f"site {j}: step 2 goes on from a step that is missing here" for j in (1, 3)
     ]
     assert config_of(reply)["broken"] == [1, 3]
-    whole = after(3, **choco)  # what site 1 offered in step 2 is not delivered
+    whole = after(3, **CHOCO)  # what site 1 offered in step 2 is not delivered
     whole.offered[3] = {1: arrays_of(whole.step(1, 3))}
     reply = whole.step(0, 4, {1: whole.delivery(0, 3, 1)})
     assert refused(reply) == ["site 1: step 3 goes on from a step that is missing here"]
 
 
 def test_a_sender_whose_newest_difference_is_bad_is_left_out_whole() -> None:
-    choco: dict[str, Any] = {
-        "wire.codec": "qsgd",
-        "wire.error-feedback": "choco",
-        "topology.averaging-rate": 0.5,
-    }
     found = []
     for delivered in ((0, 1), ()):  # of site 1: a good difference and a bad one; nothing
-        sites = after(2, **choco)
+        sites = after(2, **CHOCO)
         sites.contexts[0] = sites.context(0, sites.config)
         received = {
             name: array for step in delivered for name, array in sites.delivery(0, step, 1).items()

@@ -15,7 +15,7 @@ from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
 from server_app.events import Event, Kept, Refused
 from server_app.results import Folder, History
-from simulation.grid import FIRST_NODE, VirtualGrid
+from simulation.grid import FIRST_NODE, Tamper, VirtualGrid
 from simulation.world import World
 from strategies.protocol import (
     CODED,
@@ -58,6 +58,7 @@ class Sites(VirtualGrid):
         config: the run.
         spoil: what becomes of a site's answer.
         seconds: how long it takes.
+        tamper: what becomes of the message that holds it.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class Sites(VirtualGrid):
         config: Config,
         spoil: Spoil = lambda site, message, content: content,
         seconds: Callable[[int, Message], float] = lambda site, message: 1.0,
+        tamper: Tamper | None = None,
     ) -> None:
-        super().__init__(ClientApp(), World().sites(config.num_sites, 1), {})
+        super().__init__(ClientApp(), World().sites(config.num_sites, 1), {}, tamper)
         self._config, self._spoil, self._seconds = config, spoil, seconds
 
     def _work(self, message: Message, node: int) -> tuple[float, Message | None]:

@@ -1,6 +1,7 @@
 """Sites that answer at once with made-up numbers: the real server, without training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from configuration.config import Config
+from configuration.config import Config, configuration
 from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
 from server_app.events import Event, Kept, Refused
-from server_app.results import History
-from simulation.grid import FIRST_NODE, VirtualGrid
+from server_app.results import Folder, History
+from simulation.grid import FIRST_NODE, Tamper, VirtualGrid
 from simulation.world import World
 from strategies.protocol import (
     CODED,
@@ -35,6 +36,12 @@ from strategies.records import STATS, X, arrays_of, code_version, config_of, pac
 
 SITES, TRAIN, TEST, SIZE = 5, 8, 4, 14
 NETWORK = "tests.app.stubs:network"
+SMALL: dict[str, Any] = {
+    "num_sites": SITES,
+    "epochs": 2,
+    "model": {"name": NETWORK},
+    "training": {"batch_size": 4},
+}
 Answer = RecordDict | Error | None  # None: it is lost
 Spoil = Callable[[int, Message, RecordDict], Answer]
 
@@ -51,6 +58,7 @@ class Sites(VirtualGrid):
         config: the run.
         spoil: what becomes of a site's answer.
         seconds: how long it takes.
+        tamper: what becomes of the message that holds it.
     """
 
     def __init__(
@@ -58,8 +66,9 @@ class Sites(VirtualGrid):
         config: Config,
         spoil: Spoil = lambda site, message, content: content,
         seconds: Callable[[int, Message], float] = lambda site, message: 1.0,
+        tamper: Tamper | None = None,
     ) -> None:
-        super().__init__(ClientApp(), World().sites(config.num_sites, 1), {})
+        super().__init__(ClientApp(), World().sites(config.num_sites, 1), {}, tamper)
         self._config, self._spoil, self._seconds = config, spoil, seconds
 
     def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
@@ -205,4 +214,30 @@ def outcome(config: Config, *args: Any, **kwargs: Any) -> Outcome:
     except Exception as error:
         found.error = error
     found.seconds = grid.now()
+    return found
+
+
+def config_of_run(tmp_path: Path, **changes: Any) -> Config:
+    """Four epochs of FedAvg, with results in ``tmp_path / "runs"``."""
+    small: dict[str, Any] = {
+        "strategy": "fedavg",
+        "fedavg.local-epochs": 1,
+        "num_sites": 3,
+        "epochs": 4,
+    }
+    return configuration(
+        **small | changes | {"model.name": NETWORK, "results.folder": str(tmp_path / "runs")}
+    )
+
+
+def written(config: Config, spoil: Spoil) -> Folder:
+    """Run the real server over :class:`Sites`; the sink that wrote the results."""
+    found = Folder(config)
+    run(Sites(config, spoil), config, found)
+    return found
+
+
+def only(folder: Path) -> Path:
+    """What is in a folder, alone."""
+    (found,) = folder.iterdir()
     return found

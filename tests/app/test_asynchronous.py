@@ -304,7 +304,7 @@ def test_batch_norm_statistics_are_averaged_too() -> None:
     found = run(
         strategy="gsgm",
         model={"name": "resnet20"},
-        data={"source": "tests.equivalence.test_averaging:few"},
+        data={"source": "tests.data:few"},
         num_sites=2,
         epochs=2,
     )

@@ -18,16 +18,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from configuration.config import Config, configuration
-from tests.app.stubs import NETWORK, SITES, Answer, Outcome, outcome
+from tests.app.stubs import SITES, SMALL, Answer, Outcome, outcome
 
 CASES = int(os.environ.get("BORDER_CASES", "300"))
 BAD = 1  # the site whose answers are changed
-COMMON: dict[str, Any] = {
-    "num_sites": SITES,
-    "epochs": 2,
-    "model": {"name": NETWORK},
-    "training": {"batch_size": 4},
-}
 RUNS: dict[str, dict[str, Any]] = {
     "co-learning": {},
     "scaffold": {},
@@ -62,7 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @cache
 def config_of_run(name: str) -> Config:
-    return configuration(**COMMON | {"strategy": name.partition(",")[0]} | RUNS[name])
+    return configuration(**SMALL | {"strategy": name.partition(",")[0]} | RUNS[name])
 
 
 def changed(name: str, kind: str, at: int, answer: Answer) -> Outcome:

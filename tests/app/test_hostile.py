@@ -20,17 +20,10 @@ from server_app.census import Site
 from server_app.events import Ended, Refused
 from server_app.results import ALL_REFUSALS, REFUSALS, Refusals
 from strategies.records import X, arrays_of, pack, unpack
-from tests.app.stubs import NETWORK, SITES, outcome
-from tests.app.test_bad_relay import after, refused
-from tests.app.test_results import config_of_run, only, written
+from tests.app.ring import after, refused
+from tests.app.stubs import SITES, SMALL, config_of_run, only, outcome, written
 
 mpl.use("agg")
-SMALL: dict[str, Any] = {
-    "num_sites": SITES,
-    "epochs": 2,
-    "model": {"name": NETWORK},
-    "training": {"batch_size": 4},
-}
 
 
 def replies_of(

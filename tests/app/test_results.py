@@ -20,28 +20,10 @@ from server_app.census import RunError
 from server_app.events import EVERYBODY, Ended, Event
 from server_app.overview import read_metrics
 from server_app.results import Folder, History, class_counts
-from tests.app.stubs import NETWORK, Answer, Sites, Spoil, card
+from tests.app.stubs import NETWORK, Answer, Sites, Spoil, card, config_of_run, only, written
 from tests.app.stubs import outcome as in_memory
 
 mpl.use("agg")
-
-
-def config_of_run(tmp_path: Path, **changes: Any) -> Config:
-    small: dict[str, Any] = {
-        "strategy": "fedavg",
-        "fedavg.local-epochs": 1,
-        "num_sites": 3,
-        "epochs": 4,
-    }
-    return configuration(
-        **small | changes | {"model.name": NETWORK, "results.folder": str(tmp_path / "runs")}
-    )
-
-
-def written(config: Config, spoil: Spoil) -> Folder:
-    found = Folder(config)
-    run(Sites(config, spoil), config, found)
-    return found
 
 
 def in_round(number: int, act: Callable[[], object]) -> Spoil:
@@ -57,11 +39,6 @@ def in_round(number: int, act: Callable[[], object]) -> Spoil:
         return content
 
     return spoil
-
-
-def only(folder: Path) -> Path:
-    (found,) = folder.iterdir()
-    return found
 
 
 def whole(folder: Path, config: Config) -> None:

@@ -1,6 +1,7 @@
 """What goes wrong at a site costs the site its round, never the run."""
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,15 @@ from configuration.config import Config
 from configuration.errors import ConfigError
 from models.tasks import Task
 from server_app.app import app as server_app
-from server_app.census import Federation, RunError, Site, _federation, _misfits
+from server_app.census import Federation, RunError, Site, take_census
 from server_app.events import Event, Refused
 from server_app.exchange import clock_of
 from server_app.report import Report
 from simulation.grid import VirtualGrid, run_in_process
 from simulation.world import World
-from strategies.protocol import SiteCard
+from strategies.protocol import SiteCard, write_card
 from strategies.records import code_version, pack
+from tests.app.stubs import Sites
 from tests.conftest import RunApp, default_config, read_run
 
 Tamper = Callable[[int, Message, Message], Message | None]
@@ -358,8 +360,11 @@ MISFITS: list[tuple[str, Any, str]] = [
 ]
 
 
-def test_names_with_commas_and_moments_beyond_bounds_end_no_run() -> None:
+def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """One site that tells them would, as no run can be made of what all tell together."""
+    logging.getLogger("flwr").propagate = True
     keys = {
         "training.task": "regression",
         "data.source": "csv",
@@ -388,18 +393,16 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run() -> None:
         }
         return SiteCard.model_validate(told | {"variance": moments})
 
-    cards = {
-        1: card(0, ["a", "b"]),
-        2: card(1, ["a", "b"]),
-        3: card(2, ["a, b"]),
-        4: card(3, ["a", "b"], 1e25),
-    }
-    misfits = _misfits(cards, config)
-    assert set(misfits) == {3, 4}
-    assert "are no moments of values within" in misfits[4]
-    assert _federation(
-        {node: card for node, card in cards.items() if node not in misfits}, config
-    ).classes == ("a", "b")
+    cards = [
+        card(0, ["a", "b"]),
+        card(1, ["a", "b"]),
+        card(2, ["a, b"]),
+        card(3, ["a", "b"], 1e25),
+    ]
+    found = take_census(Sites(config, lambda site, *_: write_card(cards[site])), config)
+    assert [site.number for site in found.sites] == [0, 1]
+    assert found.classes == ("a", "b")
+    assert re.search("site 3 .*are no moments of values within", caplog.text)
 
 
 FRAGILE = Task(

@@ -207,16 +207,12 @@ def test_strategy_that_fails_is_named() -> None:
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_reply_from_somebody_else_is_refused(kind: str) -> None:
-    class Grid(Sites):
-        def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
-            time, reply = super()._work(message, node)
-            if node == 1001 and reply is not None and message.metadata.message_type == kind:
-                reply.metadata.__dict__["_src_node_id"] = 1000
-            return time, reply
+    def pretend(site: int, message: Message, reply: Message) -> Message:
+        if site == 1 and message.metadata.message_type == kind:
+            reply.metadata.__dict__["_src_node_id"] = 1000
+        return reply
 
-    config = rounds(1)
-    found = Outcome(config)
-    run(Grid(config), config, found)
+    found = outcome(rounds(1), tamper=pretend)
     assert [(event.site.number, event.reason) for event in found.refused] == [
         (1, "it says that it comes from node 1000")
     ]

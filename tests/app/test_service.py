@@ -188,6 +188,26 @@ def test_data_are_the_sites_whatever_a_run_says(strict: Service, tmp_path: Path)
     assert not mark.exists()
 
 
+def test_rules_are_held_to_the_files_as_they_are_now(tmp_path: Path) -> None:
+    """Half of the examples are taken away while the service lives on."""
+
+    def write(rows: int) -> None:
+        lines = [f"{row},{row % 2}" for row in range(rows)]
+        (tmp_path / "data.csv").write_text("\n".join(["a,label", *lines]))
+
+    write(200)
+    data = {"source": "csv", "path": str(tmp_path / "data.csv"), "label": "label"}
+    rules = {"smallest-examples": 100, "runs-a-day": 10**6}
+    service = Service(tmp_path, data=data, policy=rules)
+    config = flat("dmsgd", training={"batch_size": 256})
+    assert said(answer_to(service, config)) == ""
+    write(100)
+    while not (refusal := said(answer_to(service, config))):  # a look at files holds for a moment
+        time.sleep(0.05)
+    assert "an answer after 80 examples: this site's policy has smallest-examples" in refusal
+    service.end()
+
+
 def test_memory_of_a_run_is_open_to_its_configuration_only(strict: Service) -> None:
     run = next(RUN_IDS)
     for changes, refused in ((flat(), False), (flat() | {"seed": 2}, True), (flat(), False)):

@@ -19,7 +19,7 @@ from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
 from strategies.protocol import read_card
-from tests.app.stubs import NETWORK, SITES, outcome
+from tests.app.stubs import SMALL, outcome
 from tests.data import write_keys
 
 # What an operator tells a SuperNode.
@@ -130,15 +130,9 @@ def test_a_site_that_tells_no_nonce_takes_no_part_in_a_sealed_run() -> None:
             del content.config_records["config"]["nonce"]
         return content
 
-    common: dict[str, Any] = {
-        "strategy": "d-psgd",
-        "num_sites": SITES,
-        "epochs": 2,
-        "model": {"name": NETWORK},
-    }
     config = configuration(
-        **common,
-        training={"batch_size": 4},
+        **SMALL,
+        strategy="d-psgd",
         topology={"name": "complete"},
         wire={"sealing": "trust-on-first-use"},
     )

@@ -22,7 +22,7 @@ from simulation.laboratory import Run, simulate
 from simulation.trained import Trained, load, write_program
 from tests.conftest import ROOT
 from tests.data import write_audio, write_texts
-from tests.unit.test_networks import language
+from tests.networks import language
 
 SHORT: dict[str, Any] = {"num_sites": 2, "epochs": 2, "model": {"name": "mlp"}, "progress": False}
 

@@ -1,9 +1,6 @@
 """What a user types, through Flower's own processes: SuperLink, uv sync, Ray actors."""
 
-import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -11,33 +8,10 @@ import pytest
 import torch
 
 from simulation.laboratory import Run, simulate
-from tests.conftest import ROOT
-from tests.e2e.processes import free_port
-from tests.e2e.test_notebooks import execute_notebook
+from tests.e2e.conftest import Make
+from tests.e2e.notebooks import execute_notebook
 
 pytestmark = pytest.mark.e2e
-Make = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
-    """``make("run", "SET=...")`` with a SuperLink of the tests' own, ended after them."""
-    home = tmp_path_factory.mktemp("flwr")
-    settings = [f"FLWR_HOME={home}", f"PORT={free_port()}"]
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    }
-
-    def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = ["make", "--no-print-directory", *arguments, *settings]
-        return subprocess.run(
-            command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600, check=False
-        )
-
-    yield call
-    call("stop")
 
 
 def test_flwr_run_trains_the_model_that_the_laboratory_trains(make: Make, tmp_path: Path) -> None:

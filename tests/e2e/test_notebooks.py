@@ -1,28 +1,14 @@
 """The notebooks, from top to bottom, in a kernel of their own."""
 
-import os
-import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.conftest import ROOT
+from tests.e2e.notebooks import execute_notebook
 
 pytestmark = pytest.mark.e2e
-
-
-def execute_notebook(name: str, **environment: str) -> nbformat.NotebookNode:
-    """Run every cell where the notebook lies, for few epochs; errors of cells are raised here."""
-    notebook: nbformat.NotebookNode = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    for cell in notebook.cells:
-        cell.source = re.sub(r'"epochs": \d+', '"epochs": 2', cell.source)
-    client = NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
-    )
-    client.execute(env=os.environ | environment)
-    return notebook
 
 
 def pictures(notebook: nbformat.NotebookNode) -> int:

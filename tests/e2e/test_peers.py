@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simulation.laboratory import Run, simulate
-from tests.e2e.test_make_run import Make, make  # noqa: F401
+from tests.e2e.conftest import Make
 
 pytestmark = pytest.mark.e2e
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize("name", ["dmsgd", "q-saddle-compressed"])
 def test_flwr_run_of_peers_is_what_the_laboratory_runs(
     name: str,
-    make: Make,  # noqa: F811
+    make: Make,
     tmp_path: Path,
 ) -> None:
     done = make("run", f"RESULTS={tmp_path}", f"CONF=conf/{name}.toml", "SET=epochs=2 num-sites=4")

@@ -12,24 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from strategies.asynchronous.adaptive import adaptive
 from strategies.asynchronous.delayed_nesterov import delayed_nesterov
 from strategies.asynchronous.descent import descent
 from strategies.asynchronous.fedasync import fedasync
 from strategies.asynchronous.fedbuff import fedbuff
-from strategies.asynchronous.rule import BLOCK, ServerRule, Update, constant, hinge, polynomial
+from strategies.asynchronous.rule import BLOCK, ServerRule, constant, hinge, polynomial
 from strategies.asynchronous.white_list import WhiteList
+from tests.equivalence.arrivals import PLAIN, TOGETHER, close, follow, update, vector, walk
 
-PLAIN: dict[str, Any] = {
-    "eta": 1.0,
-    "beta": 0.0,
-    "window": 1,
-    "weight": constant,
-    "compensation": 0.0,
-    "adaptive": False,
-}
 RULES: dict[str, Callable[[], ServerRule[Any]]] = {
     "asgd": lambda: descent(**PLAIN),
     "gsgm": lambda: descent(**PLAIN | {"beta": 0.9, "window": 3}),
@@ -45,29 +37,6 @@ RULES: dict[str, Callable[[], ServerRule[Any]]] = {
     "fedbuff": lambda: fedbuff(eta=1.0, size=2, weight=polynomial(0.5)),
     "delayed-nesterov": lambda: delayed_nesterov(eta=0.7, beta=0.9, period=3, share=0.3),
 }
-
-
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def update(
-    delta: Tensor, base: Tensor | None = None, lr: float = 0.1, staleness: int = 0
-) -> Update:
-    return Update(delta, torch.zeros_like(delta) if base is None else base, lr, staleness)
-
-
-def follow(rule: ServerRule[Any], x: Tensor, updates: list[Update]) -> list[Tensor]:
-    """The model after each update."""
-    state, seen = rule.init(x), []
-    for each in updates:
-        state = rule.absorb(state, each)
-        seen.append(state.x.clone())
-    return seen
-
-
-def close(found: list[Tensor], expected: list[float]) -> None:
-    torch.testing.assert_close(torch.cat(found), vector(*expected))
 
 
 # --- hand-computed states -------------------------------------------------------------------------
@@ -178,14 +147,6 @@ def test_weights_by_staleness_by_hand() -> None:
 # --- several updates of a site as one contribution ------------------------------------------------
 
 
-PARTS = [
-    update(vector(0.4), vector(1), lr=0.1, staleness=3),
-    update(vector(0.2), vector(2), lr=0.2, staleness=1),
-    update(vector(-0.1), vector(3), lr=0.1),
-]
-TOGETHER = PARTS[2]._replace(earlier=tuple(PARTS[:2]))
-
-
 def test_each_part_is_weighted_by_its_own_age_by_hand() -> None:
     """0.4 / 4, 0.2 / 2 and -0.1, and of these the mean."""
     close(
@@ -247,14 +208,6 @@ def test_equal_parts_are_as_one(name: str) -> None:
 
 
 # --- limit cases and references -------------------------------------------------------------------
-
-
-def walk(seed: int, steps: int = 30) -> list[Update]:
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(steps, 2, 5, generator=generator, dtype=torch.float64)
-    return [
-        update(0.1 * delta, base, staleness=step % 4) for step, (delta, base) in enumerate(draws)
-    ]
 
 
 @pytest.mark.parametrize("switch", [{"weight": polynomial(0)}, {"weight": hinge(10, 99)}])

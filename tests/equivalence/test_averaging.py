@@ -392,7 +392,7 @@ def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> No
     """Torchvision's ResNet-18: sites evaluate the saved model with its averaged statistics."""
     run = run_app(
         model={"name": "torchvision:resnet18"},
-        data={"source": "tests.equivalence.test_averaging:few"},
+        data={"source": "tests.data:few"},
         training={"lr": 0.01},
         num_sites=2,
         epochs=2,
@@ -401,16 +401,16 @@ def test_batch_norm_network_trains_averages_and_evaluates(run_app: RunApp) -> No
     assert run.model["1.bn1.num_batches_tracked"] == 0  # integer buffers stay where they are
     assert not torch.equal(run.model["1.bn1.running_mean"], torch.zeros(64))
     assert (run.model["1.bn1.running_var"] > 0).all()
-    assert reproduced(
-        run, "torchvision:resnet18", "tests.equivalence.test_averaging:few", 2
-    ) == pytest.approx(run.trace("accuracy")[-1])
+    assert reproduced(run, "torchvision:resnet18", "tests.data:few", 2) == pytest.approx(
+        run.trace("accuracy")[-1]
+    )
 
 
 def test_batch_norm_statistics_travel_beside_a_strategy_of_flower(run_app: RunApp) -> None:
     common: dict[str, Any] = {
         "model.name": "resnet20",
         "training.clip-norm": 0.0,
-        "data.source": "tests.equivalence.test_averaging:few",
+        "data.source": "tests.data:few",
     }
     ours, flowers = (
         run_app(
@@ -442,14 +442,6 @@ def reproduced(run: Run, name: str, source: str, num_sites: int) -> float:
             right += int((network(training.prepare(test.x)).argmax(1) == test.y).sum())
         total += len(test.y)
     return right / total
-
-
-def few(path: str):  # type: ignore[no-untyped-def]
-    """A tenth of the digits."""
-    from datasets.sources import digits
-
-    examples = digits()
-    return examples._replace(x=examples.x[:180], y=examples.y[:180])
 
 
 def test_flat_model_of_resnet18_has_its_sizes() -> None:

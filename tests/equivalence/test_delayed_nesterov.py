@@ -15,8 +15,8 @@ from strategies.method import ArrivalPlan
 from strategies.protocol import read_order
 from strategies.records import config_of, pack, unpack
 from tests.app.stubs import NETWORK, TRAIN, Answer, Outcome, outcome
-from tests.equivalence.test_asynchronous import PLAIN as ASGD
-from tests.equivalence.test_asynchronous import TOGETHER, close, follow, update, vector, walk
+from tests.equivalence.arrivals import PLAIN as ASGD
+from tests.equivalence.arrivals import TOGETHER, close, follow, update, vector, walk
 
 
 def test_by_hand() -> None:

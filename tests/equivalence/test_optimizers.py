@@ -20,7 +20,7 @@ from models.flat import FlatModel
 from models.networks import build, hidden_matrices
 from simulation.laboratory import simulate
 from strategies.randomness import derive
-from tests.unit.test_networks import language
+from tests.networks import language
 
 ONE: dict[str, Any] = {
     "num_sites": 1,

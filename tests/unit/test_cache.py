@@ -8,9 +8,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
+from runpy import run_path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,8 +24,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from client_app import site as site_module
-from client_app.service import _holdings
 from client_app.site import SiteId, origin_of, raw_data, site_data
 from configuration.config import configuration
 from datasets import cache, sources
@@ -302,7 +302,11 @@ def test_other_decoders_and_other_libraries_are_other_entries(
 
 
 def test_code_is_that_of_decoders_and_of_their_libraries(monkeypatch: Any) -> None:
-    assert cache._code() == cache.CODE
+    def loaded() -> str:
+        """The code of a process that starts now."""
+        return str(run_path(cache.__file__)["CODE"])
+
+    assert loaded() == cache.CODE
     read_text = Path.read_text
     for name in ("folders.py", "examples.py", "sources.py"):
         with monkeypatch.context() as patch:
@@ -313,15 +317,15 @@ def test_code_is_that_of_decoders_and_of_their_libraries(monkeypatch: Any) -> No
                     read_text(path, encoding) + "#" * (path.name == name)
                 ),
             )
-            assert cache._code() != cache.CODE
+            assert loaded() != cache.CODE
     for name in ("scikit-learn", "pillow"):
         with monkeypatch.context() as patch:
             patch.setattr(
-                cache,
+                metadata,
                 "version",
                 lambda library, name=name: "0" if library == name else version(library),
             )
-            assert cache._code() != cache.CODE
+            assert loaded() != cache.CODE
 
 
 def test_digits_from_disk_import_no_scikit_learn(home: Path) -> None:
@@ -574,7 +578,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_counts(
 
 
 def test_two_runs_of_a_process_share_the_decoded_data(
-    home: Path, tmp_path: Path, decoded: list[str]
+    home: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = table(tmp_path / "data", 40)
     configs = [
@@ -587,11 +591,16 @@ def test_two_runs_of_a_process_share_the_decoded_data(
         )
         for strategy, seed in (("fedavg", 1), ("dmsgd", 2))
     ]
-    site_module._pool.cache_clear()
+    loads: list[str] = []
+
+    def counted(source: str, *arguments: Any, **keys: Any) -> Examples:
+        loads.append(source)
+        return load(source, *arguments, **keys)
+
+    monkeypatch.setattr(sources, "load", counted)
     for config in configs:
         raw_data(config, SiteId(0, 2, ""))
-    assert decoded == ["csv"]
-    assert site_module._pool.cache_info().misses == 1
+    assert decoded == loads == ["csv"]
 
 
 @pytest.mark.parametrize("num_sites", [None, 1])
@@ -607,7 +616,6 @@ def test_a_changed_file_is_noticed_by_a_process_that_lives_on(
     def size() -> int:
         both = [raw_data(config, site), site_data(config, site, ("0", "1"), None)]
         (found,) = {len(each.train.y) + len(each.test.y) for each in both}
-        assert sum(_holdings(config, site, origin_of(config, site))[:2]) == found
         return found
 
     assert size() == 10
@@ -621,8 +629,9 @@ def test_a_changed_file_is_noticed_by_a_process_that_lives_on(
     assert size() == 20
 
 
-def test_looks_at_the_files_take_a_small_part_of_the_time(monkeypatch: Any) -> None:
+def test_looks_at_the_files_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: Any) -> None:
     clock, looks = [100.0], []
+    config = configuration(data={"source": "csv", "path": str(tmp_path)})
 
     def look(source: str, path: str) -> str:
         looks.append(clock[0])
@@ -631,10 +640,9 @@ def test_looks_at_the_files_take_a_small_part_of_the_time(monkeypatch: Any) -> N
 
     monkeypatch.setattr(sources, "fingerprint", look)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(site_module, "_looks", {})
     for moment in (100, 103, 139, 140, 150, 179, 180):
         clock[0] = max(clock[0], moment)
-        site_module._fingerprint("csv", "x")
+        origin_of(config, SiteId(0, 2, ""))
     assert looks == [100, 140, 180]
 
 

@@ -16,7 +16,7 @@ from models.checkpointing import blocks, checkpoint_blocks
 from models.flat import FlatModel
 from models.networks import build
 from simulation.laboratory import simulate
-from tests.unit.test_networks import language
+from tests.networks import language
 
 PICTURES: dict[str, dict[str, Any]] = {
     "resnet20": {"norm": "batch"},

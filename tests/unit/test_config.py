@@ -380,7 +380,7 @@ def test_every_mistake_is_named_at_once() -> None:
 
 
 def test_method_of_ones_own_has_its_section() -> None:
-    path = "tests.unit.test_methods:MINE"
+    path = "tests.own_method:MINE"
     config = configuration(strategy=path, mine={"strength": 0.5})
     assert changed(config.keys) == {"strength": 0.5}
     assert Config.read(config.flat()) == config

@@ -9,28 +9,11 @@ import pytest
 from configuration.config import configuration
 from configuration.errors import ConfigError
 from strategies.averaging import fedavg
-from strategies.keys import Above0
-from strategies.method import Method, RoundPlan, Run, Section
+from strategies.method import Method, RoundPlan, Section
 from strategies.methods import METHODS
 from tests.conftest import ROOT
+from tests.own_method import Keys, plan
 
-
-class Keys(Section):
-    """Of a method of one's own."""
-
-    strength: Above0 = 1.0
-    """how strong"""
-
-
-def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
-    """FedAvg that goes a part of the way."""
-    found = fedavg.plan(fedavg.Keys(), run)
-    return found._replace(
-        absorb=lambda state, mean: fedavg.Average(state.x.lerp(mean.x, keys.strength))
-    )
-
-
-MINE = Method("mine", Keys, plan)
 UNDERLINED, TAKEN, TOP = (Method(name, Keys, plan) for name in ("my_own", "training", "seed"))
 UNTYPED = Method("mine", dict, plan)  # type: ignore[type-var,arg-type]
 EMPTY = Method("mine", Keys, lambda keys, run: None)  # type: ignore[arg-type,return-value]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.networks import build, num_parameters
+from tests.networks import language
 
 
 def size(network: nn.Module) -> int:
@@ -112,18 +113,6 @@ def test_unet_says_something_of_each_pixel(shape: tuple[int, ...]) -> None:
     x = torch.randn(2, *shape)
     network(x)[:, 0, 0, 0].sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-def language(context: int = 16, **changes: int) -> nn.Module:
-    return build(
-        "gpt",
-        (context,),
-        31,
-        1,
-        output=(context, 31),
-        tokens=True,
-        **{"layers": 3, "width": 24, "heads": 2} | changes,
-    )
 
 
 def test_gpt_has_the_parameters_of_gpt_2() -> None:

@@ -4,6 +4,7 @@ There is no way around a rule.
 """
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from client_app.policy import (
     read_site,
     withhold,
 )
+from client_app.ranks import Ranks
 from client_app.site import SiteId, raw_data
 from configuration.config import Config, configuration
 from tests.data import write_numbers
@@ -229,7 +231,7 @@ def test_a_head_is_that_of_a_message(wrong: dict[str, Any]) -> None:
 def test_damaged_list_of_runs_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "runs.json").write_text(text)
     with pytest.raises(PolicyError, match=r"runs\.json is damaged"):
-        service._Begun(tmp_path / "runs.json")
+        service.Service(site(tmp_path, state=str(tmp_path)), Ranks())
 
 
 def test_a_clock_that_is_set_back_ends_no_runs_for_years(
@@ -251,6 +253,8 @@ def test_temporary_files_lie_where_nobody_else_writes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TMPDIR", "")
     monkeypatch.setattr(tempfile, "tempdir", None)
-    service._own_temporary_files()
+    monkeypatch.setattr(sys, "argv", ["service", str(tmp_path / "missing.toml")])
+    with pytest.raises(SystemExit, match=r"missing\.toml"):
+        service.main()
     assert Path(default_cache_dir()).is_relative_to(tmp_path)
     assert (tmp_path / "archipelago" / "temporary").stat().st_mode & 0o777 == 0o700

@@ -112,7 +112,10 @@ class Deployment:
     def _start(
         self, name: str, arguments: str, *more: str, user: int | None = None
     ) -> "subprocess.Popen[bytes]":
-        command = [f"flower-{name.split('-')[0]}", *arguments.split(), *more]
+        program = [f"flower-{name}"]
+        if name.startswith("supernode"):  # as the unit of deploy/site does
+            program = [sys.executable, "-P", str(ROOT / "deploy/supernode.py")]
+        command = [*program, *arguments.split(), *more]
         home, env = self._home, self._env
         if user is not None:
             home = self._home / name

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults import Link
 from simulation.laboratory import Run
-from tests.e2e.processes import SITES, Deployment, Services
+from tests.e2e.processes import SITES, Deployment, Services, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +29,7 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Path) -> None:
     results = tmp_path / "runs"
     settings = (
-        f'results.folder="{results}" strategy="gsgm" num-sites=3 epochs=5 gsgm.local-steps=15 '
+        f'results.folder="{results}" strategy="gsgm" num-sites=3 epochs=3 gsgm.local-steps=15 '
         "timeout-s=240.0"
     )
     seen, killed = [], False
@@ -36,7 +37,7 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
         assert process.stdout is not None
         for line in process.stdout:
             seen.append(line)
-            if not killed and re.search(r"update +\d+ \| epoch 1/5", line):
+            if not killed and re.search(r"update +\d+ \| epoch 1/3", line):
                 deployment.kill("supernode-2")
                 killed = True
     log = "".join(seen)
@@ -50,5 +51,19 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     )
     assert updates["2"].iloc[0] > 0
     assert updates["2"].iloc[-1] == 0
-    assert updates["all"].sum() == 5 * 45 / 15
+    assert updates["all"].sum() == 3 * 3 * 45 / 15
     assert run.history["accuracy"].iloc[-1] > 0.5
+
+
+def test_supernode_that_gives_up_ends(tmp_path: Path) -> None:
+    """The SuperLink is away, but a load balancer before it takes connections, and ends them."""
+    deployment = Deployment(tmp_path)
+    try:
+        balancer = Link(deployment.address)
+        balancer.start()
+        deployment.join(0, address=balancer.address)
+        wait_for(lambda: "SuperNode ID" in (tmp_path / "supernode-0.log").read_text(), 120)
+        deployment.kill("superlink")
+        wait_for(lambda: not deployment.running("supernode-0"), 120)
+    finally:
+        deployment.end()

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from flwr.common.config import parse_config_args
 
+from configuration.flower import parse_config_args
 from server_app.census import RunError
 from server_app.results import class_counts
 from simulation.laboratory import Run, simulate

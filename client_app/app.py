@@ -10,10 +10,10 @@ from logging import ERROR, WARNING
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from flwr.common.logger import log
 
 from client_app.letter import RAISED, ask
 from client_app.node import NodeError, check_node
+from configuration.flower import log
 
 
 class Site(ClientApp):

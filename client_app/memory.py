@@ -21,14 +21,13 @@ from typing import Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.logger import log
 from torch import Tensor
 
 from client_app import letter
 from client_app.site import SiteId, config_of_site
 from configuration.config import Config, identity
 from configuration.files import SITES, write_whole
+from configuration.flower import ClientAppCallable, log
 from strategies.method import ArrivalPlan
 from strategies.peer.state import PeerState
 from strategies.protocol import Agreed, Started

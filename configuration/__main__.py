@@ -10,10 +10,10 @@ import sys
 from typing import Any
 
 from click import ClickException
-from flwr.common.config import parse_config_args
 
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError, shown
+from configuration.flower import parse_config_args
 
 
 def pairs(config: Config) -> str:

@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from flwr.common.config import flatten_dict
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from configuration.checks import together
 from configuration.errors import ConfigError, changed, shown, shown_key
+from configuration.flower import flatten_dict
 from configuration.former import new_key
 from configuration.sections import (
     SECTIONS,

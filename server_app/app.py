@@ -5,12 +5,12 @@ from collections.abc import Callable
 from functools import partial
 
 from flwr.app import ArrayRecord, Context
-from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from configuration.config import Config
+from configuration.flower import log
 from configuration.graph import graph_of
 from configuration.network import codec_of, network_of, sends_updates
 from models.flat import FlatModel

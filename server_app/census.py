@@ -7,10 +7,10 @@ from statistics import median
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from configuration.config import Config
+from configuration.flower import log
 from datasets.errors import SourceError
 from datasets.site import Moments, merge
 from models.pretrained import digest

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from flwr.app import Array
-from flwr.common.logger import log
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from configuration.config import Config, identity
 from configuration.errors import ConfigError, shown
 from configuration.files import sync_folder
+from configuration.flower import log
 from server_app.census import Federation
 from strategies.protocol import Started
 from strategies.records import pack, unpack

@@ -15,10 +15,10 @@ from logging import WARNING
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from configuration.config import Config
+from configuration.flower import log
 from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone

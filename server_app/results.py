@@ -19,7 +19,6 @@ from tempfile import TemporaryFile
 import pandas as pd
 import tomli_w
 from flwr.app import ArrayRecord
-from flwr.common.logger import log
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,6 +29,7 @@ from configuration.config import Config, identity
 from configuration.description import Description
 from configuration.errors import ConfigError
 from configuration.files import SITES, write_whole
+from configuration.flower import log
 from configuration.graph import graph_of
 from models.flat import FlatModel
 from page import document

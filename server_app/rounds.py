@@ -14,12 +14,12 @@ from tempfile import TemporaryFile
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from configuration.config import Config
+from configuration.flower import log
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
 from server_app.census import TELL_EVERY_S, Federation, RunError, an_epoch

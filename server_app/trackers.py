@@ -15,10 +15,9 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any
 
-from flwr.common.logger import log
-
 from configuration.config import Config
 from configuration.errors import ConfigError
+from configuration.flower import log
 from server_app.events import EVERYBODY, Ended, Event, Reported
 
 WAITING = 100_000  # events that a slow tracker has not yet taken; it loses further ones

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from configuration.flower import Run, TaskIdentity
 from simulation.world import SiteWorld, World
 from strategies.protocol import TEST
 from strategies.records import metrics_of, num_bytes

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
 from client_app.memory import recall
 from client_app.peer import peer_of
 from configuration.config import Config, configuration
+from configuration.flower import TaskIdentity
 from strategies.peer.state import PeerState
 from strategies.records import arrays_of, config_of, pack
 

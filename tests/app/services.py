@@ -12,11 +12,11 @@ from typing import Any
 import tomli_w
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
 from client_app.service import main as serve
 from configuration.config import Config, configuration
+from configuration.flower import TaskIdentity
 from server_app.app import run as run_server
 from server_app.results import History
 from simulation.grid import VirtualGrid

@@ -27,7 +27,6 @@ import psutil
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client_app import letter
 from client_app.app import app as client_app
@@ -36,6 +35,7 @@ from client_app.privacy import Account, Noise
 from client_app.service import READERS
 from client_app.site import SiteId, network_of, raw_data
 from configuration.config import Config
+from configuration.flower import TaskIdentity
 from strategies.records import metrics_of, pack
 from tests.app.services import RUN_IDS, Service, answer_to, config_of, deployed, flat, order, said
 from tests.conftest import ROOT

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
 from configuration.config import configuration
+from configuration.flower import TaskIdentity
 from server_app.app import run as run_server
 from server_app.census import RunError
 from server_app.results import History

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import tomli_w
-from flwr.common.config import parse_config_args
 
 from configuration import generate
 from configuration.__main__ import pairs, parsed
 from configuration.checks import kind_of
 from configuration.config import Config, configuration, flatten
 from configuration.errors import ConfigError, changed
+from configuration.flower import parse_config_args
 from configuration.former import FORMER
 from configuration.sections import Model
 from datasets.sources import SOURCES, load

@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
+from configuration.flower import TaskIdentity
 from server_app import exchange as module
 from server_app.exchange import AT_ONCE, GONE, TOO_LATE, exchange
 

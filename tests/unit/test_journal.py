@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from flwr.common.logger import log
 
 from configuration.config import Config, configuration
+from configuration.flower import log
 from models.flat import FlatModel
 from server_app import journal
 from server_app.census import Federation, RunError, Site

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configuration.flower import TaskIdentity
 from strategies.method import Local
 from strategies.protocol import (
     Agreed,

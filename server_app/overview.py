@@ -34,6 +34,7 @@ TRAINING = (
     "model-change",
     "disagreement",
 )
+COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 
 
 def read_metrics(file: Path) -> pd.DataFrame:
@@ -102,16 +103,7 @@ def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]
     except (OSError, ValueError):  # not yet there, or empty
         metrics = pd.DataFrame(
             [],
-            columns=[
-                "round",
-                "seconds",
-                "bytes_up",
-                "bytes_down",
-                "site",
-                "split",
-                "metric",
-                "value",
-            ],
+            columns=list(COLUMNS),
         )
     tested = metrics[(metrics["split"] == "test")]["metric"].unique()
     headline = began.get("headline") or next(

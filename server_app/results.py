@@ -49,13 +49,12 @@ from server_app.events import (
     Sink,
 )
 from server_app.journal import Journal, Logged
-from server_app.overview import overview, read_metrics
+from server_app.overview import COLUMNS, overview, read_metrics
 from server_app.trackers import Trackers
 from strategies.method import ArrivalPlan, PeerPlan
 from strategies.protocol import Started
 from strategies.records import STATS, X, pack, unpack
 
-COLUMNS = ("round", "seconds", "bytes_up", "bytes_down", "site", "split", "metric", "value")
 REFUSED = ("when", "seconds", "site", "name", "phase", "rule", "reason", "by")
 REFUSALS, ALL_REFUSALS = 1000, 100_000  # rows of a site, or of a pair of peers, and of all
 DRAW_EVERY_S = 15.0

@@ -76,13 +76,7 @@ class Trackers:
             try:
                 writers[name] = STARTS[name](self._config, folder)
             except Exception as error:
-                log(
-                    WARNING,
-                    "%s: %s: %s; the run goes on without it",
-                    name,
-                    type(error).__name__,
-                    error,
-                )
+                _without(name, error)
         while True:
             event = self._events.get()
             for name, (write, end) in list(writers.items()):
@@ -93,13 +87,7 @@ class Trackers:
                         write(event.number, values)
                 except Exception as error:
                     del writers[name]
-                    log(
-                        WARNING,
-                        "%s: %s: %s; the run goes on without it",
-                        name,
-                        type(error).__name__,
-                        error,
-                    )
+                    _without(name, error)
             if isinstance(event, Ended):
                 return
 
@@ -155,3 +143,9 @@ STARTS: dict[str, Callable[[Config, Path], tuple[Write, Callable[[str], None]]]]
     "tensorboard": _tensorboard,
     "mlflow": _mlflow,
 }
+
+
+def _without(name: str, error: Exception) -> None:
+    """Say that a tracker fails."""
+    said = "%s: %s: %s; the run goes on without it"
+    log(WARNING, said, name, type(error).__name__, error)

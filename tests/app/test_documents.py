@@ -19,7 +19,8 @@ from client_app.policy import SiteFile
 from configuration.__main__ import parsed
 from configuration.config import Config, configuration
 from configuration.generate import fields, tables
-from server_app.results import COLUMNS, REFUSED
+from server_app.overview import COLUMNS
+from server_app.results import REFUSED
 from simulation.laboratory import Run, simulate
 from strategies import protocol
 from tests.conftest import ROOT

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from safetensors.torch import save_file
 
 from client_app import sealing
 from client_app.memory import SAVED, check_run, recall, remember, run_of, written
@@ -21,7 +20,7 @@ from client_app.oracle import Oracle
 from client_app.site import Network, open_site, private, seeded
 from client_app.training import num_batches
 from configuration.config import Config
-from configuration.description import Description
+from configuration.description import Description, write_model
 from configuration.graph import graph_of
 from configuration.network import codec_of
 from datasets.site import SiteData
@@ -306,4 +305,4 @@ def _hand_over(call: _Call, state: PeerState, content: RecordDict) -> None:
         described = Description.of(
             call.config, data.train.x.shape[1:], agreed.classes, data.columns, agreed.moments
         )
-        save_file(call.network.model.state_dict(state.x, state.stats), path, described.metadata())
+        write_model(path, call.network.model.state_dict(state.x, state.stats), described)

@@ -67,7 +67,7 @@ from client_app.site import (
 from client_app.status import Status
 from configuration.config import Config, identity
 from configuration.config import task as find
-from configuration.files import write_whole
+from configuration.files import append, write_whole
 from configuration.network import parameters_of
 from datasets.cache import cache_folder
 from datasets.site import SiteData
@@ -384,8 +384,8 @@ class Service:
         text = json.dumps(stamped)
         print(text, file=sys.stderr, flush=True)
         if self._site.audit:
-            with Path(self._site.audit).open("a") as file:
-                file.write(text + "\n")
+            with Path(self._site.audit).open("ab") as file:
+                append(file.fileno(), f"{text}\n".encode())
         if self._status:
             self._status.add(stamped)
 

@@ -1,13 +1,17 @@
 """What a file with a model says of itself, so that it can be used without the run that made it."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from configuration.config import Config
+from configuration.files import full_disk_is_os_error
 from configuration.sections import Data, Model
 
 KEY = "archipelago"  # in a safetensors file's metadata, which knows texts only
@@ -75,6 +79,23 @@ class Description(BaseModel):
             raise ValueError(
                 f"{file} is no model of Archipelago: {type(error).__name__}: {error}"
             ) from None
+
+
+def write_model(file: Path, state: Mapping[str, Tensor], description: Description | None) -> None:
+    """Write a state dict, with its description in the file: all of it, or the file stays as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = file.with_suffix(".partial")
+    # Safetensors makes a file that only its owner can read: keep the mode of this one.
+    partial.touch()
+    metadata = description.metadata() if description else None
+    with full_disk_is_os_error():
+        save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata)
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)
 
 
 def is_described(file: Path) -> bool:

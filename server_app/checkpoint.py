@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from flwr.app import Array
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configuration.config import Config, identity
 from configuration.errors import ConfigError, shown
-from configuration.files import sync_folder
+from configuration.files import full_disk_is_os_error, sync_folder
 from configuration.flower import log
 from server_app.census import Federation
 from strategies.protocol import Started
@@ -116,16 +115,11 @@ class Writer:
         if sync and metrics.exists():
             with metrics.open("rb") as rows:
                 os.fsync(rows.fileno())
-        try:
-            with partial.open("wb") as target:
-                torch.save(
-                    saved._replace(offers={name: {} for name in saved.offers})._asdict(), target
-                )
-                if sync:
-                    target.flush()
-                    os.fsync(target.fileno())
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(str(error)) from None
+        with full_disk_is_os_error(), partial.open("wb") as target:
+            torch.save(saved._replace(offers={name: {} for name in saved.offers})._asdict(), target)
+            if sync:
+                target.flush()
+                os.fsync(target.fileno())
         partial.replace(final)
         if sync:
             sync_folder(self._folder)
@@ -165,10 +159,8 @@ def _number(file: Path) -> int:
 
 def _write_offer(file: Path, arrays: Mapping[str, Array]) -> None:
     partial = file.with_suffix(".partial")
-    try:
+    with full_disk_is_os_error():
         save_file({name: unpack(array).contiguous() for name, array in arrays.items()}, partial)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
     partial.replace(file)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configuration.config import Config
+from configuration.files import append
 from configuration.graph import graph_of
 from page import as_json
 from server_app.census import Site
@@ -160,15 +161,21 @@ class Journal:
             self._path.read_text().splitlines(keepends=True) if self._path.exists() else list[str]()
         )
         self._written, self._size = len(self._lines), sum(map(len, self._lines))
+        self._newest: Event | None = None
 
     def __call__(self, event: Event) -> None:
-        """Append a line; all of them where the file is gone."""
-        if line := self._lines_of.of(event):
+        """Append a line; all of them where the file is gone.
+
+        Called again with the same event, as the end of a run is where there was no space, write
+        what is missing.
+        """
+        if event is not self._newest and (line := self._lines_of.of(event)):
             self._lines.append(as_json(line) + "\n")
             self._size += len(self._lines[-1])
             if self._size > MOST:
                 del self._lines[1 : len(self._lines) // 2]
                 self._size, self._written = sum(map(len, self._lines)), 0
+        self._newest = event
         if not self._path.exists():
             self._written = 0
         if self._written < len(self._lines):
@@ -186,7 +193,7 @@ class Journal:
             )
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(self._file, "".join(self._lines[self._written :]).encode())
+        append(self._file, "".join(self._lines[self._written :]).encode())
         self._written = len(self._lines)
 
     def _close(self) -> None:

@@ -4,7 +4,6 @@ The folder is written as the run goes, so that a killed run leaves what it had.
 """
 
 import csv
-import os
 import re
 import time
 from collections import Counter
@@ -22,13 +21,12 @@ from flwr.app import ArrayRecord
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configuration.config import Config, identity
-from configuration.description import Description
+from configuration.description import Description, write_model
 from configuration.errors import ConfigError
-from configuration.files import SITES, write_whole
+from configuration.files import SITES, append, write_whole
 from configuration.flower import log
 from configuration.graph import graph_of
 from models.flat import FlatModel
@@ -57,7 +55,7 @@ from strategies.records import STATS, X, pack, unpack
 
 REFUSED = ("when", "seconds", "site", "name", "phase", "rule", "reason", "by")
 REFUSALS, ALL_REFUSALS = 1000, 100_000  # rows of a site, or of a pair of peers, and of all
-DRAW_EVERY_S = 15.0
+DRAW_EVERY_S, TRY_EVERY_S, TELL_EVERY_S = 15.0, 5.0, 60.0
 
 
 class History:
@@ -207,25 +205,6 @@ def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
     return sites.iloc[:, 4:].set_axis(sites.iloc[:, 1].astype(str), axis=0)
 
 
-def write_models(
-    folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description | None
-) -> None:
-    """Write each state dict as ``NAME.safetensors``, with its description in the file.
-
-    A file is written atomically.
-    """
-    metadata = description.metadata() if description else None
-    for name, state in models.items():
-        final = folder / f"{name}.safetensors"
-        partial = final.with_suffix(".partial")
-        # Safetensors makes a file that only its owner can read: keep the mode of this one.
-        partial.touch()
-        save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-
-
 def write_description(folder: Path, config: Config, sites: pd.DataFrame) -> None:
     """Write the whole configuration to ``config.toml``, for ``--run-config``; and ``sites.csv``."""
     with (folder / "config.toml").open("wb") as file:
@@ -276,8 +255,8 @@ def _append(
         writer.writerow(columns)
     writer.writerows(rows[written:])
     if text.tell():
-        with path.open("ab", buffering=0) as file:
-            file.write(text.getvalue().encode())
+        with path.open("ab") as file:
+            append(file.fileno(), text.getvalue().encode())
     return len(rows)
 
 
@@ -331,7 +310,9 @@ class Models:
         """Write the newest model."""
         self._behind = self._behind or isinstance(event, Kept)
         if self._behind and isinstance(event, Kept | Ended):
-            write_models(self._folder, self._history.models, self._history.description)
+            for name, state in self._history.models.items():
+                file = self._folder / f"{name}.safetensors"
+                write_model(file, state, self._history.description)
             self._behind = False
 
 
@@ -555,7 +536,8 @@ class Folder(History):
     of all that.
 
     A disk that is full or a folder that is moved away does not stop a run: it goes on in memory,
-    and what is missing is written as soon as that works, at the latest at the end.
+    and what is missing is written as soon as that works. At its end a run waits for that as long as
+    ``patience-s``; then it leaves its last checkpoint, from which it can be taken up again.
 
     Args:
         config: the run.
@@ -592,7 +574,7 @@ class Folder(History):
         """Keep it, then write and print it.
 
         Raises:
-            RunError: at the end, something could still not be written.
+            RunError: at the end of the run, something could still not be written.
         """
         super().__call__(event)
         if isinstance(event, Began):
@@ -603,38 +585,61 @@ class Folder(History):
                 self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
             if self._logged:
                 self._logged.lines.run = self.path.name
-            console, drawn = self._logged or Printed(self, self.path), Pictures(self, self.path)
-            files = (
+            self._sinks = [
+                self._describe,
                 Rows(self, self.path),
                 Models(self, self.path),
                 Refusals(self.path),
                 Journal(self.config, self.path),
-            )
-            kept = Checkpoints(self, self.path, self._started)
-            self._sinks = [
-                console,
-                *files,
-                drawn,
+                Pictures(self, self.path),
                 Report(self.path),
                 self._trackers.begin(self.path),
-                kept,
+                Checkpoints(self, self.path, self._started),
             ]
-        failures = [
-            error for sink in (self._describe, *self._sinks) if (error := _failure(sink, event))
-        ]
-        for error in failures:
-            log(
-                WARNING,
-                "%s: %s; the run goes on in memory, and this is tried again",
-                self.path,
-                error,
-            )
-        if failures and isinstance(event, Ended):
-            raise RunError(f"{self.path}: the results cannot be written: {failures[0]}")
+            self._console = self._logged or Printed(self, self.path)
+        if not self._sinks:
+            return
+        failed = self._end(event) if isinstance(event, Ended) else None
+        if not isinstance(event, Ended):
+            self._write(event)
+        if error := _failure(self._console, event):
+            log(WARNING, "nothing can be printed: %s", error)
+        if failed:
+            raise RunError(f"{self.path}: the results cannot be written: {failed}")
+
+    def _write(self, event: Event) -> None:
+        for sink in self._sinks:
+            if error := _failure(sink, event):
+                self._warn(error, "the run goes on in memory, and this is tried again")
+
+    def _end(self, event: Ended) -> OSError | None:
+        """Write each file, and wait where there is no space; the first that could not be."""
+        # A run that failed can be taken up again, or has nothing to wait for.
+        deadline = time.monotonic() + (0.0 if event.error else self.config.patience_s)
+        again, failed = 0.0, None
+        for sink in self._sinks:
+            if failed and isinstance(sink, Checkpoints):
+                continue  # it can be taken up again
+            while error := _failure(sink, event):
+                if (now := time.monotonic()) >= deadline:
+                    failed = failed or error
+                    break
+                if now >= again:
+                    again = now + TELL_EVERY_S
+                    self._warn(
+                        error,
+                        "the run is over and waits until its results can be written, "
+                        f"for at most {deadline - now:.0f} s more (patience-s)",
+                    )
+                time.sleep(TRY_EVERY_S)
+        return failed
+
+    def _warn(self, error: OSError, what: str) -> None:
+        log(WARNING, "%s: %s; %s", self.path, error, what)
 
     def _describe(self, event: Event) -> None:
         """Also where somebody moved the folder away."""
-        if self._sinks and not (self.path / "config.toml").exists():
+        if not (self.path / "config.toml").exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_description(self.path, self.config, self.sites)
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
 from configuration.config import Config, configuration, flatten, identity
-from configuration.description import Description, is_described
+from configuration.description import Description, is_described, write_model
 from configuration.errors import ConfigError
 from configuration.files import SITES
 from datasets import lazy
@@ -50,7 +50,6 @@ from server_app.results import (
     Rows,
     class_counts,
     write_description,
-    write_models,
 )
 from simulation import plots
 from simulation.batched import Peers
@@ -196,7 +195,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_description(folder, self.config, self.sites)
         self.metrics.to_csv(folder / "metrics.csv", index=False)
-        write_models(folder, self.models, self.description)
+        for name, state in self.models.items():
+            write_model(folder / f"{name}.safetensors", state, self.description)
         return folder
 
     @classmethod

@@ -1,7 +1,9 @@
 """What a run writes, whatever becomes of its folder, and whatever names its sites chose."""
 
+import json
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError
+from server_app import results
 from server_app.app import run
 from server_app.census import RunError
 from server_app.events import EVERYBODY, Ended, Event
@@ -84,7 +87,7 @@ def test_run_whose_results_cannot_be_written_goes_on_in_memory_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.getLogger("flwr").propagate = True
-    config = config_of_run(tmp_path)
+    config = config_of_run(tmp_path, patience_s=0)
     found = Folder(config)
     with pytest.raises(RunError, match="the results cannot be written: "):
         run(Sites(config, in_round(2, lambda: block(tmp_path / "runs"))), config, found)
@@ -108,6 +111,38 @@ def test_what_could_not_be_written_is_written_at_the_end(tmp_path: Path) -> None
 
     written(config, spoil)
     whole(only(tmp_path / "runs"), config)
+
+
+def test_run_that_is_over_waits_until_its_results_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files take 100 bytes more from the last round on, until the run says that it waits."""
+    monkeypatch.setattr(results, "TRY_EVERY_S", 0.0)
+    flower, limits = logging.getLogger("flwr"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    found = Folder(config := config_of_run(tmp_path))
+    left = list[str]()
+
+    def limit() -> None:
+        metrics = only(tmp_path / "runs") / "metrics.csv"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 100, limits[1]))
+
+    def unlimit(record: logging.LogRecord) -> bool:
+        if "waits until its results can be written" in record.getMessage():
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            left.extend(path.name for path in found.path.iterdir())
+        return True
+
+    flower.addFilter(unlimit)
+    try:
+        run(Sites(config, in_round(4, limit)), config, found)
+    finally:
+        flower.removeFilter(unlimit)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoints" in left
+    whole(found.path, config)
+    assert not (found.path / "checkpoints").exists()
+    lines = (found.path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["began", *["progress"] * 4, "ended"]
 
 
 def test_what_stopped_a_run_is_not_hidden_by_what_cannot_be_written(tmp_path: Path) -> None:

@@ -214,6 +214,15 @@ class Partition(Section):
     """so much of the data is spread by chance, the rest as kind says"""
 
 
+class Sampling(Section):
+    """Who takes part in a round."""
+
+    fraction: Share = 1.0
+    """of the sites that are there so many train, and test, in a round: drawn by chance, at least
+    min-sites; after the last round all test
+    """
+
+
 class TopologyKeys(Section):
     """Who exchanges with whom, of peers."""
 
@@ -337,6 +346,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": Model,
     "data": Data,
     "partition": Partition,
+    "sampling": Sampling,
     "topology": TopologyKeys,
     "wire": Wire,
     "robust": RobustKeys,

@@ -46,6 +46,7 @@ from strategies.protocol import (
     write_model,
     write_order,
 )
+from strategies.randomness import derive
 from strategies.records import ARRAYS, STATS, X, arrays_of, config_of, pack, unpack
 from strategies.schedules import rates
 
@@ -340,6 +341,8 @@ class Rounds:
         # repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         if local:
+            chosen = self._sample(number, {message.metadata.dst_node_id for message in known})
+            known = [message for message in known if message.metadata.dst_node_id in chosen]
             self._sent = {message.metadata.dst_node_id: _model(message) for message in known}
             if self._down:
                 for message in {
@@ -347,6 +350,17 @@ class Rounds:
                 }.values():  # most share one content
                     _replace(message, write_model(arrays_of(message), self._down))
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
+
+    def _sample(self, number: int, nodes: set[int]) -> set[int]:
+        """Those of the nodes that take part in a round: of who is here the first in its order.
+
+        Who is away is called as ever, and comes back so.
+        """
+        here = sorted(
+            nodes.intersection(self._roster.here()),
+            key=lambda node: derive(self._config.seed, "sample", number, self._sites[node].number),
+        )
+        return nodes.difference(here[self._config.sampled(len(here)) :])
 
     def _wait_for_enough(self, number: int) -> None:
         """A round that cannot succeed is not begun: sites that went may come back."""

@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in METH
         "wire.sealing": "trust-on-first-use",
         "data.test-fraction": 0.5,
     },
+    "sampled": {"strategy": "fedavg", "sampling.fraction": 0.6},
+    "sampled variates": {"strategy": "scaffold", "sampling.fraction": 0.6},
     "robust": {"strategy": "co-learning", "robust.mean": "median"},
     "robust window": {"strategy": "gsgm", "robust.mean": "median"},
     "choco": {"strategy": "q-saddle", "wire.codec": "top-k", "wire.error-feedback": "choco"},

@@ -73,7 +73,7 @@ def sample(found: Outcome, number: int) -> set[int]:
 
 def test_sample_of_the_sites_takes_part_in_a_round() -> None:
     """Two of five, which follow from seed and round; after the last round all test."""
-    half = {"num_sites": 5, "sampling.fraction": 0.5}
+    half: dict[str, Any] = {"num_sites": 5, "sampling.fraction": 0.5}
     found = outcome(rounds(60, **half))
     again, other = (outcome(rounds(10, **half, seed=seed)) for seed in (1, 2))
     samples = [sample(found, number) for number in range(1, 61)]
@@ -123,7 +123,7 @@ def test_model_of_a_sample_is_the_mean_of_those_in_it(strategy: str) -> None:
 
 
 def test_sample_is_of_the_sites_that_are_there_and_never_too_small() -> None:
-    half = {"num_sites": 4, "sampling.fraction": 0.5, "min_sites": 1}
+    half: dict[str, Any] = {"num_sites": 4, "sampling.fraction": 0.5, "min_sites": 1}
     whole = outcome(rounds(30, **half))
     without = outcome(rounds(30, **half), silent(2, range(1, 99)))
     (first, *later) = (number for number in range(1, 31) if 2 in sample(whole, number))
@@ -146,9 +146,9 @@ def test_sample_is_of_the_sites_that_are_there_and_never_too_small() -> None:
 def test_method_without_rounds_of_many_refuses_a_sample(strategy: str) -> None:
     said = rf"sampling.fraction = 0.5: has no effect with strategy = '{strategy}'; taken by co-l"
     with pytest.raises(ConfigError, match=said):
-        configuration(strategy=strategy, **{"sampling.fraction": 0.5})
+        configuration(strategy=strategy, sampling={"fraction": 0.5})
     with pytest.raises(ConfigError, match=r"sites in a round = 2: .*median.* needs at least 3"):
-        configuration(**{"sampling.fraction": 0.4, "robust.mean": "median"})
+        configuration(sampling={"fraction": 0.4}, robust={"mean": "median"})
 
 
 def test_silent_site_is_waited_for_again_after_its_answer(caplog: pytest.LogCaptureFixture) -> None:

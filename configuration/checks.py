@@ -39,14 +39,15 @@ ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 # Keys of the sections of every run that have no effect with a kind of plan; a section's name
 # stands for all of its keys.
 BETWEEN_PEERS = {"topology", "wire.cross-codec", "wire.sealing", "wire.collect-models"}
+OF_ROUNDS = {"sampling", "results.personalise-epochs"}
 UNUSED: dict[type, set[str]] = {
     **{kind: {*BETWEEN_PEERS, "results.evaluate-every"} for kind in ROUNDS},
-    AlonePlan: {"topology", "wire", "robust", "sampling", "results.evaluate-every"},
-    ArrivalPlan: {*BETWEEN_PEERS, "sampling", "robust.max-share", "training.lr-steps"},
+    AlonePlan: {"topology", "wire", "robust", *OF_ROUNDS, "results.evaluate-every"},
+    ArrivalPlan: {*BETWEEN_PEERS, *OF_ROUNDS, "robust.max-share", "training.lr-steps"},
     PeerPlan: {
         "wire.down-codec",
         "robust.max-share",
-        "sampling",
+        *OF_ROUNDS,
         *(f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov")),
     },
 }

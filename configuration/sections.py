@@ -300,6 +300,10 @@ class Results(Section):
     """tests also tell the metrics of each class and, of a classification, how well probabilities
     are calibrated
     """
+    personalise_epochs: Annotated[int, Field(ge=0, le=10**6)] = 0
+    """after the last round each site trains the model by itself for so many local epochs, and tests
+    what it has then, which stays there; 0: none
+    """
     evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
     checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 10.0

@@ -218,6 +218,10 @@ class Rounds:
             self._report.emit(Checkpoint(self._checkpoint))
         if not self._tested:
             raise RunError(f"round {self._number}: no site could test the model: it is of no use")
+        if epochs := self._config.results.personalise_epochs:
+            local = Local(self._config.training.rate, (0.0, 1.0), epochs=epochs)
+            tested = self._test(self._number, arrays, local)
+            self._report_test(self._number, tested, self._report.moment(), "personal")
         return arrays
 
     def _wait_for_more(self, number: int, usable: int, since: float) -> str | None:
@@ -305,20 +309,24 @@ class Rounds:
             self._report.refuse(answer.node, number, "test", str(refusal))
         answer.reply.content.pop(TEST, None)
 
-    def _test(self, number: int, arrays: ArrayRecord) -> dict[int, TestMetrics]:
-        """Test everywhere."""
-        messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
+    def _test(
+        self, number: int, arrays: ArrayRecord, personal: Local | None = None
+    ) -> dict[int, TestMetrics]:
+        """Test everywhere the model, or what each site makes of it by itself."""
+        messages = self._messages(
+            self._strategy.configure_evaluate, number, arrays, None, personal=personal
+        )
         return {
             answer.node: answer.found
             for answer in self._answers(number, "test", messages, self._read_tested)
         }
 
     def _report_test(
-        self, number: int, tested: dict[int, TestMetrics], reached: Reached
+        self, number: int, tested: dict[int, TestMetrics], reached: Reached, split: str = "test"
     ) -> dict[str, float]:
         """Report a test as of a moment; what all sites found together, {} where nobody could."""
         return self._report.test(
-            number, {node: found.named() for node, found in tested.items()}, reached
+            number, {node: found.named() for node, found in tested.items()}, reached, split
         )
 
     def _messages(
@@ -328,15 +336,12 @@ class Rounds:
         arrays: ArrayRecord,
         local: Local | None,
         test: bool = False,
+        personal: Local | None = None,
     ) -> list[Message]:
-        """The messages of a phase."""
+        """The messages of a phase; ``personal`` is what sites do before a test."""
         self._wait_for_enough(number)
-        messages = configure(
-            number,
-            arrays,
-            write_order(Order(number, self._federation.agreed(), local, test)),
-            self._grid,
-        )
+        order = Order(number, self._federation.agreed(), local or personal, test)
+        messages = configure(number, arrays, write_order(order), self._grid)
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time
         # repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in METH
     },
     "sampled": {"strategy": "fedavg", "sampling.fraction": 0.6},
     "sampled variates": {"strategy": "scaffold", "sampling.fraction": 0.6},
+    "personal": {"strategy": "fedavg", "results.personalise-epochs": 1},
     "robust": {"strategy": "co-learning", "robust.mean": "median"},
     "robust window": {"strategy": "gsgm", "robust.mean": "median"},
     "choco": {"strategy": "q-saddle", "wire.codec": "top-k", "wire.error-feedback": "choco"},

@@ -38,7 +38,7 @@ from client_app.app import app as client_app
 from configuration.config import Config, configuration
 from datasets.sources import Examples, digits
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World

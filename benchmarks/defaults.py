@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from configuration.flower import parse_config_args
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import class_counts
 from simulation.laboratory import Run, simulate
 from strategies.methods import METHODS

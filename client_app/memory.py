@@ -214,7 +214,7 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
     kind = message.metadata.message_type
     trained = kind.startswith("train")
     if reply.has_error() or not context.state or (DONE in context.state and not trained):
-        return reply  # nothing new is remembered: in a census, keys are made the first time
+        return reply  # nothing new is remembered: in a discovery, keys are made the first time
     number, started = (fields["server-round"], fields.get("started", 0)) if trained else (-1, 0)
     context.state[DONE] = ConfigRecord({"number": number, "started": started})
     with suppress(FileNotFoundError):

@@ -16,9 +16,9 @@ from configuration.network import codec_of, network_of, sends_updates
 from models.flat import FlatModel
 from models.pretrained import digest
 from server_app.asynchronous import Asynchronous
-from server_app.census import Federation, RunError, take_census
 from server_app.checkpoint import Saved, find
 from server_app.consensus import report_consensus
+from server_app.discovery import Federation, RunError, discover
 from server_app.events import Away, Back, Began, Ended, Event, Refused, Sink
 from server_app.relay import Relay
 from server_app.results import Folder
@@ -70,7 +70,7 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
     topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None
     if config.model.initial:
         digest(config.model.initial)
-    federation = take_census(
+    federation = discover(
         grid, config, saved.federation._replace(started=saved.next_start()) if saved else None
     )
     if topology is not None and (

@@ -20,7 +20,7 @@ from torch import Tensor
 from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
-from server_app.census import Federation, RunError, an_epoch, budget
+from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period

@@ -26,7 +26,7 @@ from configuration.config import Config, identity
 from configuration.errors import ConfigError, shown
 from configuration.files import full_disk_is_os_error, sync_folder
 from configuration.flower import log
-from server_app.census import Federation
+from server_app.discovery import Federation
 from strategies.protocol import Started
 from strategies.records import pack, unpack
 

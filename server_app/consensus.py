@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from configuration.config import Config
-from server_app.census import Federation
+from server_app.discovery import Federation
 from server_app.events import Kept
 from server_app.exchange import exchange
 from server_app.report import Measure, Report

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord
 
 from models.flat import FlatModel
-from server_app.census import Federation, Site
+from server_app.discovery import Federation, Site
 
 EVERYBODY = "all"  # the site of a metric that is the mean over sites
 

@@ -16,7 +16,7 @@ from configuration.config import Config
 from configuration.files import append
 from configuration.graph import graph_of
 from page import as_json
-from server_app.census import Site
+from server_app.discovery import Site
 from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported
 from strategies.method import PeerPlan
 from strategies.protocol import printable

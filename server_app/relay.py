@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from configuration.config import Config
 from configuration.flower import log
-from server_app.census import Federation, RunError, an_epoch, budget
+from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.links import Links

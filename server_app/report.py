@@ -12,7 +12,7 @@ from configuration.config import Config
 from configuration.network import num_outputs
 from datasets.site import deviations
 from models.tasks import Targets, Task, numbers
-from server_app.census import Federation
+from server_app.discovery import Federation
 from server_app.events import EVERYBODY, Away, Back, Event, Progress, Refused, Reported, Sink
 from server_app.exchange import TOO_LATE, Clock
 from server_app.roster import together

@@ -32,8 +32,8 @@ from configuration.graph import graph_of
 from models.flat import FlatModel
 from page import document
 from server_app import plots
-from server_app.census import Federation, RunError
 from server_app.checkpoint import Saved, Writer
+from server_app.discovery import Federation, RunError
 from server_app.events import (
     EVERYBODY,
     Began,

@@ -22,7 +22,7 @@ from configuration.config import Config
 from configuration.flower import log
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
-from server_app.census import TELL_EVERY_S, Federation, RunError, an_epoch
+from server_app.discovery import TELL_EVERY_S, Federation, RunError, an_epoch
 from server_app.events import Checkpoint, Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Moment as Reached

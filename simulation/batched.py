@@ -18,8 +18,8 @@ from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from datasets.site import SiteData
-from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
+from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import EVERYBODY, Progress
 from server_app.report import Measure
 from server_app.results import History

@@ -39,8 +39,8 @@ from configuration.files import SITES
 from datasets import lazy
 from server_app import checkpoint
 from server_app.app import run as run_server
-from server_app.census import RunError, take_census
 from server_app.checkpoint import Saved
+from server_app.discovery import RunError, discover
 from server_app.events import EVERYBODY, Began, Event, Progress
 from server_app.overview import read_metrics
 from server_app.plots import who_has_what
@@ -396,7 +396,7 @@ def _simulate(
     try:
         with _threads(threads):
             if engine == "batched":
-                Peers(config, take_census(grid, config), history).run(history.tell)
+                Peers(config, discover(grid, config), history).run(history.tell)
             else:
                 run_server(grid, config, history, saved)
     except KeyboardInterrupt:

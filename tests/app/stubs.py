@@ -178,7 +178,7 @@ class Outcome(History):
         refused_by: what peers say they refused.
         kept: the models, as they came.
         error: the error that ended it, if one did.
-        seconds: how long it took, the census included.
+        seconds: how long it took, the discovery included.
     """
 
     def __init__(self, config: Config) -> None:

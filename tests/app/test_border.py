@@ -445,7 +445,7 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
     assert refused or not must
     lines = list(heard.lines)
     if kind == "query.site":
-        check_census(found, name, answer, lines)
+        check_discovery(found, name, answer, lines)
         return
     assert found.error is None, found.error
     of_model = [event for event in found.refused if event.phase == "mean of the models"]
@@ -462,7 +462,7 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
         assert np.isnan(found.model_of(BAD)).all()
 
 
-def check_census(found: Outcome, name: str, answer: RecordDict, lines: list[str]) -> None:
+def check_discovery(found: Outcome, name: str, answer: RecordDict, lines: list[str]) -> None:
     """The site is left out, or what it says is possible.
 
     Or it gives itself the number of another site, and neither of the two is believed.

@@ -16,7 +16,7 @@ from flwr.app import Array, Message
 
 from benchmarks.attacks import METHODS, accuracy, defences
 from configuration.config import configuration
-from server_app.census import Site
+from server_app.discovery import Site
 from server_app.events import Ended, Refused
 from server_app.results import ALL_REFUSALS, REFUSALS, Refusals
 from strategies.records import X, arrays_of, pack, unpack

@@ -14,7 +14,7 @@ import torch
 
 from configuration.config import configuration, flatten
 from configuration.errors import ConfigError
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import Comparison, Run, compare, simulate
 from simulation.world import Lognormal, World
 from tests.conftest import ROOT, RunApp
@@ -170,7 +170,7 @@ def test_interrupted_before_the_first_round_is_an_empty_run(
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("server_app.app.take_census", interrupted)
+    monkeypatch.setattr("server_app.app.discover", interrupted)
     with pytest.warns(UserWarning, match="interrupted"):
         run = simulate(**SMALL)
     assert run.metrics.empty

@@ -30,7 +30,7 @@ from datasets.errors import SourceError
 from datasets.lazy import Items, Lazy
 from datasets.site import Moments, Part, SiteData
 from datasets.tables import parquet
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import simulate
 from tests.data import write_audio
 from tests.own_data import CLASSES, Numbers, Stuck, read_ahead

@@ -17,7 +17,7 @@ from client_app.oracle import order_of
 from client_app.site import network_of
 from datasets import sources
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World

@@ -13,7 +13,7 @@ from configuration.errors import ConfigError
 from models.flat import FlatModel
 from models.networks import build
 from models.pretrained import digest, freeze, start_from
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import simulate
 from tests.app.stubs import NETWORK, Answer, network, outcome
 

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 
 from configuration.config import Config, configuration
 from server_app.app import run
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import Folder
 from strategies.averaging import fedavg
 from strategies.method import Mean, Method, RoundPlan, Run

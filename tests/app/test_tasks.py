@@ -11,7 +11,7 @@ import torch
 
 from configuration.config import configuration
 from configuration.errors import ConfigError
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import compare, simulate
 from simulation.trained import load
 from tests.conftest import RunApp

@@ -14,7 +14,7 @@ from client_app.app import app as client_app
 from configuration.config import configuration
 from configuration.flower import TaskIdentity
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
@@ -26,7 +26,7 @@ from tests.data import write_keys
 
 
 def answer(node: dict[str, Any], **changes: Any) -> Message:
-    """What a site with such a ``--node-config`` says in the census."""
+    """What a site with such a ``--node-config`` answers in the discovery."""
     # Flower's messages need one.
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
     settings = dict(configuration(strategy="dmsgd", num_sites=4, **changes).flat())

@@ -344,15 +344,15 @@ def failed(kind: str, message: str) -> dict[str, Any]:
             False,
         ),
         (
-            failed("server_app.census.RunError", "2 sites (of 3)"),
+            failed("server_app.discovery.RunError", "2 sites (of 3)"),
             Exit.ENDED,
             "2 sites (of 3)",
             False,
         ),
         (
-            failed("ValueError", "server_app.census.RunError"),
+            failed("ValueError", "server_app.discovery.RunError"),
             Exit.ERROR,
-            "server_app.census.RunError",
+            "server_app.discovery.RunError",
             True,
         ),
         (

@@ -18,7 +18,7 @@ from configuration.config import Config, configuration
 from configuration.flower import log
 from models.flat import FlatModel
 from server_app import journal
-from server_app.census import Federation, RunError, Site
+from server_app.discovery import Federation, RunError, Site
 from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Refused, Reported
 from server_app.journal import Journal, Lines, Logged, goes_on
 

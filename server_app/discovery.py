@@ -119,7 +119,7 @@ def an_epoch(federation: Federation, batch_size: int) -> float:
     return sum(site.batches(batch_size) for site in federation.sites) / len(federation.sites)
 
 
-def take_census(grid: Grid, config: Config, before: Federation | None = None) -> Federation:
+def discover(grid: Grid, config: Config, before: Federation | None = None) -> Federation:
     """Wait for the sites, ask each what it holds, and make sure that they fit together.
 
     A site that cannot answer, whose answer cannot be used, or that does not fit the others is left

@@ -55,7 +55,7 @@ from strategies.records import STATS, X, pack, unpack
 
 REFUSED = ("when", "seconds", "site", "name", "phase", "rule", "reason", "by")
 REFUSALS, ALL_REFUSALS = 1000, 100_000  # rows of a site, or of a pair of peers, and of all
-DRAW_EVERY_S, TRY_EVERY_S, TELL_EVERY_S = 15.0, 5.0, 60.0
+DRAW_EVERY_S, TRY_EVERY_S, LOG_EVERY_S = 15.0, 5.0, 60.0
 
 
 class History:
@@ -616,7 +616,7 @@ class Folder(History):
         """Write each file, and wait where there is no space; the first that could not be."""
         # A run that failed can be taken up again, or has nothing to wait for.
         deadline = time.monotonic() + (0.0 if event.error else self.config.patience_s)
-        again, failed = 0.0, None
+        log_at, failed = 0.0, None
         for sink in self._sinks:
             if failed and isinstance(sink, Checkpoints):
                 continue  # it can be taken up again
@@ -624,8 +624,8 @@ class Folder(History):
                 if (now := time.monotonic()) >= deadline:
                     failed = failed or error
                     break
-                if now >= again:
-                    again = now + TELL_EVERY_S
+                if now >= log_at:
+                    log_at = now + LOG_EVERY_S
                     self._warn(
                         error,
                         "the run is over and waits until its results can be written, "

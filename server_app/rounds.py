@@ -22,7 +22,7 @@ from configuration.config import Config
 from configuration.flower import log
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
-from server_app.discovery import TELL_EVERY_S, Federation, RunError, an_epoch
+from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch
 from server_app.events import Checkpoint, Kept, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Moment as Reached
@@ -231,7 +231,7 @@ class Rounds:
         if usable + len(away) < self._roster.least or left <= 0:
             return f"stopped. {self._report.refusals(number)}"
         # As long as it lasts already: whoever is here would train the same round again and again.
-        self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), TELL_EVERY_S), left)
+        self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), LOG_EVERY_S), left)
         return None
 
     def _aggregate(
@@ -349,27 +349,27 @@ class Rounds:
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
 
     def _wait_for_enough(self, number: int) -> None:
-        """A round that cannot succeed is not begun: sites that went may come back."""
-        patience, least, said, again = self._config.patience_s, self._roster.least, -1, 0.0
+        """Wait until as many sites are connected as a round needs: lost ones may come back."""
+        patience, least, logged, log_at = self._config.patience_s, self._roster.least, -1, 0.0
         deadline = self._clock.now() + patience
-        while (there := self._look()) < least:
+        while (present := self._count_connected()) < least:
             if self._clock.now() >= deadline:
                 raise RunError(
-                    f"round {number}: {there} sites are connected after patience-s = {patience:g}, "
+                    f"round {number}: {present} sites are connected after patience-s = {patience:g}, "
                     f"min-sites = {least}: stopped"
                 )
-            if there != said or self._clock.now() >= again:
-                said, again = there, self._clock.now() + TELL_EVERY_S
+            if present != logged or self._clock.now() >= log_at:
+                logged, log_at = present, self._clock.now() + LOG_EVERY_S
                 log(
                     WARNING,
                     "round %d: waiting for sites: %d are connected, min-sites = %d",
                     number,
-                    there,
+                    present,
                     least,
                 )
             self._clock.wait(LONGEST_WAIT_S, deadline - self._clock.now())
 
-    def _look(self) -> int:
+    def _count_connected(self) -> int:
         """How many sites are connected; those that are again are waited for again."""
         connected = set(self._grid.get_node_ids())
         self._report.see(connected)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from server_app.event_log import ALL, FILE, is_running
 from server_app.events import EVERYBODY
-from server_app.journal import ALL, FILE, goes_on
 
 METRICS, CONFIG, SITES = "metrics.csv", "config.toml", "sites.csv"
 POINTS = 1000  # of a curve
@@ -73,7 +73,7 @@ def _stamps(folder: Path) -> tuple[tuple[str, float, int], ...]:
 def overview(folder: Path, name: str = "") -> dict[str, Any]:
     """All that the page shows of a run."""
     found = dict(_read(folder, _stamps(folder)))
-    going = goes_on(folder / FILE)
+    going = is_running(folder / FILE)
     if found["state"] == "stopped" and going:
         found["state"] = "running"
     return found | {"name": name or folder.name, "updated": _newest(folder), "live": going}
@@ -121,7 +121,7 @@ def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]
         "larger": began.get("larger", True),
         "parameters": began.get("parameters"),
         "began": lines[0]["time"] if lines else None,
-        "heard": lines[-1]["time"] if lines else None,
+        "updated": lines[-1]["time"] if lines else None,
         "progress": _progress(lines, config),
         "round": int(last["round"]) if last is not None else 0,
         "seconds": float(metrics["seconds"].max()) if last is not None else 0.0,
@@ -164,7 +164,7 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Of the journal; not a last one that was cut off."""
+    """The lines of an event log, without a last one that was cut off."""
     try:
         text = file.read_text()
     except (OSError, ValueError):
@@ -308,10 +308,10 @@ def _sites_file(file: Path) -> list[dict[str, Any]]:
 
 
 def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: bool) -> None:
-    """From the journal: each site's last answer, what it does, why it was left out, how often."""
+    """From the event log: each site's last answer, what it does, why it was left out, how often."""
     for line in lines:
-        heard = line.get("heard")
-        for number in rows if heard == ALL else heard or ():
+        reported = line.get("reported")
+        for number in rows if reported == ALL else reported or ():
             if number in rows:
                 rows[number] |= {"seen": line["time"], "does": "works"}
         row = rows.get(line.get("site", -1)) if isinstance(line.get("site"), int) else None

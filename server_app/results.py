@@ -34,6 +34,7 @@ from page import document
 from server_app import plots
 from server_app.checkpoint import Saved, Writer
 from server_app.discovery import Federation, RunError
+from server_app.event_log import EventLog, JsonConsole
 from server_app.events import (
     EVERYBODY,
     Began,
@@ -46,7 +47,6 @@ from server_app.events import (
     Reported,
     Sink,
 )
-from server_app.journal import Journal, Logged
 from server_app.overview import COLUMNS, overview, read_metrics
 from server_app.trackers import Trackers
 from strategies.method import ArrivalPlan, PeerPlan
@@ -568,7 +568,7 @@ class Folder(History):
                 f"results.folder = {config.results.folder!r}: nothing can be written there: {error}"
             ) from error
         self._trackers = Trackers(config)
-        self._logged = Logged(config) if config.results.log == "json" else None
+        self._json_console = JsonConsole(config) if config.results.log == "json" else None
 
     def __call__(self, event: Event) -> None:
         """Keep it, then write and print it.
@@ -583,20 +583,20 @@ class Folder(History):
                 self.resume(*self._before)
             else:
                 self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
-            if self._logged:
-                self._logged.lines.run = self.path.name
+            if self._json_console:
+                self._json_console.formatter.run = self.path.name
             self._sinks = [
                 self._describe,
                 Rows(self, self.path),
                 Models(self, self.path),
                 Refusals(self.path),
-                Journal(self.config, self.path),
+                EventLog(self.config, self.path),
                 Pictures(self, self.path),
                 Report(self.path),
                 self._trackers.begin(self.path),
                 Checkpoints(self, self.path, self._started),
             ]
-            self._console = self._logged or Printed(self, self.path)
+            self._console = self._json_console or Printed(self, self.path)
         if not self._sinks:
             return
         failed = self._end(event) if isinstance(event, Ended) else None

@@ -330,7 +330,7 @@ def test_prometheus_counts_refusals_of_each_site_by_rule(root: Path, tmp_path: P
     assert counts == {str(site["site"]): sum(site["refused"].values())}
 
 
-def test_journal_that_cannot_be_written_does_not_stop_the_run(
+def test_event_log_that_cannot_be_written_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, write, lost = 0, os.write, 0

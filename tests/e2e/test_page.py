@@ -182,11 +182,11 @@ def test_run_that_goes_on_is_followed(page: "Page", address: str, root: Path) ->
     events.write_text("".join(lines[:2]))
     try:
         page.clock.install()
-        with events.open("a") as journal:
-            fcntl.flock(journal, fcntl.LOCK_EX)  # as the run does
+        with events.open("a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # as the run does
             page.goto(f"{address}/#run=going")
             page.locator(".state", has_text="running").wait_for()
-            journal.writelines(lines[2:])
+            log.writelines(lines[2:])
         page.clock.run_for(6000)
         page.locator(".state", has_text="finished").wait_for()
     finally:

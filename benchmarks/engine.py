@@ -117,7 +117,7 @@ class _Ends(History):
         super().__init__(configuration(**(SETTINGS | changes)))
         self.ends: list[float] = []
 
-    def tell(self, progress: Progress) -> None:
+    def show_progress(self, progress: Progress) -> None:
         """Look at the clock."""
         self.ends.append(time.time())
 

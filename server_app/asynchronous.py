@@ -21,7 +21,7 @@ from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
 from server_app.discovery import Federation, RunError, an_epoch, budget
-from server_app.events import Checkpoint, Kept, Sink
+from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
 from server_app.report import Moment, Report
@@ -406,7 +406,7 @@ class Asynchronous:
     def _test(self) -> None:
         """Send the newest model to all sites for a test; who failed may train again."""
         self._tested += 1
-        self._report.emit(Kept(model := self._model()))
+        self._report.emit(NewModel(model := self._model()))
         connected = set(self._grid.get_node_ids())
         order = write_order(Order(self._updates, self._federation.agreed()))
         messages = [

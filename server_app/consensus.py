@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configuration.config import Config
 from server_app.discovery import Federation
-from server_app.events import Kept
+from server_app.events import NewModel
 from server_app.exchange import exchange
 from server_app.report import Measure, Report
 from strategies.protocol import Order, Refusal, read_tested, write_order
@@ -51,7 +51,7 @@ def report_consensus(
         )
         for name, like in some.items()
     }
-    report.emit(Kept(pack(rows)))
+    report.emit(NewModel(pack(rows)))
     there = torch.tensor([site.number in models for site in federation.sites])
     found = {"consensus-distance": consensus_distance(rows[X][there])}
     mean = pack({name: vectors[there].double().mean(0).float() for name, vectors in rows.items()})

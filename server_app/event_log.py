@@ -17,7 +17,7 @@ from configuration.files import append
 from configuration.graph import graph_of
 from page import as_json
 from server_app.discovery import Site
-from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported
+from server_app.events import EVERYBODY, Began, Ended, Event, NewModel, Progress, Reported
 from strategies.method import PeerPlan
 from strategies.protocol import printable
 
@@ -56,7 +56,7 @@ class EventFormatter:
             if event.split in ("train", "test") and event.site != EVERYBODY:
                 self._reported.add(int(event.site))
             self.number = max(self.number, event.number)
-        if isinstance(event, Reported | Kept) or any(map(callable, event)):
+        if isinstance(event, Reported | NewModel) or any(map(callable, event)):
             return None
         line: dict[str, Any] = {
             "time": now(),

@@ -74,8 +74,8 @@ class Refused(NamedTuple):
         )
 
 
-class Kept(NamedTuple):
-    """The newest model, or models where sites learn alone: a row each."""
+class NewModel(NamedTuple):
+    """The newest model, or all sites' models where they learn alone: a row each."""
 
     arrays: ArrayRecord
 
@@ -175,5 +175,5 @@ class Ended(NamedTuple):
     error: BaseException | None
 
 
-Event = Began | Reported | Refused | Kept | Checkpoint | Away | Back | Progress | Ended
+Event = Began | Reported | Refused | NewModel | Checkpoint | Away | Back | Progress | Ended
 Sink = Callable[[Event], None]

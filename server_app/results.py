@@ -41,7 +41,7 @@ from server_app.events import (
     Checkpoint,
     Ended,
     Event,
-    Kept,
+    NewModel,
     Progress,
     Refused,
     Reported,
@@ -104,10 +104,10 @@ class History:
                 self.begin(event.federation, event.model)
             case Reported():
                 self.record(*event)
-            case Kept():
-                self.keep(event.arrays)
+            case NewModel():
+                self.update_model(event.arrays)
             case Progress():
-                self.tell(event)
+                self.show_progress(event)
 
     def begin(self, federation: Federation, model: FlatModel) -> None:
         """The sites are known, and the network, at its initial model."""
@@ -127,11 +127,11 @@ class History:
         start = (number, round(seconds, 3), bytes_up, bytes_down, str(site), split)
         self._rows += [(*start, name, value) for name, value in metrics.items()]
 
-    def keep(self, arrays: ArrayRecord) -> None:
+    def update_model(self, arrays: ArrayRecord) -> None:
         """The newest model."""
         self.arrays = arrays
 
-    def tell(self, progress: Progress) -> None:
+    def show_progress(self, progress: Progress) -> None:
         """A round is over."""
 
     @property
@@ -308,8 +308,8 @@ class Models:
 
     def __call__(self, event: Event) -> None:
         """Write the newest model."""
-        self._behind = self._behind or isinstance(event, Kept)
-        if self._behind and isinstance(event, Kept | Ended):
+        self._behind = self._behind or isinstance(event, NewModel)
+        if self._behind and isinstance(event, NewModel | Ended):
             for name, state in self._history.models.items():
                 file = self._folder / f"{name}.safetensors"
                 write_model(file, state, self._history.description)

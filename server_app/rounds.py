@@ -23,7 +23,7 @@ from configuration.flower import log
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
 from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch
-from server_app.events import Checkpoint, Kept, Sink
+from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Moment as Reached
 from server_app.report import Report
@@ -202,7 +202,7 @@ class Rounds:
                 )
             arrays, self._number, self._done = newest, number, self._done + epochs
             self._reached = self._report.moment()
-            self._report.emit(Kept(arrays))
+            self._report.emit(NewModel(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}
             self._report.write(number, "train", _named(trained), train)
             at_once = not self._beside or self._done >= total - 1e-9
@@ -355,8 +355,8 @@ class Rounds:
         while (present := self._count_connected()) < least:
             if self._clock.now() >= deadline:
                 raise RunError(
-                    f"round {number}: {present} sites are connected after patience-s = {patience:g}, "
-                    f"min-sites = {least}: stopped"
+                    f"round {number}: {present} sites are connected "
+                    f"after patience-s = {patience:g}, min-sites = {least}: stopped"
                 )
             if present != logged or self._clock.now() >= log_at:
                 logged, log_at = present, self._clock.now() + LOG_EVERY_S

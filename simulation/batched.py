@@ -258,4 +258,4 @@ class Peers:
             )
         for split, means in (("train", train), ("test", test)):
             history.record(number, seconds, EVERYBODY, split, means, *self._traffic.sum(0).tolist())
-        history.keep(pack({X: self.state.x}))
+        history.update_model(pack({X: self.state.x}))

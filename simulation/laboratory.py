@@ -245,7 +245,7 @@ class _Watched(History):
         for sink in self._sinks:
             sink(event)
 
-    def tell(self, progress: Progress) -> None:
+    def show_progress(self, progress: Progress) -> None:
         """Pass it on."""
         self._watch(progress)
 
@@ -396,7 +396,7 @@ def _simulate(
     try:
         with _threads(threads):
             if engine == "batched":
-                Peers(config, discover(grid, config), history).run(history.tell)
+                Peers(config, discover(grid, config), history).run(history.show_progress)
             else:
                 run_server(grid, config, history, saved)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from torch import nn
 from configuration.config import Config, configuration
 from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
-from server_app.events import Event, Kept, Refused
+from server_app.events import Event, NewModel, Refused
 from server_app.results import Folder, History
 from simulation.grid import FIRST_NODE, Tamper, VirtualGrid
 from simulation.world import World
@@ -194,7 +194,7 @@ class Outcome(History):
         super().__call__(event)
         if isinstance(event, Refused):
             (self.refused_by if event.by else self.refused).append(event)
-        if isinstance(event, Kept):
+        if isinstance(event, NewModel):
             self.kept.append({name: unpack(array) for name, array in event.arrays.items()})
 
     def model(self) -> dict[str, bytes]:

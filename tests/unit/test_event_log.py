@@ -20,7 +20,7 @@ from models.flat import FlatModel
 from server_app import event_log
 from server_app.discovery import Federation, RunError, Site
 from server_app.event_log import EventFormatter, EventLog, JsonConsole, is_running
-from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Refused, Reported
+from server_app.events import EVERYBODY, Began, Ended, Event, NewModel, Progress, Refused, Reported
 
 SITES = tuple(
     Site(number, 10 + number, f"site {number}", 8, 4, (), b"", b"") for number in range(3)
@@ -60,7 +60,7 @@ def test_lines_say_time_run_round_site_and_what_happened(config: Config, tmp_pat
         reported(1, 0),
         reported(1, 2),
         reported(1, EVERYBODY),
-        Kept(ArrayRecord()),
+        NewModel(ArrayRecord()),
         Refused("round 1", SITES[1], "training", "x holds NaN"),
         progress(1),
         *(reported(2, site) for site in range(3)),

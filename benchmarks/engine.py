@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from client_app.app import app as our_client
 from client_app.training import prepare
 from configuration.config import configuration
-from datasets.site import SiteData, deal, take
+from datasets.site import SiteData, select, simulated_splits
 from datasets.sources import digits
 from models.networks import build
 from server_app.app import run as run_server
@@ -63,8 +63,8 @@ def sites() -> list[SiteData]:
         "test_fraction": 0.2,
     }
     examples = digits()
-    splits = deal(examples, SITES, np.random.default_rng(1), kind="iid", **options)  # type: ignore[arg-type]
-    return [take(examples, [split]) for split in splits]
+    splits = simulated_splits(examples, SITES, np.random.default_rng(1), kind="iid", **options)  # type: ignore[arg-type]
+    return [select(examples, [split]) for split in splits]
 
 
 def train(network: nn.Module, data: SiteData) -> float:

@@ -164,11 +164,15 @@ def train(message: Message, context: Context) -> Message:
         raise ValueError(
             f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent"
         )
-    order, deal, gather = read_order(config_of(message)), network.model.deal, network.model.gather
+    order, scatter, gather = (
+        read_order(config_of(message)),
+        network.model.scatter,
+        network.model.gather,
+    )
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
     keys, model, noise = config.training, network.model, private(context, network)
-    vectors = deal(partial(_vectors, message, config))
+    vectors = scatter(partial(_vectors, message, config))
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
     tested = _tested(vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
@@ -178,7 +182,7 @@ def train(message: Message, context: Context) -> Message:
     cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
     rate = rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
-    memory = remembered(context, RULE, rule.init(model.x), deal) if rule else None
+    memory = remembered(context, RULE, rule.init(model.x), scatter) if rule else None
     gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
@@ -191,7 +195,7 @@ def train(message: Message, context: Context) -> Message:
         keys.weight_decay,
     )
     if local.keep_moments:
-        recall_moments(context, optimizers, deal)
+        recall_moments(context, optimizers, scatter)
     shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
     augment = training.flip_crop if config.data.augment == "flip-crop" else None
     epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
@@ -285,7 +289,7 @@ def evaluate(message: Message, context: Context) -> Message:
         raise ValueError(
             f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own"
         )
-    vectors = network.model.deal(partial(_vectors, message, config))
+    vectors = network.model.scatter(partial(_vectors, message, config))
     return Message(write_tested(_tested(vectors, data, network)), reply_to=message)
 
 

@@ -42,7 +42,7 @@ RULE, MOMENTS, LOST, DONE = "rule", "moments", "lost", "done"
 STATE, BEFORE, ENDED = ".state", ".before", ".ended"
 T = TypeVar("T", bound=tuple[Any, ...])
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-Deal = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+Scatter = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 def run_of(context: Context, agreed: Agreed) -> dict[str, str]:
@@ -114,13 +114,13 @@ def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[in
     return (record, ConfigRecord(dict(numbers))), arrays
 
 
-def remembered(context: Context, name: str, like: T, deal: Deal = lambda read: read()) -> T:
+def remembered(context: Context, name: str, like: T, scatter: Scatter = lambda read: read()) -> T:
     """What this site remembers under a name in this run.
 
-    It is a NamedTuple of tensors like ``like``, which is what it begins with. ``deal`` makes of its
+    It is a NamedTuple of tensors like ``like``, which is what it begins with. ``scatter`` makes of its
     vectors what this process needs of them.
     """
-    vectors = deal(partial(_vectors, context, name))
+    vectors = scatter(partial(_vectors, context, name))
     if not vectors:
         return like
     return type(like)(
@@ -140,7 +140,7 @@ def _vectors(context: Context, name: str) -> dict[str, Tensor]:
 
 
 def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> None:
-    """Remember a NamedTuple of tensors. ``gather`` undoes what ``deal`` did.
+    """Remember a NamedTuple of tensors. ``gather`` undoes what ``scatter`` did.
 
     Raises:
         TypeError: it is none.
@@ -155,11 +155,11 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
 
 
 def recall_moments(
-    context: Context, optimizers: Sequence[torch.optim.Optimizer], deal: Deal
+    context: Context, optimizers: Sequence[torch.optim.Optimizer], scatter: Scatter
 ) -> None:
     """Give the optimizers the moments of this site's last order in this run, if there was one."""
     states = _states(optimizers)
-    for name, moment in deal(partial(_vectors, context, MOMENTS)).items():
+    for name, moment in scatter(partial(_vectors, context, MOMENTS)).items():
         number, _, field = name.partition(".")
         state, parameter = states[int(number)]
         # A copy: what a message holds must not be written.

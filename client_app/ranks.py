@@ -82,7 +82,7 @@ class Ranks:
         content = RecordDict(
             {**message.content, **{STATE + name: record for name, record in context.state.items()}}
         )
-        if context.node_config.get(SHARDING):  # rank 0 deals the vectors out
+        if context.node_config.get(SHARDING):  # rank 0 scatters the vectors
             content = RecordDict(
                 {
                     name: record

@@ -34,12 +34,12 @@ from datasets.site import (
     Part,
     SiteData,
     Split,
-    deal,
-    own,
     relabel,
+    select,
+    simulated_splits,
+    site_split,
     standardise,
     standardise_numbers,
-    take,
 )
 from models.flat import FlatModel
 from models.tasks import Task
@@ -209,7 +209,7 @@ def _pool(origin: Origin) -> sources.Examples:
 
 @lru_cache(maxsize=4)
 def _splits(config: Config, num_sites: int, origin: Origin) -> list[Split]:
-    return deal(
+    return simulated_splits(
         _pool(origin),
         num_sites,
         np.random.default_rng(derive(config.seed, "partition")),
@@ -252,7 +252,7 @@ def raw_data(config: Config, site: SiteId) -> SiteData:
 
 
 def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
-    data = take(_pool(origin), _chosen(config, site, origin))
+    data = select(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
     if isinstance(data.train.x, Lazy) and data.train.x.in_order and not _epochs(config):
         said = (
@@ -281,7 +281,7 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
     # and a test stays one.
     generator = np.random.default_rng(derive(SPLIT_SEED, "split", site.number))
     return [
-        own(
+        site_split(
             _pool(origin),
             generator,
             test_part=config.data.test_part,

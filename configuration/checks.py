@@ -10,7 +10,7 @@ from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.partitions import PARTITIONS
 from datasets.sources import SOURCES
-from models.networks import own
+from models.networks import custom_network
 from models.tasks import TASKS
 from strategies.codecs import CODECS, codec, trial
 from strategies.keys import Only
@@ -197,7 +197,7 @@ def _run(config: "Config") -> Iterator[str]:
         yield f"results.details = True: has no effect with training.task = {training.task!r}"
     if ":" in config.model.name and not config.model.name.startswith("torchvision:"):
         try:
-            own(config.model.name)
+            custom_network(config.model.name)
         except ValueError as error:
             yield str(error)
     model = config.model

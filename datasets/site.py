@@ -54,7 +54,7 @@ class Split(NamedTuple):
     test: Indices
 
 
-def deal(
+def simulated_splits(
     examples: Examples,
     num_sites: int,
     generator: Generator,
@@ -65,12 +65,12 @@ def deal(
     test_fraction: float,
     **keys: float,
 ) -> list[Split]:
-    """Everybody's examples in a simulation: each goes to one site, to train or to test on.
+    """The splits of all sites of a simulation: each example goes to one site, to train or to test.
 
     ``kind``, ``iid_fraction`` and ``keys`` as in :func:`datasets.partitions.partition`.
 
     Raises:
-        PartitionError: the data cannot be dealt out so.
+        PartitionError: the data cannot be split like this.
     """
     pool, official = _candidates(examples, test_part)
     parts = partition(
@@ -108,7 +108,9 @@ def _labels(examples: Examples, kind: str) -> Indices:
     return np.zeros(len(examples.y), np.int64)
 
 
-def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
+def site_split(
+    examples: Examples, generator: Generator, *, test_part: str, test_fraction: float
+) -> Split:
     """The split of a real site, which holds nothing but its own examples."""
     if test_part == "pooled":
         raise SourceError(
@@ -145,8 +147,8 @@ def _split(indices: Indices, test_fraction: float, generator: Generator) -> Spli
     return Split(shuffled[num_test:], shuffled[:num_test])
 
 
-def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
-    """The examples of one split, or of several put together; tables are not standardised yet."""
+def select(examples: Examples, splits: Sequence[Split]) -> SiteData:
+    """The examples of one split, or of several together; tables are not standardised yet."""
     train, test = (
         torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True)
     )
@@ -163,14 +165,14 @@ def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
 def _missing(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
     """What to say about missing values."""
     absent = table.isnan()
-    said = [
+    named = [
         f"{name} ({'all' if n == len(absent) else n})"
         for name, n in zip(columns, absent.sum(0).tolist(), strict=True)
         if n
     ]
     filled = "filled with the mean of all sites, and marked in a column of their own"
     return (
-        (f"of {len(absent)} rows, missing values in {', '.join(said)}: {filled}",) if said else ()
+        (f"of {len(absent)} rows, missing values in {', '.join(named)}: {filled}",) if named else ()
     )
 
 
@@ -184,11 +186,11 @@ def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
     low, median, high = torch.tensor(frame.quantile([0.25, 0.5, 0.75]).to_numpy())
     deviation = (high - low) / 1.349
     far = ((table - median).abs() > FAR_OFF * deviation) & (deviation > 0)
-    said = [f"{name} ({n})" for name, n in zip(columns, far.sum(0).tolist(), strict=True) if n]
-    what = f"values more than {FAR_OFF} deviations off the median in {', '.join(said)}"
+    named = [f"{name} ({n})" for name, n in zip(columns, far.sum(0).tolist(), strict=True) if n]
+    what = f"values more than {FAR_OFF} deviations off the median in {', '.join(named)}"
     return (
         (f"of {len(table)} rows, {what}: they shrink all others of the column, at all sites",)
-        if said
+        if named
         else ()
     )
 
@@ -215,9 +217,9 @@ class Moments(NamedTuple):
             if not (
                 0 <= known < float("inf") and variance >= 0 and mean * mean + variance <= LARGEST**2
             ):
-                said = f"known = {known}, mean = {mean}, variance = {variance}"
+                values = f"known = {known}, mean = {mean}, variance = {variance}"
                 raise SourceError(
-                    f"column {shown(column)}: {said} are no moments of values within ±2^63"
+                    f"column {shown(column)}: {values} are no moments of values within ±2^63"
                 )
         return self
 

@@ -88,15 +88,15 @@ class FlatModel:
         found: Tensor = torch.linalg.vector_norm(vector)
         return found
 
-    def deal(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What this process needs of the vectors that ``read`` gives: all of them.
+    def scatter(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """This process's part of the vectors that ``read`` returns: here all of them.
 
-        It is otherwise in :mod:`client_app.sharded`.
+        In :mod:`client_app.sharded` each process gets its shard.
         """
         return dict(read())
 
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole of vectors of which this process has what it needs: they are."""
+        """The whole vectors of those that :meth:`scatter` returned: here they are the same."""
         return dict(vectors)
 
     @property

@@ -102,7 +102,7 @@ def _construct(
         )
     if (shipped := _shipped(name, shape, num_outputs, options)) is not None:
         return shipped
-    make = own(name)
+    make = custom_network(name)
     try:
         network = make(shape, num_outputs)
     except Exception as error:
@@ -186,8 +186,8 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
     return network
 
 
-def own(name: str) -> Callable[..., nn.Module]:
-    """The function or class of one's own that ``package.module:NAME`` names.
+def custom_network(name: str) -> Callable[..., nn.Module]:
+    """A user's function or class, which ``package.module:NAME`` names.
 
     Raises:
         ValueError: there is none.

@@ -317,7 +317,7 @@ def test_own_data_set_is_the_same_with_its_labels_and_for_any_number_of_workers(
     assert run.summary["accuracy"] > 0.8
 
 
-def test_own_data_set_without_labels_in_memory_cannot_be_dealt_by_class() -> None:
+def test_own_data_set_without_labels_in_memory_cannot_be_partitioned_by_class() -> None:
     with pytest.raises(
         Exception,
         match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: "

@@ -17,12 +17,12 @@ from client_app.letter import RAISED
 from client_app.memory import (
     LOST,
     RULE,
-    go_on,
-    keep,
-    keep_on_disk,
-    recall_moments,
-    remember_moments,
-    remembered,
+    load,
+    load_moments,
+    restore_run_id,
+    save_to_disk,
+    store,
+    store_moments,
 )
 from client_app.peer import take_step
 from client_app.privacy import BudgetError
@@ -87,7 +87,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-app = ClientApp(mods=[answer_always, go_on, keep_on_disk])
+app = ClientApp(mods=[answer_always, restore_run_id, save_to_disk])
 
 
 @app.query("site")
@@ -182,7 +182,7 @@ def train(message: Message, context: Context) -> Message:
     cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
     rate = rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
-    memory = remembered(context, RULE, rule.init(model.x), scatter) if rule else None
+    memory = load(context, RULE, rule.init(model.x), scatter) if rule else None
     gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
@@ -195,7 +195,7 @@ def train(message: Message, context: Context) -> Message:
         keys.weight_decay,
     )
     if local.keep_moments:
-        recall_moments(context, optimizers, scatter)
+        load_moments(context, optimizers, scatter)
     shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
     augment = training.flip_crop if config.data.augment == "flip-crop" else None
     epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
@@ -216,10 +216,10 @@ def train(message: Message, context: Context) -> Message:
     made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
     if rule:
         memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
-        keep(context, RULE, memory, gather)
+        store(context, RULE, memory, gather)
         made |= beside
     if local.keep_moments:
-        remember_moments(context, optimizers, gather)
+        store_moments(context, optimizers, gather)
     del optimizers  # its moments: before the answer is written
     made = gather(made)
     if noise or sends_updates(config.wire):
@@ -263,9 +263,9 @@ def _coded(
         payload = codec.encode(update, generator)
     else:
         way = channel(codec, config.wire.error_feedback)
-        lost = remembered(context, LOST, _Lost(way.init(update)))
+        lost = load(context, LOST, _Lost(way.init(update)))
         payload, memory, _ = way.encode(lost.update, update, generator)
-        keep(context, LOST, _Lost(memory))
+        store(context, LOST, _Lost(memory))
     return {f"{CODED}{part}": value for part, value in payload.items()}
 
 

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from client_app import sealing
-from client_app.memory import SAVED, check_run, recall, remember, run_of, written
+from client_app.memory import (
+    SAVED,
+    check_run,
+    load_peer_state,
+    run_of,
+    state_records,
+    store_peer_state,
+)
 from client_app.oracle import Oracle
 from client_app.site import Network, open_site, private, seeded
 from client_app.training import num_batches
@@ -118,7 +125,7 @@ def take_step(message: Message, context: Context) -> Message:
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, asked, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
-    known = recall(context, type(first.algorithm), network.x.device)
+    known = load_peer_state(context, type(first.algorithm), network.x.device)
     order = _order(call)
     _check_turn(call, order, known)
     noise = private(context, network)
@@ -127,9 +134,9 @@ def take_step(message: Message, context: Context) -> Message:
         step = cross_step if call.crossing else models_step
         result = step(peer, known or first, _received(call, order), order, oracle)
     metrics = {"num-examples": len(data.train.y), **result.metrics, "samples": oracle.samples}
-    records, arrays = written(result.state)
+    records, arrays = state_records(result.state)
     reply = _reply(call, order, result, metrics, arrays, forgotten=known is None and order.step > 0)
-    remember(context, run, records)
+    store_peer_state(context, run, records)
     if noise:
         noise.settle()
     return reply

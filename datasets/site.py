@@ -217,9 +217,9 @@ class Moments(NamedTuple):
             if not (
                 0 <= known < float("inf") and variance >= 0 and mean * mean + variance <= LARGEST**2
             ):
-                values = f"known = {known}, mean = {mean}, variance = {variance}"
+                text = f"known = {known}, mean = {mean}, variance = {variance}"
                 raise SourceError(
-                    f"column {shown(column)}: {values} are no moments of values within ±2^63"
+                    f"column {shown(column)}: {text} are no moments of values within ±2^63"
                 )
         return self
 

@@ -6,7 +6,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.app import app as client_app
-from client_app.memory import recall
+from client_app.memory import load_peer_state
 from client_app.peer import peer_of
 from configuration.config import Config, configuration
 from configuration.flower import TaskIdentity
@@ -138,7 +138,7 @@ class Sites:
     def state(self, site: int) -> PeerState | None:
         """What a site remembers."""
         algorithm = peer_of(self.config, site, (1,)).plan.algorithm
-        return recall(
+        return load_peer_state(
             self.contexts[site], type(algorithm.init(torch.zeros(1))), torch.device("cpu")
         )
 

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.app import app as client_app
-from client_app.memory import recall
+from client_app.memory import load_peer_state
 from client_app.oracle import order_of
 from client_app.site import network_of
 from datasets import sources
@@ -269,7 +269,7 @@ def test_hats_are_never_wrong_whoever_comes_and_goes(
 
         def look(self, node: int) -> None:
             nonlocal compared
-            known = recall(self.contexts[node], algorithm, torch.device("cpu"))
+            known = load_peer_state(self.contexts[node], algorithm, torch.device("cpu"))
             if known and known.memories:
                 hats[node - 1000, known.offered] = known.memories[0].clone()
             for sender, hat in known.hats.items() if known else ():

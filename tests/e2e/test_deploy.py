@@ -85,7 +85,7 @@ class Shell:
 
     def begin(self, text: str) -> None:
         """Do not wait for the end."""
-        self._begun = text
+        self._command = text
         assert self._process.stdin is not None
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
 
@@ -99,7 +99,7 @@ class Shell:
             lines.append(line)
             if until in line:
                 return "".join(lines)
-        raise AssertionError(f"{self._begun}\n{''.join(lines)}")
+        raise AssertionError(f"{self._command}\n{''.join(lines)}")
 
     def close(self) -> None:
         """End it."""

@@ -144,8 +144,8 @@ def measure(name: str, heart: str) -> dict[str, Any]:
                 log = process.communicate()[0]
             memory.over.set()
             services = getattr(deployment, "services", None)
-            letters = (
-                [letter for site in range(SITES) for letter in services.letters(site)]
+            requests = (
+                [request for site in range(SITES) for request in services.requests(site)]
                 if services
                 else []
             )
@@ -160,11 +160,11 @@ def measure(name: str, heart: str) -> dict[str, Any]:
     if name.startswith("gsgm"):
         spent = spent * SITES  # updates, each of one site
     work = [
-        letter["seconds"]
-        for letter in letters
-        if letter["way"] == "out" and letter["kind"].startswith("train")
+        request["seconds"]
+        for request in requests
+        if request["way"] == "out" and request["kind"].startswith("train")
     ]
-    refused = [letter for letter in letters if "rule" in letter or "problem" in letter]
+    refused = [request for request in requests if "rule" in request or "problem" in request]
     return {
         "case": name,
         "rounds": int(table["round"].max()),

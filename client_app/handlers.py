@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from client_app import training
-from client_app.letter import RAISED
+from client_app.framing import RAISED
 from client_app.memory import (
     LOST,
     RULE,

@@ -23,7 +23,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 
-from client_app import letter
+from client_app import framing
 from client_app.site import SiteId, config_of_site
 from configuration.config import Config, identity
 from configuration.files import SITES, write_whole
@@ -218,7 +218,9 @@ def save_to_disk(message: Message, context: Context, call_next: ClientAppCallabl
     context.state[DONE] = ConfigRecord({"number": number, "started": started})
     with suppress(FileNotFoundError):
         file.replace(file.with_suffix(BEFORE))
-    write_whole(file, letter.to_bytes({}, context.state))  # of a protocol buffer 2 GiB are the most
+    write_whole(
+        file, framing.to_bytes({}, context.state)
+    )  # of a protocol buffer 2 GiB are the most
     if kind == "train.peer" and fields.get("last") and number > 0:
         file.replace(file.with_suffix(ENDED))
     return reply
@@ -280,7 +282,7 @@ def _folder(context: Context) -> Path | None:
 
 def _read(file: Path) -> RecordDict:
     log(INFO, "this site goes on with what it remembers in %s", file)
-    return letter.from_bytes(file.read_bytes())[1]
+    return framing.from_bytes(file.read_bytes())[1]
 
 
 def _was_done(state: RecordDict, message: Message, config: Config) -> bool:

@@ -23,8 +23,8 @@ from client_app.policy import Policy, PolicyError, SiteFile
 from client_app.privacy import Account
 from page import address_of, server
 
-NEWEST = 100  # letters on the page
-TAIL = 2**17  # bytes at the end of the audit log, of letters before this service started
+NEWEST = 100  # requests on the page
+TAIL = 2**17  # bytes at the end of the audit log, of requests before this service started
 RULES = {field.alias for field in Policy.model_fields.values()}
 
 
@@ -49,7 +49,7 @@ class Status(Collector):
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._lock = Lock()
         self._newest: deque[dict[str, Any]] = deque(_tail(site.audit), NEWEST)
-        self._letters: Counter[str] = Counter()  # in, out
+        self._requests: Counter[str] = Counter()  # in, out
         self._bytes: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()  # by rule
         self._last: dict[str, Any] = {}
@@ -58,7 +58,7 @@ class Status(Collector):
         """A line of the audit log."""
         with self._lock:
             self._newest.append(line)
-            self._letters[line["way"]] += 1
+            self._requests[line["way"]] += 1
             self._bytes[line["way"]] += line["bytes"]
             if line["round"] is not None:
                 self._last = line
@@ -80,7 +80,7 @@ class Status(Collector):
             told = {
                 # The numbers of runs are too large for JavaScript.
                 "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],
-                "letters": self._letters["in"],
+                "requests": self._requests["in"],
                 "bytes": {way: self._bytes[way] for way in ("in", "out")},
                 "refused": dict(self._refused),
             }
@@ -102,34 +102,34 @@ class Status(Collector):
         """Prometheus' metrics."""
         site = str(self._site.site)
         up = GaugeMetricFamily(
-            "archipelago_site_up", "1 while the service answers letters", labels=["site"]
+            "archipelago_site_up", "1 while the service answers requests", labels=["site"]
         )
         up.add_metric([site], 1.0)
         yield up
         with self._lock:
-            letters, sent, refused, last = (
-                dict(self._letters),
+            requests, sent, refused, last = (
+                dict(self._requests),
                 dict(self._bytes),
                 dict(self._refused),
                 self._last,
             )
         for name, help, values in (
-            ("letters", "letters and answers", letters),
-            ("bytes", "arrays of letters and answers", sent),
+            ("requests", "requests and answers", requests),
+            ("bytes", "arrays of requests and answers", sent),
         ):
             family = CounterMetricFamily(f"archipelago_{name}", help, labels=["site", "direction"])
             for way in ("in", "out"):
                 family.add_metric([site, way], values.get(way, 0))
             yield family
         family = CounterMetricFamily(
-            "archipelago_refused", "letters that break a rule", labels=["site", "rule"]
+            "archipelago_refused", "requests that break a rule", labels=["site", "rule"]
         )
         for rule, count in refused.items():
             family.add_metric([site, rule], count)
         yield family
         if last:
             yield GaugeMetricFamily(
-                "archipelago_round", "of the newest letter", float(last["round"])
+                "archipelago_round", "of the newest request", float(last["round"])
             )
         for part, count in zip(("train", "test"), self._examples, strict=True):
             yield GaugeMetricFamily(

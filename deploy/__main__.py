@@ -68,7 +68,7 @@ class Kit:
         self._folder = folder
         try:
             users = {name: pwd.getpwnam(name) for name in ("archipelago", "flower")}
-            letters = grp.getgrnam("letters").gr_gid
+            clients = grp.getgrnam("site-clients").gr_gid
         except KeyError as error:
             raise DeployError(
                 f"{error.args[0]}: docs/how-to/deploy.md says how to make users and groups"
@@ -76,7 +76,7 @@ class Kit:
         self._owner = {name: user.pw_uid for name, user in users.items()} | {"root": os.geteuid()}
         self._group = {name: user.pw_gid for name, user in users.items()} | {"root": os.getegid()}
         ids = {name: f"{user.pw_uid}:{user.pw_gid}" for name, user in users.items()}
-        self.ids = {**ids, "uid": self._owner["archipelago"], "letters": letters}
+        self.ids = {**ids, "uid": self._owner["archipelago"], "clients": clients}
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Site services in processes of their own, and who sends them letters."""
+"""Site services in processes of their own, and who sends them requests."""
 
 import json
 import multiprocessing
@@ -107,7 +107,7 @@ class Service:
             time.sleep(0.05)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The audit log: a line for each letter, and one for its answer."""
+        """The audit log: a line for each request, and one for its answer."""
         return (
             [json.loads(line) for line in self.audit.read_text().splitlines()]
             if self.audit.exists()

@@ -1,4 +1,4 @@
-"""The site service: a letter's way through the socket, and the operator's rules.
+"""The site service: a request's way through the socket, and the operator's rules.
 
 And what the server is told when the service is not there.
 """
@@ -28,7 +28,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from client_app import letter
+from client_app import framing
 from client_app.app import app as client_app
 from client_app.oracle import Oracle
 from client_app.privacy import Account, Noise
@@ -214,7 +214,7 @@ def test_memory_of_a_run_is_open_to_its_configuration_only(strict: Service) -> N
         context = Context(run, 5, {"service": strict.socket}, RecordDict(), changes)
         reply = client_app(Message(RecordDict(), dst_node_id=5, message_type="query.site"), context)
         assert reply.has_error() == refused
-    assert "has another configuration than in its first letter" in strict.lines()[-3]["rule"]
+    assert "has another configuration than in its first request" in strict.lines()[-3]["rule"]
 
 
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 2}}], indirect=True)
@@ -265,7 +265,7 @@ def test_server_hears_what_is_wrong_with_a_service(
     assert "refused by this site's policy: seconds = 8: the work takes longer" in said(reply)
     assert not answer_to(service, flat()).has_error()  # it goes on
 
-    monkeypatch.setattr("client_app.letter.SILENCE_S", 2.0)
+    monkeypatch.setattr("client_app.framing.SILENCE_S", 2.0)
     service.process.send_signal(signal.SIGSTOP)
     assert "has been silent for 2 s: it hangs" in said(answer_to(service, flat()))
     service.process.send_signal(signal.SIGCONT)
@@ -284,7 +284,7 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
         # Two more than may wait.
         waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]
         busy = [said(found.result()) for found in islice(as_completed(waiting), 2)]
-        assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [
+        assert ["the site's service is busy: 16 requests wait" in each for each in busy] == [
             True,
             True,
         ]
@@ -300,7 +300,7 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
 
 
 def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
-    """When a run, or its SuperNode, was stopped, the next one's letter is answered.
+    """When a run, or its SuperNode, was stopped, the next one's request is answered.
 
     The work of the stopped one would have taken days.
     """
@@ -309,8 +309,8 @@ def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
         head = {"kind": "train", "run": next(RUN_IDS), "node": 5, "run-config": flat()}
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(service.socket)
-            letter.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
-            assert letter.receive(line)[0] == letter.WORKING
+            framing.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
+            assert framing.receive(line)[0] == framing.WORKING
         assert not answer_to(service, flat()).has_error()
         [stopped] = [
             line
@@ -322,7 +322,7 @@ def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
         service.end()
 
 
-def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
+def test_requests_that_are_none_do_no_harm(strict: Service) -> None:
     """Whoever may open the socket may write anything into it."""
     for rubbish in (
         b"",
@@ -340,8 +340,8 @@ def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
 # --- two users ------------------------------------------------------------------------------------
 
 
-def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
-    """What goes into the audit log, and what a file is named after, comes from letters."""
+def test_no_request_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
+    """What goes into the audit log, and what a file is named after, comes from requests."""
     service = Service(tmp_path, state=str(tmp_path / "state"))
     assert not answer_to(
         service, flat(), content=RecordDict({"config": ConfigRecord({"server-round": b"1"})})
@@ -356,8 +356,8 @@ def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(30)
             line.connect(service.socket)
-            letter.write(line, head, RecordDict())
-            assert letter.receive(line)[0] in (letter.HEAD, letter.WORKING)
+            framing.write(line, head, RecordDict())
+            assert framing.receive(line)[0] in (framing.HEAD, framing.WORKING)
     assert not answer_to(service, flat()).has_error()
     assert [file.name for file in (tmp_path / "state").glob("*.state")] == ["7-1.state"]
     service.end()
@@ -411,7 +411,7 @@ def test_a_state_is_one_services(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
-def test_user_who_carries_letters_can_read_nothing_else() -> None:
+def test_user_who_carries_requests_can_read_nothing_else() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -691,7 +691,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(("rank", "sharding"), [(0, False), (1, True)])
-def test_process_that_is_killed_is_heard_of_and_all_begin_anew(
+def test_process_that_is_killed_is_heard_of_and_all_start_again(
     rank: int, sharding: bool, tmp_path: Path
 ) -> None:
     service = Service(tmp_path, processes=2, sharding=sharding)

@@ -292,7 +292,7 @@ class Services:
         self._processes[site].kill()
         self._processes[site].wait()
 
-    def letters(self, site: int) -> list[dict[str, Any]]:
+    def requests(self, site: int) -> list[dict[str, Any]]:
         """What its audit log says."""
         file = self.private / f"{site}.audit"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

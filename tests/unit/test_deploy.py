@@ -198,7 +198,7 @@ def test_containers_reach_no_more_than_units(folder: Path) -> None:
     )
     assert server["superlink"]["build"]["args"] == {
         **users,
-        "LETTERS": str(os.getegid()),
+        "CLIENTS": str(os.getegid()),
         "TORCH": "${TORCH:-}",
     }
     assert (

@@ -1,4 +1,4 @@
-"""The operator's file: what of it is not there is said before any letter comes.
+"""The operator's file: what of it is not there is said before any request comes.
 
 There is no way around a rule.
 """
@@ -14,8 +14,8 @@ import pytest
 from flwr.app import MetricRecord
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from client_app import letter, service
-from client_app.letter import LetterError
+from client_app import framing, service
+from client_app.framing import FrameError
 from client_app.policy import (
     PolicyError,
     SiteFile,
@@ -222,9 +222,9 @@ def test_the_test_part_of_a_deployed_site_is_the_same_in_all_runs() -> None:
 )
 def test_a_head_is_that_of_a_message(wrong: dict[str, Any]) -> None:
     right = {"kind": "query.site", "run": 2**63, "node": 5, "run-config": {}}
-    letter.check_head(right)
-    with pytest.raises(LetterError):
-        letter.check_head(right | wrong)
+    framing.check_head(right)
+    with pytest.raises(FrameError):
+        framing.check_head(right | wrong)
 
 
 @pytest.mark.parametrize("text", ["", "[[1", "[[1]]", "{}x", "3", '[["a", 1, "b"]]'])
@@ -239,11 +239,11 @@ def test_a_clock_that_is_set_back_ends_no_runs_for_years(
 ) -> None:
     file, now = tmp_path / "runs.json", time.time()
     file.write_text(json.dumps([[now + 1e9, 1, "x"]]))
-    begun = service._Begun(file)
+    recent_runs = service.RecentRuns(file)
     with pytest.raises(PolicyError, match="runs-a-day = 1"):
-        begun.add(2, "x", 1)
+        recent_runs.add(2, "x", 1)
     monkeypatch.setattr(time, "time", lambda: now + 90_000)
-    begun.add(2, "x", 1)
+    recent_runs.add(2, "x", 1)
 
 
 def test_temporary_files_lie_where_nobody_else_writes(

@@ -45,7 +45,7 @@ class Links:
         # Who comes back may find an older one.
         return [max(found)] if rejoin and found else [s for s in found if s == step - 1]
 
-    def take(self, sender: int, reader: int, keys: Iterable[int]) -> dict[str, Array]:
+    def get(self, sender: int, reader: int, keys: Iterable[int]) -> dict[str, Array]:
         """The arrays under these keys, which stay here."""
         return {
             name: array
@@ -79,7 +79,7 @@ class Links:
         """It was delivered."""
         if key in self._waiting[sender][reader]:
             self.delivered[sender, reader] += sum(
-                len(array.data) for array in self.take(sender, reader, [key]).values()
+                len(array.data) for array in self.get(sender, reader, [key]).values()
             )
             self._drop(sender, reader, key)
 

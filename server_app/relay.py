@@ -245,7 +245,7 @@ class Relay:
         for j in order.neighbours:
             keys = self._links.waiting(j, peer, step, rejoin=rejoin)
             self._given.setdefault(peer, []).extend((j, key) for key in keys)
-            if arrays := self._links.take(j, peer, keys):
+            if arrays := self._links.get(j, peer, keys):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
         kind = "train.cross" if self._is_cross(step) else "train.peer"
         return Message(RecordDict(records), self._sites[peer].node, kind)

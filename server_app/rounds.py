@@ -28,7 +28,7 @@ from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.report import Moment as Reached
 from server_app.report import Report
 from server_app.roster import Roster
-from server_app.shelf import Shelf
+from server_app.spool import Spool
 from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import AlonePlan, ForeignPlan, Local, Moment
 from strategies.protocol import (
@@ -470,7 +470,7 @@ class Rounds:
         ):
             others: dict[int, dict[str, Change]] = {}
             if file:
-                answers = self._after_all(answers, Shelf(file), local, others)
+                answers = self._after_all(answers, Spool(file), local, others)
             for answer in answers:
                 changes, sent = self._changes(answer, local), self._sent[answer.node]
                 for name, change in changes.items():
@@ -490,7 +490,7 @@ class Rounds:
     def _after_all(
         self,
         answers: Iterator[Answer[Trained]],
-        shelf: Shelf,
+        spool: Spool,
         local: Local,
         changes: dict[int, dict[str, Change]],
     ) -> Iterator[Answer[Trained]]:
@@ -498,12 +498,14 @@ class Rounds:
         waiting = []
         for answer in answers:
             changes[answer.node] = self._changes(answer, local)
-            places = shelf.put(arrays_of(answer.reply))
+            extents = spool.put(arrays_of(answer.reply))
             answer.reply.content.pop(ARRAYS)
-            waiting.append((answer.node, answer.message, answer.reply, places))
+            waiting.append((answer.node, answer.message, answer.reply, extents))
             del answer
-        for node, message, reply, places in iter(lambda: waiting.pop(0) if waiting else None, None):
-            reply.content[ARRAYS] = shelf.take(places)
+        for node, message, reply, extents in iter(
+            lambda: waiting.pop(0) if waiting else None, None
+        ):
+            reply.content[ARRAYS] = spool.get(extents)
             yield Answer(node, message, reply, self._read_trained(node, message, reply))
             del reply
 

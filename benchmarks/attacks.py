@@ -202,7 +202,7 @@ def cell(
         "model.name": "mlp",
         "seed": seed,
     }
-    logging.disable(logging.WARNING)  # each refusal is one
+    logging.disable(logging.WARNING)  # each refused answer is one
     return (
         sites,
         method,

@@ -172,7 +172,7 @@ def measure(name: str, heart: str) -> dict[str, Any]:
         "of the floor": median(spent) / FLOOR_S,
         "the service's work": median(work) if work else float("nan"),
         "accuracy": run.history["accuracy"].iloc[-1],
-        "refusals": len(refused),
+        "refused": len(refused),
         "MB": run.history["megabytes"].iloc[-1],
         **{f"{name}, MB": peak for name, peak in memory.peaks.items()},
     }

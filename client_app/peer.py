@@ -34,8 +34,8 @@ from datasets.site import SiteData
 from strategies.gradients import regularised
 from strategies.method import PeerPlan
 from strategies.peer.channel import channel
-from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Refusal, Result
-from strategies.peer.step import begin, cross_step, models_step, why
+from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, RefusedPayload, Result
+from strategies.peer.step import begin, cross_step, models_step, reason_of
 from strategies.protocol import PeerOrder, read_peer_order
 from strategies.randomness import derive
 from strategies.records import (
@@ -248,7 +248,10 @@ def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Re
         )
     except Exception as error:  # whatever is wrong with it costs its sender the exchange
         return Received(
-            sender, step, {}, str(error) if isinstance(error, sealing.SealError) else why(error)
+            sender,
+            step,
+            {},
+            str(error) if isinstance(error, sealing.SealError) else reason_of(error),
         )
 
 
@@ -274,7 +277,7 @@ def _reply(
         if call.ring:
             readers = order.readers if reader is None else _readers(call, [reader])
             found, problems = sealing.seal(call.ring, name, payload, readers, header)
-            refused += [Refusal(*problem) for problem in problems.items()]
+            refused += [RefusedPayload(*problem) for problem in problems.items()]
         else:
             new = pack({part: value for part, value in payload.items() if id(value) not in packed})
             found = {

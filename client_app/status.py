@@ -160,12 +160,12 @@ class Status(Collector):
         Thread(target=served.serve_forever, daemon=True).start()
 
 
-def rule_of(refusal: str) -> str:
+def rule_of(reason: str) -> str:
     """The policy's key that an answer names; of few different ones, for whoever counts."""
-    if "BudgetError" in refusal:
+    if "BudgetError" in reason:
         return "epsilon"
-    named = re.findall(r"this site's policy has ([a-z-]+) = ", refusal) or re.findall(
-        r"policy: ([a-z-]+) = ", refusal
+    named = re.findall(r"this site's policy has ([a-z-]+) = ", reason) or re.findall(
+        r"policy: ([a-z-]+) = ", reason
     )
     return named[-1] if named and named[-1] in RULES else "other"
 

@@ -31,9 +31,9 @@ from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.mean import LARGEST, extent, magnitude
 from strategies.method import ArrivalPlan, Local
 from strategies.protocol import (
+    InvalidReply,
     Layout,
     Order,
-    Refusal,
     Trained,
     read_tested,
     read_trained,
@@ -295,7 +295,7 @@ class Asynchronous:
         sent = {name: vector for name, vector in flight.sent.items() if name != X}
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
         found = self._report.receive(node, reply, self._updates, "training", read)
-        if isinstance(found, Refusal):
+        if isinstance(found, InvalidReply):
             self._later[node] = self._clock.now() + self._roster.pause(node)
             self._lose(node, str(found), failed=not gone(reply))
             return
@@ -350,7 +350,7 @@ class Asynchronous:
         }
         for name, change in changes.items():
             size = flight.norms[name] if self._bounds[name].few else 0.0
-            if reason := self._bounds[name].refusal(change, size):
+            if reason := self._bounds[name].violation(change, size):
                 return f"{name}: {reason}"
         for name, change in changes.items():
             self._bounds[name].accept(node, change)
@@ -441,7 +441,7 @@ class Asynchronous:
             read_tested, num_examples=self._sites[node].num_test, means=self._report.measure.means
         )
         found = self._report.receive(node, reply, number, "test", read)
-        if not isinstance(found, Refusal):
+        if not isinstance(found, InvalidReply):
             test.answers[node] = found.named()
         if test.waiting:
             return

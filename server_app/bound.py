@@ -46,10 +46,10 @@ class Bound:
         """Whether there is no median yet."""
         return len(self.largest) < FEW
 
-    def refusal(
+    def violation(
         self, change: Change, size: float, others: Mapping[int, Change] | None = None
     ) -> str | None:
-        """Why a contribution is refused, or None.
+        """How a contribution breaks the bound, or None.
 
         Args:
             change: that it makes.

@@ -16,7 +16,7 @@ from server_app.discovery import Federation
 from server_app.events import NewModel
 from server_app.exchange import exchange
 from server_app.report import Measure, Report
-from strategies.protocol import Order, Refusal, read_tested, write_order
+from strategies.protocol import InvalidReply, Order, read_tested, write_order
 from strategies.records import ARRAYS, CONFIG, X, pack
 
 
@@ -76,7 +76,7 @@ def report_consensus(
         for node, reply in exchange(grid, messages, config.timeout_s)
     ]
     means = measure.together(
-        [answer.named() for answer in answers if not isinstance(answer, Refusal)]
+        [answer.named() for answer in answers if not isinstance(answer, InvalidReply)]
     )
     found |= {
         f"{name}-of-mean": value

@@ -17,7 +17,7 @@ from models.pretrained import digest
 from server_app.exchange import clock_of, exchange, gone
 from server_app.roster import together
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
-from strategies.protocol import Agreed, Refusal, SiteCard, Started, printable, read_card
+from strategies.protocol import Agreed, InvalidReply, SiteCard, Started, printable, read_card
 from strategies.records import CONFIG, code_version
 
 LOG_EVERY_S = 60.0
@@ -143,8 +143,8 @@ def discover(grid: Grid, config: Config, before: Federation | None = None) -> Fe
     for node, reply in _ask(grid, nodes, content, config):
         try:
             cards[node] = read_card(reply)
-        except Refusal as refusal:
-            failures.append(str(refusal) if reply.has_error() else f"node {node}: {refusal}")
+        except InvalidReply as invalid:
+            failures.append(str(invalid) if reply.has_error() else f"node {node}: {invalid}")
     misfits = _misfits(cards, config)
     reasons = {failure: failures.count(failure) for failure in sorted(set(failures))}
     if misfits:
@@ -251,7 +251,7 @@ def _simulated_sites(grid: Grid, node: int, config: Config) -> int:
     [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
     try:
         return read_card(reply).sites
-    except Refusal:
+    except InvalidReply:
         return 0
 
 

@@ -28,10 +28,10 @@ from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
 from strategies.protocol import (
+    InvalidReply,
     Layout,
     Offer,
     PeerOrder,
-    Refusal,
     StepMetrics,
     read_offer,
     write_peer_order,
@@ -280,7 +280,7 @@ class Relay:
             means=self.report.measure.means,
         )
         offer = self.report.receive(site.node, reply, step, "exchange", read)
-        if isinstance(offer, Refusal):
+        if isinstance(offer, InvalidReply):
             self._lose(peer, str(offer), failed=not gone(reply))
             # It may have taken the step, and takes a sealed step only once.
             if sealed and step < self._last:
@@ -299,7 +299,7 @@ class Relay:
 
     def _heed(self, peer: int, step: int, offer: Offer) -> None:
         """What a peer says of what it was given, and of itself."""
-        self.report.refused_by(self._sites[peer].node, step, offer.notes.refused)
+        self.report.refused_by_peer(self._sites[peer].node, step, offer.notes.refused)
         self._links.stale |= {(j, peer) for j in offer.notes.broken}
         if offer.notes.nonce is not None:  # another one than before if it lost its memory
             self._nonces[peer] = offer.notes.nonce

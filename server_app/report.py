@@ -19,7 +19,7 @@ from server_app.roster import together
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
 from strategies.method import PeerPlan
-from strategies.protocol import Refusal, printable
+from strategies.protocol import InvalidReply, printable
 from strategies.records import num_bytes
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ class Report:
 
     def receive(
         self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]
-    ) -> T | Refusal:
+    ) -> T | InvalidReply:
         """What ``read`` makes of a reply, or why it cannot be used, which is logged, too.
 
         Args:
@@ -158,11 +158,11 @@ class Report:
         try:
             found = read(reply)
             if reply.metadata.src_node_id != node:
-                raise Refusal(f"it says that it comes from node {reply.metadata.src_node_id}")
-        except Refusal as refusal:
+                raise InvalidReply(f"it says that it comes from node {reply.metadata.src_node_id}")
+        except InvalidReply as invalid:
             silent = reply.has_error() and reply.error.code == TOO_LATE
-            self.refuse(node, number, phase, str(refusal), "timeout-s" if silent else "")
-            return refusal
+            self.refuse(node, number, phase, str(invalid), "timeout-s" if silent else "")
+            return invalid
         finally:
             self.count(node, reply)
         return found
@@ -188,17 +188,17 @@ class Report:
             )
         )
 
-    def refused_by(self, node: int, number: int, reasons: Sequence[str]) -> None:
+    def refused_by_peer(self, node: int, number: int, reasons: Sequence[str]) -> None:
         """What a peer reports that it refuses: whose offer, why and, in brackets, by which key."""
         by, numbers = self._sites[node], {site.number: site for site in self._sites.values()}
-        for said in reasons:
-            found = _BY_PEER.fullmatch(said[:LONGEST_REASON])
+        for text in reasons:
+            found = _BY_PEER.fullmatch(text[:LONGEST_REASON])
             site = numbers.get(int(found[1])) if found else None
-            reason, rule = (found[2], found[3] or "") if found and site else (said, "")
+            reason, rule = (found[2], found[3] or "") if found and site else (text, "")
             what = (f"{self._unit} {number}", site or by, "exchange", printable(reason, 240), rule)
             self.emit(Refused(*what, self._clock.now() - self._start, f"site {by.number}"))
 
-    def refusals(self, number: int) -> str:
+    def refused_in(self, number: int) -> str:
         """What was refused in a round, update or step, and why."""
         return together(
             {

@@ -54,7 +54,10 @@ from strategies.protocol import Started
 from strategies.records import STATS, X, pack, unpack
 
 REFUSED = ("when", "seconds", "site", "name", "phase", "rule", "reason", "by")
-REFUSALS, ALL_REFUSALS = 1000, 100_000  # rows of a site, or of a pair of peers, and of all
+MOST_REFUSED, MOST_REFUSED_IN_ALL = (
+    1000,
+    100_000,
+)  # rows of a site, or of a pair of peers, and of all
 DRAW_EVERY_S, TRY_EVERY_S, LOG_EVERY_S = 15.0, 5.0, 60.0
 
 
@@ -260,7 +263,7 @@ def _append(
     return len(rows)
 
 
-class Refusals:
+class RefusedRows:
     """The sink of ``refused.csv``: what could not be used, whose it was, and by which key.
 
     The file exists only where anything was refused.
@@ -281,10 +284,10 @@ class Refusals:
         """Append what is refused."""
         if isinstance(event, Refused):
             self._count[key := (event.site.number, event.by)] += 1
-            if self._count[key] <= REFUSALS and len(self._rows) < ALL_REFUSALS:
+            if self._count[key] <= MOST_REFUSED and len(self._rows) < MOST_REFUSED_IN_ALL:
                 said = (
                     event.reason
-                    if self._count[key] < REFUSALS
+                    if self._count[key] < MOST_REFUSED
                     else f"{event.reason}; more of these are not listed"
                 )
                 texts = (
@@ -589,7 +592,7 @@ class Folder(History):
                 self._describe,
                 Rows(self, self.path),
                 Models(self, self.path),
-                Refusals(self.path),
+                RefusedRows(self.path),
                 EventLog(self.config, self.path),
                 Pictures(self, self.path),
                 Report(self.path),

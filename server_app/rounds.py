@@ -33,16 +33,16 @@ from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import AlonePlan, ForeignPlan, Local, Moment
 from strategies.protocol import (
     TEST,
+    InvalidReply,
     Layout,
     Order,
-    Refusal,
     TestMetrics,
     Trained,
     TrainMetrics,
     read_order,
     read_tested,
     read_trained,
-    why,
+    reason_of,
     write_model,
     write_order,
 )
@@ -229,7 +229,7 @@ class Rounds:
         away = [node for node in self._sites if node not in connected or self._roster.away(node)]
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:
-            return f"stopped. {self._report.refusals(number)}"
+            return f"stopped. {self._report.refused_in(number)}"
         # As long as it lasts already: whoever is here would train the same round again and again.
         self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), LOG_EVERY_S), left)
         return None
@@ -300,8 +300,8 @@ class Rounds:
                 beside=True,
                 means=self._report.measure.means,
             )
-        except Refusal as refusal:
-            self._report.refuse(answer.node, number, "test", str(refusal))
+        except InvalidReply as invalid:
+            self._report.refuse(answer.node, number, "test", str(invalid))
         answer.reply.content.pop(TEST, None)
 
     def _test(self, number: int, arrays: ArrayRecord) -> dict[int, TestMetrics]:
@@ -406,7 +406,7 @@ class Rounds:
                 found = self._report.receive(
                     node, reply, number, phase, partial(read, node, message)
                 )
-                if not isinstance(found, Refusal):
+                if not isinstance(found, InvalidReply):
                     usable += 1
                     yield Answer(node, message, reply, found)
                 del reply, found
@@ -429,7 +429,7 @@ class Rounds:
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if gone(reply):
             if self._latest[node] is message.metadata:  # else it may have answered to another since
-                self._roster.lose(node, why(reply), self._clock.now(), again=number)
+                self._roster.lose(node, reason_of(reply), self._clock.now(), again=number)
         elif self._roster.answer(node):
             log(WARNING, "round %d: %s answers again%s", number, name, ", but too late" * late)
         if late:
@@ -445,7 +445,9 @@ class Rounds:
             and isinstance(self._config.plan, ForeignPlan)
             and self._config.plan.by_loss
         ):
-            raise Refusal(f"it keeps its loss to itself, by which {self._config.strategy} weighs")
+            raise InvalidReply(
+                f"it keeps its loss to itself, by which {self._config.strategy} weighs"
+            )
         return found
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
@@ -476,7 +478,7 @@ class Rounds:
                 for name, change in changes.items():
                     each = {node: found[name] for node, found in others.items()} if first else None
                     size = extent(sent.get(name, sent[X]))[1] if first else 0.0
-                    if reason := self._bounds[name].refusal(change, size, each):
+                    if reason := self._bounds[name].violation(change, size, each):
                         self._report.refuse(
                             answer.node, number, "training", f"{name}: {reason}", "max-change"
                         )

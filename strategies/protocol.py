@@ -5,7 +5,7 @@ One function each way converts between a value and Flower's records.
 A server that trusts what sites send is stopped by the first broken one. Every reply is therefore
 read here, once and completely, before anything is touched: which records there are, every name,
 type and range, every byte of an array's header, every number of a model. Whatever is wrong, or goes
-wrong while reading, is a :class:`Refusal` that says what in one short line.
+wrong while reading, is a :class:`InvalidReply` that says what in one short line.
 """
 
 import re
@@ -39,7 +39,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
-class Refusal(ValueError):
+class InvalidReply(ValueError):
     """A reply cannot be used; the message says why in a line."""
 
 
@@ -506,28 +506,28 @@ P = TypeVar("P", bound=Part)
 def _border(
     read: Callable[Concatenate[RecordDict, Rest], T],
 ) -> Callable[Concatenate[Message, Rest], T]:
-    """A reader of replies that raises nothing but :class:`Refusal`, whatever the reply holds."""
+    """A reader of replies that raises :class:`InvalidReply`, whatever is wrong with a reply."""
 
     def reader(reply: Message, /, *args: Rest.args, **kwargs: Rest.kwargs) -> T:
         if reply.has_error():
-            raise Refusal(why(reply))
+            raise InvalidReply(reason_of(reply))
         try:
             return read(reply.content, *args, **kwargs)
         except Exception as error:
-            raise Refusal(_cause(error)) from error
+            raise InvalidReply(_cause(error)) from error
 
     reader.__doc__ = read.__doc__
     return reader
 
 
 def _cause(error: Exception) -> str:
-    if isinstance(error, Refusal):
+    if isinstance(error, InvalidReply):
         return str(error)
     return f"cannot be read: {type(error).__name__}: {printable(str(error))}"
 
 
-def why(reply: Message) -> str:
-    """What went wrong at the site, in a line."""
+def reason_of(reply: Message) -> str:
+    """The reason of a reply that is an error, in a line."""
     reason = (reply.error.reason or "no reason given").strip()
     return printable(reason.splitlines()[-1] if "\n" in reason else reason, 500)
 
@@ -535,13 +535,15 @@ def why(reply: Message) -> str:
 def _records(content: Mapping[str, Any], **expected: type) -> Iterator[Any]:
     """The records of a reply in the order asked for; there must be these and no others."""
     if set(content) != set(expected):
-        raise Refusal(
+        raise InvalidReply(
             f"the reply holds the records {_shown(sorted(content))}, "
             f"{sorted(expected)} are expected"
         )
     for name, kind in expected.items():
         if not isinstance(content[name], kind):
-            raise Refusal(f"{name} is {type(content[name]).__name__}, {kind.__name__} is expected")
+            raise InvalidReply(
+                f"{name} is {type(content[name]).__name__}, {kind.__name__} is expected"
+            )
         yield content[name]
 
 
@@ -561,12 +563,12 @@ def _part(kind: type[P], record: MetricRecord | ConfigRecord) -> P:
                 reason = what
             case _:
                 reason = f"{key} is {_shown(wrong['input'])}: {what}"
-        raise Refusal(printable(reason, 240)) from None
+        raise InvalidReply(printable(reason, 240)) from None
 
 
 def _examples(found: int | None, expected: int, name: str = "num-examples") -> None:
     if found != expected:
-        raise Refusal(f"{name} is {found}, at first the site said {expected}")
+        raise InvalidReply(f"{name} is {found}, at first the site said {expected}")
 
 
 def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
@@ -574,15 +576,17 @@ def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
     known, start = np.dtype(dtype), header(np.dtype(dtype), shape)
     length = len(start) + known.itemsize * int(np.prod(shape, dtype=object))
     if array.stype != "numpy.ndarray":
-        raise Refusal(f"{name} is a {_shown(array.stype)}, 'numpy.ndarray' is expected")
+        raise InvalidReply(f"{name} is a {_shown(array.stype)}, 'numpy.ndarray' is expected")
     if len(array.data) != length or array.data[: len(start)] != start:
-        raise Refusal(f"{name} holds {len(array.data)} bytes that are not {dtype} of shape {shape}")
+        raise InvalidReply(
+            f"{name} holds {len(array.data)} bytes that are not {dtype} of shape {shape}"
+        )
 
 
 def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     """The vectors of a model, in the reply's memory; their values are still to be looked at."""
     if set(record) != set(layout.sizes):
-        raise Refusal(
+        raise InvalidReply(
             f"the reply holds the arrays {_shown(sorted(record))}, "
             f"{sorted(layout.sizes)} are expected"
         )
@@ -590,14 +594,14 @@ def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     for name, size in layout.sizes.items():
         array = record[name]
         if array.dtype != "float32" or tuple(array.shape) != (size,):
-            raise Refusal(
+            raise InvalidReply(
                 f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, "
                 f"float32 of shape ({size},) is expected"
             )
         _whole(name, array, "float32", (size,))
         found[name] = unpack(array)
     if STATS in found and bool((found[STATS][layout.variances] < 0).any()):
-        raise Refusal("stats holds a variance below 0")
+        raise InvalidReply("stats holds a variance below 0")
     return found
 
 
@@ -626,19 +630,19 @@ def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
         name.removeprefix(CODED): array for name, array in record.items() if name.startswith(CODED)
     }
     if set(parts) != set(layout.coded):
-        raise Refusal(
+        raise InvalidReply(
             f"the update holds {_shown(sorted(parts))}, {sorted(layout.coded)} are expected"
         )
     for name, (dtype, shape) in layout.coded.items():
         if parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
-            raise Refusal(
+            raise InvalidReply(
                 f"{CODED}{name} is {_shown(parts[name].dtype)} of shape "
                 f"{_shown(tuple(parts[name].shape))}"
             )
         _whole(f"{CODED}{name}", parts[name], dtype, shape)
     x = layout.codec.decode({name: unpack(array) for name, array in parts.items()})
     if x.shape != (layout.sizes[X],) or x.dtype != torch.float32:
-        raise Refusal(f"the update decodes to {x.dtype} of shape {tuple(x.shape)}")
+        raise InvalidReply(f"the update decodes to {x.dtype} of shape {tuple(x.shape)}")
     return x, ArrayRecord(
         {name: array for name, array in record.items() if not name.startswith(CODED)}
     )
@@ -660,7 +664,7 @@ def _model(
     measured = {name: extent(vector, sent.get(name)) for name, vector in vectors.items()}
     for largest, _ in measured.values():
         if reason := too_large(largest):
-            raise Refusal(reason)
+            raise InvalidReply(reason)
     return vectors, measured[X][0], {name: change for name, (_, change) in measured.items()}
 
 
@@ -683,7 +687,7 @@ def read_trained(
         tested: whether there is also what :func:`read_tested` reads.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     rest = {name: record for name, record in content.items() if not (tested and name == TEST)}
     arrays, record = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord})
@@ -703,7 +707,7 @@ def write_trained(
 
 def _few(means: list[float] | None, expected: int) -> None:
     if means is not None and len(means) != expected:
-        raise Refusal(f"it reports {len(means)} means, {expected} are expected")
+        raise InvalidReply(f"it reports {len(means)} means, {expected} are expected")
 
 
 @_border
@@ -720,7 +724,7 @@ def read_tested(
         means: how many the task has.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     records = (
         {name: record for name, record in content.items() if name == TEST} if beside else content
@@ -731,7 +735,7 @@ def read_tested(
     _few(metrics.means, means)
     several = (metrics.accuracy_vote, metrics.accuracy_single)
     if models == 1 and several != (None, None):
-        raise Refusal(
+        raise InvalidReply(
             "accuracy-vote and accuracy-single belong to a test of several models, "
             f"this one is of {models}"
         )
@@ -767,7 +771,7 @@ def read_offer(
         means: how many a test has.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     rest = {name: record for name, record in content.items() if not (model and name == MODEL)}
     arrays, record, config = _records(
@@ -776,14 +780,14 @@ def read_offer(
     metrics, notes = _part(StepMetrics, record), _part(StepNotes, config)
     _examples(metrics.num_examples, num_examples)
     if (metrics.test_examples is not None) != order.test:
-        raise Refusal(f"it {'left out the' if order.test else 'reports a'} test")
+        raise InvalidReply(f"it {'left out the' if order.test else 'reports a'} test")
     if order.test:
         _examples(metrics.test_examples, num_tests, "test-examples")
         _few(metrics.test_means, means)
     if strangers := set(notes.broken) - set(order.neighbours):
-        raise Refusal(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
+        raise InvalidReply(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
     if (notes.nonce is None) != (order.listeners is None):
-        raise Refusal(
+        raise InvalidReply(
             "it tells no nonce"
             if notes.nonce is None
             else "it tells a nonce, and nothing is sealed"
@@ -803,9 +807,11 @@ def _payloads(arrays: ArrayRecord, known: Collection[str]) -> None:
     """Check arrays for peers: names, types, and that their bytes are what they are said to be."""
     for name, array in arrays.items():
         if not ARRAY_NAME.fullmatch(name) or name.partition("/")[0] not in known:
-            raise Refusal(f"it offers {_shown(name)}, which nobody expects")
+            raise InvalidReply(f"it offers {_shown(name)}, which nobody expects")
         if array.dtype not in NUMBERS:
-            raise Refusal(f"{name} is {_shown(array.dtype)}; allowed: {', '.join(sorted(NUMBERS))}")
+            raise InvalidReply(
+                f"{name} is {_shown(array.dtype)}; allowed: {', '.join(sorted(NUMBERS))}"
+            )
         _whole(name, array, array.dtype, tuple(array.shape))
 
 
@@ -814,7 +820,7 @@ def read_card(content: RecordDict) -> SiteCard:
     """Who a site is and what it holds.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     [record] = _records(content, **{CONFIG: ConfigRecord})
     return _part(SiteCard, record)

@@ -146,8 +146,8 @@ class Received(NamedTuple):
     problem: str = ""
 
 
-class Refusal(NamedTuple):
-    """A neighbour whose payload cannot be used, and why."""
+class RefusedPayload(NamedTuple):
+    """The sender of a payload that cannot be used, and why."""
 
     sender: int
     reason: str
@@ -182,5 +182,5 @@ class Result(NamedTuple):
     state: PeerState
     offers: Mapping[int | None, Payload]
     metrics: Metrics
-    refused: tuple[Refusal, ...] = ()
+    refused: tuple[RefusedPayload, ...] = ()
     restarted: bool = False

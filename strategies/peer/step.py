@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from strategies.averaging.mean import refusal
+from strategies.averaging.mean import fault
 from strategies.codecs import Payload
 from strategies.gradients import Diverged
 from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm, Vectors, exchange
@@ -39,7 +39,7 @@ from strategies.peer.state import (
     PeerState,
     Pending,
     Received,
-    Refusal,
+    RefusedPayload,
     Result,
 )
 from strategies.randomness import derive
@@ -52,15 +52,15 @@ OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebo
 T = TypeVar("T")
 
 
-class Refused(ValueError):
-    """What a neighbour sent cannot be used."""
+class InvalidPayload(ValueError):
+    """A neighbour's payload cannot be used; the message says why."""
 
 
-def why(error: Exception) -> str:
-    """What is wrong with a neighbour's payload that raised ``error``."""
+def reason_of(error: Exception) -> str:
+    """Why a neighbour's payload cannot be used, from the ``error`` that it raised."""
     return (
         str(error)
-        if isinstance(error, Refused)
+        if isinstance(error, InvalidPayload)
         else f"cannot be read: {type(error).__name__}: {error}"
     )
 
@@ -96,7 +96,7 @@ def models_step(
         ValueError: the step is none of this run, the exchange that it ends has not begun, or the
             model is not finite any more.
     """
-    state, metrics, refused = _start(peer, state, order), Metrics(), tuple[Refusal, ...]()
+    state, metrics, refused = _start(peer, state, order), Metrics(), tuple[RefusedPayload, ...]()
     if order.step and peer.plan.gradient.messages == 2:
         state, metrics, refused = _finish(peer, state, received, order)
     elif order.step:
@@ -188,7 +188,7 @@ def encode_gradient(
 
 def _models(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order
-) -> tuple[PeerState, dict[int, Model], tuple[Refusal, ...]]:
+) -> tuple[PeerState, dict[int, Model], tuple[RefusedPayload, ...]]:
     return _usable(peer, state, received, order, _decode_model)
 
 
@@ -198,37 +198,37 @@ def _usable(
     received: Iterable[Received],
     order: Order,
     decode: Callable[[Peer, PeerState, Received], tuple[PeerState, T]],
-) -> tuple[PeerState, dict[int, T], tuple[Refusal, ...]]:
+) -> tuple[PeerState, dict[int, T], tuple[RefusedPayload, ...]]:
     """Of each neighbour, the newest of what it sent that can be used.
 
     Whatever is wrong with what a neighbour sent, which anybody may have made, costs that neighbour
     its part in this exchange, and no other.
     """
-    found, refused = dict[int, T](), list[Refusal]()
+    found, refused = dict[int, T](), list[RefusedPayload]()
     for each in received:
         seen = state.seen.get(each.sender, -1)
         if each.step == seen and order.again and not peer.channel.chained:
             continue  # it was mixed, and the answer to that was lost
         try:
             if each.problem:
-                raise Refused(each.problem)
+                raise InvalidPayload(each.problem)
             if each.step <= seen:
-                raise Refused(f"step {each.step} came before")
+                raise InvalidPayload(f"step {each.step} came before")
             _check_age(peer, each, order)
             state = state._replace(seen={**state.seen, each.sender: each.step})
             state, found[each.sender] = decode(peer, state, each)
         except Exception as error:
-            refused.append(Refusal(each.sender, why(error)))
+            refused.append(RefusedPayload(each.sender, reason_of(error)))
             found.pop(each.sender, None)
     return state, found, tuple(refused)
 
 
 def _check_age(peer: Peer, each: Received, order: Order) -> None:
     if each.step >= order.step:
-        raise Refused(f"step {each.step} is not before this peer's step {order.step}")
+        raise InvalidPayload(f"step {each.step} is not before this peer's step {order.step}")
     # Chained payloads must all come.
     if order.step - each.step > OLDEST and not peer.channel.chained:
-        raise Refused(
+        raise InvalidPayload(
             f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use"
         )
 
@@ -241,7 +241,7 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
         if NEW not in payload:
             hat = state.hats.get(each.sender)
             if hat is None or int(payload[AFTER]) != hat.step:
-                raise Refused(f"step {each.step} goes on from a step that is missing here")
+                raise InvalidPayload(f"step {each.step} goes on from a step that is missing here")
             before = hat.vectors
     vectors = tuple(
         peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before)
@@ -273,9 +273,9 @@ def _decode_gradient(peer: Peer, state: PeerState, each: Received) -> tuple[Peer
 def _check(vector: Tensor, wanted: Tensor) -> None:
     if vector.shape != wanted.shape or vector.dtype != wanted.dtype:
         got, asked = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (vector, wanted))
-        raise Refused(f"a vector is {got}, {asked} is expected")
-    if reason := refusal(vector):
-        raise Refused(reason)
+        raise InvalidPayload(f"a vector is {got}, {asked} is expected")
+    if reason := fault(vector):
+        raise InvalidPayload(reason)
 
 
 def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) -> None:
@@ -288,7 +288,7 @@ def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) 
     size = max(float(torch.linalg.vector_norm(each)) for each in measures)
     if size and (distance := float(torch.dist(vector, own))) > peer.max_change * size:
         allowed = f"{peer.max_change:g} times the norm of the own, {peer.max_change * size:.3g}"
-        raise Refused(f"it is {distance:.3g} from the own; at most {allowed} (max-change)")
+        raise InvalidPayload(f"it is {distance:.3g} from the own; at most {allowed} (max-change)")
 
 
 def _part(payload: Payload, prefix: str) -> Payload:
@@ -360,7 +360,7 @@ def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> Pe
 
 def _meet(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
-) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
+) -> tuple[PeerState, Metrics, tuple[RefusedPayload, ...]]:
     """Mix the neighbours' models; in the model variant, descend along the own gradients there."""
     state, found, refused = _models(peer, state, received, order)
     state, algorithm, metrics = (
@@ -385,7 +385,7 @@ def _meet(
 
 def _finish(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order
-) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
+) -> tuple[PeerState, Metrics, tuple[RefusedPayload, ...]]:
     """The neighbours' gradients: descend along them, mix the models that came before them."""
     pending, sent = state.pending, _sent(peer, state)
     if pending is None:

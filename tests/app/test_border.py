@@ -413,7 +413,7 @@ def heard() -> Any:
 
 
 def check_named(lines: list[str], refused: bool) -> None:
-    """A refusal is said in a short printable line that names the site and a cause."""
+    """What is refused is logged in a short printable line that names the site and a cause."""
     for line in lines:
         assert line.isprintable()
         assert len(line) < 700

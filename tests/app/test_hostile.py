@@ -18,7 +18,7 @@ from benchmarks.attacks import METHODS, accuracy, defences
 from configuration.config import configuration
 from server_app.discovery import Site
 from server_app.events import Ended, Refused
-from server_app.results import ALL_REFUSALS, REFUSALS, Refusals
+from server_app.results import MOST_REFUSED, MOST_REFUSED_IN_ALL, RefusedRows
 from strategies.records import X, arrays_of, pack, unpack
 from tests.app.ring import after, refused
 from tests.app.stubs import SITES, SMALL, config_of_run, only, outcome, written
@@ -209,19 +209,19 @@ def test_list_of_what_is_refused_does_not_fill_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink, sites = (
-        Refusals(tmp_path),
+        RefusedRows(tmp_path),
         [Site(k, k, f"=site {k}", 1, 1, (), b"", b"") for k in range(3)],
     )
-    for number in range(REFUSALS + 50):
+    for number in range(MOST_REFUSED + 50):
         sink(Refused(f"round {number}", sites[1], "training", "=cmd|x", "max-change"))
     sink(Refused("round 9", sites[2], "training", "b", by="site 1"))
     table = pd.read_csv(tmp_path / "refused.csv", keep_default_na=False)
-    assert len(table) == REFUSALS + 1
-    assert table["reason"][REFUSALS - 1] == "'=cmd|x; more of these are not listed"
+    assert len(table) == MOST_REFUSED + 1
+    assert table["reason"][MOST_REFUSED - 1] == "'=cmd|x; more of these are not listed"
     assert table["name"][0] == "'=site 1"
-    monkeypatch.setattr("server_app.results.ALL_REFUSALS", REFUSALS + 2)
+    monkeypatch.setattr("server_app.results.MOST_REFUSED_IN_ALL", MOST_REFUSED + 2)
     for _ in range(5):
         sink(Refused("round 9", sites[0], "training", "c"))
     sink(Ended(None))
-    assert len(pd.read_csv(tmp_path / "refused.csv")) == REFUSALS + 2
-    assert ALL_REFUSALS > REFUSALS
+    assert len(pd.read_csv(tmp_path / "refused.csv")) == MOST_REFUSED + 2
+    assert MOST_REFUSED_IN_ALL > MOST_REFUSED

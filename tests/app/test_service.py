@@ -149,7 +149,9 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
-def test_refusal_names_the_rule(run_config: dict[str, Any], rule: str, strict: Service) -> None:
+def test_refused_request_names_the_rule(
+    run_config: dict[str, Any], rule: str, strict: Service
+) -> None:
     reply = answer_to(strict, run_config)
     assert reply.has_error()
     assert "refused by this site's policy: " in said(reply)
@@ -202,9 +204,9 @@ def test_rules_are_held_to_the_files_as_they_are_now(tmp_path: Path) -> None:
     config = flat("dmsgd", training={"batch_size": 256})
     assert said(answer_to(service, config)) == ""
     write(100)
-    while not (refusal := said(answer_to(service, config))):  # a look at files holds for a moment
+    while not (reason := said(answer_to(service, config))):  # a look at files holds for a moment
         time.sleep(0.05)
-    assert "an answer after 80 examples: this site's policy has smallest-examples" in refusal
+    assert "an answer after 80 examples: this site's policy has smallest-examples" in reason
     service.end()
 
 

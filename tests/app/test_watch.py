@@ -314,7 +314,7 @@ def test_prometheus_metrics(ask: Ask, root: Path) -> None:
     assert found["archipelago_headline", "all", None] == newest["now"]["test"]["accuracy"]
 
 
-def test_prometheus_counts_refusals_of_each_site_by_rule(root: Path, tmp_path: Path) -> None:
+def test_prometheus_counts_what_is_refused_of_each_site_by_rule(root: Path, tmp_path: Path) -> None:
     folder = next(folder for name, folder in runs(root).items() if "fedavg" in name)
     shutil.copytree(folder, tmp_path / "one")
     registry = CollectorRegistry(auto_describe=False)

@@ -37,7 +37,7 @@ def request(way: str = "in", size: int = 10, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_requests_bytes_and_refusals_are_counted() -> None:
+def test_requests_bytes_and_refused_ones_are_counted() -> None:
     page = status()
     for _ in range(NEWEST):
         page.add(request())

@@ -172,8 +172,8 @@ def _order(call: _Call) -> Order:
         _readers(call, asked.listeners),
         test=asked.test,
         last=asked.last,
-        again=asked.rejoin,
-        restart=asked.fresh,
+        rejoin=asked.rejoin,
+        reset=asked.reset,
     )
 
 
@@ -288,7 +288,7 @@ def _reply(
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
     reasons = [f"site {site}: {reason}" for site, reason in refused]
     answer: dict[str, Any] = {"refused": reasons, "broken": broken}
-    answer |= {"fresh": result.restarted, "anew": forgotten}
+    answer |= {"reset": result.reset, "lost": forgotten}
     if call.ring:
         answer["nonce"] = sealing.nonce_of(call.context)
     content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics})})

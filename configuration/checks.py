@@ -174,7 +174,7 @@ def _run(config: "Config") -> Iterator[str]:
         table = config.method.table
         yield (
             f"training.momentum = {training.momentum:g}: "
-            f"has no effect with {table}.local-steps = 1, which begins anew each time"
+            f"has no effect with {table}.local-steps = 1, where it is reset each time"
         )
     if training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         yield (

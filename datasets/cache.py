@@ -173,6 +173,6 @@ def _write(entry: Path, place: str, examples: Examples) -> None:
 def _warn(folder: Path, error: Exception) -> None:
     text = (
         f"decoded data are not kept in {shown(str(folder))}, "
-        f"every process decodes them anew: {error}"
+        f"every process decodes them again: {error}"
     )
     warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 # The one place that says how a run that was killed goes on: what is set in its configuration when
 # it is started again.
 RESUME: dict[str, Any] = {"results.resume": "auto"}
-RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting anew
+RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting from 0
 STEADY_S = 3600.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
 ASK_S = 1.0  # from one question to the SuperLink to the next

@@ -74,7 +74,7 @@ class FlatModel:
         parameter; here one moves them all.
         """
         # The pieces are kept until the next call: with nothing of a step left, the allocator of the
-        # C library would hand the step's memory back to the system and fetch it anew, a tenth of
+        # C library would hand the step's memory back to the system and fetch it again, a tenth of
         # the time of ResNet-20 on a CPU.
         self._pieces = ()
         self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)

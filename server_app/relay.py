@@ -225,7 +225,7 @@ class Relay:
             and (last or (step > 0 and (number + 1) % self._every == 0)),
             last=last,
             rejoin=rejoin,
-            fresh=any(
+            reset=any(
                 sender == peer and not self._roster.away(reader)
                 for sender, reader in self._links.stale
             ),
@@ -303,7 +303,7 @@ class Relay:
         self._links.stale |= {(j, peer) for j in offer.notes.broken}
         if offer.notes.nonce is not None:  # another one than before if it lost its memory
             self._nonces[peer] = offer.notes.nonce
-        if offer.notes.fresh:
+        if offer.notes.reset:
             self._links.stale -= {(peer, reader) for reader in self._present()}
             for reader in self._sites:
                 self._links.clear(peer, reader)
@@ -323,7 +323,7 @@ class Relay:
         # No peer leaves out the last step.
         course.step = front if step == self._last else min(front, self._last)
         course.joined = course.step - 1
-        how = ", remembers nothing of this run and starts anew" if offer.notes.anew else ""
+        how = ", has lost its memory of this run and starts again" if offer.notes.lost else ""
         log(WARNING, "step %d: site %d is back%s", step, peer, how)
 
     def _store(self, peer: int, step: int, arrays: Mapping[str, Array]) -> None:

@@ -156,17 +156,17 @@ class StepNotes(Part):
 
     Attributes:
         refused: payloads it refuses, and why.
-        broken: neighbours to start anew with.
-        fresh: whether it started anew itself.
-        anew: whether it remembers nothing of the run.
+        broken: neighbours whose channels to it must be reset.
+        reset: whether it has reset its own channel.
+        lost: whether it has lost its memory of the run.
         nonce: its own in this run, where payloads are sealed; another one than before if it lost
             its memory.
     """
 
     refused: Annotated[list[str], Field(max_length=1000)]
     broken: list[Whole]
-    fresh: bool
-    anew: bool
+    reset: bool
+    lost: bool
     nonce: Nonce | None = None
 
 
@@ -363,7 +363,7 @@ class PeerOrder(NamedTuple):
         test: whether it tests its model.
         last: whether this is its last step.
         rejoin: whether it was away.
-        fresh: whether it must start anew what its neighbours keep of it (CHOCO).
+        reset: whether it must reset its channel: a neighbour lacks a difference (CHOCO).
         done: fraction of the run.
         listeners: who may read what it offers, where that is sealed.
         keys: public keys of the others, where they are trusted on first use.
@@ -376,7 +376,7 @@ class PeerOrder(NamedTuple):
     test: bool
     last: bool
     rejoin: bool
-    fresh: bool
+    reset: bool
     done: float
     listeners: tuple[int, ...] | None = None
     keys: Mapping[int, bytes] = {}
@@ -393,7 +393,7 @@ def write_peer_order(order: PeerOrder) -> ConfigRecord:
         "test": order.test,
         "last": order.last,
         "rejoin": order.rejoin,
-        "fresh": order.fresh,
+        "reset": order.reset,
         "cycle-from": order.done,
     }
     found |= {} if order.listeners is None else {"listeners": list(order.listeners)}
@@ -418,7 +418,7 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
         bool(config["test"]),
         bool(config["last"]),
         bool(config["rejoin"]),
-        bool(config["fresh"]),
+        bool(config["reset"]),
         float(config["cycle-from"]),
         tuple(config["listeners"]) if "listeners" in config else None,
         _of_others(config, "key-", PUBLIC_KEY),

@@ -47,7 +47,7 @@ from strategies.robust import neighbourhood_mean
 from strategies.saving import flatten
 
 # Parts of a payload, beside those of the codec.
-STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"
+STATS, SHIFT, RESET, AFTER = "stats", "shift", "reset", "after"
 OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
 T = TypeVar("T")
 
@@ -112,11 +112,9 @@ def models_step(
         pair = _pair(state, oracle)
         shift = owners_shift(pair, state.x[None], peer.plan.gradient)
         state = state._replace(shift=state.x.new_empty(0) if shift is None else shift[0])
-    restarted = peer.channel.chained and state.restart
+    reset = peer.channel.chained and state.reset
     state, offers = _offer(peer, _finite(state), order)
-    return Result(
-        state if peer.channel.exact else _finite(state), offers, metrics, refused, restarted
-    )
+    return Result(state if peer.channel.exact else _finite(state), offers, metrics, refused, reset)
 
 
 def cross_step(
@@ -142,8 +140,8 @@ def cross_step(
 
 def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
     # Neighbours may lack what was offered last.
-    if peer.channel.chained and (order.again or order.restart):
-        state = state._replace(memories=(), restart=True)
+    if peer.channel.chained and (order.rejoin or order.reset):
+        state = state._replace(memories=(), reset=True)
     if order.done < state.done:
         raise ValueError(
             f"step {order.step}: {order.done:g} of the run is over, and {state.done:g} was before"
@@ -207,7 +205,7 @@ def _usable(
     found, refused = dict[int, T](), list[RefusedPayload]()
     for each in received:
         seen = state.seen.get(each.sender, -1)
-        if each.step == seen and order.again and not peer.channel.chained:
+        if each.step == seen and order.rejoin and not peer.channel.chained:
             continue  # it was mixed, and the answer to that was lost
         try:
             if each.problem:
@@ -238,7 +236,7 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
     before = like  # channels that are not chained decode without it
     if peer.channel.chained:
         before = tuple(map(torch.zeros_like, like))
-        if NEW not in payload:
+        if RESET not in payload:
             hat = state.hats.get(each.sender)
             if hat is None or int(payload[AFTER]) != hat.step:
                 raise InvalidPayload(f"step {each.step} goes on from a step that is missing here")
@@ -488,8 +486,8 @@ def _offer(
     if state.shift.numel():
         payload[SHIFT] = state.shift
     if peer.channel.chained:
-        payload[NEW if state.restart else AFTER] = torch.tensor([state.offered])
-        state = state._replace(offered=order.step, restart=False)
+        payload[RESET if state.reset else AFTER] = torch.tensor([state.offered])
+        state = state._replace(offered=order.step, reset=False)
     return state, {None: payload}
 
 

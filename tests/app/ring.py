@@ -68,7 +68,7 @@ class Sites:
             "test": False,
             "last": False,
             "rejoin": False,
-            "fresh": False,
+            "reset": False,
             "cycle-from": min(1.0, step / 48),
         }
         told = {

@@ -157,7 +157,7 @@ def stepped(config: Config, site: int, message: Message, cross: bool) -> RecordD
     x = noise(site, order.step, 7 * classes)
     arrays = {name: Array(x.numpy()) for name in names if not order.last}
     nonce = None if order.listeners is None else bytes(16)
-    notes = StepNotes(refused=[], broken=[], fresh=False, anew=False, nonce=nonce)
+    notes = StepNotes(refused=[], broken=[], reset=False, lost=False, nonce=nonce)
     content = RecordDict(
         {
             "arrays": ArrayRecord(arrays),

@@ -65,7 +65,7 @@ def test_a_sealed_state_is_forgotten_in_another_run() -> None:
     shown = reply.content["model"]
     assert isinstance(shown, ArrayRecord)
     assert not torch.equal(unpack(shown["x"]), kept)
-    assert config_of(reply)["anew"] is True
+    assert config_of(reply)["lost"] is True
 
 
 def test_a_second_run_of_a_series_begins_as_the_first_did() -> None:

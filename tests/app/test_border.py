@@ -336,7 +336,7 @@ def bad_notes(record: ConfigRecord, honest: ConfigRecord) -> bool:
         isinstance(found := record[key], list) and all(type(each) is kind for each in found)
         for key, kind in lists.items()
     )
-    return not whole or not all(type(record[key]) is bool for key in ("fresh", "anew"))
+    return not whole or not all(type(record[key]) is bool for key in ("reset", "lost"))
 
 
 def bad_counts(card: dict[str, Any]) -> bool:

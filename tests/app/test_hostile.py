@@ -151,7 +151,7 @@ def test_what_peers_refuse_of_each_other_is_an_event_of_the_sender() -> None:
         if (
             site == 3
             and message.metadata.message_type == "train.peer"
-            and content["config"]["anew"] is False
+            and content["config"]["lost"] is False
         ):
             content["config"]["refused"] = [
                 "site 2: it is far (max-change)",

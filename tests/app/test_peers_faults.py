@@ -118,7 +118,7 @@ def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) 
     config = small(strategy="dmsgd")
     grids = [VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget)]
     run_server(grids[0], config, History(config))
-    assert "site 1 is back, remembers nothing of this run and starts anew" in caplog.text
+    assert "site 1 is back, has lost its memory of this run and starts again" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "n-saddle"])

@@ -94,7 +94,7 @@ def test_payload_delivered_twice_is_refused() -> None:
     assert "site 1: step 0 came before" in refused
 
 
-def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_difference_is_made_good_by_a_reset(caplog: pytest.LogCaptureFixture) -> None:
     """One changed bit at step 5: the neighbours leave the sender out until it restarts.
 
     From then on they use its messages again.

@@ -171,7 +171,7 @@ def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
             "test": False,
             "last": False,
             "rejoin": False,
-            "fresh": False,
+            "reset": False,
         }
     else:
         told |= {

@@ -186,7 +186,7 @@ def test_other_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     found = checkpoint.find(small(tmp_path, strategy="fedavg", **free))
     assert found is not None
     assert found[0] == history.path
-    # Of another configuration, auto begins anew.
+    # Of another configuration, auto starts a new run.
     assert (
         checkpoint.find(small(tmp_path, strategy="fedavg", **{"seed": 3, "results.resume": "auto"}))
         is None

@@ -604,7 +604,7 @@ def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service)
         "weights": [],
         "cycle-from": 0.0,
     }
-    told |= {"test": False, "last": False, "rejoin": False, "fresh": False}
+    told |= {"test": False, "last": False, "rejoin": False, "reset": False}
 
     def losses(config: dict[str, Any]) -> list[Any]:
         found: list[Any] = []
@@ -670,7 +670,7 @@ def test_two_processes_with_shards_are_as_one(strategy: str, shards: Service) ->
     assert not [line for line in shards.lines() if "problem" in line or "rule" in line]
 
 
-def test_what_shards_cannot_do_is_said_and_no_process_begins_anew(shards: Service) -> None:
+def test_what_shards_cannot_do_is_said_and_no_process_is_restarted(shards: Service) -> None:
     before = shards.log.read_text().count("device")
     assert "strategy = 'dmsgd': a peer keeps whole models; this site has sharding = true" in said(
         answer_to(shards, flat("dmsgd"))
@@ -693,7 +693,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(("rank", "sharding"), [(0, False), (1, True)])
-def test_process_that_is_killed_is_heard_of_and_all_start_again(
+def test_process_that_is_killed_is_reported_and_all_are_restarted(
     rank: int, sharding: bool, tmp_path: Path
 ) -> None:
     service = Service(tmp_path, processes=2, sharding=sharding)

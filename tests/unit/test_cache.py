@@ -397,7 +397,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_decoded_anew_and_replaced(
+def test_a_damaged_entry_is_decoded_again_and_replaced(
     damage: str, home: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     data = table(tmp_path / "data")
@@ -413,7 +413,7 @@ def test_a_damaged_entry_is_decoded_anew_and_replaced(
 
 
 @pytest.mark.parametrize("names", ["", "no JSON", "[]", "{}", '{"classes": 1}'])
-def test_an_entry_with_other_names_is_decoded_anew(
+def test_an_entry_with_other_names_is_decoded_again(
     names: str, home: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     data = table(tmp_path / "data")

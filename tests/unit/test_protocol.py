@@ -396,7 +396,7 @@ STEP = StepMetrics(
     test_accuracy=0.5,
     test_examples=3,
 )
-NOTES = StepNotes(refused=[], broken=[2], fresh=False, anew=False)
+NOTES = StepNotes(refused=[], broken=[2], reset=False, lost=False)
 SEALED = PEER._replace(listeners=(2,))
 
 
@@ -469,7 +469,7 @@ def test_offer_survives() -> None:
         ({"notes": {"refused": 5}}, "refused is 5: must be a valid list"),
         ({"notes": {"broken": True}}, "broken is True: must be a valid list"),
         ({"notes": {"broken": [3]}}, "broken names [3], no neighbours of it"),
-        ({"notes": {"fresh": 1}}, "fresh is 1: must be a valid boolean"),
+        ({"notes": {"reset": 1}}, "reset is 1: must be a valid boolean"),
         ({"notes": {"more": 1}}, "'more' is unknown"),
         ({"notes": {"nonce": bytes(16)}}, "it tells a nonce, and nothing is sealed"),
         ({"order": SEALED}, "it tells no nonce"),

@@ -25,7 +25,7 @@ FULL = PeerState(
     hats={2: Hat(6, (X + 7, X + 8)), 11: Hat(5, (X + 9, X + 10))},
     cross={2: X + 11},
     offered=6,
-    restart=False,
+    reset=False,
     pending=Pending(X + 12, torch.tensor([0.5]), (X + 13,)),
 )
 
@@ -49,7 +49,7 @@ def test_a_state_is_restored_whole(state: PeerState) -> None:
 def test_parts_are_named_by_their_path() -> None:
     tensors, numbers = flatten(FULL)
     assert {"algorithm.p", "hats.11.vectors.1", "pending.mixed.0", "memories.10"} <= tensors.keys()
-    assert {"step", "hats.2.step", "seen.11", "restart"} <= numbers.keys()
+    assert {"step", "hats.2.step", "seen.11", "reset"} <= numbers.keys()
     assert not any(part is EMPTY for part in flatten(BEGUN)[0].values())
 
 

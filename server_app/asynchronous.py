@@ -107,14 +107,14 @@ class Asynchronous:
         self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
         self._layout, self._clock = layout, clock_of(grid)
         self._report = Report(federation, config, sink, self._clock, "update")
-        self._mailbox = Mailbox(grid, config.timeout_s, self._report.see)
+        self._mailbox = Mailbox(grid, config.timeout_s, self._report.update_connected)
         self._sites = {site.node: site for site in federation.sites}
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._list = WhiteList(
             self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack
         )
-        self._flying: dict[int, _Flight] = {}
+        self._in_flight: dict[int, _Flight] = {}
         self._waiting: dict[int, list[_Part]] = defaultdict(list)
         self._bounds = {name: Bound(config.max_change) for name in layout.sizes}
         self._extremes = _Extremes()
@@ -213,7 +213,7 @@ class Asynchronous:
 
     def _dispatch(self, nodes: list[int]) -> None:
         """Send the newest model to sites to train on."""
-        nodes = [node for node in nodes if node not in self._flying]
+        nodes = [node for node in nodes if node not in self._in_flight]
         if not nodes or self._done >= self._total:
             return
         model, now, messages = self._model(), self._clock.now(), []
@@ -233,7 +233,7 @@ class Asynchronous:
             messages.append(
                 Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.TRAIN)
             )
-            self._flying[node] = _Flight(sent, norms, self._state.version, local, now)
+            self._in_flight[node] = _Flight(sent, norms, self._state.version, local, now)
         self._report.sent(messages)
         self._mailbox.send(messages)
 
@@ -256,7 +256,7 @@ class Asynchronous:
     def _lose(self, node: int, reason: str, *, failed: bool = False) -> None:
         """A site is silent or gone; or it failed, and is called again after the next test."""
         self._roster.lose(
-            node, reason, self._clock.now(), failed=failed, again=self._tested + failed
+            node, reason, self._clock.now(), failed=failed, call_from=self._tested + failed
         )
         self._apply(self._list.set_aside(node))
 
@@ -268,8 +268,8 @@ class Asynchronous:
         """
         if len(self._roster.here()) == len(self._sites):
             return False
-        self._report.see(connected := set(self._grid.get_node_ids()))
-        self._roster.see(connected, self._clock.now())
+        self._report.update_connected(connected := set(self._grid.get_node_ids()))
+        self._roster.update_connected(connected, self._clock.now())
         self._dispatch(
             [
                 node
@@ -290,7 +290,7 @@ class Asynchronous:
 
     def _arrived(self, node: int, reply: Message) -> None:
         """A site has trained."""
-        flight, site = self._flying.pop(node), self._sites[node]
+        flight, site = self._in_flight.pop(node), self._sites[node]
         # Of x the site sends the change itself.
         sent = {name: vector for name, vector in flight.sent.items() if name != X}
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)

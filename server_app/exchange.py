@@ -82,13 +82,16 @@ class Mailbox:
     Args:
         grid: the way to the sites.
         timeout_s: seconds a site has to answer.
-        see: told every now and then which nodes are connected, while somebody waits.
+        on_connected: called every now and then with the nodes that are connected.
     """
 
     def __init__(
-        self, grid: Grid, timeout_s: float, see: Callable[[set[int]], None] = lambda connected: None
+        self,
+        grid: Grid,
+        timeout_s: float,
+        on_connected: Callable[[set[int]], None] = lambda connected: None,
     ) -> None:
-        self._grid, self._timeout_s, self._see = grid, timeout_s, see
+        self._grid, self._timeout_s, self._on_connected = grid, timeout_s, on_connected
         self._clock = clock_of(grid)
         self._waiting: dict[str, _Waiting] = {}
         self._coming: dict[str, Future[list[Message]]] = {}
@@ -152,7 +155,7 @@ class Mailbox:
                 return
             if now >= self._looked + LOOK_EVERY_S:
                 self._looked = now
-                self._see(set(self._grid.get_node_ids()))
+                self._on_connected(set(self._grid.get_node_ids()))
             self._clock.wait(
                 self._poll, min(waiting.deadline for waiting in self._waiting.values()) - now
             )

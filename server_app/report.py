@@ -118,26 +118,26 @@ class Report:
         ] = {}  # when something of a node was refused last, and why
 
     def emit(self, event: Event) -> None:
-        """Something happened."""
+        """Pass an event to the sink."""
         self._sink(event)
 
     def moment(self) -> Moment:
-        """Now."""
+        """The present moment of the run."""
         return Moment(self._clock.now() - self._start, dict(self._traffic))
 
     def resume(self, moment: Moment) -> None:
         """Go on counting from a moment."""
         self._start, self._traffic = self._clock.now() - moment.seconds, dict(moment.traffic)
 
-    def see(self, connected: AbstractSet[int]) -> None:
-        """Tell whose connection was lost, and who is back."""
+    def update_connected(self, connected: AbstractSet[int]) -> None:
+        """Emit which sites lost their connection, and which are back."""
         for node, site in self._sites.items():
             if (node in connected) != (node in self._connected):
                 self.emit(Back(site) if node in connected else Away(site))
         self._connected = self._sites.keys() & connected
 
     def sent(self, messages: Sequence[Message]) -> None:
-        """Messages go out."""
+        """Count the bytes of messages that are sent."""
         for message in messages:
             number = self._sites[message.metadata.dst_node_id].number
             up, down = self._traffic[number]
@@ -168,14 +168,14 @@ class Report:
         return found
 
     def count(self, node: int, reply: Message) -> None:
-        """The bytes of a reply."""
+        """Count the bytes of a reply."""
         number = self._sites[node].number
         up, down = self._traffic[number]
         with suppress(Exception):  # what cannot be sent was refused
             self._traffic[number] = up + num_bytes(reply), down
 
     def refuse(self, node: int, number: int, phase: str, reason: str, rule: str = "") -> None:
-        """What a site sent cannot be used; ``rule`` as in :class:`Refused`."""
+        """Emit that what a site sent cannot be used; ``rule`` as in :class:`Refused`."""
         self._refused[node] = number, reason
         self.emit(
             Refused(
@@ -189,7 +189,7 @@ class Report:
         )
 
     def refused_by_peer(self, node: int, number: int, reasons: Sequence[str]) -> None:
-        """What a peer reports that it refuses: whose offer, why and, in brackets, by which key."""
+        """Emit what a peer refuses; its texts say whose offer, why and, in brackets, by which key."""
         by, numbers = self._sites[node], {site.number: site for site in self._sites.values()}
         for text in reasons:
             found = _BY_PEER.fullmatch(text[:LONGEST_REASON])

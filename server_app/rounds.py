@@ -112,7 +112,7 @@ class Rounds:
         self._clock = clock_of(grid)
         self._sites = {site.node: site for site in federation.sites}
         self._report = Report(federation, config, sink, self._clock, "round")
-        self._mailbox = Mailbox(grid, config.timeout_s, self._report.see)
+        self._mailbox = Mailbox(grid, config.timeout_s, self._report.update_connected)
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._latest: dict[int, Metadata] = {}  # of the message to each site
@@ -225,7 +225,7 @@ class Rounds:
         There is no waiting where the others would fail again, or after too long a time.
         """
         connected = set(self._grid.get_node_ids())
-        self._report.see(connected)
+        self._report.update_connected(connected)
         away = [node for node in self._sites if node not in connected or self._roster.away(node)]
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:
@@ -372,8 +372,8 @@ class Rounds:
     def _count_connected(self) -> int:
         """How many sites are connected; those that are again are waited for again."""
         connected = set(self._grid.get_node_ids())
-        self._report.see(connected)
-        for node in self._roster.see(connected, self._clock.now()):
+        self._report.update_connected(connected)
+        for node in self._roster.update_connected(connected, self._clock.now()):
             self._roster.answer(node)
         return len(connected & self._sites.keys())
 
@@ -429,7 +429,7 @@ class Rounds:
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if gone(reply):
             if self._latest[node] is message.metadata:  # else it may have answered to another since
-                self._roster.lose(node, reason_of(reply), self._clock.now(), again=number)
+                self._roster.lose(node, reason_of(reply), self._clock.now(), call_from=number)
         elif self._roster.answer(node):
             log(WARNING, "round %d: %s answers again%s", number, name, ", but too late" * late)
         if late:

@@ -241,11 +241,11 @@ def measure(part: str) -> dict[str, float]:
             peak = max(peak, used)
             time.sleep(0.1)
         assert process.stdout is not None
-        told = json.loads(process.stdout.read().splitlines()[-1])
-    rounds = np.diff(told["ends"])
+        result = json.loads(process.stdout.read().splitlines()[-1])
+    rounds = np.diff(result["ends"])
     return {
         "ms": 1000 * statistics.median(rounds),
-        "start": told["ends"][0] - told["born"],
+        "start": result["ends"][0] - result["born"],
         "MiB": peak / 2**20,
     }
 

@@ -280,11 +280,9 @@ def _end_late(process: "subprocess.Popen[str]") -> None:
 
 
 def outcome(trial: Trial, reference: Run) -> str:
-    """Whether it is what was to be."""
+    """What became of a trial: "same model", or what went wrong."""
     if trial.code != 0 or trial.folder is None:
-        return (
-            f"exit code {trial.code}: {trial.log.splitlines()[-1] if trial.log else 'nothing said'}"
-        )
+        return f"exit code {trial.code}: {trial.log.splitlines()[-1] if trial.log else 'no output'}"
     found = Run.load(trial.folder)
     rounds = found.metrics.query("metric == 'accuracy' and split == 'test' and site == 'all'")[
         "round"
@@ -332,11 +330,11 @@ def main() -> None:
             for number in range(arguments.trials):
                 kind, moment = kinds[number % len(kinds)], choose.uniform(0, 0.6 * whole.seconds)
                 trial = run(deployment, disk.path / f"trial-{number}", faults.kinds[kind], moment)
-                said = outcome(trial, reference)
-                good += said == "same model"
+                end = outcome(trial, reference)
+                good += end == "same model"
                 more = trial.seconds - whole.seconds
-                print(f"| {number + 1} | {kind} | {moment:.0f} | {said} | {more:.0f} |", flush=True)
-                if said != "same model":
+                print(f"| {number + 1} | {kind} | {moment:.0f} | {end} | {more:.0f} |", flush=True)
+                if end != "same model":
                     Path(f"fault-{number + 1}.log").write_text(trial.log)
             print(f"\n{good} of {arguments.trials} with the same model")
         finally:

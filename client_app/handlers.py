@@ -100,14 +100,14 @@ def describe(message: Message, context: Context) -> Message:
     data = raw_data(config, site)
     device_of(config.computing.device)
     found: dict[str, Any] = {}
-    told = []
+    tables = []
     if data.columns:
-        told.append(moments(data.train.x, data.columns))
+        tables.append(moments(data.train.x, data.columns))
     if config.task.target == "numbers":
-        told.append(moments(data.train.y, data.classes))
-    if told:
+        tables.append(moments(data.train.y, data.classes))
+    if tables:
         found |= {
-            key: [number for each in told for number in each._asdict()[key]]
+            key: [number for each in tables for number in each._asdict()[key]]
             for key in Moments._fields
         }
     labels = config.task.target == "class" and isinstance(data.train.y, Tensor)

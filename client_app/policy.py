@@ -187,9 +187,9 @@ def read_site(path: Path) -> SiteFile:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        said = "missing" if first["type"] == "missing" else f"{first['input']!r}: {said}"
-        raise PolicyError(f"{path}: {key}: {said}") from None
+        problem = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        problem = "missing" if first["type"] == "missing" else f"{first['input']!r}: {problem}"
+        raise PolicyError(f"{path}: {key}: {problem}") from None
     except (OSError, ValueError) as error:
         raise PolicyError(f"{path}: {error}") from None
     if wrong := [
@@ -376,20 +376,20 @@ def check_sharding(site: SiteFile, config: Config) -> None:
     Raises:
         PolicyError: it cannot.
     """
-    said = "this site has sharding = true; allowed:"
+    rule = "this site has sharding = true; allowed:"
     if not site.sharding:
         return
     if isinstance(config.plan, PeerPlan):
         raise PolicyError(
             f"strategy = {config.strategy!r}: a peer keeps whole models; "
-            f"{said} methods with a server"
+            f"{rule} methods with a server"
         )
     if config.training.optimizer not in ELEMENTWISE:
         raise PolicyError(
-            f"training.optimizer = {config.training.optimizer!r}: {said} {', '.join(ELEMENTWISE)}"
+            f"training.optimizer = {config.training.optimizer!r}: {rule} {', '.join(ELEMENTWISE)}"
         )
     if config.computing.compile:
-        raise PolicyError(f"computing.compile = true: {said} false")
+        raise PolicyError(f"computing.compile = true: {rule} false")
 
 
 def check_order(

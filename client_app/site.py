@@ -255,11 +255,11 @@ def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
     data = select(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
     if isinstance(data.train.x, Lazy) and data.train.x.in_order and not _epochs(config):
-        said = (
+        reason = (
             "an IterableDataset is read from its beginning each time; "
             "allowed: methods with local-epochs"
         )
-        raise ConfigError(f"strategy = {config.strategy!r}: {said}")
+        raise ConfigError(f"strategy = {config.strategy!r}: {reason}")
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
         raise ConfigError(
             f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; "

@@ -77,7 +77,7 @@ class Status(Collector):
         doing, seconds = self._doing()
         privacy = self.spent()
         with self._lock:
-            told = {
+            counts = {
                 # The numbers of runs are too large for JavaScript.
                 "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],
                 "requests": self._requests["in"],
@@ -94,7 +94,7 @@ class Status(Collector):
         }
         return {
             "site": about
-            | told
+            | counts
             | {"train": train, "test": test, "policy": self._rules, "privacy": privacy}
         }
 

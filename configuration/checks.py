@@ -246,9 +246,9 @@ def _data(config: "Config") -> Iterator[str]:
         )
     if config.computing.workers and data.source in SOURCES and not SOURCES[data.source].lazy:
         lazy = ", ".join(name for name, each in SOURCES.items() if each.lazy)
-        said = f"has no effect with data.source = {data.source!r}, which is in memory"
+        reason = f"has no effect with data.source = {data.source!r}, which is in memory"
         yield (
-            f"computing.workers = {config.computing.workers}: {said}; "
+            f"computing.workers = {config.computing.workers}: {reason}; "
             f"only with {lazy}, package.module:NAME"
         )
     if partition.iid_fraction and partition.kind == "iid":
@@ -305,7 +305,7 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
         )
     if not robust.rule.on:
         return
-    said, allowed, rows, what = (
+    setting, allowed, rows, what = (
         f"robust.mean = {robust.mean!r}",
         ("median", "trimmed-mean", "krum"),
         config.num_sites,
@@ -314,15 +314,15 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
     match plan:
         case ArrivalPlan(window=0):
             yield (
-                f"{said}: {name} takes one contribution at a time; "
+                f"{setting}: {name} takes one contribution at a time; "
                 "allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
             )
             return
         case ForeignPlan(averages=False):
-            yield f"{said}: {name} is no mean of models; allowed: 'mean'"
+            yield f"{setting}: {name} is no mean of models; allowed: 'mean'"
             return
         case PeerPlan(algorithm=LinkAlgorithm()) | PeerPlan(exact=True):
-            yield f"{said}: {name} needs the sum of all that is sent; allowed: 'mean'"
+            yield f"{setting}: {name} needs the sum of all that is sent; allowed: 'mean'"
             return
         case ArrivalPlan():
             rows, what = (
@@ -331,30 +331,30 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
             )
             if rows > config.num_sites:
                 yield (
-                    f"{what} = {rows}: {said} takes one contribution a site; "
+                    f"{what} = {rows}: {setting} takes one contribution a site; "
                     f"at most num-sites, which is {config.num_sites}"
                 )
         case PeerPlan():
             allowed = ("median", "trimmed-mean", "clipped")
             if config.wire.error_feedback != "none":
                 yield (
-                    f"{said}: not with wire.error-feedback = {config.wire.error_feedback!r}; "
+                    f"{setting}: not with wire.error-feedback = {config.wire.error_feedback!r}; "
                     "allowed: 'none'"
                 )
         case _ if "weighting" in changed(config.keys):
             yield (
-                f"{table}.weighting = 'samples': has no effect with {said}: "
+                f"{table}.weighting = 'samples': has no effect with {setting}: "
                 "all sites count the same"
             )
     if robust.mean not in allowed:
         yield (
-            f"{said}: not with strategy = {name!r}; "
+            f"{setting}: not with strategy = {name!r}; "
             f"allowed: 'mean', {', '.join(map(repr, allowed))}"
         )
     least = robust.rule.majority + 2 * (robust.mean == "krum")
     if rows < least and not isinstance(plan, PeerPlan):
         against = "" if robust.mean == "median" else f" against robust.faulty = {robust.faulty}"
-        yield f"{what} = {rows}: {said}{against} needs at least {least}"
+        yield f"{what} = {rows}: {setting}{against} needs at least {least}"
 
 
 def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:

@@ -45,7 +45,7 @@ LONGEST_CLIP = 3600.0  # seconds
 
 
 GREY = ("1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names
-SAID_S = 10.0  # from one word of a long reading to the next
+PROGRESS_S = 10.0  # from one line of a progress bar to the next
 
 
 class Files(NamedTuple):
@@ -124,16 +124,16 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
         return grey
 
     with ThreadPoolExecutor(1 if get_worker_info() else os.cpu_count()) as pool:
-        said = tqdm(
+        progress = tqdm(
             pool.map(read, range(len(files))),
             "pictures",
             len(files),
-            delay=SAID_S,
-            mininterval=SAID_S,
+            delay=PROGRESS_S,
+            mininterval=PROGRESS_S,
             unit="",
         )
         try:
-            greys = list(said)
+            greys = list(progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -355,14 +355,14 @@ def natural_sites(
     It is what ``group`` finds there or, without it, as in ``names``.
     """
     if group:
-        said, names = f"data.group = {shown(group)}", _search(group, paths)
+        setting, names = f"data.group = {shown(group)}", _search(group, paths)
     elif names is None:
         return None, ()
     else:
-        said = f"{shown(str(root))}, files and folders as sites"
+        setting = f"{shown(str(root))}, files and folders as sites"
     groups, of_group = _index(names)
     if wrong := fault(groups):
-        raise SourceError(f"{said}: {wrong}")
+        raise SourceError(f"{setting}: {wrong}")
     return of_group, groups
 
 
@@ -372,7 +372,7 @@ def _search(group: str, paths: Sequence[str]) -> list[str]:
     In a process of its own, which can be ended: a run's author writes the expression, and some
     take for ever.
     """
-    said, seconds = f"data.group = {shown(group)}", 2 + len(paths) / 1000
+    setting, seconds = f"data.group = {shown(group)}", 2 + len(paths) / 1000
     command = [sys.executable, "-I", "-S", "-c", SEARCH]
     try:
         text = json.dumps([group, paths])
@@ -381,17 +381,17 @@ def _search(group: str, paths: Sequence[str]) -> list[str]:
         )
     except subprocess.TimeoutExpired as error:
         raise SourceError(
-            f"{said} takes too long: more than {seconds:.0f} s for {len(paths)} paths"
+            f"{setting} takes too long: more than {seconds:.0f} s for {len(paths)} paths"
         ) from error
     except subprocess.CalledProcessError as error:
         raise SourceError(
-            f"{said} cannot be searched for: {error.stderr[-200:].strip()}"
+            f"{setting} cannot be searched for: {error.stderr[-200:].strip()}"
         ) from error
     found = json.loads(run.stdout)
     if isinstance(found, str):
-        raise SourceError(f"{said}: a regular expression with one bracket is expected: {found}")
+        raise SourceError(f"{setting}: a regular expression with one bracket is expected: {found}")
     if None in found:
-        raise SourceError(f"{said} finds nothing in {shown(paths[found.index(None)])}")
+        raise SourceError(f"{setting} finds nothing in {shown(paths[found.index(None)])}")
     return [str(name) for name in found]
 
 

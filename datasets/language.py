@@ -104,11 +104,11 @@ class Windows:
             window[:] = self._streams[stream].values()[start : start + self._context + 1]
         if len(wrong := np.argwhere(found >= self._vocabulary)):
             row, place = wrong[0]
-            said = (
+            problem = (
                 f"{shown(self._streams[of_stream[row]].name)} holds the token {found[row, place]}"
             )
             raise SourceError(
-                f"{said}: data.vocabulary = {self._vocabulary}; allowed: above all tokens"
+                f"{problem}: data.vocabulary = {self._vocabulary}; allowed: above all tokens"
             )
         windows = torch.from_numpy(found)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -208,9 +208,9 @@ def _examples(
     windows = Windows(streams, context, vocabulary)
     if len(windows) < FEWEST:
         length = sum(stream.length for stream in streams)
-        said = f"{len(windows)} windows of data.context + 1 = {context + 1} tokens in {length}"
+        found = f"{len(windows)} windows of data.context + 1 = {context + 1} tokens in {length}"
         raise SourceError(
-            f"{shown(str(root))}: {said}; at least {FEWEST} are needed, to train on and to test on"
+            f"{shown(str(root))}: {found}; at least {FEWEST} are needed, to train on and to test on"
         )
     counts = torch.from_numpy(windows.counts)
     each = [

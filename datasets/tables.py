@@ -182,8 +182,8 @@ def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
         if not pd.api.types.is_numeric_dtype(kind)
     ]
     if text:
-        said = f"{table.path}: columns {listed(text)} are not numeric"
-        raise SourceError(f"{said}: turn them into numbers or leave them out")
+        problem = f"{table.path}: columns {listed(text)} are not numeric"
+        raise SourceError(f"{problem}: turn them into numbers or leave them out")
     with np.errstate(over="ignore"):  # what a float32 cannot hold becomes infinite
         x = features.to_numpy(np.float32, na_value=np.nan, copy=True)
     if (large := np.argwhere(np.abs(x) > LARGEST)).size:
@@ -264,9 +264,9 @@ def _read(
                 tables.append(pd.read_parquet(file, columns=columns))
         if list(tables[-1].columns) != list(tables[0].columns):
             differing = set(map(str, tables[-1].columns)) ^ set(map(str, tables[0].columns))
-            said = listed(sorted(differing)) or "their order"
+            difference = listed(sorted(differing)) or "their order"
             raise SourceError(
-                f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}"
+                f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {difference}"
             )
         if len(tables[-1]) == 0:
             raise SourceError(f"{shown(str(file))} has no rows")
@@ -307,8 +307,8 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
         values, of = _column(table, name)
         if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)):
             wrong = int(pd.to_numeric(values, errors="coerce").isna().sum())
-            said = f"is not numeric, as training.task needs it, in {wrong} of {len(values)} rows"
-            raise SourceError(f"data.label = {shown(name)} of {table.path} {said}")
+            problem = f"is not numeric, as training.task needs it, in {wrong} of {len(values)} rows"
+            raise SourceError(f"data.label = {shown(name)} of {table.path} {problem}")
         if target == "labels" and not bool(values.isin([0, 1]).all()):
             raise SourceError(
                 f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, "
@@ -325,14 +325,14 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
 
     Also the columns that it was made of.
     """
-    said = f"data.label = {shown(label)}"
+    setting = f"data.label = {shown(label)}"
     if label in table.rows:
         values, used = table.rows[label], [label]
     else:
         try:
             values, used = evaluate(label, table.rows)
         except ExpressionError as error:
-            wrong = f"{said} is no column of {table.path} and no expression of its columns"
+            wrong = f"{setting} is no column of {table.path} and no expression of its columns"
             if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(
                 name in table.rows for name in several
             ):
@@ -344,7 +344,7 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
     # Of a missing value a comparison makes no: what is not known would be learnt as known.
     if missing := int((values.isna() | table.rows[used].isna().any(axis=1)).sum()):
-        raise SourceError(f"{said}: {missing} rows of {table.path} have none")
+        raise SourceError(f"{setting}: {missing} rows of {table.path} have none")
     return values, used
 
 
@@ -363,6 +363,6 @@ def _groups(table: Table, group: str) -> tuple[Tensor | None, tuple[str, ...]]:
     )
     codes, groups = pd.factorize(names, sort=True)
     if wrong := fault(list(groups)):
-        said = f"data.group = {shown(group)}" if group else f"{table.path}, files as sites"
-        raise SourceError(f"{said}: {wrong}")
+        setting = f"data.group = {shown(group)}" if group else f"{table.path}, files as sites"
+        raise SourceError(f"{setting}: {wrong}")
     return torch.from_numpy(codes.astype(np.int64)), tuple(groups)

@@ -61,11 +61,11 @@ def build(
     if not isinstance(made, Tensor) or made.shape != (2, *expected):
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         wanted = ", ".join(map(str, ("batch", *expected)))
-        said = (
+        problem = (
             f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, "
             f"it returned {got}"
         )
-        raise ValueError(said + _hint(name, expected, made))
+        raise ValueError(problem + _hint(name, expected, made))
     return network.train()
 
 

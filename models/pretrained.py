@@ -22,11 +22,11 @@ def start_from(network: nn.Module, path: str) -> str:
     Raises:
         ValueError: it cannot be read, or nothing of it fits.
     """
-    said = f"model.initial = {path!r}"
+    setting = f"model.initial = {path!r}"
     try:
         found = load_file(Path(path).expanduser())
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{said}: {error}") from None
+        raise ValueError(f"{setting}: {error}") from None
     own = network.state_dict()
     fitting = {
         name: value
@@ -35,7 +35,7 @@ def start_from(network: nn.Module, path: str) -> str:
     }
     if not fitting:
         raise ValueError(
-            f"{said}: nothing of it fits; the network has {_some(list(own))}, "
+            f"{setting}: nothing of it fits; the network has {_some(list(own))}, "
             f"the file {_some(list(found))}"
         )
     network.load_state_dict(fitting, strict=False)
@@ -46,7 +46,7 @@ def start_from(network: nn.Module, path: str) -> str:
         "in the file, but not in the network": [name for name in found if name not in own],
     }
     parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
-    return "; ".join([f"{said}: {len(fitting)} of {len(own)} tensors taken", *parts])
+    return "; ".join([f"{setting}: {len(fitting)} of {len(own)} tensors taken", *parts])
 
 
 def _some(names: list[str]) -> str:

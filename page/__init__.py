@@ -190,13 +190,13 @@ def server(
         metrics: in Prometheus' text format.
     """
 
-    def told(query: Mapping[str, str]) -> Answer | None:
+    def serve_data(query: Mapping[str, str]) -> Answer | None:
         found = data(query)
         return None if found is None else Answer("application/json", as_json(found).encode())
 
     routes: dict[str, Route] = {
         "/": lambda _: Answer("text/html; charset=utf-8", document().encode()),
-        "/data": told,
+        "/data": serve_data,
         "/metrics": lambda _: Answer("text/plain; version=0.0.4; charset=utf-8", metrics()),
     }
     return _Server(address, routes)

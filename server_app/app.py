@@ -82,9 +82,9 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
         )
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    network, said = network_of(config, federation.shape, len(federation.classes))
-    if said:
-        log(logging.WARNING, "%s", said)
+    network, warning = network_of(config, federation.shape, len(federation.classes))
+    if warning:
+        log(logging.WARNING, "%s", warning)
     model = FlatModel(network)
     emit(Began(federation, model))
     try:

@@ -355,8 +355,10 @@ def _speeds(
         ]
     found = {}
     for site, ((before, start), (last, end)) in moments.items():
-        told = values.get(site, {})
-        count = told.get("train samples", told.get("train updates", last - before) * of_update)
+        reported = values.get(site, {})
+        count = reported.get(
+            "train samples", reported.get("train updates", last - before) * of_update
+        )
         if end > start:
             found[site] = count / (end - start)
     return found

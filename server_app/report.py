@@ -189,7 +189,7 @@ class Report:
         )
 
     def refused_by_peer(self, node: int, number: int, reasons: Sequence[str]) -> None:
-        """Emit what a peer refuses; its texts say whose offer, why and, in brackets, by which key."""
+        """Emit what a peer refuses; its texts say whose offer, why and, in brackets, which key."""
         by, numbers = self._sites[node], {site.number: site for site in self._sites.values()}
         for text in reasons:
             found = _BY_PEER.fullmatch(text[:LONGEST_REASON])

@@ -285,13 +285,13 @@ class RefusedRows:
         if isinstance(event, Refused):
             self._count[key := (event.site.number, event.by)] += 1
             if self._count[key] <= MOST_REFUSED and len(self._rows) < MOST_REFUSED_IN_ALL:
-                said = (
+                reason = (
                     event.reason
                     if self._count[key] < MOST_REFUSED
                     else f"{event.reason}; more of these are not listed"
                 )
                 texts = (
-                    *map(_no_formula, (event.site.name, event.phase, event.rule, said, event.by)),
+                    *map(_no_formula, (event.site.name, event.phase, event.rule, reason, event.by)),
                 )
                 self._rows.append((event.when, round(event.seconds, 3), event.site.number, *texts))
         if self._rows and isinstance(event, Refused | Ended):

@@ -147,5 +147,5 @@ STARTS: dict[str, Callable[[Config, Path], tuple[Write, Callable[[str], None]]]]
 
 def _without(name: str, error: Exception) -> None:
     """Say that a tracker fails."""
-    said = "%s: %s: %s; the run goes on without it"
-    log(WARNING, said, name, type(error).__name__, error)
+    text = "%s: %s: %s; the run goes on without it"
+    log(WARNING, text, name, type(error).__name__, error)

@@ -256,9 +256,11 @@ class Agreed(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """As a message tells it."""
-        told = dict(zip(MOMENTS, map(list, self.moments), strict=False))
+        moments = dict(zip(MOMENTS, map(list, self.moments), strict=False))
         return (
-            {"classes": list(self.classes)} | told | (self.started.config() if self.started else {})
+            {"classes": list(self.classes)}
+            | moments
+            | (self.started.config() if self.started else {})
         )
 
     @classmethod

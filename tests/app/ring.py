@@ -58,7 +58,7 @@ class Sites:
         return Context(run, 1000 + site, dict(self.nodes[site]), RecordDict(), dict(config.flat()))
 
     def fields(self, site: int, step: int, **changes: Any) -> dict[str, Any]:
-        """What an honest relay tells."""
+        """The fields of an honest relay's order."""
         fields: dict[str, Any] = {
             "server-round": step,
             "classes": [str(digit) for digit in range(10)],
@@ -71,12 +71,14 @@ class Sites:
             "reset": False,
             "cycle-from": min(1.0, step / 48),
         }
-        told = {
+        of_others = {
             name: value
             for name, value in (self.public | self.nonces).items()
             if name.rpartition("-")[2] != str(site)
         }
-        return fields | told | {name.replace("_", "-"): value for name, value in changes.items()}
+        return (
+            fields | of_others | {name.replace("_", "-"): value for name, value in changes.items()}
+        )
 
     def ask(
         self,

@@ -151,7 +151,7 @@ def answer_to(
     return client_app(Message(content or RecordDict(), dst_node_id=5, message_type=kind), context)
 
 
-def said(reply: Message) -> str:
+def fault(reply: Message) -> str:
     """What is wrong, or nothing."""
     return str(reply.error.reason) if reply.has_error() else ""
 
@@ -161,7 +161,7 @@ def flat(strategy: str = "fedavg", **keys: Any) -> dict[str, Any]:
 
 
 def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
-    told = {
+    fields = {
         "server-round": 1,
         "classes": list("0123456789"),
         "lr": 0.05,
@@ -169,4 +169,4 @@ def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
         "cycle-to": 1.0,
         **keys,
     }
-    return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(told)})
+    return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(fields)})

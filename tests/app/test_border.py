@@ -179,9 +179,9 @@ def arrays(draw: st.DrawFn, like: Array | None) -> Array:
     stream = BytesIO()
     np.save(stream, np.asfortranarray(values) if draw(st.booleans()) else values, allow_pickle=True)
     dtype = draw(st.sampled_from([str(values.dtype), "float32", "bfloat16", "", "float32\n"]))
-    told = draw(st.sampled_from([shape, (14,), (), (-1,), (10**12,)]))
+    claimed = draw(st.sampled_from([shape, (14,), (), (-1,), (10**12,)]))
     stype = draw(st.sampled_from(["numpy.ndarray"] * 5 + ["torch.Tensor", ""]))
-    return Array(dtype, told, stype, stream.getvalue())
+    return Array(dtype, claimed, stype, stream.getvalue())
 
 
 @st.composite

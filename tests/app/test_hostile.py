@@ -138,10 +138,10 @@ def test_peer_refuses_what_is_too_far_and_says_by_which_key(strategy: str) -> No
         for name, array in sites.delivery(0, 1, 1).items()
     }
     reply = sites.step(0, 2, {1: far, 3: sites.delivery(0, 1, 3)})
-    [said] = refused(reply)
-    assert said.startswith("site 1: it is ")
-    assert "at most 5 times the norm of the own" in said
-    assert said.endswith("(max-change)")
+    [refused_text] = refused(reply)
+    assert refused_text.startswith("site 1: it is ")
+    assert "at most 5 times the norm of the own" in refused_text
+    assert refused_text.endswith("(max-change)")
     unbound = after(2, strategy=strategy, **{"max-change": 0.0})
     assert refused(unbound.step(0, 2, {1: far, 3: unbound.delivery(0, 1, 3)})) == []
 

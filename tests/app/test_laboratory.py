@@ -139,8 +139,8 @@ def test_wrong_configuration_is_named_before_anything_runs(
 
 def test_files_of_conf_are_the_base_of_a_run() -> None:
     config = configuration("conf/krum.toml", num_sites=9)
-    told = flatten(tomllib.loads((ROOT / "conf/krum.toml").read_text()))
-    assert {key: config.flat()[key] for key in told} == told
+    written = flatten(tomllib.loads((ROOT / "conf/krum.toml").read_text()))
+    assert {key: config.flat()[key] for key in written} == written
     assert config.num_sites == 9
 
 

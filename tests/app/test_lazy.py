@@ -405,7 +405,7 @@ def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "expected"),
     [
         (
             "flow",
@@ -431,9 +431,9 @@ def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
     ],
 )
 def test_what_an_iterable_data_set_cannot_do_is_said(
-    name: str, changes: dict[str, Any], said: str
+    name: str, changes: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(Exception, match=expected):
         simulate(**mine(name, **changes))
 
 

@@ -83,8 +83,8 @@ def test_payload_delivered_twice_is_refused() -> None:
 
     def look(number: int, message: Message, reply: Message) -> Message:
         if not reply.has_error():
-            told: Any = config_of(reply).get("refused", ())
-            refused.extend(told)
+            texts: Any = config_of(reply).get("refused", ())
+            refused.extend(texts)
         return reply
 
     config = small(strategy="d-psgd", **SEALED)

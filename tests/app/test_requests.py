@@ -159,13 +159,13 @@ class Inside(Service):
 
 def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
     """A request of a run."""
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "server-round": step,
         "classes": list("0123456789"),
         "cycle-from": step / 100,
     }
     if strategy == "dmsgd":
-        told |= {
+        fields |= {
             "neighbours": [],
             "weights": [],
             "test": False,
@@ -174,13 +174,13 @@ def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
             "reset": False,
         }
     else:
-        told |= {
+        fields |= {
             "lr": 0.05,
             "cycle-to": 0.5,
             "local-steps": 2,
             **({"delta": True} if strategy == "gsgm" else {}),
         }
-    records: dict[str, Any] = {"config": ConfigRecord(told)}
+    records: dict[str, Any] = {"config": ConfigRecord(fields)}
     if strategy != "dmsgd":
         vectors = {"x": torch.linspace(-0.1, 0.1, SIZE)} | (
             {"c": torch.zeros(SIZE)} if strategy == "scaffold" else {}

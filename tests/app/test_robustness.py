@@ -375,14 +375,14 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
 
     def card(site: int, names: list[str], mean: float = 0.0) -> SiteCard:
         moments = [1.0] * (1 + len(names))
-        told = {
+        fields = {
             "classes": names,
             "columns": ["c"],
             "shape": [1],
             "known": moments,
             "mean": [mean] * len(moments),
         }
-        told |= {
+        fields |= {
             "site": site,
             "sites": 0,
             "name": f"site {site}",
@@ -391,7 +391,7 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
             "notes": [],
             "code": code_version(),
         }
-        return SiteCard.model_validate(told | {"variance": moments})
+        return SiteCard.model_validate(fields | {"variance": moments})
 
     cards = [
         card(0, ["a", "b"]),

@@ -183,7 +183,7 @@ def test_a_site_that_lost_its_memory_goes_on(
     for context, node in zip(grid.contexts.values(), write_keys(tmp_path / "keys"), strict=True):
         context.node_config = node
     run_server(grid, config, history)
-    said = [
+    lines = [
         record.getMessage()
         for record in caplog.records
         if "refuses what came from" in record.getMessage()
@@ -192,5 +192,5 @@ def test_a_site_that_lost_its_memory_goes_on(
     expected = [
         f"step {step}: site 1 refuses what came from site {j}" for step in (7, 8) for j in (0, 2)
     ]
-    assert [line.partition(": step")[0] for line in said] == expected
+    assert [line.partition(": step")[0] for line in lines] == expected
     assert set(history.metrics.query("metric == 'accuracy'")["site"]) == {"0", "1", "2", "3", "all"}

@@ -85,9 +85,9 @@ def address(root: Path) -> Iterator[str]:
 
 
 @contextmanager
-def serving(told: Callable[[Mapping[str, str]], object]) -> Iterator[str]:
+def serving(data: Callable[[Mapping[str, str]], object]) -> Iterator[str]:
     """The page of some data; its address."""
-    served = server(("127.0.0.1", 0), told, lambda: b"")
+    served = server(("127.0.0.1", 0), data, lambda: b"")
     thread = Thread(target=served.serve_forever, args=[0.01])
     thread.start()
     yield served.address

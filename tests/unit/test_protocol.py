@@ -263,8 +263,8 @@ ODD = [
 
 @pytest.mark.parametrize("data", ODD, ids=lambda data: f"{data.dtype.str}{data.shape}")
 def test_bytes_are_what_they_are_said_to_be(data: Any) -> None:
-    told = Array("float32", (SIZE,), "numpy.ndarray", Array(data).data)
-    assert reason_invalid(lambda: trained(with_x(told))).endswith(
+    array = Array("float32", (SIZE,), "numpy.ndarray", Array(data).data)
+    assert reason_invalid(lambda: trained(with_x(array))).endswith(
         " bytes that are not float32 of shape (6,)"
     )
 

@@ -50,18 +50,18 @@ def test_requests_bytes_and_refused_ones_are_counted() -> None:
             "this site's policy has strategies = ['a']",
         )
     )
-    told = page.data({})["site"]
-    assert (told["requests"], told["bytes"]) == (NEWEST, {"in": 10 * NEWEST, "out": 7})
-    assert told["refused"] == {"strategies": 1}
-    assert len(told["newest"]) == NEWEST
-    assert told["newest"][1]["norms"] == {"x": 1.5}
-    assert (told["train"], told["test"], told["doing"], told["privacy"]) == (
+    shown = page.data({})["site"]
+    assert (shown["requests"], shown["bytes"]) == (NEWEST, {"in": 10 * NEWEST, "out": 7})
+    assert shown["refused"] == {"strategies": 1}
+    assert len(shown["newest"]) == NEWEST
+    assert shown["newest"][1]["norms"] == {"x": 1.5}
+    assert (shown["train"], shown["test"], shown["doing"], shown["privacy"]) == (
         100,
         25,
         "train of run 7",
         None,
     )
-    assert "secret" not in json.dumps(told)
+    assert "secret" not in json.dumps(shown)
     registry = CollectorRegistry()
     registry.register(page)
     found = {
@@ -100,7 +100,7 @@ def test_requests_before_this_service_started_are_read_from_the_audit_log(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("said", "rule"),
+    ("message", "rule"),
     [
         (
             (
@@ -124,8 +124,8 @@ def test_requests_before_this_service_started_are_read_from_the_audit_log(tmp_pa
         ("refused by this site's policy: a = 'x': this site's policy has made-up = '1'", "other"),
     ],
 )
-def test_rules_are_the_policys_keys(said: str, rule: str) -> None:
-    assert rule_of(said) == rule
+def test_rules_are_the_policys_keys(message: str, rule: str) -> None:
+    assert rule_of(message) == rule
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Reached(NamedTuple):
 
     @property
     def learned(self) -> bool:
-        """Whether it is better, by more than luck."""
+        """Whether it is better by more than chance would explain."""
         return self.accuracy > self.chance + GAIN * (1 - self.chance) and self.loss < self.entropy
 
 

@@ -155,14 +155,14 @@ class SiteWorld:
         self._fixed = list(offline)
         self._up_s, self._down_s = up_s, down_s
         self._random: list[Period] = []
-        self._luck = np.random.default_rng(derive(seed, "jitter"))
+        self._noise = np.random.default_rng(derive(seed, "jitter"))
         self._fate = np.random.default_rng(derive(seed, "churn"))
 
     def travel_s(self, num_bytes: int) -> float:
         """How long the next message is on its way."""
         seconds = self._latency_s + num_bytes / self._bytes_per_s
         return (
-            seconds * math.exp(self._jitter * self._luck.standard_normal())
+            seconds * math.exp(self._jitter * self._noise.standard_normal())
             if self._jitter
             else seconds
         )

@@ -151,7 +151,7 @@ def _cifar(file: Path, to: Path, examples: int, generator: np.random.Generator) 
 def cells(
     methods: list[str], data: dict[str, dict[str, Any]], changes: dict[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """Method, column and what it reached, run by run."""
+    """Method, column and accuracy, as each run ends."""
     for method in methods:
         for name, keys in data.items():
             for split, partition in SPLITS.items():

@@ -111,25 +111,25 @@ def plain() -> list[float]:
 
 
 class _Ends(History):
-    """When each round ended."""
+    """A history that notes when each round ended."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__(configuration(**(SETTINGS | changes)))
         self.ends: list[float] = []
 
     def show_progress(self, progress: Progress) -> None:
-        """Look at the clock."""
+        """Note the time."""
         self.ends.append(time.time())
 
     def run(self) -> "_Ends":
-        """The app in this process."""
+        """Run the app in this process."""
         grid = VirtualGrid(our_client, World().sites(SITES, 1), self.config.flat())
         run_server(grid, self.config, self)
         return self
 
 
 def ours() -> list[float]:
-    """The laboratory."""
+    """The times at which the rounds of our engine end."""
     return _Ends().run().ends
 
 
@@ -165,7 +165,7 @@ def _flower_evaluate(message: Message, context: Context) -> Message:
 
 
 def flower() -> list[float]:
-    """Flower's Ray engine with Flower's own FedAvg."""
+    """Times of Flower's Ray engine with Flower's own FedAvg."""
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
@@ -192,7 +192,7 @@ def flower() -> list[float]:
 
 
 def wide(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """262,510 parameters: a message of 1 MB."""
+    """A network of 262,510 parameters: a message of 1 MB."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3500), nn.ReLU(), nn.Linear(3500, num_classes))
 
 

@@ -47,7 +47,7 @@ LONGEST_S = 900.0  # of a trial
 
 
 class Supervisor(Thread):
-    """Starts again what died."""
+    """A thread that restarts processes that died."""
 
     def __init__(self, deployment: Deployment, services: Services) -> None:
         super().__init__(daemon=True)
@@ -55,7 +55,7 @@ class Supervisor(Thread):
         self.over = Event()
 
     def run(self) -> None:
-        """Look once in a while."""
+        """Restart what died, until it is stopped."""
         while not self.over.wait(BACK_OFF_S):
             for name in self._deployment.names:
                 if not self._deployment.running(name):
@@ -97,7 +97,7 @@ class Link(Thread):
         self._flows.set()
 
     def run(self) -> None:
-        """Forward."""
+        """Forward connections until the process ends."""
         self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", self._own))
         self._loop.run_forever()
 
@@ -119,13 +119,13 @@ class Link(Thread):
         sink.close()
 
     def hang(self) -> None:
-        """Connections stay, and nothing comes through for a minute."""
+        """Keep connections open, but let nothing through for a minute."""
         self._loop.call_soon_threadsafe(self._flows.clear)
         time.sleep(LASTS_S)
         self._loop.call_soon_threadsafe(self._flows.set)
 
     def cut(self) -> None:
-        """Connections end, and none is taken for a minute."""
+        """End all connections, and accept none for a minute."""
         self._up = False
         self._loop.call_soon_threadsafe(self._abort)
         time.sleep(LASTS_S)
@@ -153,7 +153,7 @@ class Disk:
         )
 
     def fill(self) -> None:
-        """Full for a minute."""
+        """Fill the disk for a minute."""
         with (self.path / "fill").open("wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(2**12)):
                 pass
@@ -161,7 +161,7 @@ class Disk:
         (self.path / "fill").unlink()
 
     def end(self) -> None:
-        """Take it away."""
+        """Unmount the disk."""
         if self.own:
             subprocess.run(["umount", "--lazy", str(self.path)], check=False)
 

@@ -161,7 +161,7 @@ def sealing() -> None:
 
 
 def main() -> None:
-    """Print all."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,7 +17,7 @@ from configuration.flower import log
 
 
 class Site(ClientApp):
-    """Answers every message, whatever goes wrong."""
+    """The ClientApp of a site, which answers every message, whatever goes wrong."""
 
     def __call__(self, message: Message, context: Context) -> Message:
         """The service's answer, or that of the handlers in this process."""

@@ -220,7 +220,7 @@ def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
 
 
 def _received(call: _Call, order: Order) -> Iterator[Received]:
-    """What neighbours sent, of each in the order of its steps."""
+    """The payloads of the neighbours, of each in the order of its steps."""
     for sender in order.neighbours:
         record = call.message.content.get(f"{FROM}{sender}")
         steps: dict[int, dict[str, Array]] = {}

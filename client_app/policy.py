@@ -67,7 +67,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Policy(Section):
-    """What runs may ask."""
+    """The rules of a site: what runs may ask."""
 
     strategies: list[str] = Field(default=list(METHODS), min_length=1)
     """methods by name; a method of somebody's own stands in import-paths too"""
@@ -100,7 +100,7 @@ class Policy(Section):
 
 
 class Privacy(Section):
-    """What is done to what leaves (:mod:`client_app.privacy`)."""
+    """Clipping and noise of the answers (:mod:`client_app.privacy`)."""
 
     clip_norm: Annotated[float, Field(gt=0, le=1e6)]
     """of an update, or of a peer's gradient"""
@@ -149,7 +149,7 @@ class SiteFile(Section):
     """clipping and noise of what leaves; none where the table is left out"""
 
     def node_config(self) -> dict[str, bool | int | float | str]:
-        """As the handlers find it in Flower's context."""
+        """The node's configuration, as handlers find it in Flower's context."""
         paths = {
             "save": self.save,
             "state": self.state,
@@ -350,7 +350,7 @@ def check_paths(policy: Policy, run_config: Mapping[str, Any]) -> None:
 
 
 def check_run(policy: Policy, config: Config) -> None:
-    """What a run is.
+    """Check the configuration of a run.
 
     Raises:
         PolicyError: it breaks a rule.

@@ -49,7 +49,7 @@ class BudgetError(ValueError):
 
 
 def cost_of(multiplier: float) -> float:
-    """Of an answer: its inverse squared noise multiplier."""
+    """The cost of an answer: its inverse squared noise multiplier."""
     return (2 / multiplier) ** 2
 
 
@@ -84,7 +84,7 @@ class Account:
         return spent
 
     def epsilon(self, more: float = 0.0) -> float:
-        """What is spent so far, and with so much more."""
+        """The epsilon that is spent so far, or would be with ``more`` cost."""
         from dp_accounting import get_epsilon_gaussian  # not above: a second, and few sites ask
 
         spent = self._spent() + more
@@ -111,7 +111,7 @@ class _Normal:
         self._bits = Cipher(AES256(key), CTR(bytes(16))).encryptor()
 
     def like(self, vector: Tensor) -> Tensor:
-        """As many as ``vector`` has, in its shape, on its device."""
+        """Normal numbers in the shape of ``vector``, on its device."""
         found = torch.empty(vector.numel())
         for piece in found.split(PIECE):
             pairs = -(-len(piece) // 2)
@@ -172,7 +172,7 @@ class Noise:
         return found
 
     def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
-        """The vectors, clipped together, with noise."""
+        """The vectors, clipped to one common norm, with noise."""
         self._uses += 1
         norm = torch.stack([vector.norm() for vector in vectors]).norm()
         # 0 / 0 and what is not finite: nothing leaves.

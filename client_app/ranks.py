@@ -76,7 +76,7 @@ class Ranks:
             self._control: Any = dist.new_group(backend="gloo", timeout=IDLE)
 
     def share(self, message: Message, context: Context) -> None:
-        """What rank 0 is about to work on."""
+        """Send the others the request that rank 0 works on."""
         if self.count == 1:
             return
         content = RecordDict(

@@ -66,7 +66,7 @@ class SealError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a payload is bound to."""
+    """The run, sender, step and kind that a sealed payload is bound to."""
 
     run: int
     sender: int

@@ -277,7 +277,7 @@ class Service:
         request.answer.set_result(answer)
 
     def _answer(self, request: _Request) -> tuple[Message, dict[str, object]]:
-        """The answer, and what the audit log says of it."""
+        """The answer, and what the audit log holds about it."""
         head, site = request.head, self.site
         asked, node, kind = head["run-config"], int(head["node"]), str(head["kind"])
         fields = request.content.get(CONFIG)
@@ -552,7 +552,7 @@ def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
 
 @contextmanager
 def _listening(site: SiteFile) -> Iterator[socket.socket]:
-    """The socket, which this user and the site's group may open."""
+    """A listening socket, which this user and the site's group may open."""
     path = Path(site.socket)
     path.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

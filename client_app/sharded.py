@@ -181,7 +181,7 @@ class ShardedModel(FlatModel):
         return whole
 
     def _check(self, vectors: Mapping[str, Tensor]) -> None:
-        """Whether vectors of the wire are of this network's size."""
+        """Check that vectors of the wire are of this network's size."""
         for name, vector in vectors.items():
             expected = self.num_stats if name == STATS else sum(self.sizes)
             if vector.shape[-1:] != (expected,) and (name == STATS or vector.numel() > 1):

@@ -236,7 +236,7 @@ def _radius(config: Config) -> float:
 
 
 def _epochs(config: Config) -> bool:
-    """Whether sites train for whole epochs."""
+    """Whether sites train for whole epochs in this run."""
     return not isinstance(config.plan, PeerPlan | ArrivalPlan) and not hasattr(
         config.keys, "local_steps"
     )

@@ -55,7 +55,7 @@ class Status(Collector):
         self._last: dict[str, Any] = {}
 
     def add(self, line: dict[str, Any]) -> None:
-        """A line of the audit log."""
+        """Add a line of the audit log."""
         with self._lock:
             self._newest.append(line)
             self._requests[line["way"]] += 1
@@ -73,7 +73,7 @@ class Status(Collector):
         return {"spent": spent, "epsilon": privacy.epsilon, "delta": privacy.delta}
 
     def data(self, _: Mapping[str, str]) -> dict[str, Any]:
-        """All that the page shows."""
+        """The data of the page, as JSON can hold them."""
         doing, seconds = self._doing()
         privacy = self.spent()
         with self._lock:
@@ -99,7 +99,7 @@ class Status(Collector):
         }
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' metrics."""
+        """The metrics of this site for Prometheus."""
         site = str(self._site.site)
         up = GaugeMetricFamily(
             "archipelago_site_up", "1 while the service answers requests", labels=["site"]

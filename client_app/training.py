@@ -147,7 +147,7 @@ def proximal(base: Gradient, anchor: Tensor, mu: float) -> Gradient:
 
 
 def corrected(base: Gradient, correct: Callable[[Tensor], Tensor]) -> Gradient:
-    """The gradient that ``correct`` makes of the base gradient [d]."""
+    """A gradient function that corrects the base gradient [d] by ``correct``."""
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)

@@ -52,7 +52,7 @@ UNUSED: dict[type, set[str]] = {
 
 
 def together(config: "Config", method: Method[Any]) -> Iterator[str]:
-    """A line for each mistake."""
+    """The mistakes of keys that do not fit together, a line each."""
     try:
         plan = config.plan
     except ValueError as error:

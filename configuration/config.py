@@ -166,17 +166,17 @@ class Config(BaseModel):
 
     @cached_property
     def method(self) -> Method[Any]:
-        """The method."""
+        """The method that ``strategy`` names."""
         return find(self.strategy)
 
     @cached_property
     def task(self) -> Task:
-        """What the network is trained to do."""
+        """The task that ``training.task`` names."""
         return task(self.training.task)
 
     @cached_property
     def plan(self) -> Plan:
-        """What the method makes of its keys."""
+        """The plan that the method makes of its keys."""
         return self.method.plan(
             self.keys,
             Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule),
@@ -251,7 +251,7 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section_fault(method: Method[Any]) -> str | None:
-    """Why a method of one's own cannot have its section."""
+    """Why a user's method cannot have its section."""
     if not re.fullmatch("[A-Za-z0-9-]+", method.table):
         return (
             f"its section is called {shown(method.table)}; letters, digits and hyphens are expected"

@@ -63,7 +63,7 @@ class Description(BaseModel):
         )
 
     def metadata(self) -> dict[str, str]:
-        """As a safetensors file holds it."""
+        """The description as metadata of a safetensors file."""
         return {KEY: json.dumps(self.model_dump(by_alias=True))}
 
     @classmethod

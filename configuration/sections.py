@@ -113,7 +113,7 @@ class Training(Section):
 
 
 class Model(Section):
-    """The network."""
+    """The network that is trained."""
 
     name: Annotated[str, _one_of(*NETWORKS, more=torchvision_names)] = "cnn"
     """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own:
@@ -138,7 +138,7 @@ class Model(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a network by name may take."""
+        """The options that a network may take, by name."""
         return self.model_dump(exclude={"name", "initial", "trainable"})
 
 
@@ -274,7 +274,7 @@ class RobustKeys(Section):
 
     @property
     def rule(self) -> Robust:
-        """Which mean."""
+        """The rule of the mean, as :mod:`strategies.robust` takes it."""
         return Robust(self.mean, self.faulty)
 
 

@@ -32,12 +32,12 @@ LIBRARIES = ("numpy", "pandas", "pillow", "scikit-learn", "scipy", "torch", "tor
 
 
 def digest(value: object) -> str:
-    """Of what JSON can hold."""
+    """A digest of a value that JSON can hold."""
     return sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def _code() -> str:
-    """Of the decoders and the libraries they call: others may return other examples."""
+    """A digest of the decoders and their libraries: others may return other examples."""
     return digest(
         [
             *map(version, LIBRARIES),

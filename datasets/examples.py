@@ -107,7 +107,7 @@ def check(examples: Examples, source: str, target: str = "class") -> Examples:
 
 
 def _check_target(key: str, examples: Examples, target: str) -> None:
-    """Whether y is what the task of the run needs."""
+    """Check that y is what the task of the run needs."""
     x, y, size = examples.x, examples.y, len(examples.classes)
     if (examples.classes == TOKEN) != (target == "tokens"):
         there = (

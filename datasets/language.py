@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     changed: int = 0
 
     def values(self) -> NDArray[np.generic]:
-        """[length]."""
+        """The tokens, [length]."""
         return (
             mapped(self.tokens, self.changed)
             if isinstance(self.tokens, Path)

@@ -68,7 +68,7 @@ class Lazy:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As of a tensor."""
+        """The shape, as of a tensor."""
         return len(self), *self.example
 
     @property
@@ -81,7 +81,7 @@ class Lazy:
 
 
 def whole(reader: Reader, example: tuple[int, ...]) -> Lazy:
-    """All that a reader reads, of examples of this shape."""
+    """All examples of a reader, each of the shape ``example``; none is read yet."""
     return Lazy(reader, torch.arange(len(reader)), example)
 
 
@@ -143,7 +143,7 @@ def close() -> None:
 
 
 def _delivered(x: Lazy, y: Values, chosen: Tensor, found: Found | str) -> tuple[Tensor, Tensor]:
-    """What was read, with the labels that are in memory."""
+    """The batch that was read, with the labels that are in memory."""
     if isinstance(found, str):
         raise SourceError(found)
     inputs, labels = found
@@ -162,7 +162,7 @@ def _try(reader: Reader, rows: Tensor) -> Found | str:
 
 
 class _Asked(Sampler[Tensor]):
-    """Lists of rows."""
+    """A sampler: the lists of rows that are to be read."""
 
     rows: Iterator[Tensor]
 
@@ -171,7 +171,7 @@ class _Asked(Sampler[Tensor]):
 
 
 class _Read(Dataset[Found | str]):
-    """A reader as ``DataLoader`` takes it: an item is a batch."""
+    """A reader as a data set for ``DataLoader``: an item is a batch."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -210,11 +210,11 @@ class _Pool:
         _pools.add(self)
 
     def end(self) -> None:
-        """The processes end with what holds them."""
+        """End the processes."""
         self.user, self.batches, self._loader = object(), iter(()), self._load()
 
     def begin(self, user: object, rows: Iterator[Tensor]) -> None:
-        """From now on read these."""
+        """Begin to read these rows."""
         self.user, self._asked.rows = user, rows
         with _no_main():
             self.batches = iter(self._loader)

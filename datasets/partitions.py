@@ -135,7 +135,7 @@ def classes(
 
 
 def natural(groups: Indices, num_sites: int, generator: Generator) -> list[Indices]:
-    """A site a group: a hospital, a speaker."""
+    """A site for each natural group: a hospital, a speaker."""
     return [np.flatnonzero(groups == site) for site in range(num_sites)]
 
 
@@ -226,7 +226,7 @@ def partition(
 
 
 def _of_sites(groups: Indices | None, names: Sequence[str], num_sites: int, key: str) -> Indices:
-    """``groups``, where there is one for each site."""
+    """Check that there is one group for each site, and return the groups."""
     if groups is None:
         raise PartitionError(f"{key}: the data have no natural sites; name them with data.group")
     if len(names) != num_sites:

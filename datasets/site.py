@@ -163,7 +163,7 @@ def select(examples: Examples, splits: Sequence[Split]) -> SiteData:
 
 
 def _missing(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """What to say about missing values."""
+    """Notes on missing values."""
     absent = table.isnan()
     named = [
         f"{name} ({'all' if n == len(absent) else n})"
@@ -224,7 +224,7 @@ class Moments(NamedTuple):
         return self
 
     def split(self, size: int) -> tuple["Moments", "Moments"]:
-        """Those of the first columns, and those of the others."""
+        """The moments of the first ``size`` columns, and those of the others."""
         return Moments(*(each[:size] for each in self)), Moments(*(each[size:] for each in self))
 
 
@@ -320,7 +320,7 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
 
 
 def deviations(common: Moments) -> tuple[float, ...]:
-    """Of each column; 1 where all values are the same."""
+    """The standard deviation of each column; 1 where all values are the same."""
     return tuple(_middle(common)[1].tolist())
 
 
@@ -342,7 +342,7 @@ def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 class Standardised:
-    """Reads rows of a table as a network takes them."""
+    """Reads rows of a table, standardised as a network takes them."""
 
     def __init__(self, reader: Reader, mean: Tensor, deviation: Tensor) -> None:
         self._reader, self._mean, self._deviation = reader, mean, deviation

@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
     @property
     def columns(self) -> str:
-        """Their names, for an error message."""
+        """The names of columns, for an error message."""
         return listed(list(self.rows.columns))
 
 

@@ -80,11 +80,11 @@ class Kit:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
-        """Of a file in the folder."""
+        """The path of a file in the folder."""
         return self._folder / name
 
     def has(self, name: str) -> bool:
-        """Whether a file is there already, which is then said."""
+        """Whether a file is there already; print it if so."""
         if found := self.path(name).exists():
             print(f"kept     {self.path(name)}")
         return found
@@ -92,7 +92,7 @@ class Kit:
     def write(
         self, name: str, content: bytes, mode: int = 0o644, owner: str = "root", group: str = ""
     ) -> None:
-        """A new file, never for a moment more open than ``mode``."""
+        """Write a new file, never for a moment more open than ``mode``."""
         path = self.path(name)
         path.parent.mkdir(mode=0o755, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -110,7 +110,7 @@ class Kit:
                 self.write(name, text.encode())
 
     def hand_over(self, *names: str) -> None:
-        """Say what others need, with what they compare."""
+        """Print which files others need, and the digests to compare."""
         print("\nTo hand over, and to compare by another way than it comes:")
         for name in names:
             print(

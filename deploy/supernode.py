@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 
 
 def main() -> None:
-    """Run it."""
+    """Run the SuperNode."""
     [command] = entry_points(group="console_scripts", name="flower-supernode")
     code = 1
     try:

@@ -61,7 +61,7 @@ class FlatModel:
 
     @cached_property
     def grad(self) -> Tensor:
-        """[d]; not before it is asked for: a server needs none."""
+        """The gradient [d], allocated when it is first used: a server needs none."""
         whole = torch.zeros_like(self.x)
         for parameter, part in zip(self._parameters, whole.split(self.sizes), strict=True):
             parameter.grad = part.view(parameter.shape)

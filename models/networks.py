@@ -421,7 +421,7 @@ class ResNet20(nn.Module):
 
 
 def resnet20(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
-    """:class:`ResNet20`."""
+    """See :class:`ResNet20`."""
     return ResNet20(shape[0], num_classes, norm)
 
 
@@ -487,7 +487,7 @@ class GPT(nn.Module):
 
 
 def gpt(shape: tuple[int, ...], vocabulary: int, layers: int, width: int, heads: int) -> nn.Module:
-    """:class:`GPT`."""
+    """See :class:`GPT`."""
     if width % heads:
         raise ValueError(f"model.heads = {heads}: must divide model.width, which is {width}")
     return GPT(shape[0], vocabulary, layers, width, heads)
@@ -523,7 +523,7 @@ class UNet(nn.Module):
 
 
 def _twice(inputs: int, outputs: int) -> nn.Module:
-    """Convolution, normalisation, non-linearity, twice."""
+    """Two blocks of convolution, normalisation and non-linearity."""
     return nn.Sequential(
         *(
             layer
@@ -538,7 +538,7 @@ def _twice(inputs: int, outputs: int) -> nn.Module:
 
 
 def unet(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """:class:`UNet`."""
+    """See :class:`UNet`."""
     return UNet(shape[0], num_classes)
 
 

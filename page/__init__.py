@@ -24,7 +24,7 @@ ADDRESS = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:]+)\]|(?P<host>[A-Za-z0-9.-]+)):(
 
 
 class Answer(NamedTuple):
-    """What the server says: a content type, and what is of it."""
+    """An HTTP answer: its content type and its body."""
 
     kind: str
     body: bytes
@@ -122,7 +122,7 @@ class _Server(ThreadingHTTPServer):
         self.address = f"http://{host}:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """Whoever hangs up is no news."""
+        """Log nothing where a browser closes its connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def log_message(self, *_: object) -> None:
-        """Requests are no news."""
+        """Log no requests."""
 
 
 def server(

@@ -44,7 +44,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run, from the run configuration to the results folder."""
+    """Run the app, from the run configuration to the results folder."""
     config = Config.read(context.run_config)
     before = find(config)
     run(grid, config, Folder(config, context.run_id, before), before[1] if before else None)
@@ -166,6 +166,6 @@ def _shares(federation: Federation, config: Config, weighting: str) -> dict[int,
 
 
 def layout_of(model: FlatModel) -> Layout:
-    """How a model looks on the wire."""
+    """The layout of a model on the wire."""
     sizes = {X: model.x.numel()} | ({STATS: model.num_stats} if model.num_stats else {})
     return Layout(sizes, model.variances)

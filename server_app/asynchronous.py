@@ -149,7 +149,7 @@ class Asynchronous:
             }
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What :meth:`resume` takes."""
+        """The state that :meth:`resume` goes on from."""
         number = {node: site.number for node, site in self._sites.items()}
         return {
             "now": tuple(self._report.moment()),
@@ -289,7 +289,7 @@ class Asynchronous:
     # Contributions.
 
     def _arrived(self, node: int, reply: Message) -> None:
-        """A site has trained."""
+        """Take in the contribution of a site."""
         flight, site = self._in_flight.pop(node), self._sites[node]
         # Of x the site sends the change itself.
         sent = {name: vector for name, vector in flight.sent.items() if name != X}
@@ -389,7 +389,7 @@ class Asynchronous:
             self._dispatch(self._roster.here())
 
     def _reached(self, parts: list[_Part]) -> _Extremes:
-        """The extremes, were these contributions taken."""
+        """The extremes of all sites if these contributions were accepted."""
         old = self._extremes
         return _Extremes(
             max(magnitude(self._state.x), old.x),
@@ -434,7 +434,7 @@ class Asynchronous:
             self._mailbox.send(messages)
 
     def _answered(self, number: int, node: int, reply: Message) -> None:
-        """A site has tested; when all have, that is reported."""
+        """Take in the test of a site; report the test when all sites have answered."""
         test = self._tests[number]
         test.waiting.discard(node)
         read = partial(

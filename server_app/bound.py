@@ -75,7 +75,7 @@ class Bound:
         )
 
     def accept(self, site: int, change: Change) -> None:
-        """A site's contribution is taken."""
+        """Note that a site's contribution was accepted."""
         old, new = self.largest.get(site, Change(0.0, 0.0)), _relative(change)
         self.largest[site] = Change(max(old.norm, new.norm), max(old.rates, new.rates))
 

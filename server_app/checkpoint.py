@@ -58,7 +58,7 @@ class Saved(NamedTuple):
     offers: dict[str, Mapping[str, Array]]
 
     def next_start(self) -> Started:
-        """How sites are told that it goes on."""
+        """What messages say of the resumed run, so that sites know it."""
         return Started(self.run, self.start + 1)
 
     def forget(self) -> None:
@@ -86,7 +86,7 @@ class Writer:
         self._synced = 0.0
 
     def _acquire(self) -> None:
-        """While this process lives, no other goes on with the run."""
+        """Lock the folder: while this process lives, no other may resume the run."""
         try:
             self._lock.acquire()
         except Timeout:
@@ -141,11 +141,11 @@ class Writer:
                 file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Another process may go on with the run."""
+        """Unlock the folder: another process may resume the run."""
         self._lock.release()
 
     def finish(self) -> None:
-        """The run is over."""
+        """Delete the checkpoints of a run that is over."""
         with suppress(FileNotFoundError):
             for file in self._folder.iterdir():
                 file.unlink()

@@ -81,7 +81,7 @@ class Site(NamedTuple):
     nonce: bytes
 
     def batches(self, batch_size: int) -> int:
-        """Batches of an epoch."""
+        """How many batches an epoch of this site has."""
         return -(-self.num_train // batch_size)
 
 
@@ -108,7 +108,7 @@ class Federation(NamedTuple):
     started: Started | None = None
 
     def agreed(self) -> Agreed:
-        """What every message tells the sites about each other."""
+        """What every message says about all sites."""
         return Agreed(
             self.classes, () if self.moments is None else tuple(self.moments), self.started
         )

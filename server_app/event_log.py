@@ -120,7 +120,7 @@ def _main(metrics: Mapping[str, float], progress: Progress) -> dict[str, float]:
 
 
 def now() -> str:
-    """The time, as of UTC."""
+    """The present time in UTC, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -1,4 +1,4 @@
-"""What happens in a run, as values: the drivers emit them, and whoever wants to know is a sink."""
+"""The events of a run: drivers emit them, and sinks receive them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class Reported(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What a site sent cannot be used; printed, it is a line.
+    """What a site sent cannot be used; ``str`` makes a line of it.
 
     Attributes:
         when: the round, update or step.
@@ -94,7 +94,7 @@ class Checkpoint(NamedTuple):
 
 
 class Away(NamedTuple):
-    """A site is not connected any more; printed, it is a line."""
+    """A site is no longer connected; ``str`` makes a line of it."""
 
     site: Site
 
@@ -103,7 +103,7 @@ class Away(NamedTuple):
 
 
 class Back(NamedTuple):
-    """A site is connected again; printed, it is a line."""
+    """A site is connected again; ``str`` makes a line of it."""
 
     site: Site
 
@@ -112,7 +112,7 @@ class Back(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a run is after a round; printed, it is a line.
+    """How far a run is after a round; ``str`` makes a line of it.
 
     Attributes:
         unit: what is counted: round, update of the server, or exchange of peers.

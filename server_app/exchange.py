@@ -38,7 +38,7 @@ class Clock(Protocol):
     """Time in seconds, as the server sees it. A grid that simulates time is its own clock."""
 
     def now(self) -> float:
-        """Seconds since whenever."""
+        """Seconds since a fixed, unknown moment."""
 
     def wait(self, poll_s: float, limit_s: float) -> None:
         """Wait until something may have changed, at most ``limit_s``.

@@ -71,7 +71,7 @@ def _stamps(folder: Path) -> tuple[tuple[str, float, int], ...]:
 
 
 def overview(folder: Path, name: str = "") -> dict[str, Any]:
-    """All that the page shows of a run."""
+    """The data that the page shows of a run."""
     found = dict(_read(folder, _stamps(folder)))
     going = is_running(folder / FILE)
     if found["state"] == "stopped" and going:
@@ -80,7 +80,7 @@ def overview(folder: Path, name: str = "") -> dict[str, Any]:
 
 
 def brief(folder: Path, name: str) -> dict[str, Any]:
-    """A row of the list of runs."""
+    """The row of a run in the list of runs."""
     found = overview(folder, name)
     return {
         key: value
@@ -94,7 +94,7 @@ def brief(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]:
-    """Of files as they are now; read again when one has changed."""
+    """The overview of a run, which is cached until one of its files changes."""
     config = _flat(_config(folder / CONFIG))
     lines = list(_lines(folder / FILE))
     began: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "began"), {})
@@ -152,7 +152,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with dots."""
+    """Nested tables as one, with dots in its keys."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
         found |= (
@@ -177,7 +177,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _state(lines: list[dict[str, Any]]) -> tuple[str, str | None]:
-    """finished, failed, or unknown: it goes on, or was killed."""
+    """Whether a run is finished, failed, stopped or unknown; and its error."""
     last = next((line for line in reversed(lines) if line["kind"] in ("began", "ended")), None)
     if last is None or last["kind"] == "began":
         return "unknown" if last is None else "stopped", None
@@ -237,7 +237,7 @@ def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
 
 
 def _short(values: "pd.Series[float]") -> list[float | None]:
-    """Five digits: a picture shows no more."""
+    """A number with five digits: a picture shows no more."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values.astype(float)]
 
 
@@ -261,7 +261,7 @@ def _sites(
     headline: str,
     over: bool,
 ) -> list[dict[str, Any]]:
-    """A row a site."""
+    """The rows of the table of sites."""
     known = began.get("sites") or _sites_file(folder / SITES)
     rows = {
         int(each["site"]): dict(each) | {"does": "", "seen": None, "refused": {}, "why": None}

@@ -23,13 +23,13 @@ class Period:
         self._rates: list[float] = []
 
     def trained(self, node: int, metrics: TrainMetrics) -> None:
-        """A site sent a contribution."""
+        """Add a contribution of a site."""
         if metrics.loss is not None:
             self._losses[node].append(metrics.loss)
         self._rates.append(metrics.lr_first)
 
     def applied(self, node: int, ages: Sequence[int]) -> None:
-        """A site's contribution of so old parts changed the model."""
+        """Note that a site's contribution, with parts of these ages, changed the model."""
         self._ages[node].append(sum(ages) / len(ages))
 
     def means(self, nodes: Sequence[int]) -> tuple[dict[int, dict[str, float]], dict[str, float]]:

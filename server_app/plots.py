@@ -169,7 +169,7 @@ def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
 
 
 def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
-    """Who exchanges with whom; lines as wide as their weights."""
+    """Plot the communication graph; lines are as wide as their weights."""
     figure = Picture(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     links = topology.graph

@@ -111,7 +111,7 @@ class Relay:
         self._models, self._written = state["models"], state["written"]
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What :meth:`resume` takes beside what was offered."""
+        """The state that :meth:`resume` goes on from, beside the offers."""
         return {
             "now": tuple(self.report.moment()),
             "courses": {

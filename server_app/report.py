@@ -40,7 +40,7 @@ class Measure(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, federation: Federation) -> "Measure":
-        """Of a run."""
+        """The measure of a run."""
         task, names, details = config.task, federation.classes, config.results.details
         common = federation.moments
         deviation = deviations(common.split(len(federation.columns))[1]) if common else ()
@@ -60,7 +60,7 @@ class Measure(NamedTuple):
         )
 
     def extremes(self, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """The worst and the best site's headline."""
+        """The headline metric of the worst and of the best site."""
         name = self.task.headline
         if not (
             values := sorted(
@@ -87,7 +87,7 @@ class Moment(NamedTuple):
     traffic: dict[int, tuple[int, int]]
 
     def megabytes(self) -> float:
-        """Sent and received."""
+        """Megabytes sent and received so far."""
         return sum(map(sum, self.traffic.values())) / 1e6
 
 

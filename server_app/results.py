@@ -79,7 +79,7 @@ class History:
         self._sinks: list[Sink] = []  # who writes it
 
     def close(self) -> None:
-        """Another process may go on with the run."""
+        """Unlock the run: another process may resume it."""
         for sink in self._sinks:
             if isinstance(sink, Checkpoints):
                 sink.close()
@@ -101,7 +101,7 @@ class History:
             )
 
     def __call__(self, event: Event) -> None:
-        """Something happened."""
+        """Take in an event."""
         match event:
             case Began():
                 self.begin(event.federation, event.model)
@@ -113,7 +113,7 @@ class History:
                 self.show_progress(event)
 
     def begin(self, federation: Federation, model: FlatModel) -> None:
-        """The sites are known, and the network, at its initial model."""
+        """Note the sites, and the network at its initial model."""
         self.federation, self._model = federation, model
 
     def record(
@@ -126,16 +126,16 @@ class History:
         bytes_up: int,
         bytes_down: int,
     ) -> None:
-        """See :class:`Reported`."""
+        """Add the metrics of a site or of all; arguments as in :class:`Reported`."""
         start = (number, round(seconds, 3), bytes_up, bytes_down, str(site), split)
         self._rows += [(*start, name, value) for name, value in metrics.items()]
 
     def update_model(self, arrays: ArrayRecord) -> None:
-        """The newest model."""
+        """Replace the newest model."""
         self.arrays = arrays
 
     def show_progress(self, progress: Progress) -> None:
-        """A round is over."""
+        """Show the progress after a round; here nobody watches."""
 
     @property
     def rows(self) -> Sequence[tuple[object, ...]]:
@@ -189,7 +189,7 @@ class History:
 
     @property
     def description(self) -> Description:
-        """Of these models."""
+        """The description that is saved with the models."""
         agreed = self.federation.agreed()
         return Description.of(
             self.config,
@@ -281,7 +281,7 @@ class RefusedRows:
         self._count: Counter[tuple[int, str]] = Counter()
 
     def __call__(self, event: Event) -> None:
-        """Append what is refused."""
+        """Append an event of the kind :class:`Refused` to the file."""
         if isinstance(event, Refused):
             self._count[key := (event.site.number, event.by)] += 1
             if self._count[key] <= MOST_REFUSED and len(self._rows) < MOST_REFUSED_IN_ALL:
@@ -338,7 +338,7 @@ class Checkpoints:
         self.close = self._writer.close
 
     def __call__(self, event: Event) -> None:
-        """Write or delete."""
+        """Write a checkpoint, or delete all when the run has ended well."""
         history = self._history
         match event:
             case Checkpoint() if history.config.results.checkpoint_minutes:
@@ -374,7 +374,7 @@ class Pictures:
         self._history, self._folder, self._drawn = history, folder, time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Draw who takes part, then what they reach."""
+        """Draw the sites when the run begins, then the curves."""
         match event:
             case Began():
                 self.introduce()
@@ -384,7 +384,7 @@ class Pictures:
                 self.draw()
 
     def introduce(self) -> None:
-        """Who has what, and who exchanges with whom."""
+        """Draw who has which examples, and the communication graph."""
         sites, config = self._history.sites, self._history.config
         if not (counts := class_counts(sites)).empty:
             plots.save(plots.who_has_what(counts), self._folder / "sites.png")
@@ -396,7 +396,7 @@ class Pictures:
             )
 
     def draw(self) -> None:
-        """What was reached."""
+        """Draw the curves of the metrics so far."""
         metrics, config = self._history.metrics, self._history.config
         title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
         plots.save(
@@ -427,7 +427,7 @@ class Report:
         self._folder, self._due = folder, 0.0
 
     def __call__(self, event: Event) -> None:
-        """Write it, and take no more than a hundredth of the time."""
+        """Write the report, but spend no more than a hundredth of the time on it."""
         start = time.monotonic()
         if isinstance(event, Ended) or (isinstance(event, Began | Progress) and start >= self._due):
             partial = self._folder / "report.partial"
@@ -449,7 +449,7 @@ class Printed:
         self._history, self._folder = history, folder
 
     def __call__(self, event: Event) -> None:
-        """Print."""
+        """Print an event as a line."""
         match event:
             case Began():
                 self._begin(event.federation, event.model.x.numel())
@@ -641,7 +641,7 @@ class Folder(History):
         log(WARNING, "%s: %s; %s", self.path, error, what)
 
     def _describe(self, event: Event) -> None:
-        """Also where somebody moved the folder away."""
+        """Write the description, again where somebody moved the folder away."""
         if not (self.path / "config.toml").exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_description(self.path, self.config, self.sites)

@@ -66,14 +66,14 @@ class Remembers(Protocol):
     """A strategy that remembers more than the model from round to round."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """The state, as plain values and tensors."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the state."""
 
 
 class _TooFew(RuntimeError):
-    """A round's answers are not enough: nothing was made of them."""
+    """Too few sites answered in a round: their answers were not used."""
 
 
 class Rounds:
@@ -139,7 +139,7 @@ class Rounds:
             self._strategy.load_state_dict(state["strategy"])
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What :meth:`resume` takes."""
+        """The state that :meth:`resume` goes on from."""
         numbers = {node: site.number for node, site in self._sites.items()}
         return {
             "number": self._number,
@@ -305,7 +305,7 @@ class Rounds:
         answer.reply.content.pop(TEST, None)
 
     def _test(self, number: int, arrays: ArrayRecord) -> dict[int, TestMetrics]:
-        """Test everywhere."""
+        """Have all sites test the model."""
         messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
         return {
             answer.node: answer.found
@@ -527,7 +527,7 @@ class Rounds:
 
 
 def _replace(message: Message, arrays: ArrayRecord) -> None:
-    """Other arrays for those of a message."""
+    """Replace the arrays of a message."""
     message.content.pop(ARRAYS)  # else Flower says that they are replaced
     message.content[ARRAYS] = arrays
 
@@ -545,7 +545,7 @@ def _named(metrics: dict[int, TrainMetrics]) -> dict[int, dict[str, float]]:
 
 
 def _numbers(record: MetricRecord | None) -> dict[str, float]:
-    """A record's single numbers."""
+    """The metrics of a record that are single numbers."""
     return {
         key: float(value) for key, value in (record or {}).items() if isinstance(value, int | float)
     }

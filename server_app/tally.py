@@ -1,4 +1,4 @@
-"""What peers report from test to test."""
+"""Sums of what peers report between two tests."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -46,7 +46,7 @@ class Tally:
         self._train: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The state, as plain values."""
         tests = {
             number: (tuple(test.moment), test.answers, test.train)
             for number, test in self._tests.items()
@@ -54,7 +54,7 @@ class Tally:
         return {"tests": tests, "train": {peer: dict(found) for peer, found in self._train.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the state."""
         for number, (moment, answers, train) in state["tests"].items():
             self._tests[number] = PeerTest(Moment(*moment), answers, train)
         for peer, found in state["train"].items():
@@ -103,9 +103,9 @@ class Tally:
         return sorted(self._tests)
 
     def answered(self, number: int) -> Collection[int]:
-        """Who tested after an exchange."""
+        """The peers that tested after an exchange."""
         return self._tests[number].answers.keys()
 
     def pop(self, number: int) -> PeerTest:
-        """The test after an exchange; it is forgotten here."""
+        """Remove and return the test after an exchange."""
         return self._tests.pop(number)

@@ -35,7 +35,7 @@ def data(root: Path, query: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def newest(root: Path, read: Callable[[Path, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The newest runs of a folder."""
+    """The newest runs in a folder."""
     for name, folder in islice(runs(root).items(), NEWEST):
         with suppress(Exception):  # its files are not those of a run: the others are shown
             yield read(folder, name)
@@ -52,7 +52,7 @@ class Runs(Collector):
         self._root = root
 
     def collect(self) -> Iterable[Metric]:
-        """Read when they are asked for."""
+        """The metrics of live runs, or of the newest, read when Prometheus asks for them."""
         found = list(newest(self._root, overview))
         return _metrics([run for run in found if run["live"]] or found[:1])
 

@@ -82,7 +82,7 @@ class Peers:
         self.exchanges, self._every = budget(config, self._peer.plan, batches)
 
     def run(self, watch: Callable[[Progress], None]) -> None:
-        """All exchanges."""
+        """Run all exchanges."""
         start = time.monotonic()
         for number in range(self.exchanges):
             self.step(number)
@@ -90,7 +90,7 @@ class Peers:
                 self._test(number + 1, time.monotonic() - start, watch)
 
     def step(self, number: int) -> None:
-        """Local steps and the exchange ``number``, counted from 0."""
+        """Run the local steps and the exchange ``number``, counted from 0."""
         plan, lr = (
             self._peer.plan,
             learning_rate(self._config, number / self.exchanges, (number + 1) / self.exchanges),
@@ -110,7 +110,7 @@ class Peers:
     # Gradients.
 
     def _own_gradients(self) -> Tensor:
-        """Of everybody at the own model, [n, d]."""
+        """The gradients of all peers at their own models, [n, d]."""
         batch, peer = self._networks.next_batch(), self._peer
         own = torch.ones(self._n, dtype=torch.bool, device=self._device)
 

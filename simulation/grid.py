@@ -109,12 +109,12 @@ class VirtualGrid(Grid):
         self._now = min([self._now + max(0.0, limit_s), *events])
 
     def set_run(self, run: Run) -> None:
-        """Not needed: there is one run."""
+        """Do nothing: there is one run."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run, of which nothing is known."""
+        """The run, of which Flower's fields are empty."""
         return self._run
 
     def create_message(
@@ -125,7 +125,7 @@ class VirtualGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message; ``Message(...)`` does the same."""
+        """Make a message; ``Message(...)`` does the same."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -198,7 +198,7 @@ class VirtualGrid(Grid):
 
     @staticmethod
     def _samples(reply: Message) -> float:
-        """Work behind a reply, in examples trained on."""
+        """The work behind a reply, in examples trained on."""
         if reply.has_error():
             return 0.0
         metrics, beside = metrics_of(reply), reply.content.get(TEST)
@@ -213,7 +213,7 @@ class VirtualGrid(Grid):
         return Message(Error(UNAVAILABLE, "the site is not connected"), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there by now."""
+        """The replies that have arrived."""
         while self._coming and self._coming[0].time <= self._now:
             event = heapq.heappop(self._coming)
             self._there[event.identity] = event.reply

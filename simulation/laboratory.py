@@ -231,7 +231,7 @@ class _Watched(History):
         self._watch, self._folder, self._saved = watch, folder, saved
 
     def __call__(self, event: Event) -> None:
-        """Keep it, and write it."""
+        """Take in an event, and write it where there is a folder."""
         super().__call__(event)
         if isinstance(event, Began) and self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ class _Watched(History):
             sink(event)
 
     def show_progress(self, progress: Progress) -> None:
-        """Pass it on."""
+        """Pass the progress on to whoever watches."""
         self._watch(progress)
 
 
@@ -514,7 +514,7 @@ class Comparison:
 
 
 def _place(folder: Path, name: str, seed: int) -> Path:
-    """A run's folder in that of a comparison."""
+    """The folder of a run in that of a comparison."""
     return folder / name.replace("/", "_") / f"seed-{seed}"
 
 

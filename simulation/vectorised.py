@@ -74,7 +74,7 @@ class Networks:
         return (each * weights).sum()
 
     def next_batch(self) -> Batch:
-        """Everybody's next batch."""
+        """The next batch of each peer."""
         config, number = self._config, self._batches
         self._batches += 1
         if not self._together:
@@ -105,7 +105,7 @@ class Networks:
         )
 
     def gradients(self, x: Tensor, batch: Batch) -> Gradients:
-        """Models ``x`` [m, d], each on its batch."""
+        """The gradients of models ``x`` [m, d], each on its batch."""
         with torch.autocast(
             self._device.type,
             torch.bfloat16,

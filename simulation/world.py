@@ -159,7 +159,7 @@ class SiteWorld:
         self._fate = np.random.default_rng(derive(seed, "churn"))
 
     def travel_s(self, num_bytes: int) -> float:
-        """How long the next message is on its way."""
+        """Seconds that the next message is on its way."""
         seconds = self._latency_s + num_bytes / self._bytes_per_s
         return (
             seconds * math.exp(self._jitter * self._noise.standard_normal())

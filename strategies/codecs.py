@@ -59,7 +59,7 @@ def num_bytes(payload: Payload) -> int:
 
 
 def identity(sizes: Sequence[int] = ()) -> Codec:
-    """The numbers themselves."""
+    """Send the numbers as they are."""
     return Codec(
         lambda vector, _: {"values": vector}, lambda payload: payload["values"], exact=True
     )
@@ -83,12 +83,12 @@ def rounded(dtype: torch.dtype) -> Codec:
 
 
 def fp16(sizes: Sequence[int]) -> Codec:
-    """5 bits of exponent, 10 of mantissa."""
+    """Round to 16 bits: 5 of exponent, 10 of mantissa."""
     return rounded(torch.float16)
 
 
 def bf16(sizes: Sequence[int]) -> Codec:
-    """8 bits of exponent, 7 of mantissa."""
+    """Round to 16 bits: 8 of exponent, 7 of mantissa."""
     return rounded(torch.bfloat16)
 
 

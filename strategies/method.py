@@ -246,7 +246,7 @@ class Neighbourhood(NamedTuple):
 
     @property
     def messages(self) -> int:
-        """Messages to a peer in an exchange."""
+        """How many messages a peer gets in an exchange."""
         return 2 if self.at == "data" else 1
 
 
@@ -316,5 +316,5 @@ class Method(NamedTuple, Generic[K]):
 
     @property
     def table(self) -> str:
-        """The name of its section."""
+        """The name of the method's section in the configuration."""
         return self.section or self.name

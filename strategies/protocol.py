@@ -87,7 +87,7 @@ class Part(BaseModel):
     )
 
     def named(self) -> dict[str, Any]:
-        """What is there, by key."""
+        """The fields that are set, by their keys on the wire."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -255,7 +255,7 @@ class Agreed(NamedTuple):
     started: "Started | None" = None
 
     def config(self) -> dict[str, Any]:
-        """As a message tells it."""
+        """The fields of a message."""
         moments = dict(zip(MOMENTS, map(list, self.moments), strict=False))
         return (
             {"classes": list(self.classes)}
@@ -265,7 +265,7 @@ class Agreed(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Agreed":
-        """What a message tells."""
+        """The value in the fields of a message."""
         moments = tuple(tuple(config[key]) for key in MOMENTS if key in config)
         return cls(tuple(config["classes"]), moments, Started.of(config))
 
@@ -282,13 +282,13 @@ class Started(NamedTuple):
     times: int
 
     def config(self) -> dict[str, Any]:
-        """As a message tells it."""
+        """The fields of a message."""
         # Flower's numbers are too large for a message's.
         return {"run": str(self.run), "started": self.times}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Started | None":
-        """What a message tells; None of a run that was never killed, and of what cannot be."""
+        """The value in a message's fields; None where there is none that is valid."""
         run, times = config.get("run"), config.get("started")
         if not (
             isinstance(run, str)
@@ -317,7 +317,7 @@ class Order(NamedTuple):
 
 
 def write_order(order: Order) -> ConfigRecord:
-    """As a record."""
+    """The order as a record."""
     local = {} if order.local is None else write_local(order.local)
     test = {"test": True} if order.test else {}
     return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local, **test})
@@ -334,7 +334,7 @@ def write_local(local: Local) -> dict[str, bool | int | float | str]:
 
 
 def read_order(record: ConfigRecord) -> Order:
-    """From a record.
+    """The order in a record.
 
     Raises:
         KeyError: a part is missing.
@@ -386,7 +386,7 @@ class PeerOrder(NamedTuple):
 
 
 def write_peer_order(order: PeerOrder) -> ConfigRecord:
-    """As a record."""
+    """The order as a record."""
     found: dict[str, Any] = {
         "server-round": order.step,
         **order.agreed.config(),
@@ -406,7 +406,7 @@ def write_peer_order(order: PeerOrder) -> ConfigRecord:
 
 
 def read_peer_order(record: ConfigRecord) -> PeerOrder:
-    """From a record.
+    """The order in a record.
 
     Raises:
         KeyError: a part is missing.
@@ -429,7 +429,7 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
 
 
 def _of_others(config: Mapping[str, Any], prefix: str, length: int) -> dict[int, bytes]:
-    """So many bytes of each site."""
+    """The keys or nonces of other sites, each of ``length`` bytes."""
     found = {name: value for name, value in config.items() if name.startswith(prefix)}
     for name, value in found.items():
         if not isinstance(value, bytes) or len(value) != length:
@@ -574,7 +574,7 @@ def _examples(found: int | None, expected: int, name: str = "num-examples") -> N
 
 
 def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
-    """An array whose bytes are what they are said to be."""
+    """Check that an array's bytes are those of its type and shape."""
     known, start = np.dtype(dtype), header(np.dtype(dtype), shape)
     length = len(start) + known.itemsize * int(np.prod(shape, dtype=object))
     if array.stype != "numpy.ndarray":
@@ -702,7 +702,7 @@ def read_trained(
 def write_trained(
     vectors: Mapping[str, Tensor], metrics: TrainMetrics, tested: TestMetrics | None = None
 ) -> RecordDict:
-    """As a reply's content."""
+    """The content of a reply to an order to train."""
     test = {TEST: MetricRecord(tested.named())} if tested else {}
     return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named()), **test})
 
@@ -745,7 +745,7 @@ def read_tested(
 
 
 def write_tested(metrics: TestMetrics) -> RecordDict:
-    """As a reply's content."""
+    """The content of a reply to an order to test."""
     return RecordDict({METRICS: MetricRecord(metrics.named())})
 
 
@@ -829,5 +829,5 @@ def read_card(content: RecordDict) -> SiteCard:
 
 
 def write_card(card: SiteCard) -> RecordDict:
-    """As a reply's content."""
+    """The content of a reply with a site's card."""
     return RecordDict({CONFIG: ConfigRecord(card.named())})

@@ -52,7 +52,7 @@ class Topology(NamedTuple):
         return _neighbours_of(self.matrices)[exchange % len(self.matrices)][peer]
 
     def readers(self, peer: int) -> set[int]:
-        """Who mixes what ``peer`` offers in any exchange."""
+        """The peers that mix what ``peer`` offers, in any exchange."""
         return {other for other in self.graph if self.graph.has_edge(other, peer)}
 
     def linked(self, peer: int) -> list[int]:
@@ -69,7 +69,7 @@ class Topology(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _neighbours_of(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
-    """Of each matrix and peer; looked up for every message."""
+    """The neighbours of each peer in each matrix; looked up for every message."""
     return [
         [
             {j: weight for j, weight in enumerate(row) if weight and j != peer}

@@ -107,7 +107,7 @@ class StreamingMean:
 
     @property
     def share(self) -> float:
-        """Of what was added, together."""
+        """The sum of the weights that were added."""
         return math.fsum(self._shares)
 
     def result(self) -> Tensor:

@@ -63,7 +63,7 @@ def gradient_tracking(*, adapt_first: bool) -> PeerAlgorithm[Tracking]:
 
 
 class Keys(PeerKeys):
-    """Gradient tracking takes what every peer takes."""
+    """The keys of gradient tracking: those of every peer."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

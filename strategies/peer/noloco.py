@@ -78,7 +78,7 @@ def noloco(
 
 
 class Keys(PeerKeys):
-    """Of NoLoCo."""
+    """The keys of NoLoCo."""
 
     local_steps: Positive = 10
     """batches between two exchanges"""

@@ -94,7 +94,7 @@ def check(topology: Topology, rate: float) -> None:
 
 
 class Keys(PeerKeys):
-    """Of RelaySGD."""
+    """The keys of RelaySGD."""
 
     momentum: Decay = 0.0
     """beta, of each peer's own momentum"""

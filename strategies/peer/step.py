@@ -301,7 +301,7 @@ def _part(payload: Payload, prefix: str) -> Payload:
 
 
 def _outgoing(peer: Peer, state: PeerState, reader: int = -1) -> Vectors:
-    """The own vectors, for all neighbours or for one."""
+    """The vectors that this peer offers, to all neighbours or to one."""
     algorithm = peer.plan.algorithm
     if isinstance(algorithm, LinkAlgorithm):
         return algorithm.outgoing(state.algorithm, reader)
@@ -309,7 +309,7 @@ def _outgoing(peer: Peer, state: PeerState, reader: int = -1) -> Vectors:
 
 
 def _sent(peer: Peer, state: PeerState) -> Vectors:
-    """Own vectors as neighbours have them."""
+    """This peer's vectors as its neighbours have them."""
     return state.sent or _outgoing(peer, state)
 
 
@@ -323,7 +323,7 @@ def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Orde
 
 
 def _together(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Order) -> Tensor:
-    """The mean of the neighbourhood of one vector."""
+    """The mean of one vector over the neighbourhood."""
     if peer.robust.on:
         return neighbourhood_mean(own, theirs, order.neighbours, peer.robust)
     return weighted(own, theirs, order.neighbours)
@@ -400,7 +400,7 @@ def _finish(
 
 
 def _pair(state: PeerState, oracle: Oracle) -> Callable[[Tensor, Tensor | None], Gradients]:
-    """Gradients on the batch that comes next, at any models."""
+    """A function of gradients on the next batch, at any models."""
 
     def pair(x: Tensor, _: Tensor | None) -> Gradients:
         values, rows, stats = [], [], []

@@ -145,7 +145,7 @@ class Attack:
 
 
 def accuracy(config: Config, kind: str, hostile: int) -> float:
-    """Of the last models, the mean over the honest sites' test parts."""
+    """The accuracy of the last models, the mean over the honest sites' test parts."""
     honest = config.num_sites - hostile
     grid = VirtualGrid(
         client_app,

@@ -92,7 +92,7 @@ def test(network: nn.Module, data: SiteData) -> tuple[float, float]:
 
 
 def plain() -> list[float]:
-    """What a careful engineer writes without any framework; the ends of the rounds."""
+    """Train in a loop without any framework; return the times at which rounds end."""
     ends, everybody = [], sites()
     network = build("cnn", (1, 8, 8), 10, 1)
     for _ in range(ROUNDS):

@@ -167,7 +167,7 @@ class Disk:
 
 
 class Faults:
-    """What can happen.
+    """The kinds of faults, each a function that causes it.
 
     Args:
         deployment, services: to whom.
@@ -227,7 +227,7 @@ class Faults:
 
 
 class Trial(NamedTuple):
-    """How a run went.
+    """The result of a run with a fault.
 
     Attributes:
         code: that the start command ended with; None where it had to be ended.

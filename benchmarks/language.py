@@ -72,7 +72,7 @@ def of_peers(strategy: str) -> bool:
 
 
 def common(path: str) -> dict[str, Any]:
-    """What all methods share: ``conf/language.toml`` without its method."""
+    """The keys that all methods share: ``conf/language.toml`` without its method."""
     keys = flatten(tomllib.loads((ROOT / "conf/language.toml").read_text()))
     return {key: value for key, value in keys.items() if not key.startswith("diloco.")} | {
         "data.path": path

@@ -40,7 +40,7 @@ def mean_model(run: Run) -> dict[str, Tensor]:
 
 
 def largest_eigenvalue(run: Run, steps: int = 15) -> float:
-    """Of the Hessian of the training loss at the mean model, by power iteration."""
+    """The largest eigenvalue of the Hessian at the mean model, by power iteration."""
     config = run.config
     classes = tuple(str(name) for name in run.sites.columns[4:])
     parts = [

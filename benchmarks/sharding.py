@@ -1,4 +1,4 @@
-"""What a process of a site needs of memory, without and with ``sharding``.
+"""Memory of a site's processes, without and with ``sharding``.
 
     python -m benchmarks.sharding [PROCESSES]
 

@@ -1,4 +1,4 @@
-"""What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
+"""The handlers of a site: describe itself, train, evaluate; as a peer, exchange."""
 
 import math
 import traceback

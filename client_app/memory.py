@@ -264,7 +264,7 @@ def restore_from_disk(message: Message, context: Context) -> Path | None:
 
 
 def _folder(context: Context) -> Path | None:
-    """Where a run's memory is kept on disk, or None.
+    """The folder of a run's memory on disk, or None.
 
     In a simulation that is among the results, if it keeps checkpoints and the path of the results
     is absolute.

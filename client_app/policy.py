@@ -1,4 +1,4 @@
-"""What a site is and what runs may ask of it: its operator's ``site.toml``.
+"""The operator's ``site.toml``: what a site is, and what runs may ask of it.
 
 It is checked before any work.
 

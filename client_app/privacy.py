@@ -54,7 +54,7 @@ def cost_of(multiplier: float) -> float:
 
 
 class Account:
-    """What a site has spent, in a file that outlives every process.
+    """The privacy that a site has spent, in a file that outlives every process.
 
     Args:
         folder: the site's state.
@@ -91,11 +91,11 @@ class Account:
         return get_epsilon_gaussian(1 / math.sqrt(spent), self._delta) if spent else 0.0
 
     def left(self, cost: float, budget: float) -> int:
-        """How many answers of such a cost are left; none is told beyond a million."""
+        """How many answers of such a cost are left, at most a million."""
         return bisect(range(10**6), budget, key=lambda uses: self.epsilon((uses + 1) * cost))
 
     def charge(self, more: float) -> None:
-        """It is on disk when this returns: only then may an answer leave."""
+        """Spend ``more``; it is on disk when this returns: only then may an answer leave."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps({"spent": self._spent() + more}).encode())
 
@@ -154,7 +154,7 @@ class Noise:
 
     @classmethod
     def of(cls, context: Context) -> "Noise | None":
-        """As the node's configuration says; None where it says nothing.
+        """The noise that the node's configuration asks for; None where it asks for none.
 
         Raises:
             BudgetError: not even one answer is left.

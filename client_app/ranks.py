@@ -28,7 +28,7 @@ STATE = "state/"  # before the names of what the site remembers
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Inside, an error ends this process.
+    """A context in which an error ends this process.
 
     The others would wait for it; so torchrun ends them too, and starts all again.
     """

@@ -99,7 +99,7 @@ class Keyring:
         self._number, self._private, self._public, self._nonces = number, private, public, nonces
 
     def _shared(self, other: int, run: int) -> AESGCM:
-        """What only this site and ``other`` can compute.
+        """The secret that only this site and ``other`` can compute.
 
         Raises:
             SealError: the public key or the nonce of ``other`` is not known, or the key is none.

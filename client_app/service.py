@@ -176,7 +176,7 @@ class Service:
                 self._reject(connection)
 
     def _reject(self, connection: socket.socket) -> None:
-        """Whoever opens many connections and sends nothing gets no more threads and files."""
+        """Answer that the service is busy; no thread or file is spent on the connection."""
         with connection, suppress(OSError):
             connection.setblocking(False)
             framing.send_text(
@@ -524,7 +524,7 @@ def _bytes(content: RecordDict) -> int:
 
 @contextmanager
 def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
-    """Inside, the main thread has so many seconds, and is interrupted after them.
+    """A context in which the main thread is interrupted after so many seconds.
 
     The event says whether it was. It is interrupted, too, by the alarm that comes with
     ``unwanted``.
@@ -659,7 +659,7 @@ def _spent(site: SiteFile) -> str:
 
 @contextmanager
 def _lock_state(site: SiteFile) -> Iterator[None]:
-    """Inside, no other service uses the state.
+    """A context in which no other service uses the state.
 
     Two would forget each other's runs, and what the other spends.
     """

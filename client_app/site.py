@@ -454,7 +454,7 @@ def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteD
 
 
 def private(context: Context, network: Network) -> Noise | None:
-    """What this site does to what leaves.
+    """The noise that this site adds to its answers, if any.
 
     Raises:
         ValueError: it cannot be done to this network, or the site's epsilon is spent.
@@ -470,7 +470,7 @@ def private(context: Context, network: Network) -> Noise | None:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, dropout draws from a seed of this site and round.
+    """A context in which dropout draws from a seed of this site and round.
 
     It knows no generator but torch's global one.
     """

@@ -319,7 +319,7 @@ def evaluate(
     details: bool = False,
     at_once: int = EVALUATION_BATCH,
 ) -> dict[str, float | list[float]]:
-    """What the mean prediction of one or several models is worth, as means over examples.
+    """Test the mean prediction of one or several models; return means over examples.
 
     Args:
         task: what is measured.

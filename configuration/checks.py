@@ -1,4 +1,4 @@
-"""What does not go together in a configuration, and keys that nobody would read."""
+"""Checks of keys that do not go together, and of keys without effect."""
 
 from collections.abc import Iterator
 from functools import cache

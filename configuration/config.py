@@ -203,7 +203,7 @@ FREE = ("min-sites", "timeout-s", "patience-s", *(f"results.{key}" for key in RE
 
 
 def identity(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run configuration, with keys with dots, that of a certain run."""
+    """The part of a run configuration that identifies the run; keys have dots."""
     return {key: value for key, value in run_config.items() if key not in FREE}
 
 

@@ -49,7 +49,7 @@ class Description(BaseModel):
         columns: Sequence[str],
         moments: Sequence[Sequence[float]],
     ) -> "Description":
-        """Of a run; ``moments`` as the sites agreed on them, (known, mean, variance) or nothing."""
+        """The description of a run's models; ``moments`` are (known, mean, variance) or nothing."""
         _, mean, variance = moments or ((), (), ())
         return cls(
             model=config.model,

@@ -50,7 +50,7 @@ CODE = _code()  # now: later the files may be others than those that this proces
 
 
 def cache_folder(name: str) -> Path:
-    """Where this user's cache has things of a kind; its ``~`` is not yet expanded.
+    """The folder of one kind of entry in this user's cache; its ``~`` is not yet expanded.
 
     Expanding it may fail.
     """
@@ -84,7 +84,7 @@ def fingerprint(files: Path | None) -> str:
 def cached(
     source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]
 ) -> Examples:
-    """What ``decode`` returns, with contiguous tensors; from disk if it was called before.
+    """The examples that ``decode`` returns; from disk if it was called before.
 
     That is before for the same contents, options and code. Lazy examples are returned as they are.
 

@@ -225,7 +225,7 @@ _pools: WeakSet[_Pool] = WeakSet()
 
 @contextmanager
 def _no_main() -> Iterator[None]:
-    """Inside, processes that start do not import this program's main module.
+    """A context in which new processes do not import this program's main module.
 
     Readers need nothing of it, and it may be slow.
     """

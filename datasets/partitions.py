@@ -1,4 +1,4 @@
-"""Who gets what in a simulation. Every example goes to exactly one site.
+"""Partitions of a simulation's data: every example goes to exactly one site.
 
 A partition is a function of labels [n] (all 0 where examples have no classes), the number of sites
 and a generator, which returns a list of index arrays, one a site; what it takes beside these are
@@ -237,7 +237,7 @@ def _of_sites(groups: Indices | None, names: Sequence[str], num_sites: int, key:
 
 
 def _checked(parts: object, num_examples: int, num_sites: int, key: str) -> list[Indices]:
-    """What a partition of one's own returned, if every example goes to exactly one site."""
+    """A user's partition, checked: every example must go to exactly one site."""
     if not isinstance(parts, list | tuple) or len(parts) != num_sites:
         got = f"{len(parts)} of them" if isinstance(parts, list | tuple) else type(parts).__name__
         raise PartitionError(

@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 class SiteData(NamedTuple):
-    """What a site holds.
+    """The data of one site.
 
     Attributes:
         train, test: its examples.
@@ -177,7 +177,7 @@ def _missing(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """What to say about values that hide all others: one typing error moves all sites' moments.
+    """Notes on outliers: one typing error would move all sites' moments.
 
     Deviations are those of a normal distribution with the same quartiles, which few values do not
     move.
@@ -203,7 +203,7 @@ class Moments(NamedTuple):
     variance: tuple[float, ...]
 
     def check(self, columns: Sequence[str]) -> Self:
-        """These moments, if those of a table could be like them.
+        """Check that a table could have these moments, and return them.
 
         Raises:
             SourceError: not one of each for each of ``columns``, or one is negative, not finite or

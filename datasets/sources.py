@@ -234,7 +234,7 @@ def load(
 
 
 def fingerprint(source: str, path: str) -> str:
-    """Of the files that :func:`load` would read (:func:`datasets.cache.fingerprint`).
+    """The fingerprint of the files that :func:`load` would read (:mod:`datasets.cache`).
 
     A function of one's own is taken to read ``path``, where there is such a file or folder.
 

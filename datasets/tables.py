@@ -295,7 +295,7 @@ def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str
 
 
 def _targets(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
-    """What is to be predicted, its names, and the columns that it was made of."""
+    """The targets to predict, their names, and the columns that they were made of."""
     return _labels(table, label) if target == "class" else _several(table, label, target)
 
 

@@ -1,4 +1,4 @@
-"""What each party of a deployment needs, from the templates in this folder.
+"""Makes the files of each party of a deployment, from the templates in this folder.
 
     python -m deploy server NAME...           on the server, with the names and IPs that sites call
     python -m deploy site NUMBER NAME SERVER  on a site's machine

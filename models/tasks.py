@@ -274,7 +274,7 @@ def _language_metrics(loss: float, _: list[float], targets: Targets) -> dict[str
 
 
 def _map_means(outputs: Tensor, y: Tensor) -> Tensor:
-    """Of each class: pixels that are it and are taken for it; those that are it or taken for it."""
+    """The means of each class: pixels in intersection and union of truth and prediction."""
     size, counts = outputs.shape[1], (y != IGNORED).cpu()
     real, decided = y.cpu()[counts], outputs.argmax(1).cpu()[counts]
     both = torch.bincount(real[real == decided], minlength=size)

@@ -179,7 +179,7 @@ def server(
     data: Callable[[Mapping[str, str]], object],
     metrics: Callable[[], bytes],
 ) -> _Server:
-    """What serves the page at ``/``, its data at ``/data`` and metrics at ``/metrics``.
+    """An HTTP server of the page at ``/``, its data at ``/data`` and metrics at ``/metrics``.
 
     It reads and never writes.
 

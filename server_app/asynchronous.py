@@ -64,7 +64,7 @@ class _Flight(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a site sent: update, version it began with, number of batches, largest magnitude."""
+    """A site's update, the version it began with, its batches, its largest magnitude."""
 
     update: Update
     version: int
@@ -177,7 +177,7 @@ class Asynchronous:
             self._report.emit(Checkpoint(self._checkpoint))
 
     def run(self, arrays: ArrayRecord) -> ArrayRecord:
-        """From the initial model, or where a checkpoint was, to the last one.
+        """Train from the initial model, or from that of a checkpoint, to the last one.
 
         Raises:
             RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what
@@ -238,7 +238,7 @@ class Asynchronous:
         self._mailbox.send(messages)
 
     def _local(self, node: int) -> Local:
-        """What a site is to do.
+        """The instruction for a site.
 
         With ``by_speed``, so many batches that all sites take equally long (DyLU).
         """

@@ -1,4 +1,4 @@
-"""What happened in a run, one line of JSON an event.
+"""The event log of a run: one line of JSON for each event.
 
 For the file ``events.jsonl`` of its folder, and the log of ``results.log = "json"``.
 """

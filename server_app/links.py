@@ -1,4 +1,4 @@
-"""What peers offered to each other, as the relay keeps it until it is delivered."""
+"""Stores what peers offer to each other until it is delivered."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

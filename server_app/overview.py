@@ -1,4 +1,4 @@
-"""What the page shows of a run that goes on, was killed, or is over, from its folder's files.
+"""The overview of a run for the page, from the files of its folder.
 
 The files are ``config.toml``, ``sites.csv``, ``metrics.csv`` and ``events.jsonl``; a folder without
 the last one, of an older version, says less.
@@ -308,7 +308,7 @@ def _sites_file(file: Path) -> list[dict[str, Any]]:
 
 
 def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: bool) -> None:
-    """From the event log: each site's last answer, what it does, why it was left out, how often."""
+    """Add to the rows of sites what the event log says: last answer, state, refusals by rule."""
     for line in lines:
         reported = line.get("reported")
         for number in rows if reported == ALL else reported or ():

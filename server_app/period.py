@@ -1,4 +1,4 @@
-"""What an asynchronous run gathers from test to test."""
+"""Statistics of an asynchronous run between two tests."""
 
 import math
 from collections import Counter, defaultdict
@@ -10,7 +10,7 @@ from strategies.protocol import TrainMetrics
 
 
 class Period:
-    """What arrived since the last test.
+    """Statistics of the contributions since the last test.
 
     Args:
         start: how far the run was then.

@@ -145,7 +145,7 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
 
 
 def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
-    """Of an asynchronous run: how stale contributions were, and how often each site contributed."""
+    """Plot the staleness of contributions, and how often each site contributed."""
     trained = metrics[metrics["split"] == "train"]
     stale = trained[(trained["site"] == "all") & trained["metric"].str.startswith("staleness-")]
     counts = stale.groupby(stale["metric"].str.removeprefix("staleness-").astype(int))[

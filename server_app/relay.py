@@ -371,7 +371,7 @@ class Relay:
     # Tests.
 
     def _record_metrics(self, peer: int, step: int, metrics: StepMetrics) -> None:
-        """What a peer reports of its training and, where it tested, of the test."""
+        """Record what a peer reports of its training and, where it tested, of the test."""
         number = self._plan.exchange(step) + 1
         # If the test is older, the peer was away when the others took it.
         tested = metrics.test_examples is not None and number > self._written

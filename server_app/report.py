@@ -1,4 +1,4 @@
-"""What sites report on its way into the history: counted, read, timed."""
+"""Reads, counts and times what sites report, on its way into the history."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Measure(NamedTuple):
-    """What tests of a run measure.
+    """The metrics that tests of a run measure.
 
     Attributes:
         task: what is trained.
@@ -76,7 +76,7 @@ _BY_PEER = re.compile(r"site (\d{1,9}): (.*?(?:\(([a-z.-]+)\))?)", re.DOTALL)
 
 
 class Moment(NamedTuple):
-    """How far a run was.
+    """The time and the traffic of a run at some moment.
 
     Attributes:
         seconds: since the first round.
@@ -146,7 +146,7 @@ class Report:
     def receive(
         self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]
     ) -> T | InvalidReply:
-        """What ``read`` makes of a reply, or why it cannot be used, which is logged, too.
+        """Read a reply with ``read``; return the result, or the error, which is logged, too.
 
         Args:
             node: whom it is from.
@@ -199,7 +199,7 @@ class Report:
             self.emit(Refused(*what, self._clock.now() - self._start, f"site {by.number}"))
 
     def refused_in(self, number: int) -> str:
-        """What was refused in a round, update or step, and why."""
+        """What was refused in a round, update or step, and why, in words."""
         return together(
             {
                 f"site {self._sites[node].number}": why

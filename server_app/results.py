@@ -201,7 +201,7 @@ class History:
 
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
-    """Of :attr:`History.sites`, a row a site by its name and a column a class.
+    """The examples of each class: a row a site by its name and a column a class.
 
     No columns where sites do not report their classes.
     """

@@ -135,7 +135,7 @@ class Roster:
         return self._sites[site].state == "silent"
 
     def due(self, count: int) -> list[int]:
-        """Who is away, connected, and to be called again when the driver's count is ``count``."""
+        """The sites that are away, connected, and due to be called at the driver's ``count``."""
         away = ((site, each) for site, each in self._sites.items() if each.state != "here")
         return [site for site, each in away if each.connected and each.call_from <= count]
 

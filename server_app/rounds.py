@@ -157,7 +157,7 @@ class Rounds:
         }
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
-        """From the initial model, or that of a checkpoint, to the last one.
+        """Train from the initial model, or from that of a checkpoint, to the last one.
 
         Args:
             arrays: the model.

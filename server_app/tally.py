@@ -12,7 +12,7 @@ from strategies.protocol import StepMetrics
 
 @dataclass
 class PeerTest:
-    """What peers found when they tested after an exchange, and reported of their training before.
+    """Peers' tests after an exchange, and what they reported of their training before.
 
     Attributes:
         moment: of the last answer.
@@ -25,7 +25,7 @@ class PeerTest:
     train: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def train_means(self) -> dict[str, float]:
-        """Over the peers that report it, each metric."""
+        """The mean of each training metric over the peers that report it."""
         names = sorted({name for each in self.train.values() for name in each})
         found = {
             name: [each[name] for each in self.train.values() if name in each] for name in names

@@ -173,7 +173,7 @@ class Run:
         return Comparison({self.config.strategy: [self]}).plot(metric)
 
     def plot_sites(self) -> Figure:
-        """Who has what: sites by classes.
+        """Plot the examples of each class at each site.
 
         Raises:
             ValueError: the sites of a deployment do not tell; examples have no classes.

@@ -33,7 +33,7 @@ PerSite = Above0 | list[Above0] | Lognormal
 
 
 class World(BaseModel):
-    """What Flower's own simulation does not know: speed, links, and sites that come and go.
+    """The speeds, links and outages of sites, which Flower's own simulation does not have.
 
     A number holds for all sites, a list has one for each, :class:`Lognormal` draws one for each.
 
@@ -83,7 +83,7 @@ class World(BaseModel):
             )
 
     def sites(self, num_sites: int, seed: int) -> list["SiteWorld"]:
-        """What each site of a run lives in.
+        """The world of each site of a run.
 
         Raises:
             ConfigError: a list of another length than there are sites, a site that is not there, or

@@ -56,7 +56,7 @@ def decaying(local_epochs: int, run: Run) -> Callable[[Moment], Local]:
 
 
 class ArrivalKeys(Section):
-    """Of asynchronous methods: a site's contribution changes the model when it arrives."""
+    """The keys of asynchronous methods: a contribution changes the model when it arrives."""
 
     local_steps: Positive = 1
     """batches of a contribution; 1: a gradient"""
@@ -94,7 +94,7 @@ class DescentKeys(StalenessKeys):
 
 
 class PeerKeys(Section):
-    """Of peers without a server: they train, then exchange with their neighbours."""
+    """The keys of peers without a server: they train, then exchange with their neighbours."""
 
     local_steps: Positive = 1
     """batches between two exchanges"""

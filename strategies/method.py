@@ -115,7 +115,7 @@ class SiteRule(NamedTuple, Generic[M]):
 
 
 class Mean(NamedTuple):
-    """What came back from a round.
+    """The mean of what came back from a round.
 
     Attributes:
         vectors: the mean over the sites that answered of each vector that they sent: ``x`` [d] and
@@ -230,7 +230,7 @@ class ArrivalPlan(NamedTuple):
 
 
 class Neighbourhood(NamedTuple):
-    """What gradient a peer follows.
+    """The gradient that a peer follows: its own, or one of its neighbourhood.
 
     Attributes:
         at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model,

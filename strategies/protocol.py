@@ -1,4 +1,4 @@
-"""What the server and its sites send each other, typed.
+"""Typed messages between the server and its sites.
 
 One function each way converts between a value and Flower's records.
 
@@ -241,7 +241,7 @@ class SiteCard(Part):
 
 
 class Agreed(NamedTuple):
-    """What all sites know of each other.
+    """The facts that all sites of a run share.
 
     Attributes:
         classes: of all sites.
@@ -324,7 +324,7 @@ def write_order(order: Order) -> ConfigRecord:
 
 
 def write_local(local: Local) -> dict[str, bool | int | float | str]:
-    """What a site is to do, as an order says it: what differs from the default."""
+    """The keys of an order that say what a site is to do, where they differ from the default."""
     found: dict[str, bool | int | float | str] = (
         {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
     )
@@ -441,7 +441,7 @@ def _of_others(config: Mapping[str, Any], prefix: str, length: int) -> dict[int,
 
 
 class Layout(NamedTuple):
-    """Of a model on the wire.
+    """The layout of a model on the wire.
 
     Attributes:
         sizes: elements of each vector.
@@ -456,7 +456,7 @@ class Layout(NamedTuple):
     coded: Mapping[str, tuple[str, tuple[int, ...]]] = {}
 
     def with_codec(self, codec: Codec) -> "Layout":
-        """With updates in a codec, whose payloads are always of the same size."""
+        """This layout with updates in a codec, whose payloads are always of the same size."""
         payload = codec.encode(torch.ones(self.sizes[X]), torch.Generator())
         coded = {
             name: (str(part.dtype).removeprefix("torch."), tuple(part.shape))
@@ -678,7 +678,7 @@ def read_trained(
     sent: Mapping[str, Tensor],
     tested: bool = False,
 ) -> Trained:
-    """What a site made of an order to train.
+    """Read a site's reply to an order to train.
 
     Args:
         content: of the reply.
@@ -716,7 +716,7 @@ def _few(means: list[float] | None, expected: int) -> None:
 def read_tested(
     content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0
 ) -> TestMetrics:
-    """What a site found when it tested the mean prediction of ``models`` models.
+    """Read a site's test of the mean prediction of ``models`` models.
 
     Args:
         content: of the reply.
@@ -760,7 +760,7 @@ def read_offer(
     model: bool,
     means: int = 0,
 ) -> Offer:
-    """What a peer answers to an order.
+    """Read a peer's reply to an order.
 
     Args:
         content: of the reply.
@@ -819,7 +819,7 @@ def _payloads(arrays: ArrayRecord, known: Collection[str]) -> None:
 
 @_border
 def read_card(content: RecordDict) -> SiteCard:
-    """Who a site is and what it holds.
+    """Read a site's card: who it is and what it holds.
 
     Raises:
         InvalidReply: it cannot be used.

@@ -1,4 +1,4 @@
-"""What a server does with one arrival.
+"""The rule by which a server applies one arrival.
 
 Who waits, and in which order arrivals are taken, belongs to the driver.
 

@@ -24,7 +24,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Tracking(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer that tracks the mean gradient.
 
     Attributes:
         x: the model.

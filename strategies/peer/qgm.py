@@ -21,7 +21,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Quasi(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer: its model and its quasi-global momentum.
 
     Attributes:
         x: the model.

@@ -1,4 +1,4 @@
-"""What a peer is, remembers, receives and answers: types of :mod:`strategies.peer.step`."""
+"""The types of :mod:`strategies.peer.step`: a peer, its state, what it gets and answers."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -169,7 +169,7 @@ class Oracle(Protocol):
 
 
 class Result(NamedTuple):
-    """What a step ends with.
+    """The result of a step.
 
     Attributes:
         state: to be remembered.

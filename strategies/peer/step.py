@@ -66,7 +66,7 @@ def reason_of(error: Exception) -> str:
 
 
 class Model(NamedTuple):
-    """What came from a neighbour.
+    """A neighbour's vectors, decoded.
 
     Attributes:
         vectors: its vectors.
@@ -197,7 +197,7 @@ def _usable(
     order: Order,
     decode: Callable[[Peer, PeerState, Received], tuple[PeerState, T]],
 ) -> tuple[PeerState, dict[int, T], tuple[RefusedPayload, ...]]:
-    """Of each neighbour, the newest of what it sent that can be used.
+    """The newest usable payload of each neighbour, decoded; and those that are refused.
 
     Whatever is wrong with what a neighbour sent, which anybody may have made, costs that neighbour
     its part in this exchange, and no other.
@@ -492,7 +492,7 @@ def _offer(
 
 
 def _finite(state: PeerState) -> PeerState:
-    """Nothing else is ever remembered.
+    """The state, if all of it is finite: no other one is ever remembered.
 
     Raises:
         Diverged: part of the state is not finite.

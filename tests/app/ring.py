@@ -54,7 +54,7 @@ class Sites:
             }
 
     def context(self, site: int, config: Config, run: int = 1) -> Context:
-        """Of a site that remembers nothing."""
+        """The context of a site that remembers nothing."""
         return Context(run, 1000 + site, dict(self.nodes[site]), RecordDict(), dict(config.flat()))
 
     def fields(self, site: int, step: int, **changes: Any) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Sites:
         return self.ask(site, "train.peer", self.fields(site, step, **changes), received)
 
     def all_step(self, step: int) -> list[Message]:
-        """Everybody takes a step."""
+        """Let all sites take a step."""
         replies = [self.step(site, step) for site in SITES]
         assert not any(reply.has_error() for reply in replies)
         self.offered[step] = {site: arrays_of(reply) for site, reply in enumerate(replies)}

@@ -33,7 +33,7 @@ FORK.set_forkserver_preload([__name__])
 
 
 class _Forked:
-    """As much of ``subprocess.Popen`` as tests need."""
+    """The part of ``subprocess.Popen`` that tests need."""
 
     def __init__(self, file: Path, log: Path) -> None:
         self._process = FORK.Process(target=_serve, args=[file, log, dict(os.environ)])
@@ -57,7 +57,7 @@ class _Forked:
 
 
 def _serve(file: Path, log: Path, environment: dict[str, str]) -> None:
-    """``python -m client_app.service``."""
+    """Run ``python -m client_app.service`` in this process."""
     with log.open("a") as target:
         for stream in (1, 2):
             os.dup2(target.fileno(), stream)
@@ -152,7 +152,7 @@ def answer_to(
 
 
 def fault(reply: Message) -> str:
-    """What is wrong, or nothing."""
+    """The reason of a reply that is an error; empty where it is none."""
     return str(reply.error.reason) if reply.has_error() else ""
 
 

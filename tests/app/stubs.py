@@ -94,7 +94,7 @@ def honest(config: Config, site: int, message: Message) -> RecordDict:
 
 
 def card(config: Config, site: int) -> SiteCard:
-    """Two classes of 1 x 2 x 2."""
+    """The card of a site with two classes of examples of 1 x 2 x 2."""
     trusting = config.wire.sealing == "trust-on-first-use"
     return SiteCard(
         site=site,
@@ -190,7 +190,7 @@ class Outcome(History):
         self.error: Exception | None = None
 
     def __call__(self, event: Event) -> None:
-        """Keep it."""
+        """Store the event."""
         super().__call__(event)
         if isinstance(event, Refused):
             (self.refused_by if event.by else self.refused).append(event)

@@ -394,7 +394,7 @@ def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
 
 
 class Listening(logging.Handler):
-    """What is logged."""
+    """A handler that collects what is logged."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

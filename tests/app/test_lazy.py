@@ -154,7 +154,7 @@ def test_grey_pictures_stay_grey_when_streamed(tmp_path: Path) -> None:
 
 
 def whole(data: SiteData) -> Part:
-    """Of all sites."""
+    """The data of all sites."""
     rows = torch.arange(len(data.train.x.reader))
     return Part(replace(data.train.x, rows=rows), rows % 2)
 

@@ -105,7 +105,7 @@ class Inside(Service):
         )
 
     def hurry(self, seconds: float) -> None:
-        """From now on work takes no longer."""
+        """Limit the seconds of work from now on."""
         self.site = self.site.model_copy(
             update={"policy": self.site.policy.model_copy(update={"seconds": seconds})}
         )
@@ -149,7 +149,7 @@ class Inside(Service):
         )
 
     def forget_since(self, run: int, memory: Any, files: dict[Path, bytes]) -> None:
-        """What an answer changed."""
+        """Undo what an answer changed."""
         self.runs[run] = memory._replace(
             state=framing.from_bytes(framing.to_bytes({}, memory.state))[1]
         )
@@ -158,7 +158,7 @@ class Inside(Service):
 
 
 def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
-    """A request of a run."""
+    """An honest request of a run."""
     fields: dict[str, Any] = {
         "server-round": step,
         "classes": list("0123456789"),

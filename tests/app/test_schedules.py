@@ -38,7 +38,7 @@ def ages(found: Outcome) -> Counter[int]:
 
 
 def seconds(*of_sites: float) -> Callable[[int, Message], float]:
-    """Of training; a test takes a millisecond."""
+    """Seconds of training; a test takes a millisecond."""
     return lambda site, message: (
         of_sites[site] if message.metadata.message_type == "train" else 1e-3
     )

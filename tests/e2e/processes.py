@@ -178,11 +178,11 @@ class Deployment:
 
     @property
     def names(self) -> list[str]:
-        """Of all processes that were started here."""
+        """The names of all processes that were started here."""
         return list(self._processes)
 
     def process(self, name: str) -> psutil.Process:
-        """One of them."""
+        """The process of this name."""
         return psutil.Process(self._processes[name].pid)
 
     def kill(self, name: str) -> None:
@@ -191,7 +191,7 @@ class Deployment:
         self._processes[name].wait()
 
     def end(self) -> None:
-        """End all that still run."""
+        """End all processes that still run."""
         for name in self._processes:
             if self.running(name):
                 self.kill(name)
@@ -293,12 +293,12 @@ class Services:
         self._processes[site].wait()
 
     def requests(self, site: int) -> list[dict[str, Any]]:
-        """What its audit log says."""
+        """The lines of a site's audit log."""
         file = self.private / f"{site}.audit"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def end(self) -> None:
-        """End all."""
+        """End all services."""
         for site, process in self._processes.items():
             if site in self._several:  # torchrun ends its processes
                 process.terminate()

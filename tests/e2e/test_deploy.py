@@ -84,7 +84,7 @@ class Shell:
         return self.wait()
 
     def begin(self, text: str) -> None:
-        """Do not wait for the end."""
+        """Start commands without waiting for their end."""
         self._command = text
         assert self._process.stdin is not None
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
@@ -102,7 +102,7 @@ class Shell:
         raise AssertionError(f"{self._command}\n{''.join(lines)}")
 
     def close(self) -> None:
-        """End it."""
+        """End the shell."""
         self._process.kill()
         self._process.communicate()
 
@@ -141,7 +141,7 @@ class Machine:
         self.shell = Shell(self.process)
 
     def end(self) -> None:
-        """End it with all that runs there."""
+        """End the shell with all that runs in it."""
         self.shell.close()
         self._outside.kill()
         self._outside.communicate()
@@ -180,7 +180,7 @@ class Deployment:
             )
 
     def type(self, kind: set[str], text: str) -> str:
-        """A block, on the machines on which it is typed."""
+        """Type a block of the guide on the machines that it is for."""
         output = list[str]()
         if "server" in kind:
             output += [

@@ -37,7 +37,7 @@ def users(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, users: None) -> Path:
-    """A server's and two sites'."""
+    """The files of a server and of two sites."""
     kit.main(["--folder", str(tmp_path / "server"), "server", *NAMES])
     for site in range(2):
         kit.main(

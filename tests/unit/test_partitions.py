@@ -1,4 +1,4 @@
-"""Who gets what."""
+"""Partitions of a simulation's data."""
 
 from typing import Any
 

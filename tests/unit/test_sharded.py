@@ -28,7 +28,7 @@ WIDTH = 300
 
 
 class Case(NamedTuple):
-    """How to train."""
+    """The settings of a training."""
 
     optimizer: str = "sgd"
     rho: float = 0.0

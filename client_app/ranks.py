@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from client_app import framing
 
-MEET_S = 60.0  # one that is through with a request waits so long for the others
+BARRIER_S = 60.0  # one that is through with a request waits so long for the others
 IDLE = timedelta(days=3650)  # from request to request
 SHARDING = "sharding"  # in the node's configuration: no process has a whole model
 STATE = "state/"  # before the names of what the site remembers
@@ -114,11 +114,13 @@ class Ranks:
         )
         return head, content, state
 
-    def meet(self, *, alone: bool = False) -> None:
+    def barrier(self, *, alone: bool = False) -> None:
         """Wait until all are through with the request; if one fails, end this process.
 
         ``alone``: rank 0 has work that the others have not.
         """
         if self.count > 1:
             with all_or_none():
-                dist.monitored_barrier(self._control, IDLE if alone else timedelta(seconds=MEET_S))
+                dist.monitored_barrier(
+                    self._control, IDLE if alone else timedelta(seconds=BARRIER_S)
+                )

@@ -302,7 +302,7 @@ class Service:
             Noise.of(context)  # an epsilon that is spent is said before the others begin
         self._ranks.share(message, context)
         reply = handlers(message, context)
-        self._ranks.meet()
+        self._ranks.barrier()
         self.runs[run] = memory._replace(state=context.state)
         if reply.has_error():
             return reply, {}
@@ -468,7 +468,7 @@ def follow(ranks: Ranks) -> None:
         }
         reply = handlers(message, Context(run, node, node_config, state, head["run-config"]))
         # When sharded, rank 0 alone codes whole vectors and adds noise to them.
-        ranks.meet(alone=SHARDING in node_config and not reply.has_error())
+        ranks.barrier(alone=SHARDING in node_config and not reply.has_error())
 
 
 @lru_cache(maxsize=RUNS)

@@ -201,13 +201,13 @@ def sharded(base: Gradient, model: ShardedModel) -> Gradient:
         with all_or_none():
             value, g = base(x, (part[0], part[1]) if model.share else batch, track=track)
             kept = [buffer.reshape(-1) for buffer in model.statistics] if track else []
-            together = torch.cat([value.reshape(1), *kept]).mul_(model.share)
-            dist.all_reduce(together)
+            summed = torch.cat([value.reshape(1), *kept]).mul_(model.share)
+            dist.all_reduce(summed)
         for buffer, mean in zip(
-            model.statistics, together[1:].split([len(each) for each in kept]), strict=False
+            model.statistics, summed[1:].split([len(each) for each in kept]), strict=False
         ):
             buffer.copy_(mean.view(buffer.shape))
-        return together[0], g
+        return summed[0], g
 
     return gradient
 

@@ -51,7 +51,7 @@ UNUSED: dict[type, set[str]] = {
 }
 
 
-def together(config: "Config", method: Method[Any]) -> Iterator[str]:
+def mistakes(config: "Config", method: Method[Any]) -> Iterator[str]:
     """The mistakes of keys that do not fit together, a line each."""
     try:
         plan = config.plan

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from configuration.checks import together
+from configuration.checks import mistakes
 from configuration.errors import ConfigError, changed, shown, shown_key
 from configuration.flower import flatten_dict
 from configuration.former import new_key
@@ -160,7 +160,7 @@ class Config(BaseModel):
             "",
             errors,
         )
-        if errors or found is None or (errors := list(together(found, method))):
+        if errors or found is None or (errors := list(mistakes(found, method))):
             raise ConfigError("\n".join(errors))
         return found
 

@@ -24,7 +24,7 @@ from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
-from server_app.report import Moment, Report
+from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
@@ -137,7 +137,7 @@ class Asynchronous:
         What sites did since then is lost: they are sent the newest model again.
         """
         self._resumed = dict(state)
-        self._report.resume(Moment(*state["now"]))
+        self._report.resume(Snapshot(*state["now"]))
         self._extremes, self._updates, self._tested, self._done, start = state["counts"]
         self._period = Period(start)
         nodes = {site.number: site.node for site in self._sites.values()}

@@ -75,7 +75,7 @@ def report_consensus(
         )
         for node, reply in exchange(grid, messages, config.timeout_s)
     ]
-    means = measure.together(
+    means = measure.combined(
         [answer.named() for answer in answers if not isinstance(answer, InvalidReply)]
     )
     found |= {

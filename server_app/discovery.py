@@ -15,7 +15,7 @@ from datasets.errors import SourceError
 from datasets.site import Moments, merge
 from models.pretrained import digest
 from server_app.exchange import clock_of, exchange, gone
-from server_app.roster import together
+from server_app.roster import grouped_reasons
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
 from strategies.protocol import Agreed, InvalidReply, SiteCard, Started, printable, read_card
 from strategies.records import CONFIG, code_version
@@ -149,7 +149,7 @@ def discover(grid: Grid, config: Config, before: Federation | None = None) -> Fe
     reasons = {failure: failures.count(failure) for failure in sorted(set(failures))}
     if misfits:
         reasons[
-            together(
+            grouped_reasons(
                 {f"{cards[node].name} (node {node})": reason for node, reason in misfits.items()}
             )
         ] = len(misfits)

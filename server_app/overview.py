@@ -79,7 +79,7 @@ def overview(folder: Path, name: str = "") -> dict[str, Any]:
     return found | {"name": name or folder.name, "updated": _newest(folder), "live": going}
 
 
-def brief(folder: Path, name: str) -> dict[str, Any]:
+def summary(folder: Path, name: str) -> dict[str, Any]:
     """The row of a run in the list of runs."""
     found = overview(folder, name)
     return {
@@ -210,11 +210,11 @@ def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
     """Each metric by round, seconds and bytes: of all sites together, the least and the most."""
     names = (headline, "loss") if split == "test" else (headline, *TRAINING)
     rows = rows[rows["metric"].isin(names)]
-    together = rows[rows["site"] == EVERYBODY].drop_duplicates(["round", "metric"], keep="last")
-    table = together.pivot(index="round", columns="metric", values="value")
+    of_all = rows[rows["site"] == EVERYBODY].drop_duplicates(["round", "metric"], keep="last")
+    table = of_all.pivot(index="round", columns="metric", values="value")
     if table.empty:
         return {"round": [], "seconds": [], "bytes": [], "metrics": {}}
-    where = together.groupby("round")[["seconds", "bytes_up", "bytes_down"]].max()
+    where = of_all.groupby("round")[["seconds", "bytes_up", "bytes_down"]].max()
     chosen = table.index[
         np.unique(np.linspace(0, len(table) - 1, min(len(table), POINTS)).round().astype(int))
     ]

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server_app.report import Moment
+from server_app.report import Snapshot
 from strategies.protocol import TrainMetrics
 
 
@@ -41,10 +41,10 @@ class Period:
         of_sites = {
             node: _row(self._ages.get(node, []), self._losses.get(node, [])) for node in nodes
         }
-        together = _row(ages, losses)
-        together |= {"lr-first": self._rates[0], "lr-last": self._rates[-1]} if self._rates else {}
+        of_all = _row(ages, losses)
+        of_all |= {"lr-first": self._rates[0], "lr-last": self._rates[-1]} if self._rates else {}
         counts = sorted(Counter(map(round, ages)).items())
-        return of_sites, together | {f"staleness-{age}": float(count) for age, count in counts}
+        return of_sites, of_all | {f"staleness-{age}": float(count) for age, count in counts}
 
 
 def _row(ages: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class PendingTest:
         answers: what sites found, by node.
     """
 
-    moment: Moment
+    moment: Snapshot
     done: float
     waiting: set[int]
     train: Mapping[str, float]

@@ -195,7 +195,7 @@ def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def who_has_what(counts: pd.DataFrame) -> Figure:
+def plot_class_counts(counts: pd.DataFrame) -> Figure:
     """``counts``, a row a site and a column a class: the darker, the more examples."""
     table = counts.to_numpy()
     num_sites, num_classes = table.shape

@@ -23,7 +23,7 @@ from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.links import Links
-from server_app.report import Moment, Report
+from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
@@ -103,7 +103,7 @@ class Relay:
 
         A peer whose answer is not in it is asked for the same step again, and answers the same.
         """
-        self.report.resume(Moment(*state["now"]))
+        self.report.resume(Snapshot(*state["now"]))
         self._courses = {number: _Course(*course) for number, course in state["courses"].items()}
         self._roster.load_state_dict(state["roster"], self._clock.now())
         self._links.load_state_dict(state["links"], offers)

@@ -15,7 +15,7 @@ from models.tasks import Targets, Task, numbers
 from server_app.discovery import Federation
 from server_app.events import EVERYBODY, Away, Back, Event, Progress, Refused, Reported, Sink
 from server_app.exchange import TOO_LATE, Clock
-from server_app.roster import together
+from server_app.roster import grouped_reasons
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
 from strategies.method import PeerPlan
@@ -53,7 +53,7 @@ class Measure(NamedTuple):
         """The metrics of one site's test."""
         return self.task.measured(numbers(found), self.targets)
 
-    def together(self, found: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
+    def combined(self, found: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
         """The metrics of all sites' examples; {} of none."""
         return self.task.measured(
             weighted_mean([numbers(each) for each in found], NUM_EXAMPLES), self.targets
@@ -75,7 +75,7 @@ LONGEST_REASON = 1000  # characters of what a peer says
 _BY_PEER = re.compile(r"site (\d{1,9}): (.*?(?:\(([a-z.-]+)\))?)", re.DOTALL)
 
 
-class Moment(NamedTuple):
+class Snapshot(NamedTuple):
     """The time and the traffic of a run at some moment.
 
     Attributes:
@@ -121,11 +121,11 @@ class Report:
         """Pass an event to the sink."""
         self._sink(event)
 
-    def moment(self) -> Moment:
+    def moment(self) -> Snapshot:
         """The present moment of the run."""
-        return Moment(self._clock.now() - self._start, dict(self._traffic))
+        return Snapshot(self._clock.now() - self._start, dict(self._traffic))
 
-    def resume(self, moment: Moment) -> None:
+    def resume(self, moment: Snapshot) -> None:
         """Go on counting from a moment."""
         self._start, self._traffic = self._clock.now() - moment.seconds, dict(moment.traffic)
 
@@ -200,7 +200,7 @@ class Report:
 
     def refused_in(self, number: int) -> str:
         """What was refused in a round, update or step, and why, in words."""
-        return together(
+        return grouped_reasons(
             {
                 f"site {self._sites[node].number}": why
                 for node, (when, why) in self._refused.items()
@@ -213,8 +213,8 @@ class Report:
         number: int,
         split: str,
         of_sites: Mapping[int, Mapping[str, float]],
-        together: Mapping[str, float] | None,
-        moment: Moment | None = None,
+        combined: Mapping[str, float] | None,
+        moment: Snapshot | None = None,
     ) -> None:
         """Emit what each site reported, by node, and the mean over them.
 
@@ -228,12 +228,12 @@ class Report:
                         number, seconds, site.number, split, of_sites[node], *traffic[site.number]
                     )
                 )
-        if together is not None:
+        if combined is not None:
             up, down = (sum(column) for column in zip(*traffic.values(), strict=True))
-            self.emit(Reported(number, seconds, EVERYBODY, split, together, up, down))
+            self.emit(Reported(number, seconds, EVERYBODY, split, combined, up, down))
 
     def test(
-        self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment
+        self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Snapshot
     ) -> dict[str, float]:
         """Emit what each site found in a test, by node, and what all found together.
 
@@ -252,18 +252,18 @@ class Report:
                     "test",
                     f"training.task makes no metrics of it: {type(error).__name__}: {error}",
                 )
-        together = self.measure.together([found[node] for node in self._sites if node in of_sites])
+        combined = self.measure.combined([found[node] for node in self._sites if node in of_sites])
         if isinstance(self._config.plan, PeerPlan):
-            together |= self.measure.extremes(list(of_sites.values()))
-        self.write(number, "test", of_sites, together or None, moment)
-        return together
+            combined |= self.measure.extremes(list(of_sites.values()))
+        self.write(number, "test", of_sites, combined or None, moment)
+        return combined
 
     def progress(
         self,
         number: int,
         epochs: float | None,
         done: float,
-        moment: Moment,
+        moment: Snapshot,
         train: Mapping[str, float],
         test: Mapping[str, float],
         tested: int | None = None,

@@ -307,16 +307,16 @@ class Models:
     """
 
     def __init__(self, history: History, folder: Path) -> None:
-        self._history, self._folder, self._behind = history, folder, False
+        self._history, self._folder, self._outdated = history, folder, False
 
     def __call__(self, event: Event) -> None:
         """Write the newest model."""
-        self._behind = self._behind or isinstance(event, NewModel)
-        if self._behind and isinstance(event, NewModel | Ended):
+        self._outdated = self._outdated or isinstance(event, NewModel)
+        if self._outdated and isinstance(event, NewModel | Ended):
             for name, state in self._history.models.items():
                 file = self._folder / f"{name}.safetensors"
                 write_model(file, state, self._history.description)
-            self._behind = False
+            self._outdated = False
 
 
 class Checkpoints:
@@ -377,17 +377,17 @@ class Pictures:
         """Draw the sites when the run begins, then the curves."""
         match event:
             case Began():
-                self.introduce()
+                self.draw_sites()
             case Progress() if time.monotonic() - self._drawn > DRAW_EVERY_S:
-                self.draw()
+                self.draw_curves()
             case Ended() if self._history.rows:
-                self.draw()
+                self.draw_curves()
 
-    def introduce(self) -> None:
+    def draw_sites(self) -> None:
         """Draw who has which examples, and the communication graph."""
         sites, config = self._history.sites, self._history.config
         if not (counts := class_counts(sites)).empty:
-            plots.save(plots.who_has_what(counts), self._folder / "sites.png")
+            plots.save(plots.plot_class_counts(counts), self._folder / "sites.png")
         if isinstance(config.plan, PeerPlan):
             found = graph_of(config)
             plots.save(
@@ -395,7 +395,7 @@ class Pictures:
                 self._folder / "topology.png",
             )
 
-    def draw(self) -> None:
+    def draw_curves(self) -> None:
         """Draw the curves of the metrics so far."""
         metrics, config = self._history.metrics, self._history.config
         title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
@@ -437,7 +437,7 @@ class Report:
             self._due = end + max(DRAW_EVERY_S, 100 * (end - start))
 
 
-class Printed:
+class TextConsole:
     """The sink of the console: what will run, a line of progress a round, a table at the end.
 
     Args:
@@ -483,12 +483,12 @@ class Printed:
         if not tested.empty:
             last = tested[tested["round"] == tested["round"].max()]
             console.print(self._table(last))
-            together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
+            consensus = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
             name = config.task.headline
-            if f"{name}-of-mean" in together:
+            if f"{name}-of-mean" in consensus:
                 found = (
-                    f"{name} {together[f'{name}-of-mean']:.4f}, "
-                    f"consensus distance {together['consensus-distance']:.3g}"
+                    f"{name} {consensus[f'{name}-of-mean']:.4f}, "
+                    f"consensus distance {consensus['consensus-distance']:.3g}"
                 )
                 console.print(f"the mean of all models: {found}")
             end = last.iloc[-1]
@@ -599,7 +599,7 @@ class Folder(History):
                 self._trackers.begin(self.path),
                 Checkpoints(self, self.path, self._started),
             ]
-            self._console = self._json_console or Printed(self, self.path)
+            self._console = self._json_console or TextConsole(self, self.path)
         if not self._sinks:
             return
         failed = self._end(event) if isinstance(event, Ended) else None

@@ -175,11 +175,11 @@ class Roster:
         }
         return (
             f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. "
-            f"{together(reasons)}"
+            f"{grouped_reasons(reasons)}"
         )
 
 
-def together(reasons: Mapping[str, str]) -> str:
+def grouped_reasons(reasons: Mapping[str, str]) -> str:
     """Why sites are left out, by their names: those of the same reason together, the first few."""
     of_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -25,8 +25,7 @@ from server_app.bound import FEW, Bound, Change
 from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch
 from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
-from server_app.report import Moment as Reached
-from server_app.report import Report
+from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from server_app.spool import Spool
 from strategies.averaging.mean import extent, magnitude, too_large
@@ -62,7 +61,7 @@ class Answer(NamedTuple, Generic[T]):
 
 
 @runtime_checkable
-class Remembers(Protocol):
+class Stateful(Protocol):
     """A strategy that remembers more than the model from round to round."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,13 +128,13 @@ class Rounds:
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on after the round of a checkpoint."""
         self._number, self._done, self._tested = state["number"], state["done"], state["tested"]
-        self._report.resume(Reached(*state["now"]))
-        self._reached = Reached(*state["reached"])
+        self._report.resume(Snapshot(*state["now"]))
+        self._reached = Snapshot(*state["reached"])
         nodes = {site.number: site.node for site in self._sites.values()}
         for name, changes in state["bounds"].items():
             for number, change in changes.items():
                 self._bounds[name].largest[nodes[number]] = change
-        if isinstance(self._strategy, Remembers):
+        if isinstance(self._strategy, Stateful):
             self._strategy.load_state_dict(state["strategy"])
 
     def _checkpoint(self) -> dict[str, Any]:
@@ -151,9 +150,7 @@ class Rounds:
                 name: {numbers[node]: each for node, each in bound.largest.items()}
                 for name, bound in self._bounds.items()
             },
-            "strategy": self._strategy.state_dict()
-            if isinstance(self._strategy, Remembers)
-            else {},
+            "strategy": self._strategy.state_dict() if isinstance(self._strategy, Stateful) else {},
         }
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
@@ -313,7 +310,7 @@ class Rounds:
         }
 
     def _report_test(
-        self, number: int, tested: dict[int, TestMetrics], reached: Reached
+        self, number: int, tested: dict[int, TestMetrics], reached: Snapshot
     ) -> dict[str, float]:
         """Report a test as of a moment; what all sites found together, {} where nobody could."""
         return self._report.test(

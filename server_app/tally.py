@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server_app.report import Moment
+from server_app.report import Snapshot
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.protocol import StepMetrics
 
@@ -20,7 +20,7 @@ class PeerTest:
         train: of each peer, means since its last test; the first and the last rate.
     """
 
-    moment: Moment
+    moment: Snapshot
     answers: dict[int, dict[str, float | list[float]]] = field(default_factory=dict)
     train: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -56,11 +56,11 @@ class Tally:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
         for number, (moment, answers, train) in state["tests"].items():
-            self._tests[number] = PeerTest(Moment(*moment), answers, train)
+            self._tests[number] = PeerTest(Snapshot(*moment), answers, train)
         for peer, found in state["train"].items():
             self._train[peer].update(found)
 
-    def add(self, peer: int, metrics: StepMetrics, number: int | None, moment: Moment) -> None:
+    def add(self, peer: int, metrics: StepMetrics, number: int | None, moment: Snapshot) -> None:
         """A peer took a step, in which it tested after the exchange ``number``, or not."""
         if metrics.disagreement is not None:  # before it trained on
             self._train[peer]["disagreement"].append(metrics.disagreement)
@@ -80,7 +80,7 @@ class Tally:
             if value is not None:
                 self._train[peer][name].append(value)
 
-    def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Moment) -> None:
+    def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Snapshot) -> None:
         test = self._tests.setdefault(number, PeerTest(moment))
         test.moment = moment
         found = {

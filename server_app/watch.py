@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from page import address_of, server
-from server_app.overview import brief, overview, runs
+from server_app.overview import overview, runs, summary
 
 NEWEST = 100  # runs in the list
 
@@ -29,7 +29,7 @@ NEWEST = 100  # runs in the list
 def data(root: Path, query: Mapping[str, str]) -> dict[str, Any] | None:
     """What the page asks for: a run by its name in the list, or the list."""
     if "run" not in query:
-        return {"runs": list(newest(root, brief))}
+        return {"runs": list(newest(root, summary))}
     folder = runs(root).get(query["run"])
     return {"run": overview(folder, query["run"])} if folder else None
 

@@ -223,10 +223,10 @@ class Peers:
             "consensus-distance": consensus_distance(self.state.x),
         }
         measure, headline = self._measure, self._config.task.headline
-        test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
+        test = measure.combined(own) | measure.extremes([measure.of_site(each) for each in own])
         test |= {
             f"{headline}-of-mean": value
-            for name, value in measure.together(of_mean).items()
+            for name, value in measure.combined(of_mean).items()
             if name == headline
         }
         self._write(number, seconds, train, test, losses.tolist(), own)

@@ -43,7 +43,7 @@ from server_app.checkpoint import Saved
 from server_app.discovery import RunError, discover
 from server_app.events import EVERYBODY, Began, Event, Progress
 from server_app.overview import read_metrics
-from server_app.plots import who_has_what
+from server_app.plots import plot_class_counts
 from server_app.results import (
     Checkpoints,
     History,
@@ -187,7 +187,7 @@ class Run:
             raise ValueError(
                 "these sites keep the number of their examples of each class to themselves"
             )
-        return who_has_what(counts)
+        return plot_class_counts(counts)
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder like those of ``flwr run``, without the pictures."""

@@ -138,7 +138,7 @@ class StepMetrics(Part):
     test_examples: Examples | None = None
 
     @model_validator(mode="after")
-    def _together(self) -> "StepMetrics":
+    def _check_consistent(self) -> "StepMetrics":
         if (self.lr_first is None) != (self.lr_last is None) or (
             self.loss is not None and self.lr_first is None
         ):
@@ -208,7 +208,7 @@ class SiteCard(Part):
     nonce: Nonce | None = None
 
     @model_validator(mode="after")
-    def _together(self) -> "SiteCard":
+    def _check_consistent(self) -> "SiteCard":
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes must differ")
         if self.counts is not None and (len(self.counts), sum(self.counts)) != (

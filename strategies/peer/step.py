@@ -100,7 +100,7 @@ def models_step(
     if order.step and peer.plan.gradient.messages == 2:
         state, metrics, refused = _finish(peer, state, received, order)
     elif order.step:
-        state, metrics, refused = _meet(peer, state, received, order, oracle)
+        state, metrics, refused = _mix_and_train(peer, state, received, order, oracle)
     if order.test:
         metrics |= oracle.test(state.x, state.stats)
     if order.last:
@@ -126,7 +126,7 @@ def cross_step(
     """
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
     state, mixed = _mix_stats(peer, state, found, order), _mixed(peer, state, found, order)
-    metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
+    metrics: Metrics = {"disagreement": _disagreement(peer, state, found, order)}
     state, taken = _gradients(peer, state, found, oracle)
     pending = Pending(taken.gradients[0], taken.losses[0], mixed)
     cross, offers = dict(state.cross), dict[int | None, Payload]()
@@ -319,10 +319,10 @@ def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Orde
         {j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))
     ]
     pairs = zip(_sent(peer, state), theirs, strict=True)
-    return tuple(_together(peer, own, other, order) for own, other in pairs)
+    return tuple(_mean_over(peer, own, other, order) for own, other in pairs)
 
 
-def _together(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Order) -> Tensor:
+def _mean_over(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Order) -> Tensor:
     """The mean of one vector over the neighbourhood."""
     if peer.robust.on:
         return neighbourhood_mean(own, theirs, order.neighbours, peer.robust)
@@ -333,11 +333,11 @@ def _mix_stats(peer: Peer, state: PeerState, found: Mapping[int, Model], order: 
     if not state.stats.numel():
         return state
     return state._replace(
-        stats=_together(peer, state.stats, {j: model.stats for j, model in found.items()}, order)
+        stats=_mean_over(peer, state.stats, {j: model.stats for j, model in found.items()}, order)
     )
 
 
-def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
+def _disagreement(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
     models = {j: model.vectors[0] for j, model in found.items()}
     return disagreement(_sent(peer, state)[0], models, order.neighbours)
 
@@ -356,7 +356,7 @@ def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> Pe
     )
 
 
-def _meet(
+def _mix_and_train(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
 ) -> tuple[PeerState, Metrics, tuple[RefusedPayload, ...]]:
     """Mix the neighbours' models; in the model variant, descend along the own gradients there."""
@@ -371,7 +371,7 @@ def _meet(
         return state._replace(algorithm=algorithm.mix(state.algorithm, vectors)), metrics, refused
     sent, mixed = _sent(peer, state), _mixed(peer, state, found, order)
     if order.test:
-        metrics["disagreement"] = _apart(peer, state, found, order)
+        metrics["disagreement"] = _disagreement(peer, state, found, order)
     if peer.plan.gradient.at == "model":
         state, taken = _gradients(peer, state, found, oracle)
         theirs = dict(zip(found, taken.gradients[1:], strict=True))
@@ -391,7 +391,7 @@ def _finish(
             f"step {order.step} ends an exchange that this site does not remember to have begun"
         )
     state, found, refused = _usable(peer, state, received, order, _decode_gradient)
-    state = _descend(peer, state, _together(peer, pending.gradient, found, order), order)
+    state = _descend(peer, state, _mean_over(peer, pending.gradient, found, order), order)
     state = _exchange(peer, state, sent, pending.mixed)._replace(pending=None)
     return *_trained(peer, state, float(pending.loss), order), refused
 

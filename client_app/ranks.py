@@ -75,7 +75,7 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
             self._control: Any = dist.new_group(backend="gloo", timeout=IDLE)
 
-    def share(self, message: Message, context: Context) -> None:
+    def send_request(self, message: Message, context: Context) -> None:
         """Send the others the request that rank 0 works on."""
         if self.count == 1:
             return
@@ -99,7 +99,7 @@ class Ranks:
         }
         broadcast(framing.to_bytes(head, content), self._control)
 
-    def shared(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
+    def receive_request(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
         """What rank 0 shares: the head, the message's content, and what the site remembers."""
         head, records = framing.from_bytes(broadcast(None, self._control))
         content = RecordDict(

@@ -300,7 +300,7 @@ class Service:
             restore_from_disk(message, context)
         if self._ranks.count > 1 and kind.startswith("train"):
             Noise.of(context)  # an epsilon that is spent is said before the others begin
-        self._ranks.share(message, context)
+        self._ranks.send_request(message, context)
         reply = handlers(message, context)
         self._ranks.barrier()
         self.runs[run] = memory._replace(state=context.state)
@@ -460,7 +460,7 @@ class RecentRuns:
 def follow(ranks: Ranks) -> None:
     """The work of a process that reads no requests, until it is ended."""
     while True:
-        head, content, state = ranks.shared()
+        head, content, state = ranks.receive_request()
         run, node = int(head["run"]), int(head["node"])
         message = Message(metadata=_metadata(run, node, str(head["kind"])), content=content)  # type: ignore[call-overload]
         node_config = {

@@ -152,7 +152,7 @@ class Asynchronous:
         """The state that :meth:`resume` goes on from."""
         number = {node: site.number for node, site in self._sites.items()}
         return {
-            "now": tuple(self._report.moment()),
+            "now": tuple(self._report.snapshot()),
             "rule": self._state,
             "stats": self._stats,
             "counts": (self._extremes, self._updates, self._tested, self._done, self._period.start),
@@ -429,7 +429,7 @@ class Asynchronous:
         if messages:  # else nobody is there to test it
             nodes = {message.metadata.dst_node_id for message in messages}
             self._tests[self._updates] = PendingTest(
-                self._report.moment(), self._done, nodes, train
+                self._report.snapshot(), self._done, nodes, train
             )
             self._mailbox.send(messages)
 
@@ -448,12 +448,12 @@ class Asynchronous:
         del self._tests[number]
         self._tested_since = True
         self._blind = not test.answers
-        mean = self._report.test(number, test.answers, test.moment)
+        mean = self._report.test(number, test.answers, test.snapshot)
         self._report.progress(
             number,
             None,
             test.done * self._config.epochs / self._total,
-            test.moment,
+            test.snapshot,
             test.train,
             mean,
         )

@@ -67,7 +67,7 @@ class PendingTest:
         answers: what sites found, by node.
     """
 
-    moment: Snapshot
+    snapshot: Snapshot
     done: float
     waiting: set[int]
     train: Mapping[str, float]

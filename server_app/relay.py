@@ -113,7 +113,7 @@ class Relay:
     def _checkpoint(self) -> dict[str, Any]:
         """The state that :meth:`resume` goes on from, beside the offers."""
         return {
-            "now": tuple(self.report.moment()),
+            "now": tuple(self.report.snapshot()),
             "courses": {
                 number: (course.step, course.joined) for number, course in self._courses.items()
             },
@@ -375,7 +375,7 @@ class Relay:
         number = self._plan.exchange(step) + 1
         # If the test is older, the peer was away when the others took it.
         tested = metrics.test_examples is not None and number > self._written
-        self._tally.add(peer, metrics, number if tested else None, self.report.moment())
+        self._tally.add(peer, metrics, number if tested else None, self.report.snapshot())
         self._report_tests()
 
     def _report_tests(self, *, finished: bool = False) -> None:
@@ -404,11 +404,11 @@ class Relay:
             "train",
             {nodes[peer]: each for peer, each in test.train.items()},
             train,
-            test.moment,
+            test.snapshot,
         )
         mean = self.report.test(
-            number, {nodes[peer]: each for peer, each in test.answers.items()}, test.moment
+            number, {nodes[peer]: each for peer, each in test.answers.items()}, test.snapshot
         )
         self.report.progress(
-            number, None, number * epochs / self.exchanges, test.moment, train, mean
+            number, None, number * epochs / self.exchanges, test.snapshot, train, mean
         )

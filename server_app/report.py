@@ -121,13 +121,13 @@ class Report:
         """Pass an event to the sink."""
         self._sink(event)
 
-    def moment(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """The present moment of the run."""
         return Snapshot(self._clock.now() - self._start, dict(self._traffic))
 
-    def resume(self, moment: Snapshot) -> None:
+    def resume(self, snapshot: Snapshot) -> None:
         """Go on counting from a moment."""
-        self._start, self._traffic = self._clock.now() - moment.seconds, dict(moment.traffic)
+        self._start, self._traffic = self._clock.now() - snapshot.seconds, dict(snapshot.traffic)
 
     def update_connected(self, connected: AbstractSet[int]) -> None:
         """Emit which sites lost their connection, and which are back."""
@@ -214,13 +214,13 @@ class Report:
         split: str,
         of_sites: Mapping[int, Mapping[str, float]],
         combined: Mapping[str, float] | None,
-        moment: Snapshot | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         """Emit what each site reported, by node, and the mean over them.
 
-        ``moment`` is when that was; by default now.
+        ``snapshot`` is when that was; by default now.
         """
-        seconds, traffic = moment or self.moment()
+        seconds, traffic = snapshot or self.snapshot()
         for node, site in self._sites.items():
             if node in of_sites:
                 self.emit(
@@ -233,7 +233,10 @@ class Report:
             self.emit(Reported(number, seconds, EVERYBODY, split, combined, up, down))
 
     def test(
-        self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Snapshot
+        self,
+        number: int,
+        found: Mapping[int, Mapping[str, float | list[float]]],
+        snapshot: Snapshot,
     ) -> dict[str, float]:
         """Emit what each site found in a test, by node, and what all found together.
 
@@ -255,7 +258,7 @@ class Report:
         combined = self.measure.combined([found[node] for node in self._sites if node in of_sites])
         if isinstance(self._config.plan, PeerPlan):
             combined |= self.measure.extremes(list(of_sites.values()))
-        self.write(number, "test", of_sites, combined or None, moment)
+        self.write(number, "test", of_sites, combined or None, snapshot)
         return combined
 
     def progress(
@@ -263,14 +266,14 @@ class Report:
         number: int,
         epochs: float | None,
         done: float,
-        moment: Snapshot,
+        snapshot: Snapshot,
         train: Mapping[str, float],
         test: Mapping[str, float],
         tested: int | None = None,
     ) -> None:
         """Emit how far the run is; see :class:`Progress`."""
         config, headline = self._config, self.measure.task.headline
-        total, seconds, sent = config.epochs, moment.seconds, moment.megabytes()
+        total, seconds, sent = config.epochs, snapshot.seconds, snapshot.megabytes()
         self.emit(
             Progress(
                 config.unit,

@@ -119,11 +119,11 @@ class Rounds:
         self._sent: dict[int, dict[str, Tensor]] = {}
         self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
-        # Whether a test comes with training.
-        self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)
+        # Whether a model is tested in the message that has it trained further.
+        self._test_first = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)
         self._number, self._done = 0, 0.0  # rounds and epochs that are over
         # Of the last model, and of the last test.
-        self._reached, self._tested = self._report.moment(), dict[str, float]()
+        self._reached, self._tested = self._report.snapshot(), dict[str, float]()
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on after the round of a checkpoint."""
@@ -144,7 +144,7 @@ class Rounds:
             "number": self._number,
             "done": self._done,
             "tested": self._tested,
-            "now": tuple(self._report.moment()),
+            "now": tuple(self._report.snapshot()),
             "reached": tuple(self._reached),
             "bounds": {
                 name: {numbers[node]: each for node, each in bound.largest.items()}
@@ -176,7 +176,7 @@ class Rounds:
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
             tested: dict[int, TestMetrics] = {}
-            with_test = self._beside and number > 1
+            with_test = self._test_first and number > 1
             try:
                 newest, metrics = self._aggregate(
                     number, arrays, local, trained, tested if with_test else None
@@ -198,14 +198,14 @@ class Rounds:
                     f"{self._config.strategy} makes no model of {len(trained)} answers"
                 )
             arrays, self._number, self._done = newest, number, self._done + epochs
-            self._reached = self._report.moment()
+            self._reached = self._report.snapshot()
             self._report.emit(NewModel(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}
             self._report.write(number, "train", _named(trained), train)
-            at_once = not self._beside or self._done >= total - 1e-9
+            at_once = not self._test_first or self._done >= total - 1e-9
             if at_once:
                 tested = self._test(number, arrays)
-                self._reached = self._report.moment()
+                self._reached = self._report.snapshot()
                 self._tested = self._report_test(number, tested, self._reached)
             before = None if at_once else number - 1
             self._report.progress(
@@ -255,7 +255,7 @@ class Rounds:
             for answer in self._bounded(number, answers, local):
                 trained[answer.node] = answer.found.metrics
                 if tested is not None:
-                    self._take_test(number - 1, answer, tested)
+                    self._extract_test(number - 1, answer, tested)
                 if self._layout.codec:  # the strategy sees models
                     _replace(answer.reply, pack(answer.found.vectors))
                     answer.found.vectors.clear()
@@ -283,7 +283,7 @@ class Rounds:
                 )
         return newest, metrics
 
-    def _take_test(
+    def _extract_test(
         self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]
     ) -> None:
         """Read the test in a training's answer; the strategy does not see it.
@@ -386,7 +386,7 @@ class Rounds:
         All sites that are here are waited for; those that are away only where too few replies can
         be used without them.
         """
-        sent = [message for message in messages if self._calls(number, message)]
+        sent = [message for message in messages if self._must_call(number, message)]
         calls = {message.metadata.dst_node_id: message.metadata for message in sent}
         self._latest |= calls
         self._report.sent(sent)
@@ -396,7 +396,7 @@ class Rounds:
             for message, reply in self._mailbox.receive():
                 node = message.metadata.dst_node_id
                 late = calls.get(node) is not message.metadata
-                self._came(number, message, reply, late)
+                self._note_reply(number, message, reply, late)
                 if late:
                     continue
                 missing.discard(node)
@@ -408,7 +408,7 @@ class Rounds:
                     yield Answer(node, message, reply, found)
                 del reply, found
 
-    def _calls(self, number: int, message: Message) -> bool:
+    def _must_call(self, number: int, message: Message) -> bool:
         """Whether a message is sent: to a site that is away, in fewer and fewer rounds.
 
         Each such message may stay under way until the site is back.
@@ -421,7 +421,7 @@ class Rounds:
             self._roster.call(node, number + self._roster.pause(node))
         return due
 
-    def _came(self, number: int, message: Message, reply: Message, late: bool) -> None:
+    def _note_reply(self, number: int, message: Message, reply: Message, late: bool) -> None:
         """A reply arrived, in time or too late: the site is here. Or there is none: it is away."""
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if gone(reply):
@@ -448,7 +448,7 @@ class Rounds:
         return found
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
-        models = 1 if self._beside else len(self._sites)
+        models = 1 if self._test_first else len(self._sites)
         return read_tested(
             reply, self._sites[node].num_test, models, means=self._report.measure.means
         )
@@ -469,7 +469,7 @@ class Rounds:
         ):
             others: dict[int, dict[str, Change]] = {}
             if file:
-                answers = self._after_all(answers, Spool(file), local, others)
+                answers = self._spooled(answers, Spool(file), local, others)
             for answer in answers:
                 changes, sent = self._changes(answer, local), self._sent[answer.node]
                 for name, change in changes.items():
@@ -486,7 +486,7 @@ class Rounds:
                     yield answer
                 del answer  # a model: before the next one comes
 
-    def _after_all(
+    def _spooled(
         self,
         answers: Iterator[Answer[Trained]],
         spool: Spool,

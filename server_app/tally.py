@@ -20,7 +20,7 @@ class PeerTest:
         train: of each peer, means since its last test; the first and the last rate.
     """
 
-    moment: Snapshot
+    snapshot: Snapshot
     answers: dict[int, dict[str, float | list[float]]] = field(default_factory=dict)
     train: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -48,26 +48,26 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""
         tests = {
-            number: (tuple(test.moment), test.answers, test.train)
+            number: (tuple(test.snapshot), test.answers, test.train)
             for number, test in self._tests.items()
         }
         return {"tests": tests, "train": {peer: dict(found) for peer, found in self._train.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
-        for number, (moment, answers, train) in state["tests"].items():
-            self._tests[number] = PeerTest(Snapshot(*moment), answers, train)
+        for number, (snapshot, answers, train) in state["tests"].items():
+            self._tests[number] = PeerTest(Snapshot(*snapshot), answers, train)
         for peer, found in state["train"].items():
             self._train[peer].update(found)
 
-    def add(self, peer: int, metrics: StepMetrics, number: int | None, moment: Snapshot) -> None:
+    def add(self, peer: int, metrics: StepMetrics, number: int | None, snapshot: Snapshot) -> None:
         """A peer took a step, in which it tested after the exchange ``number``, or not."""
         if metrics.disagreement is not None:  # before it trained on
             self._train[peer]["disagreement"].append(metrics.disagreement)
         if self._before:
             self._trained(peer, metrics)
         if number is not None:
-            self._tested(peer, metrics, number, moment)
+            self._tested(peer, metrics, number, snapshot)
         if not self._before:
             self._trained(peer, metrics)
 
@@ -80,9 +80,9 @@ class Tally:
             if value is not None:
                 self._train[peer][name].append(value)
 
-    def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Snapshot) -> None:
-        test = self._tests.setdefault(number, PeerTest(moment))
-        test.moment = moment
+    def _tested(self, peer: int, metrics: StepMetrics, number: int, snapshot: Snapshot) -> None:
+        test = self._tests.setdefault(number, PeerTest(snapshot))
+        test.snapshot = snapshot
         found = {
             NUM_EXAMPLES: metrics.test_examples,
             "loss": metrics.test_loss,

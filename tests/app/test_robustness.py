@@ -431,7 +431,7 @@ def test_metrics_that_fail_with_what_a_site_reports_cost_the_site_its_test() -> 
         node: {"loss": 1.0, "means": [mean], "num-examples": 9.0}
         for node, mean in ((1, 0.0), (2, 0.5))
     }
-    assert report.test(1, found, report.moment())["inverse"] == 2
+    assert report.test(1, found, report.snapshot())["inverse"] == 2
     [refused] = [event for event in events if isinstance(event, Refused)]
     assert (
         refused.reason

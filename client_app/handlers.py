@@ -124,7 +124,7 @@ def describe(message: Message, context: Context) -> Message:
         keys = keyring(context, config.wire.sealing, site.number, {}, {})
         # The file of edges is on the server only.
         linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []
-        if missing := [other for other in linked if not keys.knows(other)]:
+        if missing := [other for other in linked if not keys.has_key(other)]:
             raise SealError(
                 f"peer-keys = {context.node_config['peer-keys']!r}: "
                 f"no keys of the neighbours {missing}"
@@ -233,7 +233,7 @@ def train(message: Message, context: Context) -> Message:
         }
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
         made[X] = made[X] if local.delta else sent[X] + made[X]
-        noise.settle()
+        noise.charge()
     if sends_updates(config.wire):
         made |= _coded(
             config, context, order.number, model, made[X] if local.delta else made[X] - sent[X]

@@ -138,7 +138,7 @@ def take_step(message: Message, context: Context) -> Message:
     reply = _reply(call, order, result, metrics, arrays, forgotten=known is None and order.step > 0)
     store_peer_state(context, run, records)
     if noise:
-        noise.settle()
+        noise.charge()
     return reply
 
 

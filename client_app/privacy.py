@@ -90,7 +90,7 @@ class Account:
         spent = self._spent() + more
         return get_epsilon_gaussian(1 / math.sqrt(spent), self._delta) if spent else 0.0
 
-    def left(self, cost: float, budget: float) -> int:
+    def answers_left(self, cost: float, budget: float) -> int:
         """How many answers of such a cost are left, at most a million."""
         return bisect(range(10**6), budget, key=lambda uses: self.epsilon((uses + 1) * cost))
 
@@ -110,7 +110,7 @@ class _Normal:
     def __init__(self, key: bytes) -> None:
         self._bits = Cipher(AES256(key), CTR(bytes(16))).encryptor()
 
-    def like(self, vector: Tensor) -> Tensor:
+    def draw(self, vector: Tensor) -> Tensor:
         """Normal numbers in the shape of ``vector``, on its device."""
         found = torch.empty(vector.numel())
         for piece in found.split(PIECE):
@@ -125,7 +125,7 @@ class _Normal:
         return found.view(vector.shape).to(vector.device)
 
 
-def _counts() -> bool:
+def _keeps_account() -> bool:
     """Whether this process keeps the account: the other ones of a site use the same noise."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -167,7 +167,7 @@ class Noise:
             bytes.fromhex(node.get(SEED) or secrets.token_hex(32)),
         )
         found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], seed)
-        if _counts():
+        if _keeps_account():
             found._check(1)
         return found
 
@@ -179,7 +179,7 @@ class Noise:
         share = (self._clip / norm).clamp(max=1.0).nan_to_num()
         deviation = self._clip * self._multiplier
         return [
-            (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector)
+            (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.draw(vector)
             for vector in vectors
         ]
 
@@ -191,12 +191,12 @@ class Noise:
             )
         return cost
 
-    def settle(self) -> None:
+    def charge(self) -> None:
         """Charge what was used since the last time; before the answer leaves.
 
         Raises:
             BudgetError: it is more than is left.
         """
-        if _counts():
+        if _keeps_account():
             self._account.charge(self._check(self._uses))
         self._uses = 0

@@ -120,7 +120,7 @@ class Keyring:
             ).derive(secret)
         )
 
-    def knows(self, other: int) -> bool:
+    def has_key(self, other: int) -> bool:
         """Whether there is a public key of a site."""
         return other in self._public
 

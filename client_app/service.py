@@ -649,7 +649,7 @@ def _spent(site: SiteFile) -> str:
     if site.privacy is None:
         return "none: answers leave as they are"
     account = Account(Path(site.state), site.privacy.delta)
-    left = account.left(cost_of(site.privacy.noise_multiplier), site.privacy.epsilon)
+    left = account.answers_left(cost_of(site.privacy.noise_multiplier), site.privacy.epsilon)
     rules = ", ".join(
         f"{key} = {value:g}" for key, value in site.privacy.model_dump(by_alias=True).items()
     )

@@ -183,7 +183,7 @@ def origin_of(config: Config, site: SiteId) -> Origin:
 
 
 # Of a source and path: when to look again, and what was found.
-_looks: dict[tuple[str, str], tuple[float, str]] = {}
+_fingerprints: dict[tuple[str, str], tuple[float, str]] = {}
 
 
 def _fingerprint(source: str, path: str) -> str:
@@ -191,12 +191,12 @@ def _fingerprint(source: str, path: str) -> str:
 
     A look at a million of them takes seconds, and looking takes a twentieth of the time at most.
     """
-    due, before = _looks.get((source, path), (0.0, ""))
+    due, before = _fingerprints.get((source, path), (0.0, ""))
     if (start := time.monotonic()) < due:
         return before
     found = sources.fingerprint(source, path)
     end = time.monotonic()
-    _looks[source, path] = end + 19 * (end - start), found
+    _fingerprints[source, path] = end + 19 * (end - start), found
     if found != before:
         _site_data.cache_clear()  # the copies of what was there before
     return found
@@ -314,14 +314,16 @@ def _site_data(
         data = standardise_numbers(data, numbers) if config.task.target == "numbers" else data
     device = device_of(config.computing.device)
 
-    def there(values: Values) -> Values:
+    def on_device(values: Values) -> Values:
         if isinstance(values, Lazy):
             return replace(
                 values, device=device, workers=min(config.computing.workers, os.cpu_count() or 1)
             )
         return values.to(device)
 
-    return data._replace(train=Part(*map(there, data.train)), test=Part(*map(there, data.test)))
+    return data._replace(
+        train=Part(*map(on_device, data.train)), test=Part(*map(on_device, data.test))
+    )
 
 
 @lru_cache(maxsize=4)

@@ -46,7 +46,7 @@ def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Ba
     return training.prepare(training.flip_crop(x, generator) if generator is not None else x), y
 
 
-class _Ahead:
+class _ReadAhead:
     """Reads ahead for a peer that asks for one batch after the other.
 
     It does so where data are lazy and workers read them.
@@ -72,7 +72,7 @@ class _Ahead:
         return found
 
 
-_ahead = _Ahead()
+_ahead = _ReadAhead()
 
 
 class Oracle:

@@ -39,7 +39,7 @@ def existing(path: str | Path) -> Path:
 
 
 @contextmanager
-def naming(file: Path, what: str) -> Iterator[None]:
+def reading_as(file: Path, what: str) -> Iterator[None]:
     """A context in which errors name ``file`` and say that it is read as ``what``.
 
     Raises:

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from datasets.errors import SourceError
 from datasets.examples import Examples
-from datasets.files import existing, naming, split_off
-from datasets.lazy import whole
+from datasets.files import existing, reading_as, split_off
+from datasets.lazy import all_examples
 from datasets.names import fault, shown, too_many
 
 PICTURES = {  # what Pillow may take a file for: one other of its formats starts Ghostscript
@@ -78,7 +78,7 @@ def image_folder(
     shape = channels, image_size, image_size
     if len(found.files) * (channels or 3) * image_size**2 > memory_gb * 2**30:
         shape = channels or _channels(found.files), image_size, image_size
-        return Examples(whole(Pictures(found.files, shape), shape), *found[1:])
+        return Examples(all_examples(Pictures(found.files, shape), shape), *found[1:])
     return Examples(pictures(found.files, shape), *found[1:])
 
 
@@ -98,7 +98,7 @@ class Pictures:
 def _channels(files: Sequence[Path]) -> int:
     """1 if all pictures are grey, by their first bytes; else 3."""
     for file in files:
-        with naming(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
+        with reading_as(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
             if picture.mode not in GREY:
                 return 3
     return 1
@@ -117,7 +117,7 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
     found = torch.empty(len(files), 1 if shape[0] == 1 else 3, *shape[1:], dtype=torch.uint8)
 
     def read(number: int) -> bool:
-        with naming(files[number], "a picture"):
+        with reading_as(files[number], "a picture"):
             pixels, grey = decode(files[number])
             decoded = rgb_to_grayscale(pixels) if shape[0] == 1 else pixels
             found[number] = resize(decoded, list(shape[1:]), antialias=True)
@@ -219,7 +219,7 @@ def audio_folder(
     found = by_class(existing(path), group, (".wav",))
     shape = 1, MELS, int(audio_seconds * SAMPLE_RATE) // HOP + 1
     if 4 * len(found.files) * prod(shape) > memory_gb * 2**30:
-        return Examples(whole(Sounds(found.files, audio_seconds), shape), *found[1:])
+        return Examples(all_examples(Sounds(found.files, audio_seconds), shape), *found[1:])
     return Examples(spectrograms(found.files, audio_seconds), *found[1:])
 
 
@@ -244,7 +244,7 @@ def spectrograms(files: Sequence[Path], audio_seconds: float) -> Tensor:
     """
     clips = torch.zeros(len(files), int(audio_seconds * SAMPLE_RATE))
     for clip, file in zip(clips, files, strict=True):
-        with naming(file, "a WAV file"):
+        with reading_as(file, "a WAV file"):
             wave = _wave(file)
             length = min(len(wave), len(clip))
             clip[:length] = wave[:length]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from datasets.errors import SourceError
 from datasets.examples import TOKEN, Examples
-from datasets.files import existing, naming, split_off
+from datasets.files import existing, reading_as, split_off
 from datasets.folders import natural_sites
-from datasets.lazy import whole
+from datasets.lazy import all_examples
 from datasets.names import shown
 from datasets.partitions import FEWEST
 from datasets.tables import texts
@@ -60,7 +60,7 @@ def mapped(file: Path, changed: int) -> NDArray[np.generic]:
     Raises:
         SourceError: it is no file of tokens.
     """
-    with naming(file, "a file of tokens"):
+    with reading_as(file, "a file of tokens"):
         if file.suffix == ".bin":
             found: NDArray[np.generic] = np.memmap(file, np.dtype("<u2"), "r")
         else:
@@ -131,7 +131,7 @@ def text_bytes(path: str | Path, group: str, context: int) -> Examples:
         files, of_group, groups, test = _files(root, group, (".txt",))
         documents = []
         for file in files:
-            with naming(file, "a text in UTF-8"):
+            with reading_as(file, "a text in UTF-8"):
                 documents.append(file.read_text("utf-8"))
     unknown = torch.zeros(len(documents), dtype=torch.int64)
     # Documents of the same site and part make one stream.
@@ -216,5 +216,5 @@ def _examples(
     each = [
         None if values is None else values.repeat_interleave(counts) for values in (of_group, test)
     ]
-    x = whole(windows, (context,))
+    x = all_examples(windows, (context,))
     return Examples(x, x, TOKEN, each[0], groups, each[1])

@@ -80,7 +80,7 @@ class Lazy:
         return replace(self, rows=self.rows[chosen])
 
 
-def whole(reader: Reader, example: tuple[int, ...]) -> Lazy:
+def all_examples(reader: Reader, example: tuple[int, ...]) -> Lazy:
     """All examples of a reader, each of the shape ``example``; none is read yet."""
     return Lazy(reader, torch.arange(len(reader)), example)
 
@@ -161,7 +161,7 @@ def _try(reader: Reader, rows: Tensor) -> Found | str:
         return str(error)
 
 
-class _Asked(Sampler[Tensor]):
+class _RowSampler(Sampler[Tensor]):
     """A sampler: the lists of rows that are to be read."""
 
     rows: Iterator[Tensor]
@@ -192,7 +192,7 @@ class _Pool:
         context = get_context("forkserver")
         # Imported once, not in each process.
         context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])
-        self._asked, self.user = _Asked(), object()
+        self._asked, self.user = _RowSampler(), object()
         self.batches: Iterator[Found | str] = iter(())
         self._load = partial(
             DataLoader[Any],
@@ -385,7 +385,7 @@ def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
     else:
         reader = Items(x, y is None, classes)
     first, label = reader[torch.tensor([0])]
-    xs = whole(reader, tuple(first.shape[1:]))
+    xs = all_examples(reader, tuple(first.shape[1:]))
     return {
         "x": xs,
         "y": y if label is None else replace(xs, example=tuple(label.shape[1:])),

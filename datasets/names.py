@@ -50,7 +50,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(printable) + (", ..." if len(names) > 20 else "")
 
 
-def called(key: str, value: str, error: type[ValueError], *arguments: object) -> Any:
+def call_imported(key: str, value: str, error: type[ValueError], *arguments: object) -> Any:
     """What the function returns that the run names by ``key = "package.module:function"``.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from datasets.names import called, listed, shown
+from datasets.names import call_imported, listed, shown
 
 Indices = NDArray[np.int64]
 FEWEST = 2  # examples a site must have: one to train on, one to test on
@@ -208,7 +208,7 @@ def partition(
         parts = iid(labels, num_sites, generator)
     elif ":" in kind:
         parts = _checked(
-            called("partition.kind", kind, PartitionError, labels, num_sites, generator),
+            call_imported("partition.kind", kind, PartitionError, labels, num_sites, generator),
             len(labels),
             num_sites,
             key,

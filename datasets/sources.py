@@ -15,11 +15,11 @@ import torch
 from datasets import cache
 from datasets.errors import SourceError
 from datasets.examples import Examples, check
-from datasets.files import existing, naming
+from datasets.files import existing, reading_as
 from datasets.folders import audio_folder, image_folder, log_mel
 from datasets.language import text_bytes, tokens
 from datasets.lazy import adopted
-from datasets.names import called, shown
+from datasets.names import call_imported, shown
 from datasets.tables import csv, parquet, text_csv
 
 __all__ = [
@@ -63,7 +63,7 @@ def torchvision_set(name: str, path: str) -> Examples:
     folder = _root(path)
     # Where MNIST and Fashion-MNIST are.
     for file in sorted((folder / name / "raw").glob("*-ubyte")):
-        with naming(file, f"a part of {name}"):
+        with reading_as(file, f"a part of {name}"):
             read_sn3_pascalvincent_tensor(str(file))
     try:
         try:
@@ -192,7 +192,7 @@ def load(
         SourceError: what is missing, and where it was looked for.
     """
     if ":" in source:
-        own = called("data.source", source, SourceError, path)
+        own = call_imported("data.source", source, SourceError, path)
         if isinstance(own, Examples):
             own = own._replace(
                 **adopted(

@@ -19,8 +19,8 @@ from datasets.cache import CODE, cache_folder, digest, fingerprint
 from datasets.errors import SourceError
 from datasets.examples import LARGEST, Examples
 from datasets.expressions import ALLOWED, ExpressionError, evaluate
-from datasets.files import existing, naming, split_off
-from datasets.lazy import whole
+from datasets.files import existing, reading_as, split_off
+from datasets.lazy import all_examples
 from datasets.names import fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
@@ -88,7 +88,7 @@ def parquet(
     files = _files(root, ".parquet")
     parts = []
     for file in files:
-        with naming(file, "a table"):
+        with reading_as(file, "a table"):
             parts.append(ParquetFile(file))
     names = parts[0].schema_arrow.names
     if 4 * len(names) * sum(part.metadata.num_rows for part in parts) <= memory_gb * 2**30:
@@ -104,7 +104,9 @@ def parquet(
     if not features:
         raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
     rows = Rows(_decoded(root, files, features), len(y), len(features))
-    return Examples(whole(rows, (len(features),)), y, classes, of_group, groups, columns=features)
+    return Examples(
+        all_examples(rows, (len(features),)), y, classes, of_group, groups, columns=features
+    )
 
 
 class Rows:
@@ -253,7 +255,7 @@ def _read(
 ) -> Table:
     files, tables = _files(path, kind), []
     for file in files:
-        with naming(file, "a table"):
+        with reading_as(file, "a table"):
             if kind == ".csv":
                 # Of a first row longer than the header pandas would take the first field for the
                 # row's name, and move the others by one column. A row longer than one before is an

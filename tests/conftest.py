@@ -122,7 +122,7 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
         **changes: Any,
     ) -> Run:
         if not draw:  # most of the time of a small run
-            monkeypatch.setattr(Pictures, "draw", lambda pictures: None)
+            monkeypatch.setattr(Pictures, "draw_curves", lambda pictures: None)
             monkeypatch.setattr(plots, "save", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
         short = own(changes.get("strategy", "co-learning"), local_epochs=1)

@@ -259,7 +259,9 @@ def readers_there() -> set[int | None]:
 
 def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
     """As a peer does that reads one batch after the other, when its run is over."""
-    x = replace(lazy.whole(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=1)
+    x = replace(
+        lazy.all_examples(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=1
+    )
     batches = lazy.stream(x, torch.arange(60), torch.arange(60).split(4))
     next(batches)
     lazy.close()
@@ -274,7 +276,9 @@ def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_others_read_next
 
     before = signal.signal(signal.SIGALRM, late)
     try:
-        x = replace(lazy.whole(Items(Stuck(12, labelled=False), labelled=False), (3,)), workers=1)
+        x = replace(
+            lazy.all_examples(Items(Stuck(12, labelled=False), labelled=False), (3,)), workers=1
+        )
         y = torch.arange(12)
         batches = lazy.stream(x, y, y.split(4))
         assert [next(batches)[1].tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -39,7 +39,7 @@ HOSTILE = "<script>alert(1)</script>"
 def no_pictures() -> Iterator[None]:
     """They take most of the time of a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "draw", lambda pictures: None)
+        patch.setattr(Pictures, "draw_curves", lambda pictures: None)
         patch.setattr(plots, "save", lambda *arguments: None)
         yield
 

@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of Co-learning and one of peers; a site's name is HTML."""
     found = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "draw", lambda pictures: None)
+        patch.setattr(Pictures, "draw_curves", lambda pictures: None)
         patch.setattr(plots, "save", lambda *arguments: None)
         for strategy in ("co-learning", "dmsgd"):
             small = {

@@ -172,6 +172,10 @@ class Deployment:
             bufsize=1,
         )
 
+    def stop(self, run: str) -> None:
+        """``flwr stop``."""
+        self._flwr("stop", run, "here").check_returncode()
+
     def running(self, name: str) -> bool:
         """Whether a process is there."""
         return self._processes[name].poll() is None

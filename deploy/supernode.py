@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import entry_points
+from inspect import signature
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 ASK_EVERY_S = 15.0
@@ -28,27 +30,46 @@ def end_clientapps_with_their_runs() -> None:
     """Ask the SuperLink once in a while whether the runs of the ClientApps go on.
 
     Raises:
-        ImportError, AttributeError: another version of Flower has other parts.
+        ImportError, AttributeError, TypeError: another version of Flower has other parts.
     """
-    from flwr.supercore.run import RunNotRunningException
     from flwr.supernode import start_client_internal as supernode
 
-    pull, due = supernode._pull_and_store_message, 0.0
+    pull, started = supernode._pull_and_store_message, Event()
+    if not {"state", "get_run"} <= signature(pull).parameters.keys():
+        raise TypeError(f"{pull.__name__} takes other arguments")
 
-    def ask_and_pull(*, state: Any, get_run: Any, **rest: Any) -> Any:
-        nonlocal due
-        if time.monotonic() >= due:
+    def ask(state: Any, get_run: Any) -> None:
+        while True:
+            time.sleep(ASK_EVERY_S)
             for process, token in _clientapps():
-                if task := state.get_task_by_token(token):
-                    try:
-                        get_run(task.run_id)
-                    except RunNotRunningException:
-                        with suppress(ProcessLookupError):
-                            os.kill(process, signal.SIGTERM)
-            due = time.monotonic() + ASK_EVERY_S
-        return pull(state=state, get_run=get_run, **rest)
+                try:
+                    if task := state.get_task_by_token(token):
+                        _end_with_run(process, task, state, get_run)
+                except Exception as error:  # as long as nobody can be asked, it may go on
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
-    supernode._pull_and_store_message = ask_and_pull  # called again and again, with all it needs
+    def start_and_pull(*values: Any, **named: Any) -> Any:
+        if not started.is_set():
+            started.set()
+            given = signature(pull).bind(*values, **named).arguments
+            Thread(target=ask, args=[given["state"], given["get_run"]], daemon=True).start()
+        return pull(*values, **named)
+
+    supernode._pull_and_store_message = start_and_pull  # the first that is called with both
+
+
+def _end_with_run(process: int, task: Any, state: Any, get_run: Any) -> None:
+    from flwr.supercore.run import RunNotRunningException
+
+    try:
+        get_run(task.run_id)
+    except RunNotRunningException:
+        # Not by SIGTERM: a ClientApp that ends in order sends no reply, and its SuperNode waits for
+        # one. One that crashed is given one, here at once instead of after a minute.
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        state._on_task_tokens_expired([task])
+        state.finish_task(task.task_id, "stopped", "its run is over")
 
 
 def _clientapps() -> Iterator[tuple[int, str]]:
@@ -68,7 +89,7 @@ def main() -> None:
         run = command.load()
         try:
             end_clientapps_with_their_runs()
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError) as error:
             print(f"ClientApps of runs that are stopped will go on: {error}", file=sys.stderr)
         run()
         code = 0

@@ -63,8 +63,10 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     assert run.history["accuracy"].iloc[-1] > 0.5
 
 
-def test_run_that_is_stopped_stops_at_its_sites(deployment: Deployment, services: Services) -> None:
-    """Its sites would be training for days, and answer no other run."""
+def test_run_that_is_stopped_stops_at_its_sites(
+    deployment: Deployment, services: Services, tmp_path: Path
+) -> None:
+    """Its sites would be training for days; they answer the next run."""
 
     def last(site: int) -> dict[str, Any]:
         return (services.letters(site) or [{}])[-1]
@@ -79,6 +81,12 @@ def test_run_that_is_stopped_stops_at_its_sites(deployment: Deployment, services
         process.stdout.read()
     wait_for(lambda: all(last(site)["way"] == "out" for site in range(SITES)), 300)
     assert all("nobody waits for the answer" in last(site)["problem"] for site in range(SITES))
+    results = tmp_path / "next"
+    settings = f'strategy="fedavg" model.name="mlp" epochs=1 results.folder="{results}"'
+    with deployment.run(f"{settings} num-sites={SITES}") as process:
+        log = process.communicate()[0]
+    (folder,) = results.iterdir()
+    assert Run.load(folder).finished, log
 
 
 def test_supernode_that_gives_up_ends(tmp_path: Path) -> None:

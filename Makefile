@@ -56,7 +56,7 @@ run: .venv/installed
 		--federation-config "num-supernodes=$$SITES client-resources-num-cpus=1 client-resources-num-gpus=$$share"
 
 test: .venv/installed
-	python -m pytest --numprocesses 2
+	python -m pytest --numprocesses 3
 
 test-long: .venv/installed
 	python -m pytest -m long

@@ -11,7 +11,8 @@ faults; in each, one happens, at a moment drawn from the time that an undisturbe
 run is compared with that run: Co-learning, with ``min-sites`` = 3, must end with the same model,
 bit for bit.
 
-A full disk needs root: a file system of its own for results and sites.
+A full disk needs root: a file system of its own for results and sites. A clock that jumps needs a
+C compiler.
 """
 
 import argparse
@@ -136,6 +137,33 @@ class Link(Thread):
             each.transport.abort()
 
 
+class Clock:
+    """The time of day of the server's processes.
+
+    Args:
+        folder: for what is needed.
+
+    Attributes:
+        env: with which these processes are started; empty where there is no C compiler.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file, library = folder / "ahead", folder / "clock.so"
+        self._file.write_text("0")
+        source = Path(__file__).parent / "clock.c"
+        command = ["cc", "-shared", "-fPIC", "-o", str(library), str(source)]
+        with suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(command, check=True)
+        made = {"LD_PRELOAD": str(library), "CLOCK_AHEAD": str(self._file)}
+        self.env = made if library.exists() else {}
+
+    def jump(self) -> None:
+        """An hour ahead, and after a minute back."""
+        self._file.write_text("3600")
+        time.sleep(LASTS_S)
+        self._file.write_text("0")
+
+
 class Disk:
     """A small file system.
 
@@ -171,7 +199,7 @@ class Faults:
 
     Args:
         deployment, services: to whom.
-        links, disk: of the sites; of the server's results and the sites.
+        links, disk, clock: of the sites; of the server's results and the sites; of the server.
         choose: draws.
     """
 
@@ -181,6 +209,7 @@ class Faults:
         services: Services,
         links: Sequence[Link],
         disk: Disk,
+        clock: Clock,
         choose: random.Random,
     ) -> None:
         self._deployment, self._services, self._choose = deployment, services, choose
@@ -199,6 +228,8 @@ class Faults:
         }
         if disk.own:
             self.kinds["disks full"] = disk.fill
+        if clock.env:
+            self.kinds["clock jumps"] = clock.jump
 
     def _kill(self, program: str) -> None:
         while not (found := named(program)):  # a ClientApp lives as long as its message
@@ -304,8 +335,8 @@ def main() -> None:
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     with TemporaryDirectory() as name:
-        home, disk = Path(name), Disk(Path(name) / "disk")
-        deployment = Deployment(home, durable=True)
+        home, disk, clock = Path(name), Disk(Path(name) / "disk"), Clock(Path(name))
+        deployment = Deployment(home, durable=True, server=clock.env)
         services = Services(
             disk.path, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"}
         )
@@ -319,7 +350,7 @@ def main() -> None:
             assert whole.folder is not None, whole.log
             reference = Run.load(whole.folder)
             supervisor.start()
-            faults = Faults(deployment, services, links, disk, choose)
+            faults = Faults(deployment, services, links, disk, clock, choose)
             kinds = arguments.only or list(faults.kinds)
             print(
                 f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, "

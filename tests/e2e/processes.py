@@ -47,10 +47,18 @@ class Deployment:
         app: the Flower app that is run.
         durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its
             own.
+        server: what is in the environment of the server's processes besides.
     """
 
-    def __init__(self, home: Path, app: Path = ROOT, *, durable: bool = False) -> None:
-        self._home, self._app = home, app
+    def __init__(
+        self,
+        home: Path,
+        app: Path = ROOT,
+        *,
+        durable: bool = False,
+        server: Mapping[str, str] | None = None,
+    ) -> None:
+        self._home, self._app, self._server = home, app, dict(server or {})
         self._commands: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self.address = f"127.0.0.1:{free_port()}"
         clean = {
@@ -112,11 +120,12 @@ class Deployment:
     def _start(
         self, name: str, arguments: str, *more: str, user: int | None = None
     ) -> "subprocess.Popen[bytes]":
-        program = [f"flower-{name}"]
+        home, env, program = self._home, self._env, [f"flower-{name}"]
         if name.startswith("supernode"):  # as the unit of deploy/site does
             program = [sys.executable, "-P", str(ROOT / "deploy/supernode.py")]
+        else:
+            env = env | self._server
         command = [*program, *arguments.split(), *more]
-        home, env = self._home, self._env
         if user is not None:
             home = self._home / name
             home.mkdir(exist_ok=True)
@@ -171,6 +180,10 @@ class Deployment:
             text=True,
             bufsize=1,
         )
+
+    def stop(self, run: str) -> None:
+        """``flwr stop``."""
+        self._flwr("stop", run, "here").check_returncode()
 
     def running(self, name: str) -> bool:
         """Whether a process is there."""

@@ -69,7 +69,7 @@ def test_run_that_is_stopped_stops_at_its_sites(
     """Its sites would be training for days; they answer the next run."""
 
     def last(site: int) -> dict[str, Any]:
-        return (services.letters(site) or [{}])[-1]
+        return (services.requests(site) or [{}])[-1]
 
     settings = 'strategy="fedavg" fedavg.local-epochs=100000 epochs=100000 timeout-s=1000000.0'
     with deployment.run(f"{settings} num-sites={SITES}") as process:

@@ -109,7 +109,7 @@ class Source(NamedTuple):
     pictures: bool = False
     official_test: bool = False
     folder: str = ""
-    kept: bool = True
+    cached: bool = True
     targets: tuple[str, ...] = ("class",)
 
     @property
@@ -120,7 +120,7 @@ class Source(NamedTuple):
     @property
     def lazy(self) -> bool:
         """Whether it may leave examples where they are until a batch needs them."""
-        return not self.kept or "memory_gb" in self.keys
+        return not self.cached or "memory_gb" in self.keys
 
     def files(self, path: str) -> Path | None:
         """The file or folder that it reads; None for data of a package.
@@ -161,8 +161,8 @@ SOURCES = {
     "csv": Source(csv, targets=("class", "labels", "numbers")),
     "parquet": Source(parquet, targets=("class", "labels", "numbers")),
     "text-csv": Source(text_csv),
-    "text-bytes": Source(text_bytes, official_test=True, kept=False, targets=("tokens",)),
-    "tokens": Source(tokens, official_test=True, kept=False, targets=("tokens",)),
+    "text-bytes": Source(text_bytes, official_test=True, cached=False, targets=("tokens",)),
+    "tokens": Source(tokens, official_test=True, cached=False, targets=("tokens",)),
 }
 
 
@@ -227,7 +227,7 @@ def load(
         except SourceError as error:
             raise SourceError(f"{path}: {error}" if path else str(error)) from None
 
-    if not found.kept:
+    if not found.cached:
         return decode()
     options = {key: value for key, value in keys.items() if key != "path"}
     return cache.cached(source, found.files(path), options, decode)

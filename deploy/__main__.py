@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 FOLDER = Path("/etc/archipelago")
 STATE = Path("/var/lib/archipelago")
 DATABASE = Path("/var/lib/flower/state.db")
-KEPT = 7  # back-ups
+NUM_BACKUPS = 7  # back-ups
 CA_DAYS, SERVER_DAYS = 3650, 730
 # Of a SuperNode's API on its own machine; one more for each site: a machine may have several.
 NODE_PORT = 9094
@@ -198,7 +198,7 @@ def back_up(folder: Path) -> Path:
     The database is as of one moment.
 
     Returns:
-        the file, which holds private keys; the newest ``KEPT`` of the folder stay.
+        the file, which holds private keys; the newest ``NUM_BACKUPS`` of the folder stay.
     """
     os.umask(0o077)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ def back_up(folder: Path) -> Path:
         ) > 1:
             raise DeployError(f"{target}: tar ended with {code}")
         made.rename(target)
-    for old in sorted(folder.glob("archipelago-*.tar.gz"))[:-KEPT]:
+    for old in sorted(folder.glob("archipelago-*.tar.gz"))[:-NUM_BACKUPS]:
         old.unlink()
     return target
 

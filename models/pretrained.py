@@ -75,7 +75,7 @@ def freeze(network: nn.Module, trainable: str) -> None:
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
     for module in network.modules():
         if is_frozen(module):
-            module.register_forward_pre_hook(_keep_still)
+            module.register_forward_pre_hook(_freeze_statistics)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -84,7 +84,7 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
-def _keep_still(module: nn.Module, _: tuple[torch.Tensor, ...]) -> None:
+def _freeze_statistics(module: nn.Module, _: tuple[torch.Tensor, ...]) -> None:
     if any(True for _ in module.buffers(recurse=False)):
         module.training = False
 

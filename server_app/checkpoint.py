@@ -30,7 +30,7 @@ from server_app.discovery import Federation
 from strategies.protocol import Started
 from strategies.records import pack, unpack
 
-FOLDER, LOCK, KEPT, SYNC_EVERY_S = "checkpoints", "lock", 2, 1.0
+FOLDER, LOCK, NUM_KEPT, SYNC_EVERY_S = "checkpoints", "lock", 2, 1.0
 RUNNING = "its server is still running"
 
 
@@ -80,7 +80,7 @@ class Writer:
             self._acquire()
         self._number = max(map(_number, self._folder.glob("*.pt")), default=0)
         # The offers of each; of one of a run that goes on, all that are there.
-        self._kept = {
+        self._offers_of = {
             self._number: frozenset(file.stem for file in self._folder.glob("*.safetensors"))
         }
         self._synced = 0.0
@@ -124,15 +124,15 @@ class Writer:
         if sync:
             sync_folder(self._folder)
             self._synced = time.monotonic()
-        self._kept[self._number] = frozenset(saved.offers)
+        self._offers_of[self._number] = frozenset(saved.offers)
         self._delete_old()
 
     def _delete_old(self) -> None:
-        for number in sorted(self._kept)[:-KEPT]:
-            del self._kept[number]
-        used = frozenset[str]().union(*self._kept.values())
+        for number in sorted(self._offers_of)[:-NUM_KEPT]:
+            del self._offers_of[number]
+        used = frozenset[str]().union(*self._offers_of.values())
         for file in self._folder.iterdir():
-            old = _number(file) <= self._number - KEPT
+            old = _number(file) <= self._number - NUM_KEPT
             if (
                 file.stem not in used
                 if file.suffix == ".safetensors"

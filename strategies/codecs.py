@@ -161,10 +161,10 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
         places = [
             start
             + torch.sort(layer.abs(), descending=True, stable=True).indices[
-                : _kept(len(layer), share)
+                : _num_sent(len(layer), share)
             ]
             if len(layer) <= 64
-            else start + layer.abs().topk(_kept(len(layer), share), sorted=False).indices
+            else start + layer.abs().topk(_num_sent(len(layer), share), sorted=False).indices
             for start, layer in zip(starts.tolist(), vector.split(list(sizes)), strict=True)
         ]
         chosen = torch.cat(places).sort().values
@@ -184,7 +184,7 @@ def random_k(sizes: Sequence[int], share: float) -> Codec:
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
         return torch.cat(
             [
-                start + torch.randperm(size, generator=generator)[: _kept(size, share)]
+                start + torch.randperm(size, generator=generator)[: _num_sent(size, share)]
                 for start, size in zip(starts, sizes, strict=True)
             ]
         )
@@ -301,7 +301,7 @@ def trial(found: Codec, d: int) -> str | None:
     return None
 
 
-def _kept(size: int, share: float) -> int:
+def _num_sent(size: int, share: float) -> int:
     return max(1, int(size * share + 1e-9))
 
 

@@ -176,7 +176,7 @@ class Outcome(History):
     Attributes:
         refused: what was refused by the server.
         refused_by: what peers say they refused.
-        kept: the models, as they came.
+        new_models: the models, in the order of their events.
         error: the error that ended it, if one did.
         seconds: how long it took, the discovery included.
     """
@@ -186,7 +186,7 @@ class Outcome(History):
         self.seconds = 0.0
         self.refused: list[Refused] = []
         self.refused_by: list[Refused] = []
-        self.kept: list[dict[str, torch.Tensor]] = []
+        self.new_models: list[dict[str, torch.Tensor]] = []
         self.error: Exception | None = None
 
     def __call__(self, event: Event) -> None:
@@ -195,7 +195,7 @@ class Outcome(History):
         if isinstance(event, Refused):
             (self.refused_by if event.by else self.refused).append(event)
         if isinstance(event, NewModel):
-            self.kept.append({name: unpack(array) for name, array in event.arrays.items()})
+            self.new_models.append({name: unpack(array) for name, array in event.arrays.items()})
 
     def model(self) -> dict[str, bytes]:
         """Every byte of the last model."""

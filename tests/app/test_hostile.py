@@ -45,7 +45,7 @@ def replies_of(
     found = outcome(configuration(**SMALL | {"strategy": strategy} | keys), spoil)
     assert found.error is None, found.error
     return [sent[site] for site in range(SITES)], {
-        name: value.numpy() for name, value in found.kept[0].items()
+        name: value.numpy() for name, value in found.new_models[0].items()
     }
 
 
@@ -99,7 +99,7 @@ def test_site_that_claims_most_examples_does_not_decide_alone(strategy: str) -> 
         wanted = share * sent[0] + (1 - share) * np.mean(
             [sent[site] for site in range(1, SITES)], axis=0
         )
-        np.testing.assert_allclose(found.kept[0][X].numpy(), wanted, atol=1e-5)
+        np.testing.assert_allclose(found.new_models[0][X].numpy(), wanted, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -512,11 +512,11 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures [n, c, h, w] to logits [n, classes, h, w]."""
-        kept: list[Tensor] = []
+        features: list[Tensor] = []
         for block in self.down:
-            x = block(F.max_pool2d(x, 2, ceil_mode=True) if kept else x)
-            kept.append(x)
-        for block, skipped in zip(self.up, kept[-2::-1], strict=True):
+            x = block(F.max_pool2d(x, 2, ceil_mode=True) if features else x)
+            features.append(x)
+        for block, skipped in zip(self.up, features[-2::-1], strict=True):
             x = block(torch.cat([skipped, F.interpolate(x, skipped.shape[2:])], 1))
         logits: Tensor = self.head(x)
         return logits

@@ -308,7 +308,7 @@ def _sites_file(file: Path) -> list[dict[str, Any]]:
 
 
 def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: bool) -> None:
-    """Add to the rows of sites what the event log says: last answer, state, refusals by rule."""
+    """Add to the rows of sites what the event log says: last answer, state, what was refused."""
     for line in lines:
         reported = line.get("reported")
         for number in rows if reported == ALL else reported or ():

@@ -162,15 +162,15 @@ def encode(
     """
     generator = torch.Generator().manual_seed(derive(peer.seed, "codec", peer.number, step))
     payload: Payload = {}
-    kept, sent = list[Tensor](), list[Tensor]()
+    new_memories, sent = list[Tensor](), list[Tensor]()
     for k, (vector, memory) in enumerate(
         zip(vectors, memories or map(peer.channel.init, vectors), strict=True)
     ):
         encoded, memory, own = peer.channel.encode(memory, vector, generator)
         payload |= {f"{k}.{name}": value for name, value in encoded.items()}
-        kept.append(memory)
+        new_memories.append(memory)
         sent.append(own)
-    return payload, tuple(kept), tuple(sent)
+    return payload, tuple(new_memories), tuple(sent)
 
 
 def encode_gradient(

@@ -352,7 +352,7 @@ def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(
     assert refused(first.step(0, 5)) == []  # where they belong, they are good
 
 
-def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(
+def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_used_again_at_once(
     tmp_path: Path,
 ) -> None:
     sites = after(3, node=write_keys(tmp_path / "keys"), **{"wire.sealing": "keys"})

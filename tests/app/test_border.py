@@ -405,7 +405,7 @@ class Listening(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def heard() -> Any:
+def listening() -> Any:
     listening, logger = Listening(), logging.getLogger("flwr")
     logger.addHandler(listening)
     yield listening
@@ -430,20 +430,20 @@ def check_named(lines: list[str], refused: bool) -> None:
     database=None,
 )
 @given(st.data())
-def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataObject) -> None:
+def test_run_goes_on_as_if_the_site_had_failed(listening: Listening, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(RUNS)))
     kind = data.draw(st.sampled_from(sorted(answers(name))))
     at = data.draw(st.integers(0, len(answers(name)[kind]) - 1))
     answer = copied(answers(name)[kind][at])
     for _ in range(data.draw(st.integers(1, 3))):
         change_content(data.draw, answer)  # type: ignore[arg-type]
-    heard.lines.clear()
+    listening.lines.clear()
     found = changed(name, kind, at, answer)
     must = cannot_be_taken(kind, answer, answers(name)[kind][at])
     refused = bool(found.refused) or BAD not in [site.number for site in found.federation.sites]
     event("refused" if refused else "taken")
     assert refused or not must
-    lines = list(heard.lines)
+    lines = list(listening.lines)
     if kind == "query.site":
         check_discovery(found, name, answer, lines)
         return

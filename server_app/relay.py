@@ -268,11 +268,8 @@ class Relay:
     def _answered(self, peer: int, reply: Message) -> None:
         """Take in the answer of a peer, or its error."""
         order, site, config = self._in_flight.pop(peer), self._sites[peer], self._config
-        step, given, sealed = (
-            order.step,
-            self._delivering.pop(peer, []),
-            config.wire.sealing != "off",
-        )
+        step, given = order.step, self._delivering.pop(peer, [])
+        sealed = config.wire.sealing != "off"
         read = partial(
             read_offer,
             order=order,

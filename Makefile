@@ -1,6 +1,9 @@
 # make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='training.lr=0.1 seed=2' other values
-# make test   the tests; make test-fast: those that start no process of their own; make test-long: those that take minutes; make coverage: which lines and branches those without Flower's processes reach; make check: linters and types; make fix: mend
-#             what the linter can; make docs: what is generated, and docs/ as a site in site/; make bench: the benchmarks
+# make test   the tests; make test-fast: those that start no process of their own; make test-long: those that take minutes
+# make coverage   which lines and branches the tests without Flower's processes reach
+# make check  linters and types; make fix: mend what the linter can
+# make docs   what is generated, and docs/ as a site in site/
+# make bench  the benchmarks
 # make watch  a page that shows the runs: http://127.0.0.1:8080
 # make ... TORCH=cpu   without CUDA
 # make predict RUN=runs/... INPUT=file-or-folder   what a run's model says of it, as CSV

@@ -1,6 +1,9 @@
 # make run    train on one machine: CONF=conf/fedavg.toml another experiment, SET='training.lr=0.1 seed=2' other values
-# make test   the tests; make test-fast: those that start no process of their own; make test-long: those that take minutes; make check: linters and types; make fix: mend
-#             what the linter can; make docs: what is generated, and docs/ as a site in site/; make bench: the benchmarks
+# make test   the tests; make test-fast: those that start no process of their own; make test-long: those that take minutes
+# make coverage   which lines and branches the tests without Flower's processes reach
+# make check  linters and types; make fix: mend what the linter can
+# make docs   what is generated, and docs/ as a site in site/
+# make bench  the benchmarks
 # make watch  a page that shows the runs: http://127.0.0.1:8080
 # make ... TORCH=cpu   without CUDA
 # make predict RUN=runs/... INPUT=file-or-folder   what a run's model says of it, as CSV
@@ -27,7 +30,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 # Python keeps its compiled modules, whatever the environment says: torch alone takes 20 seconds to compile.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run watch predict test test-fast test-long check fix docs bench notebook stop
+.PHONY: run watch predict test test-fast test-long coverage check fix docs bench notebook stop
 .DEFAULT_GOAL := run
 
 # flwr comes first since it brings the version of uv that it installs each run's packages with: one cache for both.
@@ -56,7 +59,10 @@ run: .venv/installed
 		--federation-config "num-supernodes=$$SITES client-resources-num-cpus=1 client-resources-num-gpus=$$share"
 
 test: .venv/installed
-	python -m pytest --numprocesses 2
+	python -m pytest --numprocesses 3
+
+coverage: .venv/installed
+	python -m pytest --numprocesses 3 -m 'not e2e' --cov --cov-report=term-missing
 
 test-long: .venv/installed
 	python -m pytest -m long

@@ -35,7 +35,7 @@ MILLION = 1_000_000
 
 
 def all_replies(sites: int, size: int) -> Iterator[Message]:
-    """One reply a site, each made when it is asked for."""
+    """One reply a site, each made when the iterator reaches it."""
     return (reply(site, size) for site in range(sites))
 
 
@@ -92,7 +92,7 @@ def ours(sites: int, before: ArrayRecord, replies: Iterable[Message]) -> None:
 
 
 def ours_mean_alone(sites: int, replies: Iterable[Message]) -> None:
-    """Nothing but the mean, which is what Flower's function does."""
+    """Our mean alone, which is what Flower's function computes."""
     mean: StreamingMean | None = None
     for each in replies:
         x = unpack(arrays_of(each)["x"])
@@ -103,7 +103,7 @@ def ours_mean_alone(sites: int, replies: Iterable[Message]) -> None:
 
 
 def flowers(replies: Iterable[Message]) -> None:
-    """What Flower's FedAvg does with them."""
+    """Flower's FedAvg on the same replies."""
     aggregate_arrayrecords([each.content for each in replies], "num-examples")
 
 

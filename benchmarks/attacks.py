@@ -38,7 +38,7 @@ from client_app.app import app as client_app
 from configuration.config import Config, configuration
 from datasets.sources import Examples, digits
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import FIRST_NODE, VirtualGrid
 from simulation.world import World
@@ -63,7 +63,7 @@ SITES = {5: 1, 10: 2}  # of so many sites, so many are hostile
 
 
 def flipped(path: str) -> Examples:
-    """Digits with the labels 9 - y."""
+    """The digits with the labels 9 - y, for label flipping."""
     found = digits()
     return found._replace(y=9 - found.y)
 
@@ -91,7 +91,7 @@ class Attack:
         ] = {}  # of each peer, what it offered last, or would have
 
     def __call__(self, site: int, message: Message, reply: Message) -> Message:
-        """What is delivered for a reply."""
+        """The reply that is delivered instead of an honest one."""
         if (
             self._kind in ("none", "labels")
             or reply.has_error()
@@ -145,7 +145,7 @@ class Attack:
 
 
 def accuracy(config: Config, kind: str, hostile: int) -> float:
-    """Of the last models, the mean over the honest sites' test parts."""
+    """The accuracy of the last models, the mean over the honest sites' test parts."""
     honest = config.num_sites - hostile
     grid = VirtualGrid(
         client_app,
@@ -172,7 +172,7 @@ def accuracy(config: Config, kind: str, hostile: int) -> float:
 
 
 def defences(method: str, sites: int) -> dict[str, dict[str, Any]]:
-    """What is set, by the name of a column."""
+    """The settings of each defence, by the name of its column."""
     plan = configuration(strategy=method, num_sites=sites).plan
     means = ("median", "trimmed-mean", "clipped" if isinstance(plan, PeerPlan) else "krum")
     found: dict[str, dict[str, Any]] = {"max-change = 0": {"max-change": 0.0}, "defaults": {}}
@@ -193,7 +193,7 @@ def defences(method: str, sites: int) -> dict[str, dict[str, Any]]:
 def cell(
     method: str, sites: int, attack: str, defence: str, seed: int
 ) -> tuple[int, str, str, str, float]:
-    """A run, and what it reached."""
+    """Run one cell of the table; return the accuracy that it reached."""
     keys = METHODS[method] | defences(method, sites)[defence]
     common: dict[str, Any] = {
         "strategy": method,
@@ -202,7 +202,7 @@ def cell(
         "model.name": "mlp",
         "seed": seed,
     }
-    logging.disable(logging.WARNING)  # each refusal is one
+    logging.disable(logging.WARNING)  # each refused answer is one
     return (
         sites,
         method,

@@ -44,7 +44,7 @@ SIZE, BATCH, CLASSES = 64, 32, 10
 
 
 class Plain(Dataset[tuple[Tensor, int]]):
-    """The pictures, decoded one by one."""
+    """A plain PyTorch data set, which decodes the pictures one by one."""
 
     def __init__(self, files: list[Path], labels: list[int]) -> None:
         self.files, self.labels = files, labels
@@ -59,7 +59,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """JPEGs of 128 x 128."""
+    """Write JPEGs of 128 x 128 pixels."""
     generator = np.random.default_rng(1)
     for number in range(count):
         file = folder / str(number % CLASSES) / f"{number}.jpg"
@@ -69,7 +69,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def plain_loop(folder: Path, workers: int) -> Callable[[], None]:
-    """An epoch of the plain loop."""
+    """A function that runs an epoch of a plain PyTorch loop."""
     files = sorted(folder.rglob("*.jpg"))
     data = Plain(files, [int(file.parent.name) for file in files])
     loader = DataLoader(
@@ -88,7 +88,7 @@ def plain_loop(folder: Path, workers: int) -> Callable[[], None]:
 
 
 def our_loop(folder: Path, workers: int) -> Callable[[], None]:
-    """An epoch of the ClientApp's."""
+    """A function that runs an epoch of the ClientApp's loop."""
     examples = image_folder(folder, "", SIZE, 3, memory_gb=0)
     part = Part(replace(examples.x, workers=workers), examples.y)
     model = FlatModel(build("cnn", (3, SIZE, SIZE), CLASSES, 1), torch.device("cpu"))

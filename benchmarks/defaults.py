@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from configuration.flower import parse_config_args
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import class_counts
 from simulation.laboratory import Run, simulate
 from strategies.methods import METHODS
@@ -51,7 +51,7 @@ class Reached(NamedTuple):
 
     @property
     def learned(self) -> bool:
-        """Whether it is better, by more than luck."""
+        """Whether it is better by more than chance would explain."""
         return self.accuracy > self.chance + GAIN * (1 - self.chance) and self.loss < self.entropy
 
 
@@ -151,7 +151,7 @@ def _cifar(file: Path, to: Path, examples: int, generator: np.random.Generator) 
 def cells(
     methods: list[str], data: dict[str, dict[str, Any]], changes: dict[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """Method, column and what it reached, run by run."""
+    """Method, column and accuracy, as each run ends."""
     for method in methods:
         for name, keys in data.items():
             for split, partition in SPLITS.items():

@@ -44,7 +44,7 @@ CO_LEARNING = "co-learning.local-epochs=1 co-learning.epsilon=0.0 epochs=8"
 
 
 def pictures(folder: Path) -> dict[str, Any]:
-    """600 PNGs of 64 x 64 in two classes."""
+    """Write 600 PNGs of 64 x 64 pixels in two classes."""
     generator = np.random.default_rng(1)
     for number in range(600):
         file = folder / "pictures" / ("ill", "well")[number % 2] / f"{number}.png"
@@ -83,7 +83,7 @@ class Memory(Thread):
         self.over = Event()
 
     def run(self) -> None:
-        """Look twice a second."""
+        """Read the memory of the processes twice a second."""
         while not self.over.wait(0.5):
             for process in psutil.process_iter(["cmdline", "memory_info"]):
                 words = " ".join(process.info["cmdline"] or ())
@@ -96,7 +96,7 @@ class Memory(Thread):
 
 @contextmanager
 def deployed(folder: Path, name: str, heart: str) -> Iterator[Deployment]:
-    """The sites of a case."""
+    """Start the sites of a case."""
     keys: dict[str, Any] = DIGITS
     of_sites: dict[int, dict[str, Any]] = {}
     if name == "pictures":
@@ -128,7 +128,7 @@ def deployed(folder: Path, name: str, heart: str) -> Iterator[Deployment]:
 
 
 def measure(name: str, heart: str) -> dict[str, Any]:
-    """Run a case; its row of the table."""
+    """Run a case; return its row of the table."""
     with TemporaryDirectory() as text:
         folder = Path(text)
         folder.chmod(0o755)
@@ -144,8 +144,8 @@ def measure(name: str, heart: str) -> dict[str, Any]:
                 log = process.communicate()[0]
             memory.over.set()
             services = getattr(deployment, "services", None)
-            letters = (
-                [letter for site in range(SITES) for letter in services.letters(site)]
+            requests = (
+                [request for site in range(SITES) for request in services.requests(site)]
                 if services
                 else []
             )
@@ -160,11 +160,11 @@ def measure(name: str, heart: str) -> dict[str, Any]:
     if name.startswith("gsgm"):
         spent = spent * SITES  # updates, each of one site
     work = [
-        letter["seconds"]
-        for letter in letters
-        if letter["way"] == "out" and letter["kind"].startswith("train")
+        request["seconds"]
+        for request in requests
+        if request["way"] == "out" and request["kind"].startswith("train")
     ]
-    refused = [letter for letter in letters if "rule" in letter or "problem" in letter]
+    refused = [request for request in requests if "rule" in request or "problem" in request]
     return {
         "case": name,
         "rounds": int(table["round"].max()),
@@ -172,7 +172,7 @@ def measure(name: str, heart: str) -> dict[str, Any]:
         "of the floor": median(spent) / FLOOR_S,
         "the service's work": median(work) if work else float("nan"),
         "accuracy": run.history["accuracy"].iloc[-1],
-        "refusals": len(refused),
+        "refused": len(refused),
         "MB": run.history["megabytes"].iloc[-1],
         **{f"{name}, MB": peak for name, peak in memory.peaks.items()},
     }

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from client_app.app import app as our_client
 from client_app.training import prepare
 from configuration.config import configuration
-from datasets.site import SiteData, deal, take
+from datasets.site import SiteData, select, simulated_splits
 from datasets.sources import digits
 from models.networks import build
 from server_app.app import run as run_server
@@ -63,8 +63,8 @@ def sites() -> list[SiteData]:
         "test_fraction": 0.2,
     }
     examples = digits()
-    splits = deal(examples, SITES, np.random.default_rng(1), kind="iid", **options)  # type: ignore[arg-type]
-    return [take(examples, [split]) for split in splits]
+    splits = simulated_splits(examples, SITES, np.random.default_rng(1), kind="iid", **options)  # type: ignore[arg-type]
+    return [select(examples, [split]) for split in splits]
 
 
 def train(network: nn.Module, data: SiteData) -> float:
@@ -92,7 +92,7 @@ def test(network: nn.Module, data: SiteData) -> tuple[float, float]:
 
 
 def plain() -> list[float]:
-    """What a careful engineer writes without any framework; the ends of the rounds."""
+    """Train in a loop without any framework; return the times at which rounds end."""
     ends, everybody = [], sites()
     network = build("cnn", (1, 8, 8), 10, 1)
     for _ in range(ROUNDS):
@@ -111,25 +111,25 @@ def plain() -> list[float]:
 
 
 class _Ends(History):
-    """When each round ended."""
+    """A history that notes when each round ended."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__(configuration(**(SETTINGS | changes)))
         self.ends: list[float] = []
 
-    def tell(self, progress: Progress) -> None:
-        """Look at the clock."""
+    def show_progress(self, progress: Progress) -> None:
+        """Note the time."""
         self.ends.append(time.time())
 
     def run(self) -> "_Ends":
-        """The app in this process."""
+        """Run the app in this process."""
         grid = VirtualGrid(our_client, World().sites(SITES, 1), self.config.flat())
         run_server(grid, self.config, self)
         return self
 
 
 def ours() -> list[float]:
-    """The laboratory."""
+    """The times at which the rounds of our engine end."""
     return _Ends().run().ends
 
 
@@ -165,7 +165,7 @@ def _flower_evaluate(message: Message, context: Context) -> Message:
 
 
 def flower() -> list[float]:
-    """Flower's Ray engine with Flower's own FedAvg."""
+    """Times of Flower's Ray engine with Flower's own FedAvg."""
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
@@ -192,7 +192,7 @@ def flower() -> list[float]:
 
 
 def wide(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """262,510 parameters: a message of 1 MB."""
+    """A network of 262,510 parameters: a message of 1 MB."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3500), nn.ReLU(), nn.Linear(3500, num_classes))
 
 
@@ -241,11 +241,11 @@ def measure(part: str) -> dict[str, float]:
             peak = max(peak, used)
             time.sleep(0.1)
         assert process.stdout is not None
-        told = json.loads(process.stdout.read().splitlines()[-1])
-    rounds = np.diff(told["ends"])
+        result = json.loads(process.stdout.read().splitlines()[-1])
+    rounds = np.diff(result["ends"])
     return {
         "ms": 1000 * statistics.median(rounds),
-        "start": told["ends"][0] - told["born"],
+        "start": result["ends"][0] - result["born"],
         "MiB": peak / 2**20,
     }
 

@@ -37,7 +37,7 @@ WIRES: dict[str, tuple[Codec, Codec]] = {  # down, up
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one core, which other work on the machine does not change; of the second of two times."""
+    """CPU seconds of one core, which other work does not change; of the second of two calls."""
     work()
     start = time.process_time()
     work()

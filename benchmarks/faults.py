@@ -11,7 +11,8 @@ faults; in each, one happens, at a moment drawn from the time that an undisturbe
 run is compared with that run: Co-learning, with ``min-sites`` = 3, must end with the same model,
 bit for bit.
 
-A full disk needs root: a file system of its own for results and sites.
+A full disk needs root: a file system of its own for results and sites. A clock that jumps needs a
+C compiler.
 """
 
 import argparse
@@ -47,7 +48,7 @@ LONGEST_S = 900.0  # of a trial
 
 
 class Supervisor(Thread):
-    """Starts again what died."""
+    """A thread that restarts processes that died."""
 
     def __init__(self, deployment: Deployment, services: Services) -> None:
         super().__init__(daemon=True)
@@ -55,7 +56,7 @@ class Supervisor(Thread):
         self.over = Event()
 
     def run(self) -> None:
-        """Look once in a while."""
+        """Restart what died, until it is stopped."""
         while not self.over.wait(BACK_OFF_S):
             for name in self._deployment.names:
                 if not self._deployment.running(name):
@@ -97,7 +98,7 @@ class Link(Thread):
         self._flows.set()
 
     def run(self) -> None:
-        """Forward."""
+        """Forward connections until the process ends."""
         self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", self._own))
         self._loop.run_forever()
 
@@ -119,13 +120,13 @@ class Link(Thread):
         sink.close()
 
     def hang(self) -> None:
-        """Connections stay, and nothing comes through for a minute."""
+        """Keep connections open, but let nothing through for a minute."""
         self._loop.call_soon_threadsafe(self._flows.clear)
         time.sleep(LASTS_S)
         self._loop.call_soon_threadsafe(self._flows.set)
 
     def cut(self) -> None:
-        """Connections end, and none is taken for a minute."""
+        """End all connections, and accept none for a minute."""
         self._up = False
         self._loop.call_soon_threadsafe(self._abort)
         time.sleep(LASTS_S)
@@ -134,6 +135,33 @@ class Link(Thread):
     def _abort(self) -> None:
         for each in self._writers:
             each.transport.abort()
+
+
+class Clock:
+    """The time of day of the server's processes.
+
+    Args:
+        folder: for what is needed.
+
+    Attributes:
+        env: with which these processes are started; empty where there is no C compiler.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file, library = folder / "ahead", folder / "clock.so"
+        self._file.write_text("0")
+        source = Path(__file__).parent / "clock.c"
+        command = ["cc", "-shared", "-fPIC", "-o", str(library), str(source)]
+        with suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(command, check=True)
+        made = {"LD_PRELOAD": str(library), "CLOCK_AHEAD": str(self._file)}
+        self.env = made if library.exists() else {}
+
+    def jump(self) -> None:
+        """An hour ahead, and after a minute back."""
+        self._file.write_text("3600")
+        time.sleep(LASTS_S)
+        self._file.write_text("0")
 
 
 class Disk:
@@ -153,7 +181,7 @@ class Disk:
         )
 
     def fill(self) -> None:
-        """Full for a minute."""
+        """Fill the disk for a minute."""
         with (self.path / "fill").open("wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(2**12)):
                 pass
@@ -161,17 +189,17 @@ class Disk:
         (self.path / "fill").unlink()
 
     def end(self) -> None:
-        """Take it away."""
+        """Unmount the disk."""
         if self.own:
             subprocess.run(["umount", "--lazy", str(self.path)], check=False)
 
 
 class Faults:
-    """What can happen.
+    """The kinds of faults, each a function that causes it.
 
     Args:
         deployment, services: to whom.
-        links, disk: of the sites; of the server's results and the sites.
+        links, disk, clock: of the sites; of the server's results and the sites; of the server.
         choose: draws.
     """
 
@@ -181,6 +209,7 @@ class Faults:
         services: Services,
         links: Sequence[Link],
         disk: Disk,
+        clock: Clock,
         choose: random.Random,
     ) -> None:
         self._deployment, self._services, self._choose = deployment, services, choose
@@ -199,6 +228,8 @@ class Faults:
         }
         if disk.own:
             self.kinds["disks full"] = disk.fill
+        if clock.env:
+            self.kinds["clock jumps"] = clock.jump
 
     def _kill(self, program: str) -> None:
         while not (found := named(program)):  # a ClientApp lives as long as its message
@@ -227,7 +258,7 @@ class Faults:
 
 
 class Trial(NamedTuple):
-    """How a run went.
+    """The result of a run with a fault.
 
     Attributes:
         code: that the start command ended with; None where it had to be ended.
@@ -280,11 +311,9 @@ def _end_late(process: "subprocess.Popen[str]") -> None:
 
 
 def outcome(trial: Trial, reference: Run) -> str:
-    """Whether it is what was to be."""
+    """What became of a trial: "same model", or what went wrong."""
     if trial.code != 0 or trial.folder is None:
-        return (
-            f"exit code {trial.code}: {trial.log.splitlines()[-1] if trial.log else 'nothing said'}"
-        )
+        return f"exit code {trial.code}: {trial.log.splitlines()[-1] if trial.log else 'no output'}"
     found = Run.load(trial.folder)
     rounds = found.metrics.query("metric == 'accuracy' and split == 'test' and site == 'all'")[
         "round"
@@ -306,8 +335,8 @@ def main() -> None:
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     with TemporaryDirectory() as name:
-        home, disk = Path(name), Disk(Path(name) / "disk")
-        deployment = Deployment(home, durable=True)
+        home, disk, clock = Path(name), Disk(Path(name) / "disk"), Clock(Path(name))
+        deployment = Deployment(home, durable=True, server=clock.env)
         services = Services(
             disk.path, policy=FREE | {"runs-a-day": 1000}, data={"source": "digits"}
         )
@@ -321,7 +350,7 @@ def main() -> None:
             assert whole.folder is not None, whole.log
             reference = Run.load(whole.folder)
             supervisor.start()
-            faults = Faults(deployment, services, links, disk, choose)
+            faults = Faults(deployment, services, links, disk, clock, choose)
             kinds = arguments.only or list(faults.kinds)
             print(
                 f"undisturbed: {whole.seconds:.0f} s, exit code {whole.code}, "
@@ -332,11 +361,11 @@ def main() -> None:
             for number in range(arguments.trials):
                 kind, moment = kinds[number % len(kinds)], choose.uniform(0, 0.6 * whole.seconds)
                 trial = run(deployment, disk.path / f"trial-{number}", faults.kinds[kind], moment)
-                said = outcome(trial, reference)
-                good += said == "same model"
+                end = outcome(trial, reference)
+                good += end == "same model"
                 more = trial.seconds - whole.seconds
-                print(f"| {number + 1} | {kind} | {moment:.0f} | {said} | {more:.0f} |", flush=True)
-                if said != "same model":
+                print(f"| {number + 1} | {kind} | {moment:.0f} | {end} | {more:.0f} |", flush=True)
+                if end != "same model":
                     Path(f"fault-{number + 1}.log").write_text(trial.log)
             print(f"\n{good} of {arguments.trials} with the same model")
         finally:

@@ -51,7 +51,7 @@ IID_FRACTIONS = (0.2, 0.5, 1.0)
 
 
 def speakers(path: str) -> Examples:
-    """Clips by speaker and digit: 60 classes."""
+    """Spoken digits, labelled by speaker and digit: 60 classes."""
     clips = audio_folder(Path(path), "_([a-z]+)_", 1.0)
     assert clips.group is not None
     names = tuple(f"{speaker} {digit}" for speaker in clips.groups for digit in clips.classes)
@@ -59,7 +59,7 @@ def speakers(path: str) -> Examples:
 
 
 def experiments(data: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """By name: what the sites have, and the methods."""
+    """The experiments by name: the sites' data, and the methods."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     classes = {6: [10, 20, 30], 2: [30]} if data == "speakers" else CLASSES
     for per_site, sites in classes.items():
@@ -84,7 +84,7 @@ def experiments(data: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def measure(comparison: Comparison) -> pd.DataFrame:
-    """A row a method and seed."""
+    """Run an experiment; a row for each method and seed."""
     rows = []
     for seed in range(min(map(len, comparison.runs.values()))):
         runs = {name: found[seed] for name, found in comparison.runs.items()}
@@ -103,7 +103,7 @@ def measure(comparison: Comparison) -> pd.DataFrame:
 
 
 def report(measured: pd.DataFrame) -> str:
-    """A line a method."""
+    """Print a line for each method."""
     groups = measured.groupby("method", sort=False)
     mean, error = groups.mean(), groups.sem()
     lines = []

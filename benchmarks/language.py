@@ -67,12 +67,12 @@ RATES = {
 
 
 def of_peers(strategy: str) -> bool:
-    """Whether a peer's optimizer is the method's own."""
+    """Whether a method is one of peers, which bring their own optimizer."""
     return strategy in ("dmsgd", "noloco")
 
 
 def common(path: str) -> dict[str, Any]:
-    """What all methods share: ``conf/language.toml`` without its method."""
+    """The keys that all methods share: ``conf/language.toml`` without its method."""
     keys = flatten(tomllib.loads((ROOT / "conf/language.toml").read_text()))
     return {key: value for key, value in keys.items() if not key.startswith("diloco.")} | {
         "data.path": path
@@ -80,7 +80,7 @@ def common(path: str) -> dict[str, Any]:
 
 
 def bits(config: Config, model: Mapping[str, torch.Tensor], site: int) -> float:
-    """Bits a byte of a model on a site's test part."""
+    """Bits per byte of a model on a site's test part."""
     data = site_data(config, SiteId(site, config.num_sites, ""), ("token",), None)
     network, _ = network_of(config, tuple(data.test.x.shape[1:]), 1)
     network.load_state_dict(model)
@@ -117,7 +117,7 @@ def measured(run: Run) -> dict[str, float]:
 def rows(
     path: str, methods: Mapping[str, Mapping[str, Any]], seeds: list[int], **keys: Any
 ) -> dict[str, list[dict[str, float]]]:
-    """Of each method, a row a seed."""
+    """A row for each method and seed."""
     shared = common(path) | keys
     jobs = {}
     for name, changes in methods.items():
@@ -133,7 +133,7 @@ def rows(
 
 
 def search(path: str) -> None:
-    """Print bits a byte by rate."""
+    """Print bits per byte for each learning rate."""
     methods = {}
     for name, rate in list(RATES.items())[-4:]:
         for factor in (1 / 3, 1.0, 3.0):

@@ -55,7 +55,7 @@ def plain_loop(
 def our_loop(
     name: str, part: Part, batch_size: int, epochs: int, device: torch.device
 ) -> Callable[[], None]:
-    """The loop of the ClientApp."""
+    """A function that runs epochs of the ClientApp's loop."""
     model = FlatModel(build(name, tuple(part.x.shape[1:]), 10, 1, norm="batch"), device)
     gradient = training.plain(
         model, lambda batch: F.cross_entropy(model.network(batch[0]), batch[1])

@@ -34,13 +34,13 @@ TARGETS = {"fashion-mnist": 0.7, "cifar10": 0.3}
 
 
 def mean_model(run: Run) -> dict[str, Tensor]:
-    """Of all peers."""
+    """The mean of all peers' models."""
     models = list(run.models.values())
     return {name: torch.stack([model[name] for model in models]).mean(0) for name in models[0]}
 
 
 def largest_eigenvalue(run: Run, steps: int = 15) -> float:
-    """Of the Hessian of the training loss at the mean model, by power iteration."""
+    """The largest eigenvalue of the Hessian at the mean model, by power iteration."""
     config = run.config
     classes = tuple(str(name) for name in run.sites.columns[4:])
     parts = [
@@ -79,7 +79,7 @@ def largest_eigenvalue(run: Run, steps: int = 15) -> float:
 
 
 def measure(comparison: Comparison, target: float) -> pd.DataFrame:
-    """A row a method and seed."""
+    """Run an experiment; a row for each method and seed."""
     rows = []
     for name, runs in comparison.runs.items():
         for run in runs:
@@ -102,7 +102,7 @@ def measure(comparison: Comparison, target: float) -> pd.DataFrame:
 
 
 def report(measured: pd.DataFrame, target: float) -> str:
-    """A line a method."""
+    """Print a line for each method."""
     groups = measured.groupby("method", sort=False)
     mean, error = groups.mean(), groups.sem()
     reached = groups["iterations"].count()

@@ -30,7 +30,7 @@ from configuration.__main__ import pairs
 from configuration.config import ROOT, Config, configuration
 from models.networks import build
 from server_app.app import run as run_server
-from server_app.census import take_census
+from server_app.discovery import discover
 from server_app.relay import Relay
 from server_app.results import History
 from simulation.batched import Peers
@@ -94,7 +94,7 @@ def plain_loop(config: Config, exchanges: int) -> float:
 def batched(config: Config) -> tuple[float, int]:
     """Seconds and exchanges of the batched engine."""
     grid = VirtualGrid(client_app, World().sites(config.num_sites, 1), config.flat())
-    peers = Peers(config, take_census(grid, config), History(config))
+    peers = Peers(config, discover(grid, config), History(config))
     start = time.perf_counter()
     for number in range(peers.exchanges):
         peers.step(number)
@@ -161,7 +161,7 @@ def sealing() -> None:
 
 
 def main() -> None:
-    """Print all."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

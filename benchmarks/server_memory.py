@@ -60,7 +60,7 @@ WIRES: dict[str, dict[str, Any]] = {
 
 
 def network(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Ten million parameters in four layers."""
+    """A network of ten million parameters in four layers."""
     inputs, width = torch.Size(shape).numel(), 10_000_000 // 7
     return nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, num_classes)
@@ -82,7 +82,7 @@ class Ready(VirtualGrid):
         self._made = _made(config, sizes)  # what every site sends; of which each reply holds a copy
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep what was asked."""
+        """Store the messages until their replies are pulled."""
         for message in messages:
             self._count += 1
             message.metadata.__dict__["_message_id"] = str(self._count)
@@ -93,7 +93,7 @@ class Ready(VirtualGrid):
             yield str(self._count)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Make the replies."""
+        """Make the replies to stored messages."""
         return [
             self._reply(self._asked.pop(identity))
             for identity in message_ids
@@ -144,7 +144,7 @@ def _card(site: int, sites: int) -> SiteCard:
 
 
 def short(method: str, sites: int, model: str, **more: Any) -> Config:
-    """Two rounds of a method, or contributions of each site."""
+    """The configuration of two rounds of a method, or of contributions of two epochs."""
     kind = METHODS[method]
     keys = {"local_steps": 10} if "local_steps" in kind.keys.model_fields else {"local_epochs": 1}
     common: dict[str, Any] = {
@@ -172,7 +172,7 @@ def peak(config: Config, sizes: tuple[int, ...]) -> float:
 
 
 def _status(key: str) -> int:
-    """Bytes."""
+    """Bytes of memory, from a line of /proc/self/status."""
     found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

@@ -1,4 +1,4 @@
-"""What a process of a site needs of memory, without and with ``sharding``.
+"""Memory of a site's processes, without and with ``sharding``.
 
     python -m benchmarks.sharding [PROCESSES]
 
@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 
 from benchmarks.wide import deep
-from tests.app.services import Service, answer_to, flat, order, said
+from tests.app.services import Service, answer_to, fault, flat, order
 
 DEEP = "benchmarks.wide:deep"
 FREE = {"smallest-steps": 1, "smallest-examples": 8, "import-paths": [DEEP]}
@@ -51,7 +51,7 @@ def main() -> None:
             try:
                 reply = answer_to(service, config, "train", order({}, size, **{"local-epochs": 1}))
                 if reply.has_error():
-                    raise RuntimeError(said(reply))
+                    raise RuntimeError(fault(reply))
                 rows.append(
                     {
                         "processes": processes,

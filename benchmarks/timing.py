@@ -1,4 +1,4 @@
-"""Loops timed side by side."""
+"""Times loops side by side."""
 
 import time
 from collections.abc import Callable, Mapping

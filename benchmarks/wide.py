@@ -1,4 +1,4 @@
-"""Networks of a size, for measurements of what size costs."""
+"""Networks of given sizes, to measure what size costs."""
 
 import math
 
@@ -22,17 +22,17 @@ def _wide(parameters: int, shape: tuple[int, ...], num_classes: int) -> nn.Modul
 
 
 def million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """One million parameters."""
+    """A network of one million parameters."""
     return _wide(10**6, shape, num_classes)
 
 
 def hundred_million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """A hundred million parameters."""
+    """A network of a hundred million parameters."""
     return _wide(10**8, shape, num_classes)
 
 
 def deep(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Fifty million parameters in 24 equal layers."""
+    """A network of fifty million parameters in 24 equal layers."""
     width, layers = 1448, list[nn.Module]()
     for _ in range(24):
         layers += [nn.Linear(width, width), nn.ReLU()]

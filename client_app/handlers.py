@@ -1,4 +1,4 @@
-"""What a site does: describe itself, train, evaluate; as a peer, exchange with its neighbours."""
+"""The handlers of a site: describe itself, train, evaluate; as a peer, exchange."""
 
 import math
 import traceback
@@ -14,16 +14,16 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from client_app import training
-from client_app.letter import RAISED
+from client_app.framing import RAISED
 from client_app.memory import (
     LOST,
     RULE,
-    go_on,
-    keep,
-    keep_on_disk,
-    recall_moments,
-    remember_moments,
-    remembered,
+    load,
+    load_moments,
+    restore_run_id,
+    save_to_disk,
+    store,
+    store_moments,
 )
 from client_app.peer import take_step
 from client_app.privacy import BudgetError
@@ -88,7 +88,7 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-app = ClientApp(mods=[answer_always, go_on, keep_on_disk])
+app = ClientApp(mods=[answer_always, restore_run_id, save_to_disk])
 
 
 @app.query("site")
@@ -101,14 +101,14 @@ def describe(message: Message, context: Context) -> Message:
     data = raw_data(config, site)
     device_of(config.computing.device)
     found: dict[str, Any] = {}
-    told = []
+    tables = []
     if data.columns:
-        told.append(moments(data.train.x, data.columns))
+        tables.append(moments(data.train.x, data.columns))
     if config.task.target == "numbers":
-        told.append(moments(data.train.y, data.classes))
-    if told:
+        tables.append(moments(data.train.y, data.classes))
+    if tables:
         found |= {
-            key: [number for each in told for number in each._asdict()[key]]
+            key: [number for each in tables for number in each._asdict()[key]]
             for key in Moments._fields
         }
     labels = config.task.target == "class" and isinstance(data.train.y, Tensor)
@@ -125,7 +125,7 @@ def describe(message: Message, context: Context) -> Message:
         keys = keyring(context, config.wire.sealing, site.number, {}, {})
         # The file of edges is on the server only.
         linked = graph_of(config).linked(site.number) if config.topology.name != "edges" else []
-        if missing := [other for other in linked if not keys.knows(other)]:
+        if missing := [other for other in linked if not keys.has_key(other)]:
             raise SealError(
                 f"peer-keys = {context.node_config['peer-keys']!r}: "
                 f"no keys of the neighbours {missing}"
@@ -165,24 +165,28 @@ def train(message: Message, context: Context) -> Message:
         raise ValueError(
             f"strategy = {config.strategy!r}: a peer trains its own model, not one that is sent"
         )
-    order, deal, gather = read_order(config_of(message)), network.model.deal, network.model.gather
+    order, scatter, gather = (
+        read_order(config_of(message)),
+        network.model.scatter,
+        network.model.gather,
+    )
     if (local := order.local) is None:
         raise ValueError("the message holds no order to train")
     keys, model, noise = config.training, network.model, private(context, network)
-    vectors = deal(partial(_vectors, message, config))
+    vectors = scatter(partial(_vectors, message, config))
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
     tested = _tested(vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
     steps, rate = _schedule(config, local, an_epoch)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
-    memory = remembered(context, RULE, rule.init(model.x), deal) if rule else None
+    memory = load(context, RULE, rule.init(model.x), scatter) if rule else None
     gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
     optimizers = _optimizers(config, model, local)
     if local.keep_moments:
-        recall_moments(context, optimizers, deal)
+        load_moments(context, optimizers, scatter)
     with _batches(config, site, data, model, order.number, steps) as batches:
         mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
     # With noise nobody may learn this: it depends on each example.
@@ -199,10 +203,10 @@ def train(message: Message, context: Context) -> Message:
     made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
     if rule:
         memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
-        keep(context, RULE, memory, gather)
+        store(context, RULE, memory, gather)
         made |= beside
     if local.keep_moments:
-        remember_moments(context, optimizers, gather)
+        store_moments(context, optimizers, gather)
     del optimizers  # its moments: before the answer is written
     made = gather(made)
     if noise or sends_updates(config.wire):
@@ -216,7 +220,7 @@ def train(message: Message, context: Context) -> Message:
         }
         made = dict(zip(moved, noise(list(moved.values())), strict=True))
         made[X] = made[X] if local.delta else sent[X] + made[X]
-        noise.settle()
+        noise.charge()
     if sends_updates(config.wire):
         made |= _coded(
             config, context, order.number, model, made[X] if local.delta else made[X] - sent[X]
@@ -278,9 +282,9 @@ def _coded(
         payload = codec.encode(update, generator)
     else:
         way = channel(codec, config.wire.error_feedback)
-        lost = remembered(context, LOST, _Lost(way.init(update)))
+        lost = load(context, LOST, _Lost(way.init(update)))
         payload, memory, _ = way.encode(lost.update, update, generator)
-        keep(context, LOST, _Lost(memory))
+        store(context, LOST, _Lost(memory))
     return {f"{CODED}{part}": value for part, value in payload.items()}
 
 
@@ -307,7 +311,7 @@ def evaluate(message: Message, context: Context) -> Message:
         raise ValueError(
             f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own"
         )
-    vectors = network.model.deal(partial(_vectors, message, config))
+    vectors = network.model.scatter(partial(_vectors, message, config))
     order = read_order(config_of(message))
     if order.local:
         if private(context, network):

@@ -23,7 +23,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 
-from client_app import letter
+from client_app import framing
 from client_app.site import SiteId, config_of_site
 from configuration.config import Config, identity
 from configuration.files import SITES, write_whole
@@ -42,7 +42,7 @@ RULE, MOMENTS, LOST, DONE = "rule", "moments", "lost", "done"
 STATE, BEFORE, ENDED = ".state", ".before", ".ended"
 T = TypeVar("T", bound=tuple[Any, ...])
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-Deal = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+Scatter = Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 def run_of(context: Context, agreed: Agreed) -> dict[str, str]:
@@ -61,8 +61,8 @@ def _digest(value: Mapping[str, Any]) -> str:
     return sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()
 
 
-def recall(context: Context, algorithm: type, device: torch.device) -> PeerState | None:
-    """What a peer remembers; None before its first step.
+def load_peer_state(context: Context, algorithm: type, device: torch.device) -> PeerState | None:
+    """The state of a peer; None before its first step.
 
     ``algorithm`` is the type of its algorithm's state.
     """
@@ -92,18 +92,18 @@ def check_run(context: Context, run: Mapping[str, str]) -> None:
             context.state.pop(name, None)
 
 
-def remember(
+def store_peer_state(
     context: Context, run: Mapping[str, str], records: tuple[ArrayRecord, ConfigRecord]
 ) -> None:
-    """Put what a peer remembers into the context."""
+    """Put the state of a peer into the context."""
     context.state[TENSORS], context.state[NUMBERS] = records
     context.state[RUN] = ConfigRecord(dict(run))
 
 
-def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[int, Array]]:
-    """A state as records; and the arrays of its tensors by their ``id``.
+def state_records(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[int, Array]]:
+    """A peer's state as records; and the arrays of its tensors by the tensors' ``id``.
 
-    With these, what is sent too need not be copied twice.
+    A tensor that is also sent need not be packed twice.
     """
     tensors, numbers = flatten(state)
     arrays = {
@@ -114,13 +114,12 @@ def written(state: PeerState) -> tuple[tuple[ArrayRecord, ConfigRecord], dict[in
     return (record, ConfigRecord(dict(numbers))), arrays
 
 
-def remembered(context: Context, name: str, like: T, deal: Deal = lambda read: read()) -> T:
-    """What this site remembers under a name in this run.
+def load(context: Context, name: str, like: T, scatter: Scatter = lambda read: read()) -> T:
+    """The NamedTuple of tensors that this run stored under a name; before the first, ``like``.
 
-    It is a NamedTuple of tensors like ``like``, which is what it begins with. ``deal`` makes of its
-    vectors what this process needs of them.
+    ``scatter`` makes of its vectors what this process needs of them.
     """
-    vectors = deal(partial(_vectors, context, name))
+    vectors = scatter(partial(_vectors, context, name))
     if not vectors:
         return like
     return type(like)(
@@ -139,8 +138,8 @@ def _vectors(context: Context, name: str) -> dict[str, Tensor]:
     return {field: unpack(array) for field, array in record.items()}
 
 
-def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> None:
-    """Remember a NamedTuple of tensors. ``gather`` undoes what ``deal`` did.
+def store(context: Context, name: str, memory: Any, gather: Gather = dict) -> None:
+    """Store a NamedTuple of tensors. ``gather`` undoes what ``scatter`` did.
 
     Raises:
         TypeError: it is none.
@@ -154,22 +153,22 @@ def keep(context: Context, name: str, memory: Any, gather: Gather = dict) -> Non
     context.state[f"{name}-run"] = ConfigRecord({"run": context.run_id})
 
 
-def recall_moments(
-    context: Context, optimizers: Sequence[torch.optim.Optimizer], deal: Deal
+def load_moments(
+    context: Context, optimizers: Sequence[torch.optim.Optimizer], scatter: Scatter
 ) -> None:
     """Give the optimizers the moments of this site's last order in this run, if there was one."""
     states = _states(optimizers)
-    for name, moment in deal(partial(_vectors, context, MOMENTS)).items():
+    for name, moment in scatter(partial(_vectors, context, MOMENTS)).items():
         number, _, field = name.partition(".")
         state, parameter = states[int(number)]
         # A copy: what a message holds must not be written.
         state[field] = moment.clone().to(parameter.device)
 
 
-def remember_moments(
+def store_moments(
     context: Context, optimizers: Sequence[torch.optim.Optimizer], gather: Gather
 ) -> None:
-    """Keep the optimizers' moments for this site's next order."""
+    """Store the optimizers' moments for this site's next order."""
     moments = {
         f"{number}.{field}": value.float()
         for number, (state, _) in enumerate(_states(optimizers))
@@ -181,7 +180,7 @@ def remember_moments(
 
 
 def _states(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[dict[str, Any], Tensor]]:
-    """What they remember of each parameter, and the parameter."""
+    """Each parameter's state in its optimizer, and the parameter."""
     return [
         (optimizer.state[parameter], parameter)
         for optimizer in optimizers
@@ -190,19 +189,19 @@ def _states(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[dict[str,
     ]
 
 
-def go_on(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower mod: a run that goes on after it was killed is the run that this site remembers."""
+def restore_run_id(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower mod: a resumed run has the number of its first start, by which sites know it."""
     if (started := Started.of(config_of(message))) is None:
         return call_next(message, context)
-    own, context.run_id = context.run_id, started.run
+    resumed, context.run_id = context.run_id, started.run
     try:
         return call_next(message, context)
     finally:
-        context.run_id = own
+        context.run_id = resumed
 
 
-def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower mod: ``context.state`` outlives the SuperNode.
+def save_to_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower mod: save ``context.state`` on disk, where it outlives the SuperNode.
 
     Raises:
         ValueError: the folder cannot be written, or a file in it not be read.
@@ -214,12 +213,14 @@ def keep_on_disk(message: Message, context: Context, call_next: ClientAppCallabl
     kind = message.metadata.message_type
     trained = kind.startswith("train")
     if reply.has_error() or not context.state or (DONE in context.state and not trained):
-        return reply  # nothing new is remembered: in a census, keys are made the first time
+        return reply  # the state is as before: in a discovery, keys are made the first time
     number, started = (fields["server-round"], fields.get("started", 0)) if trained else (-1, 0)
     context.state[DONE] = ConfigRecord({"number": number, "started": started})
     with suppress(FileNotFoundError):
         file.replace(file.with_suffix(BEFORE))
-    write_whole(file, letter.to_bytes({}, context.state))  # of a protocol buffer 2 GiB are the most
+    write_whole(
+        file, framing.to_bytes({}, context.state)
+    )  # of a protocol buffer 2 GiB are the most
     if kind == "train.peer" and fields.get("last") and number > 0:
         file.replace(file.with_suffix(ENDED))
     return reply
@@ -263,7 +264,7 @@ def restore_from_disk(message: Message, context: Context) -> Path | None:
 
 
 def _folder(context: Context) -> Path | None:
-    """Where a run's memory is kept on disk, or None.
+    """The folder of a run's memory on disk, or None.
 
     In a simulation that is among the results, if it keeps checkpoints and the path of the results
     is absolute.
@@ -281,11 +282,11 @@ def _folder(context: Context) -> Path | None:
 
 def _read(file: Path) -> RecordDict:
     log(INFO, "this site goes on with what it remembers in %s", file)
-    return letter.from_bytes(file.read_bytes())[1]
+    return framing.from_bytes(file.read_bytes())[1]
 
 
 def _was_done(state: RecordDict, message: Message, config: Config) -> bool:
-    """Whether a server asks for what this site has done."""
+    """Whether this site has already done what a server asks for."""
     done, asked = state.get(DONE), config_of(message)
     number, started = asked.get("server-round"), asked.get("started", 0)
     if not (

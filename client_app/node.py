@@ -1,4 +1,4 @@
-"""What an operator tells a SuperNode, ``--node-config``, checked before any work.
+"""Checks of a SuperNode's ``--node-config``, before any work.
 
 A misspelt ``peer-keys`` would reveal a model. This module is used where no torch may be loaded
 (:mod:`client_app.app`).

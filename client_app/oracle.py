@@ -46,7 +46,7 @@ def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Ba
     return training.prepare(training.flip_crop(x, generator) if generator is not None else x), y
 
 
-class _Ahead:
+class _ReadAhead:
     """Reads ahead for a peer that asks for one batch after the other.
 
     It does so where data are lazy and workers read them.
@@ -59,7 +59,7 @@ class _Ahead:
     def batch(
         self, peer: object, part: Part, number: int, chosen: Callable[[int], Tensor]
     ) -> training.Batch:
-        """The examples that are ``chosen`` for a batch of this number."""
+        """The examples of batch ``number``: those that :func:`chosen` names."""
         if not isinstance(part.x, Lazy):
             return read(*part, chosen(number))
         # Another peer's of this process, or the first batch.
@@ -72,7 +72,7 @@ class _Ahead:
         return found
 
 
-_ahead = _Ahead()
+_ahead = _ReadAhead()
 
 
 class Oracle:
@@ -95,7 +95,7 @@ class Oracle:
         self._batch = lru_cache(maxsize=1)(partial(nth_batch, config, number, data.train))
 
     def gradient(self, x: Tensor, stats: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """By backpropagation; with noise where the site has it so."""
+        """The gradient by backpropagation; with noise where the site adds it."""
         model, examples = self._network.model, self._batch(batch)
         self.samples += self._a_batch
         model.load(x, stats)
@@ -107,7 +107,7 @@ class Oracle:
         return loss, gradient, model.stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:
-        """The model on this site's test part."""
+        """Metrics of the model on this site's test part."""
         test = self._data.test
         found = self._network.test(x[None], stats[None], test)
         return {

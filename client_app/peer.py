@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from client_app import sealing
-from client_app.memory import SAVED, check_run, recall, remember, run_of, written
+from client_app.memory import (
+    SAVED,
+    check_run,
+    load_peer_state,
+    run_of,
+    state_records,
+    store_peer_state,
+)
 from client_app.oracle import Oracle
 from client_app.site import Network, open_site, private, seeded
 from client_app.training import num_batches
@@ -27,8 +34,8 @@ from datasets.site import SiteData
 from strategies.gradients import regularised
 from strategies.method import PeerPlan
 from strategies.peer.channel import channel
-from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, Refusal, Result
-from strategies.peer.step import begin, cross_step, models_step, why
+from strategies.peer.state import Metrics, Order, Peer, PeerState, Received, RefusedPayload, Result
+from strategies.peer.step import begin, cross_step, models_step, reason_of
 from strategies.protocol import PeerOrder, read_peer_order
 from strategies.randomness import derive
 from strategies.records import (
@@ -118,7 +125,7 @@ def take_step(message: Message, context: Context) -> Message:
     peer = peer_of(config, site.number, network.model.sizes, loss_batches)
     call = _Call(message, asked, context, config, peer, data, network, ring)
     first = begin(peer, network.x, network.stats)
-    known = recall(context, type(first.algorithm), network.x.device)
+    known = load_peer_state(context, type(first.algorithm), network.x.device)
     order = _order(call)
     _check_turn(call, order, known)
     noise = private(context, network)
@@ -127,11 +134,11 @@ def take_step(message: Message, context: Context) -> Message:
         step = cross_step if call.crossing else models_step
         result = step(peer, known or first, _received(call, order), order, oracle)
     metrics = {"num-examples": len(data.train.y), **result.metrics, "samples": oracle.samples}
-    records, arrays = written(result.state)
+    records, arrays = state_records(result.state)
     reply = _reply(call, order, result, metrics, arrays, forgotten=known is None and order.step > 0)
-    remember(context, run, records)
+    store_peer_state(context, run, records)
     if noise:
-        noise.settle()
+        noise.charge()
     return reply
 
 
@@ -165,8 +172,8 @@ def _order(call: _Call) -> Order:
         _readers(call, asked.listeners),
         test=asked.test,
         last=asked.last,
-        again=asked.rejoin,
-        restart=asked.fresh,
+        rejoin=asked.rejoin,
+        reset=asked.reset,
     )
 
 
@@ -213,7 +220,7 @@ def _check_turn(call: _Call, order: Order, known: PeerState | None) -> None:
 
 
 def _received(call: _Call, order: Order) -> Iterator[Received]:
-    """What neighbours sent, of each in the order of its steps."""
+    """The payloads of the neighbours, of each in the order of its steps."""
     for sender in order.neighbours:
         record = call.message.content.get(f"{FROM}{sender}")
         steps: dict[int, dict[str, Array]] = {}
@@ -241,7 +248,10 @@ def _opened(call: _Call, sender: int, step: int, arrays: dict[str, Array]) -> Re
         )
     except Exception as error:  # whatever is wrong with it costs its sender the exchange
         return Received(
-            sender, step, {}, str(error) if isinstance(error, sealing.SealError) else why(error)
+            sender,
+            step,
+            {},
+            str(error) if isinstance(error, sealing.SealError) else reason_of(error),
         )
 
 
@@ -267,7 +277,7 @@ def _reply(
         if call.ring:
             readers = order.readers if reader is None else _readers(call, [reader])
             found, problems = sealing.seal(call.ring, name, payload, readers, header)
-            refused += [Refusal(*problem) for problem in problems.items()]
+            refused += [RefusedPayload(*problem) for problem in problems.items()]
         else:
             new = pack({part: value for part, value in payload.items() if id(value) not in packed})
             found = {
@@ -278,7 +288,7 @@ def _reply(
     broken = sorted({each.sender for each in result.refused}) if call.peer.channel.chained else []
     reasons = [f"site {site}: {reason}" for site, reason in refused]
     answer: dict[str, Any] = {"refused": reasons, "broken": broken}
-    answer |= {"fresh": result.restarted, "anew": forgotten}
+    answer |= {"reset": result.reset, "lost": forgotten}
     if call.ring:
         answer["nonce"] = sealing.nonce_of(call.context)
     content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord({**metrics})})

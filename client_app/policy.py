@@ -1,4 +1,4 @@
-"""What a site is and what runs may ask of it: its operator's ``site.toml``.
+"""The operator's ``site.toml``: what a site is, and what runs may ask of it.
 
 It is checked before any work.
 
@@ -67,7 +67,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Policy(Section):
-    """What runs may ask."""
+    """The rules of a site: what runs may ask."""
 
     strategies: list[str] = Field(default=list(METHODS), min_length=1)
     """methods by name; a method of somebody's own stands in import-paths too"""
@@ -100,7 +100,7 @@ class Policy(Section):
 
 
 class Privacy(Section):
-    """What is done to what leaves (:mod:`client_app.privacy`)."""
+    """Clipping and noise of the answers (:mod:`client_app.privacy`)."""
 
     clip_norm: Annotated[float, Field(gt=0, le=1e6)]
     """of an update, or of a peer's gradient"""
@@ -124,9 +124,9 @@ class SiteFile(Section):
     name: str = ""
     """for people; empty: site and its number"""
     group: str = ""
-    """the system's group whose members may send letters, beside the service's own user"""
+    """the system's group whose members may send requests, beside the service's own user"""
     audit: str = ""
-    """file to which a line of JSON is added for each letter and answer; empty: none is kept"""
+    """file to which a line of JSON is added for each request and answer; empty: none is kept"""
     state: str = ""
     """folder in which a run's memory outlives this service; empty: it does not"""
     save: str = ""
@@ -149,7 +149,7 @@ class SiteFile(Section):
     """clipping and noise of what leaves; none where the table is left out"""
 
     def node_config(self) -> dict[str, bool | int | float | str]:
-        """As the handlers find it in Flower's context."""
+        """The node's configuration, as handlers find it in Flower's context."""
         paths = {
             "save": self.save,
             "state": self.state,
@@ -187,9 +187,9 @@ def read_site(path: Path) -> SiteFile:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        said = "missing" if first["type"] == "missing" else f"{first['input']!r}: {said}"
-        raise PolicyError(f"{path}: {key}: {said}") from None
+        problem = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        problem = "missing" if first["type"] == "missing" else f"{first['input']!r}: {problem}"
+        raise PolicyError(f"{path}: {key}: {problem}") from None
     except (OSError, ValueError) as error:
         raise PolicyError(f"{path}: {error}") from None
     if wrong := [
@@ -350,7 +350,7 @@ def check_paths(policy: Policy, run_config: Mapping[str, Any]) -> None:
 
 
 def check_run(policy: Policy, config: Config) -> None:
-    """What a run is.
+    """Check the configuration of a run.
 
     Raises:
         PolicyError: it breaks a rule.
@@ -376,20 +376,20 @@ def check_sharding(site: SiteFile, config: Config) -> None:
     Raises:
         PolicyError: it cannot.
     """
-    said = "this site has sharding = true; allowed:"
+    rule = "this site has sharding = true; allowed:"
     if not site.sharding:
         return
     if isinstance(config.plan, PeerPlan):
         raise PolicyError(
             f"strategy = {config.strategy!r}: a peer keeps whole models; "
-            f"{said} methods with a server"
+            f"{rule} methods with a server"
         )
     if config.training.optimizer not in ELEMENTWISE:
         raise PolicyError(
-            f"training.optimizer = {config.training.optimizer!r}: {said} {', '.join(ELEMENTWISE)}"
+            f"training.optimizer = {config.training.optimizer!r}: {rule} {', '.join(ELEMENTWISE)}"
         )
     if config.computing.compile:
-        raise PolicyError(f"computing.compile = true: {said} false")
+        raise PolicyError(f"computing.compile = true: {rule} false")
 
 
 def check_order(

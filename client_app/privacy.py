@@ -49,12 +49,12 @@ class BudgetError(ValueError):
 
 
 def cost_of(multiplier: float) -> float:
-    """Of an answer: its inverse squared noise multiplier."""
+    """The cost of an answer: its inverse squared noise multiplier."""
     return (2 / multiplier) ** 2
 
 
 class Account:
-    """What a site has spent, in a file that outlives every process.
+    """The privacy that a site has spent, in a file that outlives every process.
 
     Args:
         folder: the site's state.
@@ -84,18 +84,18 @@ class Account:
         return spent
 
     def epsilon(self, more: float = 0.0) -> float:
-        """What is spent so far, and with so much more."""
+        """The epsilon that is spent so far, or would be with ``more`` cost."""
         from dp_accounting import get_epsilon_gaussian  # not above: a second, and few sites ask
 
         spent = self._spent() + more
         return get_epsilon_gaussian(1 / math.sqrt(spent), self._delta) if spent else 0.0
 
-    def left(self, cost: float, budget: float) -> int:
-        """How many answers of such a cost are left; none is told beyond a million."""
+    def answers_left(self, cost: float, budget: float) -> int:
+        """How many answers of such a cost are left, at most a million."""
         return bisect(range(10**6), budget, key=lambda uses: self.epsilon((uses + 1) * cost))
 
     def charge(self, more: float) -> None:
-        """It is on disk when this returns: only then may an answer leave."""
+        """Spend ``more``; it is on disk when this returns: only then may an answer leave."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps({"spent": self._spent() + more}).encode())
 
@@ -110,8 +110,8 @@ class _Normal:
     def __init__(self, key: bytes) -> None:
         self._bits = Cipher(AES256(key), CTR(bytes(16))).encryptor()
 
-    def like(self, vector: Tensor) -> Tensor:
-        """As many as ``vector`` has, in its shape, on its device."""
+    def draw(self, vector: Tensor) -> Tensor:
+        """Normal numbers in the shape of ``vector``, on its device."""
         found = torch.empty(vector.numel())
         for piece in found.split(PIECE):
             pairs = -(-len(piece) // 2)
@@ -125,7 +125,7 @@ class _Normal:
         return found.view(vector.shape).to(vector.device)
 
 
-def _counts() -> bool:
+def _keeps_account() -> bool:
     """Whether this process keeps the account: the other ones of a site use the same noise."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -154,7 +154,7 @@ class Noise:
 
     @classmethod
     def of(cls, context: Context) -> "Noise | None":
-        """As the node's configuration says; None where it says nothing.
+        """The noise that the node's configuration asks for; None where it asks for none.
 
         Raises:
             BudgetError: not even one answer is left.
@@ -167,19 +167,19 @@ class Noise:
             bytes.fromhex(node.get(SEED) or secrets.token_hex(32)),
         )
         found = cls(node[CLIP], node[MULTIPLIER], account, node[EPSILON], seed)
-        if _counts():
+        if _keeps_account():
             found._check(1)
         return found
 
     def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
-        """The vectors, clipped together, with noise."""
+        """The vectors, clipped to one common norm, with noise."""
         self._uses += 1
         norm = torch.stack([vector.norm() for vector in vectors]).norm()
         # 0 / 0 and what is not finite: nothing leaves.
         share = (self._clip / norm).clamp(max=1.0).nan_to_num()
         deviation = self._clip * self._multiplier
         return [
-            (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.like(vector)
+            (vector * share).nan_to_num(0.0, 0.0, 0.0) + deviation * self._normal.draw(vector)
             for vector in vectors
         ]
 
@@ -191,12 +191,12 @@ class Noise:
             )
         return cost
 
-    def settle(self) -> None:
+    def charge(self) -> None:
         """Charge what was used since the last time; before the answer leaves.
 
         Raises:
             BudgetError: it is more than is left.
         """
-        if _counts():
+        if _keeps_account():
             self._account.charge(self._check(self._uses))
         self._uses = 0

@@ -1,7 +1,7 @@
 """A site of several processes, one a GPU, that ``torchrun`` starts.
 
-All work on each letter, each on its part of every batch. Rank 0 reads the letters and answers; what
-it got, and what the run made the site remember, it shares with the others, which run the same
+All work on each request, each on its part of every batch. Rank 0 reads the requests and answers;
+what it got, and what the run made the site remember, it shares with the others, which run the same
 handlers and throw their answers away. They meet in each gradient
 (:func:`client_app.training.data_parallel`). A process that fails alone ends; with it torchrun ends
 the others and starts all of them again.
@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
-from client_app import letter
+from client_app import framing
 
-MEET_S = 60.0  # one that is through with a letter waits so long for the others
-IDLE = timedelta(days=3650)  # from letter to letter
+BARRIER_S = 60.0  # one that is through with a request waits so long for the others
+IDLE = timedelta(days=3650)  # from request to request
 SHARDING = "sharding"  # in the node's configuration: no process has a whole model
 STATE = "state/"  # before the names of what the site remembers
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Inside, an error ends this process.
+    """A context in which an error ends this process.
 
     The others would wait for it; so torchrun ends them too, and starts all again.
     """
@@ -75,14 +75,14 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
             self._control: Any = dist.new_group(backend="gloo", timeout=IDLE)
 
-    def share(self, message: Message, context: Context) -> None:
-        """What rank 0 is about to work on."""
+    def send_request(self, message: Message, context: Context) -> None:
+        """Send the others the request that rank 0 works on."""
         if self.count == 1:
             return
         content = RecordDict(
             {**message.content, **{STATE + name: record for name, record in context.state.items()}}
         )
-        if context.node_config.get(SHARDING):  # rank 0 deals the vectors out
+        if context.node_config.get(SHARDING):  # rank 0 scatters the vectors
             content = RecordDict(
                 {
                     name: record
@@ -97,11 +97,11 @@ class Ranks:
             "node-config": dict(context.node_config),
             "run-config": dict(context.run_config),
         }
-        broadcast(letter.to_bytes(head, content), self._control)
+        broadcast(framing.to_bytes(head, content), self._control)
 
-    def shared(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
+    def receive_request(self) -> tuple[Mapping[str, Any], RecordDict, RecordDict]:
         """What rank 0 shares: the head, the message's content, and what the site remembers."""
-        head, records = letter.from_bytes(broadcast(None, self._control))
+        head, records = framing.from_bytes(broadcast(None, self._control))
         content = RecordDict(
             {name: record for name, record in records.items() if not name.startswith(STATE)}
         )
@@ -114,11 +114,13 @@ class Ranks:
         )
         return head, content, state
 
-    def meet(self, *, alone: bool = False) -> None:
-        """Wait until all are through with the letter; if one fails, end this process.
+    def barrier(self, *, alone: bool = False) -> None:
+        """Wait until all are through with the request; if one fails, end this process.
 
         ``alone``: rank 0 has work that the others have not.
         """
         if self.count > 1:
             with all_or_none():
-                dist.monitored_barrier(self._control, IDLE if alone else timedelta(seconds=MEET_S))
+                dist.monitored_barrier(
+                    self._control, IDLE if alone else timedelta(seconds=BARRIER_S)
+                )

@@ -66,7 +66,7 @@ class SealError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a payload is bound to."""
+    """The run, sender, step and kind that a sealed payload is bound to."""
 
     run: int
     sender: int
@@ -99,7 +99,7 @@ class Keyring:
         self._number, self._private, self._public, self._nonces = number, private, public, nonces
 
     def _shared(self, other: int, run: int) -> AESGCM:
-        """What only this site and ``other`` can compute.
+        """The secret that only this site and ``other`` can compute.
 
         Raises:
             SealError: the public key or the nonce of ``other`` is not known, or the key is none.
@@ -120,7 +120,7 @@ class Keyring:
             ).derive(secret)
         )
 
-    def knows(self, other: int) -> bool:
+    def has_key(self, other: int) -> bool:
         """Whether there is a public key of a site."""
         return other in self._public
 

@@ -1,15 +1,15 @@
 """The site service: the operator's own, installed copy of the handlers.
 
-    python -m client_app.service /etc/archipelago/site.toml   answer letters until it is ended
+    python -m client_app.service /etc/archipelago/site.toml   answer requests until it is ended
     python -m client_app.service --check site.toml            say what it would do, or what is wrong
     torchrun --max-restarts=100 --nproc-per-node=4 -m client_app.service site.toml   on four GPUs
 
 It has the data, the network and the keys, and listens at a Unix socket that its own user and the
 members of one group may open; Flower's ClientApp, whose code the server ships and which may run as
-another user, carries letters to it and answers back (:mod:`client_app.letter`). What a run may ask
-is decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer before
-it leaves (:mod:`client_app.privacy`). One letter is answered after the other, by this process's
-main thread; data, network and what runs made this site remember stay in its memory.
+another user, carries requests to it and answers back (:mod:`client_app.framing`). What a run may
+ask is decided by the operator's file (:mod:`client_app.policy`), and what becomes of an answer
+before it leaves (:mod:`client_app.privacy`). One request is answered after the other, by this
+process's main thread; data, network and what runs made this site remember stay in its memory.
 """
 
 import argparse
@@ -47,9 +47,9 @@ from flwr.app import (
     RecordDict,
 )
 
-from client_app import letter, policy
+from client_app import framing, policy
+from client_app.framing import FrameError
 from client_app.handlers import app as handlers
-from client_app.letter import LetterError
 from client_app.memory import restore_from_disk
 from client_app.policy import DAY_S, PolicyError, SiteFile
 from client_app.privacy import SEED, Account, Noise, cost_of
@@ -81,14 +81,14 @@ from strategies.protocol import Started, printable, read_order, read_peer_order
 from strategies.records import CONFIG, arrays_of, config_of, unpack
 
 RUNS = 8  # whose memory is kept
-READERS = 64  # letters that are read, wait or are worked on
-KEPT_S = 30 * DAY_S  # on disk, of a run that says no more
-TELL_S = 1.0  # from one word that the service works to the next
-WAITING = 16  # letters
+READERS = 64  # requests that are being read, wait or are worked on
+RETENTION_S = 30 * DAY_S  # of the files of a run that sends no more requests
+HEARTBEAT_S = 1.0  # between two frames that say that the service works
+WAITING = 16  # requests
 
 
-class _Letter(NamedTuple):
-    """A letter that came, and where the main thread puts the answer to it.
+class _Request(NamedTuple):
+    """A request that was read, and where the main thread puts the answer to it.
 
     The answer is records, or a text that says what is wrong.
 
@@ -103,31 +103,35 @@ class _Letter(NamedTuple):
     unwanted: Event
 
 
-class _Memory(NamedTuple):
-    """Of a run: its configuration, and what it made this site remember."""
+class RunMemory(NamedTuple):
+    """A run's configuration as JSON, and the state that it made this site remember."""
 
-    asked: str
+    config: str
     state: RecordDict
 
 
 class Service:
-    """Answers letters.
+    """Answers requests.
 
     Args:
         site: the operator's file.
         ranks: the processes of this site.
+
+    Attributes:
+        site: the operator's file.
+        runs: what each run made this site remember, by the run's number, the newest last.
     """
 
     def __init__(self, site: SiteFile, ranks: Ranks) -> None:
-        self._site, self._ranks = site, ranks
-        self._letters: Queue[_Letter] = Queue(WAITING)
+        self.site, self._ranks = site, ranks
+        self._requests: Queue[_Request] = Queue(WAITING)
         self._readers = BoundedSemaphore(READERS)
-        self._runs: OrderedDict[int, _Memory] = OrderedDict()
-        self._begun = _Begun(_runs_file(site))
-        self._doing = ("starting", time.monotonic())
+        self.runs: OrderedDict[int, RunMemory] = OrderedDict()
+        self._recent_runs = RecentRuns(_runs_file(site))
+        self._activity = ("starting", time.monotonic())
         self._status: Status | None = None
 
-    # Letters.
+    # Requests.
 
     def show(self) -> None:
         """Serve the page of this site.
@@ -135,96 +139,96 @@ class Service:
         Raises:
             PolicyError: nobody can listen there.
         """
-        _, data = _read_for_some_task(self._site)
+        _, data = _read_for_some_task(self.site)
         self._status = Status(
-            self._site, (len(data.train.y), len(data.test.y)), _rules(self._site), self._now
+            self.site, (len(data.train.y), len(data.test.y)), _rules(self.site), self._now
         )
         self._status.serve()
 
     def _now(self) -> tuple[str, float]:
-        doing, since = self._doing
+        doing, since = self._activity
         return doing, time.monotonic() - since
 
     def serve(self) -> None:
-        """Answer letters until the process is ended."""
+        """Answer requests until the process is ended."""
         signal.signal(signal.SIGALRM, lambda *_: None)  # outside of _deadline one comes too late
-        with _listening(self._site) as listener:
-            if self._site.page:
+        with _listening(self.site) as listener:
+            if self.site.page:
                 self.show()
             Thread(target=self._accept, args=[listener], daemon=True).start()
             while True:
-                self._work(self._letters.get())
+                self._work(self._requests.get())
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                line, _ = listener.accept()
+                connection, _ = listener.accept()
             except OSError as error:
                 if listener.fileno() < 0:
                     return
                 # Such as too many open files.
-                print(f"no letter can be taken now: {error}", file=sys.stderr)
-                time.sleep(TELL_S)
+                print(f"no request can be taken now: {error}", file=sys.stderr)
+                time.sleep(HEARTBEAT_S)
                 continue
             if self._readers.acquire(blocking=False):
-                Thread(target=self._read, args=[line], daemon=True).start()
+                Thread(target=self._read, args=[connection], daemon=True).start()
             else:
-                self._turn_away(line)
+                self._reject(connection)
 
-    def _turn_away(self, line: socket.socket) -> None:
-        """Whoever opens many lines and sends nothing gets no more threads and files."""
-        with line, suppress(OSError):
-            line.setblocking(False)
-            letter.say(
-                line,
-                letter.REFUSED,
-                f"ServiceError: the site's service is busy: {READERS} letters are on their way",
+    def _reject(self, connection: socket.socket) -> None:
+        """Answer that the service is busy; no thread or file is spent on the connection."""
+        with connection, suppress(OSError):
+            connection.setblocking(False)
+            framing.send_text(
+                connection,
+                framing.ERROR,
+                f"ServiceError: the site's service is busy: {READERS} requests are on their way",
             )
 
-    def _read(self, line: socket.socket) -> None:
-        """Read a letter, hand it to the main thread, and write the answer.
+    def _read(self, connection: socket.socket) -> None:
+        """Read a request, hand it to the main thread, and write the answer.
 
-        Meanwhile say once a second that the letter is worked on.
+        Meanwhile say once a second that the request is worked on.
         """
-        with line, self._reading():
-            line.settimeout(letter.SILENCE_S)
-            sender = _sender(line)
+        with connection, self._reading():
+            connection.settimeout(framing.SILENCE_S)
+            sender = _sender(connection)
             try:
-                kind, first = letter.receive(line)
-                if kind != letter.HEAD:
-                    raise LetterError("no letter")
-                found = _Letter(*letter.read(line, first), sender, Future(), Event())
-                letter.check_head(found.head)
+                kind, first = framing.receive(connection)
+                if kind != framing.HEAD:
+                    raise FrameError("not a request")
+                request = _Request(*framing.read(connection, first), sender, Future(), Event())
+                framing.check_head(request.head)
                 try:
-                    self._letters.put_nowait(found)
+                    self._requests.put_nowait(request)
                 except Full:
-                    letter.say(
-                        line,
-                        letter.REFUSED,
-                        f"ServiceError: the site's service is busy: {WAITING} letters wait",
+                    framing.send_text(
+                        connection,
+                        framing.ERROR,
+                        f"ServiceError: the site's service is busy: {WAITING} requests wait",
                     )
                     return
-                while not wait([found.answer], TELL_S).done:
+                while not wait([request.answer], HEARTBEAT_S).done:
                     doing, seconds = self._now()
                     try:
-                        letter.say(
-                            line,
-                            letter.WORKING,
+                        framing.send_text(
+                            connection,
+                            framing.WORKING,
                             json.dumps({"doing": doing, "seconds": round(seconds)}),
                         )
                     except OSError:
-                        # A run was stopped, or its SuperNode; the next letter need not wait for it.
-                        found.unwanted.set()
+                        # A run was stopped, or its SuperNode; the next request need not wait.
+                        request.unwanted.set()
                         os.kill(os.getpid(), signal.SIGALRM)
                         raise
-                answer = found.answer.result()
+                answer = request.answer.result()
                 if isinstance(answer, str):
-                    letter.say(line, letter.REFUSED, answer)
+                    framing.send_text(connection, framing.ERROR, answer)
                 else:
-                    letter.write(line, {}, answer)
-            except (LetterError, OSError, ValueError, MemoryError) as error:
+                    framing.write(connection, {}, answer)
+            except (FrameError, OSError, ValueError, MemoryError) as error:
                 problem = (
-                    "a letter that cannot be read, or an answer that is not taken: "
+                    "a request that cannot be read, or an answer that is not taken: "
                     f"{printable(str(error), 240)}"
                 )
                 with suppress(OSError):  # a full disk
@@ -237,29 +241,29 @@ class Service:
         finally:
             self._readers.release()
 
-    def _work(self, found: _Letter) -> None:
+    def _work(self, request: _Request) -> None:
         start = time.monotonic()
-        self._doing = (f"{found.head.get('kind')} of run {found.head.get('run')}", start)
+        self._activity = (f"{request.head.get('kind')} of run {request.head.get('run')}", start)
         rule, more = "", dict[str, object]()
         answer: RecordDict | str
         try:
-            self._audit(found, "in", _bytes(found.content))
+            self._audit(request, "in", _bytes(request.content))
             try:
-                with _deadline(self._site.policy.seconds, found.unwanted) as passed:
-                    reply, more = self._answer(found)
+                with _deadline(self.site.policy.seconds, request.unwanted) as passed:
+                    reply, more = self._answer(request)
             finally:  # the handlers answer with an error, whatever goes wrong
-                if found.unwanted.is_set():
-                    raise LetterError("nobody waits for the answer any more: its work was stopped")
+                if request.unwanted.is_set():
+                    raise FrameError("nobody waits for the answer any more: its work was stopped")
                 if passed.is_set():
                     raise PolicyError(
-                        f"seconds = {self._site.policy.seconds:g}: the work takes longer"
+                        f"seconds = {self.site.policy.seconds:g}: the work takes longer"
                     )
             answer = str(reply.error.reason) if reply.has_error() else reply.content
         except PolicyError as error:
             answer = rule = f"refused by this site's policy: {error}"
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
-        self._doing = ("nothing", time.monotonic())
+        self._activity = ("nothing", time.monotonic())
         more |= (
             {"rule" if rule or answer.startswith("BudgetError") else "problem": answer}
             if isinstance(answer, str)
@@ -267,21 +271,21 @@ class Service:
         )
         size = 0 if isinstance(answer, str) else _bytes(answer)
         try:
-            self._audit(found, "out", size, seconds=round(time.monotonic() - start, 3), **more)
+            self._audit(request, "out", size, seconds=round(time.monotonic() - start, 3), **more)
         except OSError as error:  # a full disk; what is not written down does not leave
             answer = f"ServiceError: the site's audit log cannot be written: {error}"
-        found.answer.set_result(answer)
+        request.answer.set_result(answer)
 
-    def _answer(self, found: _Letter) -> tuple[Message, dict[str, object]]:
-        """The answer, and what the audit log says of it."""
-        head, site = found.head, self._site
+    def _answer(self, request: _Request) -> tuple[Message, dict[str, object]]:
+        """The answer, and what the audit log holds about it."""
+        head, site = request.head, self.site
         asked, node, kind = head["run-config"], int(head["node"]), str(head["kind"])
-        told = found.content.get(CONFIG)
-        started = Started.of(told) if isinstance(told, ConfigRecord) else None
+        fields = request.content.get(CONFIG)
+        started = Started.of(fields) if isinstance(fields, ConfigRecord) else None
         run = started.run if started else int(head["run"])
-        message = Message(metadata=_metadata(run, node, kind), content=found.content)  # type: ignore[call-overload]
+        message = Message(metadata=_metadata(run, node, kind), content=request.content)  # type: ignore[call-overload]
         node_config = site.node_config() | ({SEED: secrets.token_hex(32)} if site.privacy else {})
-        # Its state's file has the site's number, not the node's: a letter may name any node, and
+        # Its state's file has the site's number, not the node's: a request may name any node, and
         # would leave a file for each.
         context = Context(run, site.site, node_config, RecordDict(), site.run_config(asked))
         policy.check_paths(site.policy, context.run_config)
@@ -296,10 +300,10 @@ class Service:
             restore_from_disk(message, context)
         if self._ranks.count > 1 and kind.startswith("train"):
             Noise.of(context)  # an epsilon that is spent is said before the others begin
-        self._ranks.share(message, context)
+        self._ranks.send_request(message, context)
         reply = handlers(message, context)
-        self._ranks.meet()
-        self._runs[run] = memory._replace(state=context.state)
+        self._ranks.barrier()
+        self.runs[run] = memory._replace(state=context.state)
         if reply.has_error():
             return reply, {}
         more: dict[str, object] = {"norms": _norms(message, reply)}
@@ -310,18 +314,18 @@ class Service:
                 policy.withhold(site.policy, record, num_test)
         return reply, more
 
-    def _memory(self, run: int, asked: dict[str, Any]) -> _Memory:
+    def _memory(self, run: int, asked: dict[str, Any]) -> RunMemory:
         text = json.dumps(identity(asked), sort_keys=True)
-        if run in self._runs:
-            if self._runs[run].asked != text:
-                raise PolicyError(f"run {run} has another configuration than in its first letter")
-            self._runs.move_to_end(run)
-            return self._runs[run]
-        self._begun.add(run, sha256(text.encode()).hexdigest(), self._site.policy.runs_a_day)
+        if run in self.runs:
+            if self.runs[run].config != text:
+                raise PolicyError(f"run {run} has another configuration than in its first request")
+            self.runs.move_to_end(run)
+            return self.runs[run]
+        self._recent_runs.add(run, sha256(text.encode()).hexdigest(), self.site.policy.runs_a_day)
         self._forget_old()
-        self._runs[run] = found = _Memory(text, RecordDict())
-        while len(self._runs) > RUNS:
-            self._runs.popitem(last=False)
+        self.runs[run] = found = RunMemory(text, RecordDict())
+        while len(self.runs) > RUNS:
+            self.runs.popitem(last=False)
         return found
 
     def _forget_old(self) -> None:
@@ -329,15 +333,15 @@ class Service:
 
         Only a peer's memory ends with its run.
         """
-        if self._site.state:
-            for file in Path(self._site.state).glob("*-*.*"):
+        if self.site.state:
+            for file in Path(self.site.state).glob("*-*.*"):
                 with suppress(OSError):
-                    if time.time() - file.stat().st_mtime > KEPT_S:
+                    if time.time() - file.stat().st_mtime > RETENTION_S:
                         file.unlink()
 
     def _check_message(self, config: Config, message: Message, context: Context) -> int:
         """Whether a message breaks a rule; how many examples a test of this site is made on."""
-        rules, kind = self._site.policy, message.metadata.message_type
+        rules, kind = self.site.policy, message.metadata.message_type
         site = SiteId.of(context)
         num_train, num_test, shape = _holdings(config, site, origin_of(config, site))
         if kind == "query.site":
@@ -353,26 +357,26 @@ class Service:
         classes = len(order.agreed.classes)
         for count in (  # before and after there is memory for them
             lambda: parameters_of(config, shape, classes),
-            lambda: sum(network_of(config, shape, classes, self._site.sharding).model.sizes),
+            lambda: sum(network_of(config, shape, classes, self.site.sharding).model.sizes),
         ):
             if (size := count()) > rules.largest_model:
                 policy.refuse("largest-model", rules.largest_model, f"a model of {size} parameters")
         return num_test
 
-    def _audit(self, found: _Letter, way: str, size: int, **more: object) -> None:
-        """Write a line for a letter or its answer into the audit log.
+    def _audit(self, request: _Request, way: str, size: int, **more: object) -> None:
+        """Write a line for a request or its answer into the audit log.
 
-        ``in``: when the letter comes; ``out``: before the answer leaves.
+        ``in``: when the request comes; ``out``: before the answer leaves.
         """
-        config = found.content.get(CONFIG)
+        config = request.content.get(CONFIG)
         number = config.get("server-round") if isinstance(config, ConfigRecord) else None
-        strategy = found.head["run-config"].get("strategy")
+        strategy = request.head["run-config"].get("strategy")
         line = {
             "way": way,
-            "sender": found.sender,
-            "run": found.head.get("run"),
+            "sender": request.sender,
+            "run": request.head.get("run"),
             "round": number if isinstance(number, int) else None,
-            "kind": found.head.get("kind"),
+            "kind": request.head.get("kind"),
             "strategy": printable(strategy) if isinstance(strategy, str) else None,
             "bytes": size,
             **more,
@@ -383,19 +387,19 @@ class Service:
         stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line}
         text = json.dumps(stamped)
         print(text, file=sys.stderr, flush=True)
-        if self._site.audit:
-            with Path(self._site.audit).open("ab") as file:
+        if self.site.audit:
+            with Path(self.site.audit).open("ab") as file:
                 append(file.fileno(), f"{text}\n".encode())
         if self._status:
             self._status.add(stamped)
 
 
-def _sender(line: socket.socket) -> dict[str, int]:
+def _sender(connection: socket.socket) -> dict[str, int]:
     """The user and the process at the other end, where the operating system tells (Linux)."""
     if not hasattr(socket, "SO_PEERCRED"):
         return {}
     process, user, _ = struct.unpack(
-        "3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     )
     return {"user": user, "process": process}
 
@@ -404,8 +408,8 @@ def _runs_file(site: SiteFile) -> Path | None:
     return Path(site.state) / "runs.json" if site.state else None
 
 
-class _Begun:
-    """The runs of the last 24 hours.
+class RecentRuns:
+    """The runs that began in the last 24 hours.
 
     Args:
         file: in which they outlive this process; None where nothing does.
@@ -442,7 +446,7 @@ class _Begun:
         ]
         known = [before for _, number, before in self._runs if number == run]
         if known and digest not in known:
-            raise PolicyError(f"run {run} has another configuration than in its first letter")
+            raise PolicyError(f"run {run} has another configuration than in its first request")
         if known:
             return
         if len(self._runs) >= most:
@@ -454,9 +458,9 @@ class _Begun:
 
 
 def follow(ranks: Ranks) -> None:
-    """The work of a process that reads no letters, until it is ended."""
+    """The work of a process that reads no requests, until it is ended."""
     while True:
-        head, content, state = ranks.shared()
+        head, content, state = ranks.receive_request()
         run, node = int(head["run"]), int(head["node"])
         message = Message(metadata=_metadata(run, node, str(head["kind"])), content=content)  # type: ignore[call-overload]
         node_config = {
@@ -464,7 +468,7 @@ def follow(ranks: Ranks) -> None:
         }
         reply = handlers(message, Context(run, node, node_config, state, head["run-config"]))
         # When sharded, rank 0 alone codes whole vectors and adds noise to them.
-        ranks.meet(alone=SHARDING in node_config and not reply.has_error())
+        ranks.barrier(alone=SHARDING in node_config and not reply.has_error())
 
 
 @lru_cache(maxsize=RUNS)
@@ -479,7 +483,7 @@ def _holdings(config: Config, site: SiteId, _: Origin) -> tuple[int, int, tuple[
 
 
 def _metadata(run: int, node: int, kind: str) -> Metadata:
-    """Of the message as the ClientApp got it; what is not here, no handler reads."""
+    """The metadata that handlers read, as in the message that the ClientApp got."""
     return Metadata(
         run_id=run,
         message_id="",
@@ -513,14 +517,14 @@ def _norms(message: Message, reply: Message) -> dict[str, float]:
 
 
 def _bytes(content: RecordDict) -> int:
-    """Of arrays."""
+    """Bytes of the arrays in a message."""
     records = [record for record in content.values() if isinstance(record, ArrayRecord)]
     return sum(len(array.data) for record in records for array in record.values())
 
 
 @contextmanager
 def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
-    """Inside, the main thread has so many seconds, and is interrupted after them.
+    """A context in which the main thread is interrupted after so many seconds.
 
     The event says whether it was. It is interrupted, too, by the alarm that comes with
     ``unwanted``.
@@ -530,12 +534,12 @@ def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
     def stop(*_: object) -> None:
         if time.monotonic() >= end:
             passed.set()
-        elif not unwanted.is_set():  # of a letter before this one
+        elif not unwanted.is_set():  # of a request before this one
             return
         raise TimeoutError("out of time" if passed.is_set() else "nobody waits for the answer")
 
     if unwanted.is_set():
-        raise LetterError("nobody waits for the answer any more")
+        raise FrameError("nobody waits for the answer any more")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -548,7 +552,7 @@ def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
 
 @contextmanager
 def _listening(site: SiteFile) -> Iterator[socket.socket]:
-    """The socket, which this user and the site's group may open."""
+    """A listening socket, which this user and the site's group may open."""
     path = Path(site.socket)
     path.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -582,7 +586,7 @@ def report(site: SiteFile, ranks: int = 1) -> str:
     policy.check_holdings(site, len(data.train.y))
     if site.private_key:
         keyring(Context(0, 0, site.node_config(), RecordDict(), {}), "keys", site.site, {}, {})
-    _Begun(_runs_file(site))
+    RecentRuns(_runs_file(site))
     shape = " x ".join(map(str, data.train.x.shape[1:]))
     processes = f"{ranks} process{'es' * (ranks > 1)} of {torch.get_num_threads()} threads"
     sharded = "; under torchrun each has its shard of the model" if site.sharding else ""
@@ -632,7 +636,7 @@ def _read_for_some_task(site: SiteFile) -> tuple[Config, SiteData]:
 
 
 def _rules(site: SiteFile) -> dict[str, str]:
-    """Of the policy, in words."""
+    """The keys of the policy, and their values in words."""
     return {key: _shown(key, value) for key, value in site.policy.model_dump(by_alias=True).items()}
 
 
@@ -645,7 +649,7 @@ def _spent(site: SiteFile) -> str:
     if site.privacy is None:
         return "none: answers leave as they are"
     account = Account(Path(site.state), site.privacy.delta)
-    left = account.left(cost_of(site.privacy.noise_multiplier), site.privacy.epsilon)
+    left = account.answers_left(cost_of(site.privacy.noise_multiplier), site.privacy.epsilon)
     rules = ", ".join(
         f"{key} = {value:g}" for key, value in site.privacy.model_dump(by_alias=True).items()
     )
@@ -654,8 +658,8 @@ def _spent(site: SiteFile) -> str:
 
 
 @contextmanager
-def _alone(site: SiteFile) -> Iterator[None]:
-    """Inside, no other service uses the state.
+def _lock_state(site: SiteFile) -> Iterator[None]:
+    """A context in which no other service uses the state.
 
     Two would forget each other's runs, and what the other spends.
     """
@@ -672,7 +676,7 @@ def _alone(site: SiteFile) -> Iterator[None]:
         raise PolicyError(f"state = {site.state!r}: another service uses it") from None
 
 
-def _own_temporary_files() -> None:
+def _set_temporary_folder() -> None:
     """Put temporary files where nobody else writes.
 
     ``torch.compile``, for which a run may ask, runs what it finds there. Call this before PyTorch
@@ -688,8 +692,8 @@ def _own_temporary_files() -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
-def _warm() -> None:
-    """Load what PyTorch loads with an optimizer's first step, so that no letter waits for it."""
+def _warm_up() -> None:
+    """Load what PyTorch loads with an optimizer's first step, so that no request waits for it."""
     whole = torch.nn.Parameter(torch.zeros(1))
     whole.grad = torch.zeros(1)
     for kind in (torch.optim.SGD, torch.optim.AdamW):
@@ -707,7 +711,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        _own_temporary_files()
+        _set_temporary_folder()
         site = policy.read_site(arguments.site)
         ranks = Ranks()
         if ranks.rank:
@@ -715,11 +719,11 @@ def main() -> None:
         print(report(site, ranks.count), flush=True)
         if not arguments.check:
             policy.check_processes(site, ranks.count)
-            with _alone(site):
+            with _lock_state(site):
                 # The socket is removed, too; a shell's & has Ctrl-C ignored.
                 for ending in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(ending, signal.default_int_handler)
-                _warm()
+                _warm_up()
                 Service(site, ranks).serve()
     except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None

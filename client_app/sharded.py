@@ -1,7 +1,7 @@
 """A network that no single device needs to hold: each process has its shard of it (FSDP2).
 
 The shard is of every parameter, gradient and moment. Vectors [d] of the whole model are for the
-wire and for what a run made the site remember. Only rank 0 has them, on the CPU; they are dealt out
+wire and for what a run made the site remember. Only rank 0 has them, on the CPU; they are scattered
 and gathered parameter by parameter. While a network is built, though, each process has it whole on
 its CPU.
 """
@@ -93,7 +93,7 @@ class ShardedModel(FlatModel):
             dist.all_reduce(square)
         return square.sqrt()
 
-    def deal(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def scatter(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """This process's shards [..., p] of the vectors [..., d] that ``read`` gives rank 0.
 
         Numbers and ``stats`` are not split.
@@ -113,16 +113,18 @@ class ShardedModel(FlatModel):
             name: [str(each.dtype).removeprefix("torch."), list(each.shape)]
             for name, each in vectors.items()
         }
-        said = (
+        head = (
             None if self.rank else json.dumps([str(failure) if failure else "", described]).encode()
         )
-        wrong, told = json.loads(broadcast(said, device=self.x.device))
+        wrong, shapes = json.loads(broadcast(head, device=self.x.device))
         if wrong:
             raise failure or ValueError(wrong)
         with all_or_none():
             return {
-                name: self._dealt(name, torch.Size(shape), getattr(torch, dtype), vectors.get(name))
-                for name, (dtype, shape) in told.items()
+                name: self._scattered(
+                    name, torch.Size(shape), getattr(torch, dtype), vectors.get(name)
+                )
+                for name, (dtype, shape) in shapes.items()
             }
 
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +142,7 @@ class ShardedModel(FlatModel):
             }
         return {} if self.rank else found
 
-    def _dealt(
+    def _scattered(
         self, name: str, shape: torch.Size, dtype: torch.dtype, vector: Tensor | None
     ) -> Tensor:
         device = self.x.device
@@ -179,7 +181,7 @@ class ShardedModel(FlatModel):
         return whole
 
     def _check(self, vectors: Mapping[str, Tensor]) -> None:
-        """Whether vectors of the wire are of this network's size."""
+        """Check that vectors of the wire are of this network's size."""
         for name, vector in vectors.items():
             expected = self.num_stats if name == STATS else sum(self.sizes)
             if vector.shape[-1:] != (expected,) and (name == STATS or vector.numel() > 1):
@@ -199,13 +201,13 @@ def sharded(base: Gradient, model: ShardedModel) -> Gradient:
         with all_or_none():
             value, g = base(x, (part[0], part[1]) if model.share else batch, track=track)
             kept = [buffer.reshape(-1) for buffer in model.statistics] if track else []
-            together = torch.cat([value.reshape(1), *kept]).mul_(model.share)
-            dist.all_reduce(together)
+            summed = torch.cat([value.reshape(1), *kept]).mul_(model.share)
+            dist.all_reduce(summed)
         for buffer, mean in zip(
-            model.statistics, together[1:].split([len(each) for each in kept]), strict=False
+            model.statistics, summed[1:].split([len(each) for each in kept]), strict=False
         ):
             buffer.copy_(mean.view(buffer.shape))
-        return together[0], g
+        return summed[0], g
 
     return gradient
 

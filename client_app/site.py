@@ -34,12 +34,12 @@ from datasets.site import (
     Part,
     SiteData,
     Split,
-    deal,
-    own,
     relabel,
+    select,
+    simulated_splits,
+    site_split,
     standardise,
     standardise_numbers,
-    take,
 )
 from models.flat import FlatModel
 from models.tasks import Task
@@ -183,7 +183,7 @@ def origin_of(config: Config, site: SiteId) -> Origin:
 
 
 # Of a source and path: when to look again, and what was found.
-_looks: dict[tuple[str, str], tuple[float, str]] = {}
+_fingerprints: dict[tuple[str, str], tuple[float, str]] = {}
 
 
 def _fingerprint(source: str, path: str) -> str:
@@ -191,12 +191,12 @@ def _fingerprint(source: str, path: str) -> str:
 
     A look at a million of them takes seconds, and looking takes a twentieth of the time at most.
     """
-    due, before = _looks.get((source, path), (0.0, ""))
+    due, before = _fingerprints.get((source, path), (0.0, ""))
     if (start := time.monotonic()) < due:
         return before
     found = sources.fingerprint(source, path)
     end = time.monotonic()
-    _looks[source, path] = end + 19 * (end - start), found
+    _fingerprints[source, path] = end + 19 * (end - start), found
     if found != before:
         _site_data.cache_clear()  # the copies of what was there before
     return found
@@ -209,7 +209,7 @@ def _pool(origin: Origin) -> sources.Examples:
 
 @lru_cache(maxsize=4)
 def _splits(config: Config, num_sites: int, origin: Origin) -> list[Split]:
-    return deal(
+    return simulated_splits(
         _pool(origin),
         num_sites,
         np.random.default_rng(derive(config.seed, "partition")),
@@ -237,7 +237,7 @@ def _radius(config: Config) -> float:
 
 
 def _epochs(config: Config) -> bool:
-    """Whether sites train for whole epochs."""
+    """Whether sites train for whole epochs in this run."""
     return not isinstance(config.plan, PeerPlan | ArrivalPlan) and not hasattr(
         config.keys, "local_steps"
     )
@@ -253,14 +253,14 @@ def raw_data(config: Config, site: SiteId) -> SiteData:
 
 
 def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
-    data = take(_pool(origin), _chosen(config, site, origin))
+    data = select(_pool(origin), _chosen(config, site, origin))
     parts = f"{len(data.train.y)} training and {len(data.test.y)} test examples"
     if isinstance(data.train.x, Lazy) and data.train.x.in_order and not _epochs(config):
-        said = (
+        reason = (
             "an IterableDataset is read from its beginning each time; "
             "allowed: methods with local-epochs"
         )
-        raise ConfigError(f"strategy = {config.strategy!r}: {said}")
+        raise ConfigError(f"strategy = {config.strategy!r}: {reason}")
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
         key, share = (
             ("validation", config.data.validation)
@@ -286,7 +286,7 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
     # and a test stays one.
     generator = np.random.default_rng(derive(SPLIT_SEED, "split", site.number))
     return [
-        own(
+        site_split(
             _pool(origin),
             generator,
             test_part=config.data.test_part,
@@ -320,14 +320,16 @@ def _site_data(
         data = standardise_numbers(data, numbers) if config.task.target == "numbers" else data
     device = device_of(config.computing.device)
 
-    def there(values: Values) -> Values:
+    def on_device(values: Values) -> Values:
         if isinstance(values, Lazy):
             return replace(
                 values, device=device, workers=min(config.computing.workers, os.cpu_count() or 1)
             )
         return values.to(device)
 
-    return data._replace(train=Part(*map(there, data.train)), test=Part(*map(there, data.test)))
+    return data._replace(
+        train=Part(*map(on_device, data.train)), test=Part(*map(on_device, data.test))
+    )
 
 
 @lru_cache(maxsize=4)
@@ -460,7 +462,7 @@ def open_site(message: Message, context: Context) -> tuple[Config, SiteId, SiteD
 
 
 def private(context: Context, network: Network) -> Noise | None:
-    """What this site does to what leaves.
+    """The noise that this site adds to its answers, if any.
 
     Raises:
         ValueError: it cannot be done to this network, or the site's epsilon is spent.
@@ -476,7 +478,7 @@ def private(context: Context, network: Network) -> Noise | None:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, dropout draws from a seed of this site and round.
+    """A context in which dropout draws from a seed of this site and round.
 
     It knows no generator but torch's global one.
     """

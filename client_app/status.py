@@ -23,8 +23,8 @@ from client_app.policy import Policy, PolicyError, SiteFile
 from client_app.privacy import Account
 from page import address_of, server
 
-NEWEST = 100  # letters on the page
-TAIL = 2**17  # bytes at the end of the audit log, of letters before this service started
+NEWEST = 100  # requests on the page
+TAIL = 2**17  # bytes at the end of the audit log, of requests before this service started
 RULES = {field.alias for field in Policy.model_fields.values()}
 
 
@@ -49,16 +49,16 @@ class Status(Collector):
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._lock = Lock()
         self._newest: deque[dict[str, Any]] = deque(_tail(site.audit), NEWEST)
-        self._letters: Counter[str] = Counter()  # in, out
+        self._requests: Counter[str] = Counter()  # in, out
         self._bytes: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()  # by rule
         self._last: dict[str, Any] = {}
 
     def add(self, line: dict[str, Any]) -> None:
-        """A line of the audit log."""
+        """Add a line of the audit log."""
         with self._lock:
             self._newest.append(line)
-            self._letters[line["way"]] += 1
+            self._requests[line["way"]] += 1
             self._bytes[line["way"]] += line["bytes"]
             if line["round"] is not None:
                 self._last = line
@@ -73,14 +73,14 @@ class Status(Collector):
         return {"spent": spent, "epsilon": privacy.epsilon, "delta": privacy.delta}
 
     def data(self, _: Mapping[str, str]) -> dict[str, Any]:
-        """All that the page shows."""
+        """The data of the page, as JSON can hold them."""
         doing, seconds = self._doing()
         privacy = self.spent()
         with self._lock:
-            told = {
+            counts = {
                 # The numbers of runs are too large for JavaScript.
                 "newest": [{**line, "run": str(line["run"])} for line in reversed(self._newest)],
-                "letters": self._letters["in"],
+                "requests": self._requests["in"],
                 "bytes": {way: self._bytes[way] for way in ("in", "out")},
                 "refused": dict(self._refused),
             }
@@ -94,42 +94,42 @@ class Status(Collector):
         }
         return {
             "site": about
-            | told
+            | counts
             | {"train": train, "test": test, "policy": self._rules, "privacy": privacy}
         }
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' metrics."""
+        """The metrics of this site for Prometheus."""
         site = str(self._site.site)
         up = GaugeMetricFamily(
-            "archipelago_site_up", "1 while the service answers letters", labels=["site"]
+            "archipelago_site_up", "1 while the service answers requests", labels=["site"]
         )
         up.add_metric([site], 1.0)
         yield up
         with self._lock:
-            letters, sent, refused, last = (
-                dict(self._letters),
+            requests, sent, refused, last = (
+                dict(self._requests),
                 dict(self._bytes),
                 dict(self._refused),
                 self._last,
             )
         for name, help, values in (
-            ("letters", "letters and answers", letters),
-            ("bytes", "arrays of letters and answers", sent),
+            ("requests", "requests and answers", requests),
+            ("bytes", "arrays of requests and answers", sent),
         ):
             family = CounterMetricFamily(f"archipelago_{name}", help, labels=["site", "direction"])
             for way in ("in", "out"):
                 family.add_metric([site, way], values.get(way, 0))
             yield family
         family = CounterMetricFamily(
-            "archipelago_refused", "letters that break a rule", labels=["site", "rule"]
+            "archipelago_refused", "requests that break a rule", labels=["site", "rule"]
         )
         for rule, count in refused.items():
             family.add_metric([site, rule], count)
         yield family
         if last:
             yield GaugeMetricFamily(
-                "archipelago_round", "of the newest letter", float(last["round"])
+                "archipelago_round", "of the newest request", float(last["round"])
             )
         for part, count in zip(("train", "test"), self._examples, strict=True):
             yield GaugeMetricFamily(
@@ -160,12 +160,12 @@ class Status(Collector):
         Thread(target=served.serve_forever, daemon=True).start()
 
 
-def rule_of(refusal: str) -> str:
+def rule_of(reason: str) -> str:
     """The policy's key that an answer names; of few different ones, for whoever counts."""
-    if "BudgetError" in refusal:
+    if "BudgetError" in reason:
         return "epsilon"
-    named = re.findall(r"this site's policy has ([a-z-]+) = ", refusal) or re.findall(
-        r"policy: ([a-z-]+) = ", refusal
+    named = re.findall(r"this site's policy has ([a-z-]+) = ", reason) or re.findall(
+        r"policy: ([a-z-]+) = ", reason
     )
     return named[-1] if named and named[-1] in RULES else "other"
 

@@ -147,7 +147,7 @@ def proximal(base: Gradient, anchor: Tensor, mu: float) -> Gradient:
 
 
 def corrected(base: Gradient, correct: Callable[[Tensor], Tensor]) -> Gradient:
-    """The gradient that ``correct`` makes of the base gradient [d]."""
+    """A gradient function that corrects the base gradient [d] by ``correct``."""
 
     def gradient(x: Tensor, batch: Batch, *, track: bool = True) -> tuple[Tensor, Tensor]:
         value, g = base(x, batch, track=track)
@@ -319,7 +319,7 @@ def evaluate(
     details: bool = False,
     at_once: int = EVALUATION_BATCH,
 ) -> dict[str, float | list[float]]:
-    """What the mean prediction of one or several models is worth, as means over examples.
+    """Test the mean prediction of one or several models; return means over examples.
 
     Args:
         task: what is measured.

@@ -1,4 +1,4 @@
-"""What does not go together in a configuration, and keys that nobody would read."""
+"""Checks of keys that do not go together, and of keys without effect."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +10,7 @@ from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.partitions import PARTITIONS
 from datasets.sources import SOURCES
-from models.networks import own
+from models.networks import custom_network
 from models.tasks import TASKS
 from strategies.codecs import CODECS, codec, trial
 from strategies.keys import Only
@@ -53,8 +53,8 @@ UNUSED: dict[type, set[str]] = {
 }
 
 
-def together(config: "Config", method: Method[Any]) -> Iterator[str]:
-    """A line for each mistake."""
+def mistakes(config: "Config", method: Method[Any]) -> Iterator[str]:
+    """The mistakes of keys that do not fit together, a line each."""
     try:
         plan = config.plan
     except ValueError as error:
@@ -176,7 +176,7 @@ def _run(config: "Config") -> Iterator[str]:
         table = config.method.table
         yield (
             f"training.momentum = {training.momentum:g}: "
-            f"has no effect with {table}.local-steps = 1, which begins anew each time"
+            f"has no effect with {table}.local-steps = 1, where it is reset each time"
         )
     if training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         yield (
@@ -199,7 +199,7 @@ def _run(config: "Config") -> Iterator[str]:
         yield f"results.details = True: has no effect with training.task = {training.task!r}"
     if ":" in config.model.name and not config.model.name.startswith("torchvision:"):
         try:
-            own(config.model.name)
+            custom_network(config.model.name)
         except ValueError as error:
             yield str(error)
     model = config.model
@@ -248,9 +248,9 @@ def _data(config: "Config") -> Iterator[str]:
         )
     if config.computing.workers and data.source in SOURCES and not SOURCES[data.source].lazy:
         lazy = ", ".join(name for name, each in SOURCES.items() if each.lazy)
-        said = f"has no effect with data.source = {data.source!r}, which is in memory"
+        reason = f"has no effect with data.source = {data.source!r}, which is in memory"
         yield (
-            f"computing.workers = {config.computing.workers}: {said}; "
+            f"computing.workers = {config.computing.workers}: {reason}; "
             f"only with {lazy}, package.module:NAME"
         )
     if partition.iid_fraction and partition.kind == "iid":
@@ -307,7 +307,7 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
         )
     if not robust.rule.on:
         return
-    said, allowed, rows, what = (
+    setting, allowed, rows, what = (
         f"robust.mean = {robust.mean!r}",
         ("median", "trimmed-mean", "krum"),
         config.sampled(config.num_sites),
@@ -316,15 +316,15 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
     match plan:
         case ArrivalPlan(window=0):
             yield (
-                f"{said}: {name} takes one contribution at a time; "
+                f"{setting}: {name} takes one contribution at a time; "
                 "allowed: 'mean', or strategy = 'gsgm' (not dc-asgd), 'fedbuff'"
             )
             return
         case ForeignPlan(averages=False):
-            yield f"{said}: {name} is no mean of models; allowed: 'mean'"
+            yield f"{setting}: {name} is no mean of models; allowed: 'mean'"
             return
         case PeerPlan(algorithm=LinkAlgorithm()) | PeerPlan(exact=True):
-            yield f"{said}: {name} needs the sum of all that is sent; allowed: 'mean'"
+            yield f"{setting}: {name} needs the sum of all that is sent; allowed: 'mean'"
             return
         case ArrivalPlan():
             rows, what = (
@@ -333,30 +333,30 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
             )
             if rows > config.num_sites:
                 yield (
-                    f"{what} = {rows}: {said} takes one contribution a site; "
+                    f"{what} = {rows}: {setting} takes one contribution a site; "
                     f"at most num-sites, which is {config.num_sites}"
                 )
         case PeerPlan():
             allowed = ("median", "trimmed-mean", "clipped")
             if config.wire.error_feedback != "none":
                 yield (
-                    f"{said}: not with wire.error-feedback = {config.wire.error_feedback!r}; "
+                    f"{setting}: not with wire.error-feedback = {config.wire.error_feedback!r}; "
                     "allowed: 'none'"
                 )
         case _ if "weighting" in changed(config.keys):
             yield (
-                f"{table}.weighting = 'samples': has no effect with {said}: "
+                f"{table}.weighting = 'samples': has no effect with {setting}: "
                 "all sites count the same"
             )
     if robust.mean not in allowed:
         yield (
-            f"{said}: not with strategy = {name!r}; "
+            f"{setting}: not with strategy = {name!r}; "
             f"allowed: 'mean', {', '.join(map(repr, allowed))}"
         )
     least = robust.rule.majority + 2 * (robust.mean == "krum")
     if rows < least and not isinstance(plan, PeerPlan):
         against = "" if robust.mean == "median" else f" against robust.faulty = {robust.faulty}"
-        yield f"{what} = {rows}: {said}{against} needs at least {least}"
+        yield f"{what} = {rows}: {setting}{against} needs at least {least}"
 
 
 def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:

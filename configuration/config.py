@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from configuration.checks import together
+from configuration.checks import mistakes
 from configuration.errors import ConfigError, changed, shown, shown_key
 from configuration.flower import flatten_dict
 from configuration.former import new_key
@@ -162,23 +162,23 @@ class Config(BaseModel):
             "",
             errors,
         )
-        if errors or found is None or (errors := list(together(found, method))):
+        if errors or found is None or (errors := list(mistakes(found, method))):
             raise ConfigError("\n".join(errors))
         return found
 
     @cached_property
     def method(self) -> Method[Any]:
-        """The method."""
+        """The method that ``strategy`` names."""
         return find(self.strategy)
 
     @cached_property
     def task(self) -> Task:
-        """What the network is trained to do."""
+        """The task that ``training.task`` names."""
         return task(self.training.task)
 
     @cached_property
     def plan(self) -> Plan:
-        """What the method makes of its keys."""
+        """The plan that the method makes of its keys."""
         return self.method.plan(
             self.keys,
             Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule),
@@ -209,7 +209,7 @@ FREE = ("min-sites", "timeout-s", "patience-s", *(f"results.{key}" for key in RE
 
 
 def identity(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run configuration, with keys with dots, that of a certain run."""
+    """The part of a run configuration that identifies the run; keys have dots."""
     return {key: value for key, value in run_config.items() if key not in FREE}
 
 
@@ -257,7 +257,7 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section_fault(method: Method[Any]) -> str | None:
-    """Why a method of one's own cannot have its section."""
+    """Why a user's method cannot have its section."""
     if not re.fullmatch("[A-Za-z0-9-]+", method.table):
         return (
             f"its section is called {shown(method.table)}; letters, digits and hyphens are expected"

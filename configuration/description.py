@@ -49,7 +49,7 @@ class Description(BaseModel):
         columns: Sequence[str],
         moments: Sequence[Sequence[float]],
     ) -> "Description":
-        """Of a run; ``moments`` as the sites agreed on them, (known, mean, variance) or nothing."""
+        """The description of a run's models; ``moments`` are (known, mean, variance) or nothing."""
         _, mean, variance = moments or ((), (), ())
         return cls(
             model=config.model,
@@ -63,7 +63,7 @@ class Description(BaseModel):
         )
 
     def metadata(self) -> dict[str, str]:
-        """As a safetensors file holds it."""
+        """The description as metadata of a safetensors file."""
         return {KEY: json.dumps(self.model_dump(by_alias=True))}
 
     @classmethod

@@ -44,7 +44,7 @@ def full_disk_is_os_error() -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder outlive a power cut."""
+    """Sync a folder, so that its names outlive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

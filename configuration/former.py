@@ -43,5 +43,5 @@ FORMER = {
 
 
 def new_key(key: str, method: str) -> str | None:
-    """Where a former flat key stands now, or None where it is none."""
+    """The present name of a former flat key, or None if it never was a key."""
     return FORMER[key].replace("METHOD", method) if key in FORMER else None

@@ -52,7 +52,7 @@ def defaults() -> str:
 
 
 def pyproject(text: str) -> str:
-    """``pyproject.toml`` with the defaults of today."""
+    """The text of ``pyproject.toml`` with the present defaults."""
     return text[: text.index(MARK.partition(":")[0])] + defaults()
 
 
@@ -96,7 +96,7 @@ def methods() -> str:
 
 
 def _title(method: Any) -> str:
-    """The first sentence of its file."""
+    """The title of a method: the first sentence of its module."""
     module = sys.modules[method.keys.__module__]
     if method.section:
         return "Flower's own"

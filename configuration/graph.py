@@ -1,4 +1,4 @@
-"""Who exchanges with whom in a run of peers."""
+"""The communication graph of a run of peers."""
 
 from functools import lru_cache
 

@@ -58,14 +58,14 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tupl
     Raises:
         ValueError: it cannot be built; the message names the key.
     """
-    model, said = config.model, ""
+    model, note = config.model, ""
     network = initialised(
         model, config.data, config.task, shape, num_classes, derive(config.seed, "model")
     )
     if config.computing.checkpointing:
         checkpoint_blocks(network, config.computing.compile)
     if model.initial:
-        said = start_from(network, model.initial)
+        note = start_from(network, model.initial)
     if model.trainable:
         freeze(network, model.trainable)
     if config.training.optimizer == "muon" and not any(
@@ -75,7 +75,7 @@ def network_of(config: Config, shape: tuple[int, ...], num_classes: int) -> tupl
             "training.optimizer = 'muon': no hidden matrix of this network is trained; "
             "allowed: 'sgd', 'adamw'"
         )
-    return network, said
+    return network, note
 
 
 def codec_of(wire: Wire, sizes: Sequence[int], name: str = "") -> Codec:

@@ -113,7 +113,7 @@ class Training(Section):
 
 
 class Model(Section):
-    """The network."""
+    """The network that is trained."""
 
     name: Annotated[str, _one_of(*NETWORKS, more=torchvision_names)] = "cnn"
     """cnn, mlp, lenet5, resnet20, vgg11, unet, gpt, torchvision:NAME, or one's own:
@@ -138,12 +138,12 @@ class Model(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a network by name may take."""
+        """The options that a network may take, by name."""
         return self.model_dump(exclude={"name", "initial", "trainable"})
 
 
 class Data(Section):
-    """What sites hold."""
+    """The data of the sites."""
 
     source: Annotated[str, _one_of(*SOURCES)] = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, csv, parquet, text-bytes,
@@ -197,7 +197,7 @@ class Data(Section):
 
 
 class Partition(Section):
-    """Who gets what in a simulation."""
+    """How a simulation splits the data over its sites."""
 
     kind: Annotated[str, _one_of(*PARTITIONS)] = "iid"
     """iid, dirichlet, dirichlet-equal, classes, sizes, natural, or one's own: package.module:NAME
@@ -224,7 +224,7 @@ class Sampling(Section):
 
 
 class TopologyKeys(Section):
-    """Who exchanges with whom, of peers."""
+    """The communication graph of peers."""
 
     name: Annotated[str, _one_of(*TOPOLOGIES)] = "ring"
     """ring, path, star, complete, torus, matching, exponential, edges, ..., or one's own:
@@ -247,7 +247,7 @@ class TopologyKeys(Section):
 
 
 class Wire(Section):
-    """What crosses the wire."""
+    """The encoding of what crosses the wire."""
 
     codec: Annotated[str, _one_of(*CODECS)] = "identity"
     """of offers to peers and updates to a server: identity, fp16, bf16, qsgd, top-k, random-k,
@@ -274,7 +274,7 @@ class Wire(Section):
 
 
 class RobustKeys(Section):
-    """Against broken and hostile sites, beside max-change."""
+    """Defences against broken and hostile sites, beside max-change."""
 
     mean: Kind = "mean"
     """of rounds and of gsgm and fedbuff: mean, median, trimmed-mean, krum; of peers: mean, median,
@@ -287,12 +287,12 @@ class RobustKeys(Section):
 
     @property
     def rule(self) -> Robust:
-        """Which mean."""
+        """The rule of the mean, as :mod:`strategies.robust` takes it."""
         return Robust(self.mean, self.faulty)
 
 
 class Results(Section):
-    """What a run leaves."""
+    """The results of a run."""
 
     folder: Annotated[str, Field(min_length=1)] = "runs"
     """each run makes a folder in it"""
@@ -323,7 +323,7 @@ class Results(Section):
 
 
 class Computing(Section):
-    """What sites compute on."""
+    """The devices and memory of sites."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:1, mps"""

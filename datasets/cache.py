@@ -32,12 +32,12 @@ LIBRARIES = ("numpy", "pandas", "pillow", "scikit-learn", "scipy", "torch", "tor
 
 
 def digest(value: object) -> str:
-    """Of what JSON can hold."""
+    """A digest of a value that JSON can hold."""
     return sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def _code() -> str:
-    """Of the decoders and the libraries they call: others may return other examples."""
+    """A digest of the decoders and their libraries: others may return other examples."""
     return digest(
         [
             *map(version, LIBRARIES),
@@ -50,7 +50,7 @@ CODE = _code()  # now: later the files may be others than those that this proces
 
 
 def cache_folder(name: str) -> Path:
-    """Where this user's cache has things of a kind; its ``~`` is not yet expanded.
+    """The folder of one kind of entry in this user's cache; its ``~`` is not yet expanded.
 
     Expanding it may fail.
     """
@@ -84,7 +84,7 @@ def fingerprint(files: Path | None) -> str:
 def cached(
     source: str, files: Path | None, options: Mapping[str, object], decode: Callable[[], Examples]
 ) -> Examples:
-    """What ``decode`` returns, with contiguous tensors; from disk if it was called before.
+    """The examples that ``decode`` returns; from disk if it was called before.
 
     That is before for the same contents, options and code. Lazy examples are returned as they are.
 
@@ -173,6 +173,6 @@ def _write(entry: Path, place: str, examples: Examples) -> None:
 def _warn(folder: Path, error: Exception) -> None:
     text = (
         f"decoded data are not kept in {shown(str(folder))}, "
-        f"every process decodes them anew: {error}"
+        f"every process decodes them again: {error}"
     )
     warnings.warn(text, RuntimeWarning, stacklevel=4)

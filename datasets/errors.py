@@ -1,4 +1,4 @@
-"""What is said of data that cannot be read."""
+"""Errors of data that cannot be read."""
 
 
 class SourceError(ValueError):

@@ -63,51 +63,51 @@ def check(examples: Examples, source: str, target: str = "class") -> Examples:
     Raises:
         SourceError: what does not fit together.
     """
-    said = f"data.source = {shown(source)}"
+    key = f"data.source = {shown(source)}"
     if not isinstance(examples, Examples):
         raise SourceError(
-            f"{said} must return datasets.sources.Examples, it returned {type(examples).__name__}"
+            f"{key} must return datasets.sources.Examples, it returned {type(examples).__name__}"
         )
     x, y = examples.x, examples.y
     if not (isinstance(x, Tensor | Lazy) and isinstance(y, Tensor | Lazy)):
         raise SourceError(
-            f"{said}: x and y must be tensors, they are {type(x).__name__}, {type(y).__name__}"
+            f"{key}: x and y must be tensors, they are {type(x).__name__}, {type(y).__name__}"
         )
     n = len(y)
     if len(x) != n or len(x.shape) < 2:
         raise SourceError(
-            f"{said}: x [n, ...] and y [n, ...] must hold the same number of examples; "
+            f"{key}: x [n, ...] and y [n, ...] must hold the same number of examples; "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if n < FEWEST:
         raise SourceError(
-            f"{said}: {n} examples are too few: at least {FEWEST}, to train on and to test on"
+            f"{key}: {n} examples are too few: at least {FEWEST}, to train on and to test on"
         )
     if wrong := too_many(len(examples.classes)) or fault(examples.classes):
-        raise SourceError(f"{said}, classes: {wrong}")
+        raise SourceError(f"{key}, classes: {wrong}")
     if wrong := fault(examples.groups):
-        raise SourceError(f"{said}, groups: {wrong}")
+        raise SourceError(f"{key}, groups: {wrong}")
     if wrong := fault(examples.columns, LONGEST_COLUMN):
-        raise SourceError(f"{said}, columns: {wrong}")
-    _check_target(said, examples, target)
+        raise SourceError(f"{key}, columns: {wrong}")
+    _check_target(key, examples, target)
     if examples.group is not None:
         if examples.group.shape != (n,) or examples.group.dtype != torch.int64:
-            raise SourceError(f"{said}: group must be [{n}] int64")
-        _check_indices(said, "group", examples.group, len(examples.groups))
+            raise SourceError(f"{key}: group must be [{n}] int64")
+        _check_indices(key, "group", examples.group, len(examples.groups))
     if examples.test is not None and (
         examples.test.shape != (n,) or examples.test.dtype != torch.bool
     ):
-        raise SourceError(f"{said}: test must be [{n}] bool")
+        raise SourceError(f"{key}: test must be [{n}] bool")
     if examples.columns and tuple(x.shape) != (n, len(examples.columns)):
         raise SourceError(
-            f"{said}: x must be [n, {len(examples.columns)}] like columns, it is {tuple(x.shape)}"
+            f"{key}: x must be [n, {len(examples.columns)}] like columns, it is {tuple(x.shape)}"
         )
-    _check_values(said, examples)
+    _check_values(key, examples)
     return examples
 
 
-def _check_target(said: str, examples: Examples, target: str) -> None:
-    """Whether y is what the task of the run needs."""
+def _check_target(key: str, examples: Examples, target: str) -> None:
+    """Check that y is what the task of the run needs."""
     x, y, size = examples.x, examples.y, len(examples.classes)
     if (examples.classes == TOKEN) != (target == "tokens"):
         there = (
@@ -116,11 +116,11 @@ def _check_target(said: str, examples: Examples, target: str) -> None:
             else f"classes {listed(examples.classes)}"
         )
         raise SourceError(
-            f"{said}: training.task needs {TARGETS[target]}, the examples have {there}"
+            f"{key}: training.task needs {TARGETS[target]}, the examples have {there}"
         )
     if not isinstance(y, Tensor):  # looked at when it is read
         if target == "numbers":  # whose mean and deviation are needed before
-            raise SourceError(f"{said}: numbers to predict come as a tensor y, not with each item")
+            raise SourceError(f"{key}: numbers to predict come as a tensor y, not with each item")
         return
     match target:
         case "class":
@@ -144,25 +144,25 @@ def _check_target(said: str, examples: Examples, target: str) -> None:
             )
     if not fits:
         raise SourceError(
-            f"{said}: training.task needs {TARGETS[target]}; got y {tuple(y.shape)} of {y.dtype}"
+            f"{key}: training.task needs {TARGETS[target]}; got y {tuple(y.shape)} of {y.dtype}"
         )
     if target == "class":
-        _check_indices(said, "y", y, size)
+        _check_indices(key, "y", y, size)
     elif target == "map":
-        _check_indices(said, "y", y[y != IGNORED], size)
+        _check_indices(key, "y", y[y != IGNORED], size)
 
 
-def _check_indices(said: str, what: str, indices: Tensor, size: int) -> None:
+def _check_indices(key: str, what: str, indices: Tensor, size: int) -> None:
     if not indices.numel():
         return
     low, high = (int(each) for each in indices.aminmax())
     if not 0 <= low <= high < size:
         raise SourceError(
-            f"{said}: {what} must lie between 0 and {size - 1}, it goes from {low} to {high}"
+            f"{key}: {what} must lie between 0 and {size - 1}, it goes from {low} to {high}"
         )
 
 
-def _check_values(said: str, examples: Examples) -> None:
+def _check_values(key: str, examples: Examples) -> None:
     x = examples.x
     if isinstance(x, Lazy) or x.dtype == torch.uint8 or not x.numel():
         return
@@ -172,16 +172,16 @@ def _check_values(said: str, examples: Examples) -> None:
             or not isinstance(examples.y, Tensor)
             or examples.y.dtype != torch.int64
         ):
-            raise SourceError(f"{said}: x and y of tokens must be int64")
+            raise SourceError(f"{key}: x and y of tokens must be int64")
         return
     if not x.is_floating_point():
-        raise SourceError(f"{said}: x must be uint8 or float, it is {x.dtype}")
+        raise SourceError(f"{key}: x must be uint8 or float, it is {x.dtype}")
     if examples.columns:
         large = (x.abs() > LARGEST).any(0)  # NaN, a missing value, is not
         if large.any():
             column = examples.columns[int(large.int().argmax())]
             raise SourceError(
-                f"{said}: column {shown(column)} holds values that are not within ±2^63"
+                f"{key}: column {shown(column)} holds values that are not within ±2^63"
             )
     elif not all(abs(float(end)) <= LARGEST for end in x.aminmax()):
-        raise SourceError(f"{said}: x holds values that are not within ±2^63")
+        raise SourceError(f"{key}: x holds values that are not within ±2^63")

@@ -164,7 +164,7 @@ def _comparison(
 
 
 def _constants(node: ast.expr, value: Callable[[ast.expr], Value]) -> list[Value]:
-    """The list behind ``in``."""
+    """The constants of the list behind ``in``."""
     match node:
         case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
             constants = [value(part) for part in parts]

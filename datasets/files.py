@@ -39,8 +39,8 @@ def existing(path: str | Path) -> Path:
 
 
 @contextmanager
-def naming(file: Path, what: str) -> Iterator[None]:
-    """Inside, ``file`` is read as ``what``.
+def reading_as(file: Path, what: str) -> Iterator[None]:
+    """A context in which errors name ``file`` and say that it is read as ``what``.
 
     Raises:
         SourceError: whatever the reader raises, with the name of the file; or the file is a pipe or

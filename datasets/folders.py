@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from datasets.errors import SourceError
 from datasets.examples import Examples
-from datasets.files import existing, naming, split_off
-from datasets.lazy import whole
+from datasets.files import existing, reading_as, split_off
+from datasets.lazy import all_examples
 from datasets.names import fault, shown, too_many
 
 PICTURES = {  # what Pillow may take a file for: one other of its formats starts Ghostscript
@@ -45,7 +45,7 @@ LONGEST_CLIP = 3600.0  # seconds
 
 
 GREY = ("1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names
-SAID_S = 10.0  # from one word of a long reading to the next
+PROGRESS_S = 10.0  # from one line of a progress bar to the next
 
 
 class Files(NamedTuple):
@@ -78,7 +78,7 @@ def image_folder(
     shape = channels, image_size, image_size
     if len(found.files) * (channels or 3) * image_size**2 > memory_gb * 2**30:
         shape = channels or _channels(found.files), image_size, image_size
-        return Examples(whole(Pictures(found.files, shape), shape), *found[1:])
+        return Examples(all_examples(Pictures(found.files, shape), shape), *found[1:])
     return Examples(pictures(found.files, shape), *found[1:])
 
 
@@ -98,7 +98,7 @@ class Pictures:
 def _channels(files: Sequence[Path]) -> int:
     """1 if all pictures are grey, by their first bytes; else 3."""
     for file in files:
-        with naming(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
+        with reading_as(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
             if picture.mode not in GREY:
                 return 3
     return 1
@@ -117,23 +117,23 @@ def pictures(files: Sequence[Path], shape: Sequence[int]) -> Tensor:
     found = torch.empty(len(files), 1 if shape[0] == 1 else 3, *shape[1:], dtype=torch.uint8)
 
     def read(number: int) -> bool:
-        with naming(files[number], "a picture"):
+        with reading_as(files[number], "a picture"):
             pixels, grey = decode(files[number])
             decoded = rgb_to_grayscale(pixels) if shape[0] == 1 else pixels
             found[number] = resize(decoded, list(shape[1:]), antialias=True)
         return grey
 
     with ThreadPoolExecutor(1 if get_worker_info() else os.cpu_count()) as pool:
-        said = tqdm(
+        progress = tqdm(
             pool.map(read, range(len(files))),
             "pictures",
             len(files),
-            delay=SAID_S,
-            mininterval=SAID_S,
+            delay=PROGRESS_S,
+            mininterval=PROGRESS_S,
             unit="",
         )
         try:
-            greys = list(said)
+            greys = list(progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -219,7 +219,7 @@ def audio_folder(
     found = by_class(existing(path), group, (".wav",))
     shape = 1, MELS, int(audio_seconds * SAMPLE_RATE) // HOP + 1
     if 4 * len(found.files) * prod(shape) > memory_gb * 2**30:
-        return Examples(whole(Sounds(found.files, audio_seconds), shape), *found[1:])
+        return Examples(all_examples(Sounds(found.files, audio_seconds), shape), *found[1:])
     return Examples(spectrograms(found.files, audio_seconds), *found[1:])
 
 
@@ -244,7 +244,7 @@ def spectrograms(files: Sequence[Path], audio_seconds: float) -> Tensor:
     """
     clips = torch.zeros(len(files), int(audio_seconds * SAMPLE_RATE))
     for clip, file in zip(clips, files, strict=True):
-        with naming(file, "a WAV file"):
+        with reading_as(file, "a WAV file"):
             wave = _wave(file)
             length = min(len(wave), len(clip))
             clip[:length] = wave[:length]
@@ -355,14 +355,14 @@ def natural_sites(
     It is what ``group`` finds there or, without it, as in ``names``.
     """
     if group:
-        said, names = f"data.group = {shown(group)}", _search(group, paths)
+        setting, names = f"data.group = {shown(group)}", _search(group, paths)
     elif names is None:
         return None, ()
     else:
-        said = f"{shown(str(root))}, files and folders as sites"
+        setting = f"{shown(str(root))}, files and folders as sites"
     groups, of_group = _index(names)
     if wrong := fault(groups):
-        raise SourceError(f"{said}: {wrong}")
+        raise SourceError(f"{setting}: {wrong}")
     return of_group, groups
 
 
@@ -372,7 +372,7 @@ def _search(group: str, paths: Sequence[str]) -> list[str]:
     In a process of its own, which can be ended: a run's author writes the expression, and some
     take for ever.
     """
-    said, seconds = f"data.group = {shown(group)}", 2 + len(paths) / 1000
+    setting, seconds = f"data.group = {shown(group)}", 2 + len(paths) / 1000
     command = [sys.executable, "-I", "-S", "-c", SEARCH]
     try:
         text = json.dumps([group, paths])
@@ -381,17 +381,17 @@ def _search(group: str, paths: Sequence[str]) -> list[str]:
         )
     except subprocess.TimeoutExpired as error:
         raise SourceError(
-            f"{said} takes too long: more than {seconds:.0f} s for {len(paths)} paths"
+            f"{setting} takes too long: more than {seconds:.0f} s for {len(paths)} paths"
         ) from error
     except subprocess.CalledProcessError as error:
         raise SourceError(
-            f"{said} cannot be searched for: {error.stderr[-200:].strip()}"
+            f"{setting} cannot be searched for: {error.stderr[-200:].strip()}"
         ) from error
     found = json.loads(run.stdout)
     if isinstance(found, str):
-        raise SourceError(f"{said}: a regular expression with one bracket is expected: {found}")
+        raise SourceError(f"{setting}: a regular expression with one bracket is expected: {found}")
     if None in found:
-        raise SourceError(f"{said} finds nothing in {shown(paths[found.index(None)])}")
+        raise SourceError(f"{setting} finds nothing in {shown(paths[found.index(None)])}")
     return [str(name) for name in found]
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from datasets.errors import SourceError
 from datasets.examples import TOKEN, Examples
-from datasets.files import existing, naming, split_off
+from datasets.files import existing, reading_as, split_off
 from datasets.folders import natural_sites
-from datasets.lazy import whole
+from datasets.lazy import all_examples
 from datasets.names import shown
 from datasets.partitions import FEWEST
 from datasets.tables import texts
@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     changed: int = 0
 
     def values(self) -> NDArray[np.generic]:
-        """[length]."""
+        """The tokens, [length]."""
         return (
             mapped(self.tokens, self.changed)
             if isinstance(self.tokens, Path)
@@ -60,7 +60,7 @@ def mapped(file: Path, changed: int) -> NDArray[np.generic]:
     Raises:
         SourceError: it is no file of tokens.
     """
-    with naming(file, "a file of tokens"):
+    with reading_as(file, "a file of tokens"):
         if file.suffix == ".bin":
             found: NDArray[np.generic] = np.memmap(file, np.dtype("<u2"), "r")
         else:
@@ -104,11 +104,11 @@ class Windows:
             window[:] = self._streams[stream].values()[start : start + self._context + 1]
         if len(wrong := np.argwhere(found >= self._vocabulary)):
             row, place = wrong[0]
-            said = (
+            problem = (
                 f"{shown(self._streams[of_stream[row]].name)} holds the token {found[row, place]}"
             )
             raise SourceError(
-                f"{said}: data.vocabulary = {self._vocabulary}; allowed: above all tokens"
+                f"{problem}: data.vocabulary = {self._vocabulary}; allowed: above all tokens"
             )
         windows = torch.from_numpy(found)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -131,7 +131,7 @@ def text_bytes(path: str | Path, group: str, context: int) -> Examples:
         files, of_group, groups, test = _files(root, group, (".txt",))
         documents = []
         for file in files:
-            with naming(file, "a text in UTF-8"):
+            with reading_as(file, "a text in UTF-8"):
                 documents.append(file.read_text("utf-8"))
     unknown = torch.zeros(len(documents), dtype=torch.int64)
     # Documents of the same site and part make one stream.
@@ -208,13 +208,13 @@ def _examples(
     windows = Windows(streams, context, vocabulary)
     if len(windows) < FEWEST:
         length = sum(stream.length for stream in streams)
-        said = f"{len(windows)} windows of data.context + 1 = {context + 1} tokens in {length}"
+        found = f"{len(windows)} windows of data.context + 1 = {context + 1} tokens in {length}"
         raise SourceError(
-            f"{shown(str(root))}: {said}; at least {FEWEST} are needed, to train on and to test on"
+            f"{shown(str(root))}: {found}; at least {FEWEST} are needed, to train on and to test on"
         )
     counts = torch.from_numpy(windows.counts)
     each = [
         None if values is None else values.repeat_interleave(counts) for values in (of_group, test)
     ]
-    x = whole(windows, (context,))
+    x = all_examples(windows, (context,))
     return Examples(x, x, TOKEN, each[0], groups, each[1])

@@ -68,7 +68,7 @@ class Lazy:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As of a tensor."""
+        """The shape, as of a tensor."""
         return len(self), *self.example
 
     @property
@@ -80,8 +80,8 @@ class Lazy:
         return replace(self, rows=self.rows[chosen])
 
 
-def whole(reader: Reader, example: tuple[int, ...]) -> Lazy:
-    """All that a reader reads, of examples of this shape."""
+def all_examples(reader: Reader, example: tuple[int, ...]) -> Lazy:
+    """All examples of a reader, each of the shape ``example``; none is read yet."""
     return Lazy(reader, torch.arange(len(reader)), example)
 
 
@@ -143,7 +143,7 @@ def close() -> None:
 
 
 def _delivered(x: Lazy, y: Values, chosen: Tensor, found: Found | str) -> tuple[Tensor, Tensor]:
-    """What was read, with the labels that are in memory."""
+    """The batch that was read, with the labels that are in memory."""
     if isinstance(found, str):
         raise SourceError(found)
     inputs, labels = found
@@ -161,8 +161,8 @@ def _try(reader: Reader, rows: Tensor) -> Found | str:
         return str(error)
 
 
-class _Asked(Sampler[Tensor]):
-    """Lists of rows."""
+class _RowSampler(Sampler[Tensor]):
+    """A sampler: the lists of rows that are to be read."""
 
     rows: Iterator[Tensor]
 
@@ -171,7 +171,7 @@ class _Asked(Sampler[Tensor]):
 
 
 class _Read(Dataset[Found | str]):
-    """A reader as ``DataLoader`` takes it: an item is a batch."""
+    """A reader as a data set for ``DataLoader``: an item is a batch."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -192,7 +192,7 @@ class _Pool:
         context = get_context("forkserver")
         # Imported once, not in each process.
         context.set_forkserver_preload(["torch", "torchvision.transforms.functional", "pandas"])
-        self._asked, self.user = _Asked(), object()
+        self._asked, self.user = _RowSampler(), object()
         self.batches: Iterator[Found | str] = iter(())
         self._load = partial(
             DataLoader[Any],
@@ -210,11 +210,11 @@ class _Pool:
         _pools.add(self)
 
     def end(self) -> None:
-        """The processes end with what holds them."""
+        """End the processes."""
         self.user, self.batches, self._loader = object(), iter(()), self._load()
 
     def begin(self, user: object, rows: Iterator[Tensor]) -> None:
-        """From now on read these."""
+        """Begin to read these rows."""
         self.user, self._asked.rows = user, rows
         with _no_main():
             self.batches = iter(self._loader)
@@ -225,7 +225,7 @@ _pools: WeakSet[_Pool] = WeakSet()
 
 @contextmanager
 def _no_main() -> Iterator[None]:
-    """Inside, processes that start do not import this program's main module.
+    """A context in which new processes do not import this program's main module.
 
     Readers need nothing of it, and it may be slow.
     """
@@ -385,7 +385,7 @@ def adopted(x: Any, y: Any, test: Any, classes: int = 0) -> dict[str, Any]:
     else:
         reader = Items(x, y is None, classes)
     first, label = reader[torch.tensor([0])]
-    xs = whole(reader, tuple(first.shape[1:]))
+    xs = all_examples(reader, tuple(first.shape[1:]))
     return {
         "x": xs,
         "y": y if label is None else replace(xs, example=tuple(label.shape[1:])),

@@ -43,14 +43,14 @@ def shown(value: str) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """The first of ``names`` for an error message."""
-    said = (
+    printable = (
         name if name.isprintable() and len(name) <= LONGEST_NAME else shown(name)
         for name in names[:20]
     )
-    return ", ".join(said) + (", ..." if len(names) > 20 else "")
+    return ", ".join(printable) + (", ..." if len(names) > 20 else "")
 
 
-def called(key: str, value: str, error: type[ValueError], *arguments: object) -> Any:
+def call_imported(key: str, value: str, error: type[ValueError], *arguments: object) -> Any:
     """What the function returns that the run names by ``key = "package.module:function"``.
 
     Raises:

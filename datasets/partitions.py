@@ -1,4 +1,4 @@
-"""Who gets what in a simulation. Every example goes to exactly one site.
+"""Partitions of a simulation's data: every example goes to exactly one site.
 
 A partition is a function of labels [n] (all 0 where examples have no classes), the number of sites
 and a generator, which returns a list of index arrays, one a site; what it takes beside these are
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from datasets.names import called, listed, shown
+from datasets.names import call_imported, listed, shown
 
 Indices = NDArray[np.int64]
 FEWEST = 2  # examples a site must have: one to train on, one to test on
@@ -59,8 +59,8 @@ def dirichlet(labels: Indices, num_sites: int, generator: Generator, alpha: floa
         whole = [np.concatenate(part) for part in parts]
         if min(map(len, whole)) >= FEWEST:
             return whole
-    said = f"partition.alpha = {alpha}: a site stayed empty in {TRIES} draws"
-    raise PartitionError(f"{said}; raise it, or take dirichlet-equal")
+    key = f"partition.alpha = {alpha}: a site stayed empty in {TRIES} draws"
+    raise PartitionError(f"{key}; raise it, or take dirichlet-equal")
 
 
 def dirichlet_equal(
@@ -113,12 +113,12 @@ def classes(
 ) -> list[Indices]:
     """Each site gets ``classes_per_site`` classes; sites that share one get equal parts of it."""
     known = np.unique(labels)
-    said = f"partition.classes-per-site = {classes_per_site}"
+    key = f"partition.classes-per-site = {classes_per_site}"
     if classes_per_site > len(known):
-        raise PartitionError(f"{said}: there are {len(known)} classes")
+        raise PartitionError(f"{key}: there are {len(known)} classes")
     if num_sites * classes_per_site < len(known):
         raise PartitionError(
-            f"{said}: {num_sites} sites would leave out some of the {len(known)} classes; "
+            f"{key}: {num_sites} sites would leave out some of the {len(known)} classes; "
             f"allowed: {-(-len(known) // num_sites)} to {len(known)}"
         )
     shuffled = generator.permutation(known)
@@ -135,7 +135,7 @@ def classes(
 
 
 def natural(groups: Indices, num_sites: int, generator: Generator) -> list[Indices]:
-    """A site a group: a hospital, a speaker."""
+    """A site for each natural group: a hospital, a speaker."""
     return [np.flatnonzero(groups == site) for site in range(num_sites)]
 
 
@@ -188,7 +188,7 @@ def partition(
         PartitionError: too few examples or classes, other natural sites than sites, or a partition
             of one's own that does not give every example to exactly one site.
     """
-    said = f"partition.kind = {shown(kind)}"
+    key = f"partition.kind = {shown(kind)}"
     if len(labels) < FEWEST * num_sites:
         raise PartitionError(
             f"num-sites = {num_sites}: {len(labels)} examples are too few, a site needs {FEWEST}"
@@ -208,40 +208,40 @@ def partition(
         parts = iid(labels, num_sites, generator)
     elif ":" in kind:
         parts = _checked(
-            called("partition.kind", kind, PartitionError, labels, num_sites, generator),
+            call_imported("partition.kind", kind, PartitionError, labels, num_sites, generator),
             len(labels),
             num_sites,
-            said,
+            key,
         )
     elif kind in PARTITIONS:
         found = PARTITIONS[kind]
         if found.by_group:
-            labels = _of_sites(groups, group_names, num_sites, said)
+            labels = _of_sites(groups, group_names, num_sites, key)
         parts = found.split(labels, num_sites, generator, **{key: keys[key] for key in found.keys})
     else:
-        raise PartitionError(f"{said}: allowed: {', '.join(PARTITIONS)}, package.module:function")
+        raise PartitionError(f"{key}: allowed: {', '.join(PARTITIONS)}, package.module:function")
     if (fewest := min(map(len, parts))) < FEWEST:
-        raise PartitionError(f"{said}: a site got {fewest} examples, it needs {FEWEST}")
+        raise PartitionError(f"{key}: a site got {fewest} examples, it needs {FEWEST}")
     return parts
 
 
-def _of_sites(groups: Indices | None, names: Sequence[str], num_sites: int, said: str) -> Indices:
-    """``groups``, where there is one for each site."""
+def _of_sites(groups: Indices | None, names: Sequence[str], num_sites: int, key: str) -> Indices:
+    """Check that there is one group for each site, and return the groups."""
     if groups is None:
-        raise PartitionError(f"{said}: the data have no natural sites; name them with data.group")
+        raise PartitionError(f"{key}: the data have no natural sites; name them with data.group")
     if len(names) != num_sites:
         raise PartitionError(
-            f"num-sites = {num_sites}: {said} needs {len(names)} sites: {listed(names)}"
+            f"num-sites = {num_sites}: {key} needs {len(names)} sites: {listed(names)}"
         )
     return groups
 
 
-def _checked(parts: object, num_examples: int, num_sites: int, said: str) -> list[Indices]:
-    """What a partition of one's own returned, if every example goes to exactly one site."""
+def _checked(parts: object, num_examples: int, num_sites: int, key: str) -> list[Indices]:
+    """A user's partition, checked: every example must go to exactly one site."""
     if not isinstance(parts, list | tuple) or len(parts) != num_sites:
         got = f"{len(parts)} of them" if isinstance(parts, list | tuple) else type(parts).__name__
         raise PartitionError(
-            f"{said} must return a list of {num_sites} arrays, one a site; got {got}"
+            f"{key} must return a list of {num_sites} arrays, one a site; got {got}"
         )
     for site, part in enumerate(parts):
         if (
@@ -255,19 +255,17 @@ def _checked(parts: object, num_examples: int, num_sites: int, said: str) -> lis
                 else type(part).__name__
             )
             raise PartitionError(
-                f"{said}: site {site} must get a flat array of whole numbers; got {got}"
+                f"{key}: site {site} must get a flat array of whole numbers; got {got}"
             )
     checked = [part.astype(np.int64) for part in parts]
     whole = np.concatenate(checked)
     if len(whole) and not 0 <= whole.min() <= whole.max() < num_examples:
         got = f"{whole.min()} to {whole.max()}"
-        raise PartitionError(
-            f"{said}: indices must lie between 0 and {num_examples - 1}; got {got}"
-        )
+        raise PartitionError(f"{key}: indices must lie between 0 and {num_examples - 1}; got {got}")
     times = np.bincount(whole, minlength=num_examples)
     if (times != 1).any():
         raise PartitionError(
-            f"{said}: every example must go to exactly one site; "
+            f"{key}: every example must go to exactly one site; "
             f"of {num_examples} go {(times == 0).sum()} to none and {(times > 1).sum()} to several"
         )
     return checked

@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 class SiteData(NamedTuple):
-    """What a site holds.
+    """The data of one site.
 
     Attributes:
         train, test: its examples.
@@ -54,7 +54,7 @@ class Split(NamedTuple):
     test: Indices
 
 
-def deal(
+def simulated_splits(
     examples: Examples,
     num_sites: int,
     generator: Generator,
@@ -66,14 +66,14 @@ def deal(
     validation: float = 0.0,
     **keys: float,
 ) -> list[Split]:
-    """Everybody's examples in a simulation: each goes to one site, to train or to test on.
+    """The splits of all sites of a simulation: each example goes to one site, to train or to test.
 
     ``kind``, ``iid_fraction`` and ``keys`` as in :func:`datasets.partitions.partition`. With
     ``validation`` sites test on so much of their training parts, which are dealt out among them as
     test parts are, and nobody sees these.
 
     Raises:
-        PartitionError: the data cannot be dealt out so.
+        PartitionError: the data cannot be split like this.
     """
     pool, official = _candidates(examples, test_part, validation)
     parts = partition(
@@ -117,7 +117,7 @@ def _labels(examples: Examples, kind: str) -> Indices:
     return np.zeros(len(examples.y), np.int64)
 
 
-def own(
+def site_split(
     examples: Examples,
     generator: Generator,
     *,
@@ -178,8 +178,8 @@ def _validating(split: Split, share: float, generator: Generator) -> Split:
     return _split(split.train, share, generator)
 
 
-def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
-    """The examples of one split, or of several put together; tables are not standardised yet."""
+def select(examples: Examples, splits: Sequence[Split]) -> SiteData:
+    """The examples of one split, or of several together; tables are not standardised yet."""
     train, test = (
         torch.from_numpy(np.concatenate(indices)) for indices in zip(*splits, strict=True)
     )
@@ -194,21 +194,21 @@ def take(examples: Examples, splits: Sequence[Split]) -> SiteData:
 
 
 def _missing(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """What to say about missing values."""
+    """Notes on missing values."""
     absent = table.isnan()
-    said = [
+    named = [
         f"{name} ({'all' if n == len(absent) else n})"
         for name, n in zip(columns, absent.sum(0).tolist(), strict=True)
         if n
     ]
     filled = "filled with the mean of all sites, and marked in a column of their own"
     return (
-        (f"of {len(absent)} rows, missing values in {', '.join(said)}: {filled}",) if said else ()
+        (f"of {len(absent)} rows, missing values in {', '.join(named)}: {filled}",) if named else ()
     )
 
 
 def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """What to say about values that hide all others: one typing error moves all sites' moments.
+    """Notes on outliers: one typing error would move all sites' moments.
 
     Deviations are those of a normal distribution with the same quartiles, which few values do not
     move.
@@ -217,11 +217,11 @@ def _far_off(table: Tensor, columns: tuple[str, ...]) -> tuple[str, ...]:
     low, median, high = torch.tensor(frame.quantile([0.25, 0.5, 0.75]).to_numpy())
     deviation = (high - low) / 1.349
     far = ((table - median).abs() > FAR_OFF * deviation) & (deviation > 0)
-    said = [f"{name} ({n})" for name, n in zip(columns, far.sum(0).tolist(), strict=True) if n]
-    what = f"values more than {FAR_OFF} deviations off the median in {', '.join(said)}"
+    named = [f"{name} ({n})" for name, n in zip(columns, far.sum(0).tolist(), strict=True) if n]
+    what = f"values more than {FAR_OFF} deviations off the median in {', '.join(named)}"
     return (
         (f"of {len(table)} rows, {what}: they shrink all others of the column, at all sites",)
-        if said
+        if named
         else ()
     )
 
@@ -234,7 +234,7 @@ class Moments(NamedTuple):
     variance: tuple[float, ...]
 
     def check(self, columns: Sequence[str]) -> Self:
-        """These moments, if those of a table could be like them.
+        """Check that a table could have these moments, and return them.
 
         Raises:
             SourceError: not one of each for each of ``columns``, or one is negative, not finite or
@@ -248,14 +248,14 @@ class Moments(NamedTuple):
             if not (
                 0 <= known < float("inf") and variance >= 0 and mean * mean + variance <= LARGEST**2
             ):
-                said = f"known = {known}, mean = {mean}, variance = {variance}"
+                text = f"known = {known}, mean = {mean}, variance = {variance}"
                 raise SourceError(
-                    f"column {shown(column)}: {said} are no moments of values within ±2^63"
+                    f"column {shown(column)}: {text} are no moments of values within ±2^63"
                 )
         return self
 
     def split(self, size: int) -> tuple["Moments", "Moments"]:
-        """Those of the first columns, and those of the others."""
+        """The moments of the first ``size`` columns, and those of the others."""
         return Moments(*(each[:size] for each in self)), Moments(*(each[size:] for each in self))
 
 
@@ -351,7 +351,7 @@ def standardise_numbers(data: SiteData, common: Moments) -> SiteData:
 
 
 def deviations(common: Moments) -> tuple[float, ...]:
-    """Of each column; 1 where all values are the same."""
+    """The standard deviation of each column; 1 where all values are the same."""
     return tuple(_middle(common)[1].tolist())
 
 
@@ -373,7 +373,7 @@ def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 class Standardised:
-    """Reads rows of a table as a network takes them."""
+    """Reads rows of a table, standardised as a network takes them."""
 
     def __init__(self, reader: Reader, mean: Tensor, deviation: Tensor) -> None:
         self._reader, self._mean, self._deviation = reader, mean, deviation

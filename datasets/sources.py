@@ -15,11 +15,11 @@ import torch
 from datasets import cache
 from datasets.errors import SourceError
 from datasets.examples import Examples, check
-from datasets.files import existing, naming
+from datasets.files import existing, reading_as
 from datasets.folders import audio_folder, image_folder, log_mel
 from datasets.language import text_bytes, tokens
 from datasets.lazy import adopted
-from datasets.names import called, shown
+from datasets.names import call_imported, shown
 from datasets.tables import csv, parquet, text_csv
 
 __all__ = [
@@ -63,7 +63,7 @@ def torchvision_set(name: str, path: str) -> Examples:
     folder = _root(path)
     # Where MNIST and Fashion-MNIST are.
     for file in sorted((folder / name / "raw").glob("*-ubyte")):
-        with naming(file, f"a part of {name}"):
+        with reading_as(file, f"a part of {name}"):
             read_sn3_pascalvincent_tensor(str(file))
     try:
         try:
@@ -109,7 +109,7 @@ class Source(NamedTuple):
     pictures: bool = False
     official_test: bool = False
     folder: str = ""
-    kept: bool = True
+    cached: bool = True
     targets: tuple[str, ...] = ("class",)
 
     @property
@@ -120,7 +120,7 @@ class Source(NamedTuple):
     @property
     def lazy(self) -> bool:
         """Whether it may leave examples where they are until a batch needs them."""
-        return not self.kept or "memory_gb" in self.keys
+        return not self.cached or "memory_gb" in self.keys
 
     def files(self, path: str) -> Path | None:
         """The file or folder that it reads; None for data of a package.
@@ -161,8 +161,8 @@ SOURCES = {
     "csv": Source(csv, targets=("class", "labels", "numbers")),
     "parquet": Source(parquet, targets=("class", "labels", "numbers")),
     "text-csv": Source(text_csv),
-    "text-bytes": Source(text_bytes, official_test=True, kept=False, targets=("tokens",)),
-    "tokens": Source(tokens, official_test=True, kept=False, targets=("tokens",)),
+    "text-bytes": Source(text_bytes, official_test=True, cached=False, targets=("tokens",)),
+    "tokens": Source(tokens, official_test=True, cached=False, targets=("tokens",)),
 }
 
 
@@ -192,7 +192,7 @@ def load(
         SourceError: what is missing, and where it was looked for.
     """
     if ":" in source:
-        own = called("data.source", source, SourceError, path)
+        own = call_imported("data.source", source, SourceError, path)
         if isinstance(own, Examples):
             own = own._replace(
                 **adopted(
@@ -227,14 +227,14 @@ def load(
         except SourceError as error:
             raise SourceError(f"{path}: {error}" if path else str(error)) from None
 
-    if not found.kept:
+    if not found.cached:
         return decode()
     options = {key: value for key, value in keys.items() if key != "path"}
     return cache.cached(source, found.files(path), options, decode)
 
 
 def fingerprint(source: str, path: str) -> str:
-    """Of the files that :func:`load` would read (:func:`datasets.cache.fingerprint`).
+    """The fingerprint of the files that :func:`load` would read (:mod:`datasets.cache`).
 
     A function of one's own is taken to read ``path``, where there is such a file or folder.
 

@@ -19,8 +19,8 @@ from datasets.cache import CODE, cache_folder, digest, fingerprint
 from datasets.errors import SourceError
 from datasets.examples import LARGEST, Examples
 from datasets.expressions import ALLOWED, ExpressionError, evaluate
-from datasets.files import existing, naming, split_off
-from datasets.lazy import whole
+from datasets.files import existing, reading_as, split_off
+from datasets.lazy import all_examples
 from datasets.names import fault, listed, shown, too_many
 from datasets.partitions import FEWEST
 
@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
     @property
     def columns(self) -> str:
-        """Their names, for an error message."""
+        """The names of columns, for an error message."""
         return listed(list(self.rows.columns))
 
 
@@ -88,7 +88,7 @@ def parquet(
     files = _files(root, ".parquet")
     parts = []
     for file in files:
-        with naming(file, "a table"):
+        with reading_as(file, "a table"):
             parts.append(ParquetFile(file))
     names = parts[0].schema_arrow.names
     if 4 * len(names) * sum(part.metadata.num_rows for part in parts) <= memory_gb * 2**30:
@@ -104,7 +104,9 @@ def parquet(
     if not features:
         raise SourceError(f"{table.path}: no column is left beside the label {shown(label)}")
     rows = Rows(_decoded(root, files, features), len(y), len(features))
-    return Examples(whole(rows, (len(features),)), y, classes, of_group, groups, columns=features)
+    return Examples(
+        all_examples(rows, (len(features),)), y, classes, of_group, groups, columns=features
+    )
 
 
 class Rows:
@@ -182,8 +184,8 @@ def _numbers(table: Table, features: pd.DataFrame) -> Tensor:
         if not pd.api.types.is_numeric_dtype(kind)
     ]
     if text:
-        said = f"{table.path}: columns {listed(text)} are not numeric"
-        raise SourceError(f"{said}: turn them into numbers or leave them out")
+        problem = f"{table.path}: columns {listed(text)} are not numeric"
+        raise SourceError(f"{problem}: turn them into numbers or leave them out")
     with np.errstate(over="ignore"):  # what a float32 cannot hold becomes infinite
         x = features.to_numpy(np.float32, na_value=np.nan, copy=True)
     if (large := np.argwhere(np.abs(x) > LARGEST)).size:
@@ -253,7 +255,7 @@ def _read(
 ) -> Table:
     files, tables = _files(path, kind), []
     for file in files:
-        with naming(file, "a table"):
+        with reading_as(file, "a table"):
             if kind == ".csv":
                 # Of a first row longer than the header pandas would take the first field for the
                 # row's name, and move the others by one column. A row longer than one before is an
@@ -264,9 +266,9 @@ def _read(
                 tables.append(pd.read_parquet(file, columns=columns))
         if list(tables[-1].columns) != list(tables[0].columns):
             differing = set(map(str, tables[-1].columns)) ^ set(map(str, tables[0].columns))
-            said = listed(sorted(differing)) or "their order"
+            difference = listed(sorted(differing)) or "their order"
             raise SourceError(
-                f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {said}"
+                f"{shown(str(file))} has other columns than {shown(str(files[0]))}: {difference}"
             )
         if len(tables[-1]) == 0:
             raise SourceError(f"{shown(str(file))} has no rows")
@@ -295,7 +297,7 @@ def _labels(table: Table, label: str) -> tuple[Tensor, tuple[str, ...], list[str
 
 
 def _targets(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
-    """What is to be predicted, its names, and the columns that it was made of."""
+    """The targets to predict, their names, and the columns that they were made of."""
     return _labels(table, label) if target == "class" else _several(table, label, target)
 
 
@@ -307,8 +309,8 @@ def _several(table: Table, label: str, target: str) -> tuple[Tensor, tuple[str, 
         values, of = _column(table, name)
         if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)):
             wrong = int(pd.to_numeric(values, errors="coerce").isna().sum())
-            said = f"is not numeric, as training.task needs it, in {wrong} of {len(values)} rows"
-            raise SourceError(f"data.label = {shown(name)} of {table.path} {said}")
+            problem = f"is not numeric, as training.task needs it, in {wrong} of {len(values)} rows"
+            raise SourceError(f"data.label = {shown(name)} of {table.path} {problem}")
         if target == "labels" and not bool(values.isin([0, 1]).all()):
             raise SourceError(
                 f"data.label = {shown(name)} of {table.path} holds more than 0 and 1, "
@@ -325,14 +327,14 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
 
     Also the columns that it was made of.
     """
-    said = f"data.label = {shown(label)}"
+    setting = f"data.label = {shown(label)}"
     if label in table.rows:
         values, used = table.rows[label], [label]
     else:
         try:
             values, used = evaluate(label, table.rows)
         except ExpressionError as error:
-            wrong = f"{said} is no column of {table.path} and no expression of its columns"
+            wrong = f"{setting} is no column of {table.path} and no expression of its columns"
             if len(several := re.split(r"[ ,]+", label.strip())) > 1 and all(
                 name in table.rows for name in several
             ):
@@ -344,7 +346,7 @@ def _column(table: Table, label: str) -> tuple["pd.Series[Any]", list[str]]:
             raise SourceError(f"{wrong}: {table.columns}; {error}; {ALLOWED}") from error
     # Of a missing value a comparison makes no: what is not known would be learnt as known.
     if missing := int((values.isna() | table.rows[used].isna().any(axis=1)).sum()):
-        raise SourceError(f"{said}: {missing} rows of {table.path} have none")
+        raise SourceError(f"{setting}: {missing} rows of {table.path} have none")
     return values, used
 
 
@@ -363,6 +365,6 @@ def _groups(table: Table, group: str) -> tuple[Tensor | None, tuple[str, ...]]:
     )
     codes, groups = pd.factorize(names, sort=True)
     if wrong := fault(list(groups)):
-        said = f"data.group = {shown(group)}" if group else f"{table.path}, files as sites"
-        raise SourceError(f"{said}: {wrong}")
+        setting = f"data.group = {shown(group)}" if group else f"{table.path}, files as sites"
+        raise SourceError(f"{setting}: {wrong}")
     return torch.from_numpy(codes.astype(np.int64)), tuple(groups)

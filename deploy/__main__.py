@@ -1,4 +1,4 @@
-"""What each party of a deployment needs, from the templates in this folder.
+"""Makes the files of each party of a deployment, from the templates in this folder.
 
     python -m deploy server NAME...           on the server, with the names and IPs that sites call
     python -m deploy site NUMBER NAME SERVER  on a site's machine
@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 FOLDER = Path("/etc/archipelago")
 STATE = Path("/var/lib/archipelago")
 DATABASE = Path("/var/lib/flower/state.db")
-KEPT = 7  # back-ups
+NUM_BACKUPS = 7  # back-ups
 CA_DAYS, SERVER_DAYS = 3650, 730
 # Of a SuperNode's API on its own machine; one more for each site: a machine may have several.
 NODE_PORT = 9094
@@ -68,7 +68,7 @@ class Kit:
         self._folder = folder
         try:
             users = {name: pwd.getpwnam(name) for name in ("archipelago", "flower")}
-            letters = grp.getgrnam("letters").gr_gid
+            clients = grp.getgrnam("site-clients").gr_gid
         except KeyError as error:
             raise DeployError(
                 f"{error.args[0]}: docs/how-to/deploy.md says how to make users and groups"
@@ -76,15 +76,15 @@ class Kit:
         self._owner = {name: user.pw_uid for name, user in users.items()} | {"root": os.geteuid()}
         self._group = {name: user.pw_gid for name, user in users.items()} | {"root": os.getegid()}
         ids = {name: f"{user.pw_uid}:{user.pw_gid}" for name, user in users.items()}
-        self.ids = {**ids, "uid": self._owner["archipelago"], "letters": letters}
+        self.ids = {**ids, "uid": self._owner["archipelago"], "clients": clients}
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
-        """Of a file in the folder."""
+        """The path of a file in the folder."""
         return self._folder / name
 
     def has(self, name: str) -> bool:
-        """Whether a file is there already, which is then said."""
+        """Whether a file is there already; print it if so."""
         if found := self.path(name).exists():
             print(f"kept     {self.path(name)}")
         return found
@@ -92,7 +92,7 @@ class Kit:
     def write(
         self, name: str, content: bytes, mode: int = 0o644, owner: str = "root", group: str = ""
     ) -> None:
-        """A new file, never for a moment more open than ``mode``."""
+        """Write a new file, never for a moment more open than ``mode``."""
         path = self.path(name)
         path.parent.mkdir(mode=0o755, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -110,7 +110,7 @@ class Kit:
                 self.write(name, text.encode())
 
     def hand_over(self, *names: str) -> None:
-        """Say what others need, with what they compare."""
+        """Print which files others need, and the digests to compare."""
         print("\nTo hand over, and to compare by another way than it comes:")
         for name in names:
             print(
@@ -198,7 +198,7 @@ def back_up(folder: Path) -> Path:
     The database is as of one moment.
 
     Returns:
-        the file, which holds private keys; the newest ``KEPT`` of the folder stay.
+        the file, which holds private keys; the newest ``NUM_BACKUPS`` of the folder stay.
     """
     os.umask(0o077)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ def back_up(folder: Path) -> Path:
         ) > 1:
             raise DeployError(f"{target}: tar ended with {code}")
         made.rename(target)
-    for old in sorted(folder.glob("archipelago-*.tar.gz"))[:-KEPT]:
+    for old in sorted(folder.glob("archipelago-*.tar.gz"))[:-NUM_BACKUPS]:
         old.unlink()
     return target
 

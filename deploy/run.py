@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 # The one place that says how a run that was killed goes on: what is set in its configuration when
 # it is started again.
 RESUME: dict[str, Any] = {"results.resume": "auto"}
-RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting anew
+RESTARTS = 10  # of a run; one that goes on for STEADY_S starts counting from 0
 STEADY_S = 3600.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
 ASK_S = 1.0  # from one question to the SuperLink to the next
@@ -61,11 +61,11 @@ class Exit(IntEnum):
     STOPPED = 5
     """by ``flwr stop``"""
     INTERRUPTED = 130
-    """who followed it was (Ctrl-C); the run goes on"""
+    """this program was interrupted (Ctrl-C); the run goes on"""
 
 
-class Ended(NamedTuple):
-    """What Flower says of a run that is over."""
+class RunStatus(NamedTuple):
+    """What Flower says of a run."""
 
     status: str
     details: str
@@ -98,37 +98,37 @@ class Run:
         self.id = ""
 
     def start(self) -> bool:
-        """Start it and show its log; whether Flower took it."""
+        """Start the run and show its log; return whether Flower took it."""
         print("+", shlex.join(self._command), flush=True)
         self._show(self._command)
         return bool(self.id)
 
-    def follow(self) -> Ended:
+    def follow(self) -> RunStatus:
         """Wait for its end, with what it logs, however often the SuperLink is away."""
         away = False
         while True:
-            found = self._ask()
+            found = self._status()
             if found is not None and found.status.startswith("finished:"):
                 self._show(["flwr", "log", self.id, *self._superlink, "--stream"], quiet=True)
                 return found
             if found is None and not away:
-                _say("the SuperLink does not answer: waiting for it; the run goes on meanwhile")
+                _print("the SuperLink does not answer: waiting for it; the run goes on meanwhile")
             away = found is None
             time.sleep(ASK_S)
             if found is not None:
                 self._show(["flwr", "log", self.id, *self._superlink, "--stream"], quiet=True)
 
-    def conclude(self, ended: Ended) -> Exit:
-        """The exit code; what ended the run is shown last."""
+    def exit_code(self, ended: RunStatus) -> Exit:
+        """The exit code of a run that is over; print why it ended."""
         if ended.status == "finished:completed":
             self._release()
             return Exit.FINISHED
         if ended.status == "finished:stopped":
             self._release()
-            return _said(Exit.STOPPED, "the run was stopped")
+            return _print_and_return(Exit.STOPPED, "the run was stopped")
         if ended.details.startswith(KILLED):
             self._release()
-            return _said(Exit.CRASHED, f"run {self.id} was killed: {ended.details}")
+            return _print_and_return(Exit.CRASHED, f"run {self.id} was killed: {ended.details}")
         message = ended.details.partition("failed with exception: ")[2] or ended.details
         first = re.escape(message.partition("\n")[0])
         kinds = [
@@ -138,8 +138,10 @@ class Run:
         ]
         if not kinds or not OURS.fullmatch(kinds[-1]):
             self._release()
-            return _said(Exit.ERROR, message)
-        return _said(Exit.ENDED if kinds[-1].endswith(".RunError") else Exit.REFUSED, message)
+            return _print_and_return(Exit.ERROR, message)
+        return _print_and_return(
+            Exit.ENDED if kinds[-1].endswith(".RunError") else Exit.REFUSED, message
+        )
 
     def _show(self, command: list[str], quiet: bool = False) -> None:
         """Show the lines of the run's log that were not shown yet.
@@ -172,15 +174,15 @@ class Run:
     def _release(self) -> None:
         print("".join(self._held), end="", flush=True)
 
-    def _ask(self) -> Ended | None:
-        """None where there is no answer."""
+    def _status(self) -> RunStatus | None:
+        """What Flower says of the run; None where the SuperLink does not answer."""
         command = ["flwr", "list", *self._superlink, "--run-id", self.id, "--format", "json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if LOST in done.stdout + done.stderr:
-            return Ended("finished:failed", LOST)
+            return RunStatus("finished:failed", LOST)
         try:
             (run,) = json.loads(done.stdout)["runs"]
-            return Ended(run["status"], run["status-details"])
+            return RunStatus(run["status"], run["status-details"])
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -206,35 +208,35 @@ def read(arguments: list[str]) -> tuple[Config, Namespace]:
 
 
 def main(arguments: list[str]) -> Exit:
-    """Run to the end."""
+    """Start a run, follow it to its end, and start it again if it was killed."""
     try:
         config, asked = read(arguments[1:] if arguments[:1] == ["--"] else arguments)
         run = Run(config, asked)
     except (ConfigError, ClickException) as error:
-        return _said(Exit.REFUSED, str(error))
+        return _print_and_return(Exit.REFUSED, str(error))
     wait, restarts = FIRST_WAIT_S, 0
     while True:
-        begun = time.monotonic()
+        start = time.monotonic()
         if not run.start():
             return Exit.ERROR
-        code = run.conclude(run.follow())
-        if time.monotonic() - begun > STEADY_S:
+        code = run.exit_code(run.follow())
+        if time.monotonic() - start > STEADY_S:
             wait, restarts = FIRST_WAIT_S, 0
         if code != Exit.CRASHED or restarts == RESTARTS:
             return code
-        _say(f"it is started again in {wait:g} s, from its checkpoint")
+        _print(f"it is started again in {wait:g} s, from its checkpoint")
         time.sleep(wait)
         run = Run(configuration(**config.flat() | RESUME), asked)
         wait, restarts = min(2 * wait, LONGEST_WAIT_S), restarts + 1
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
 
 
-def _said(code: Exit, message: str) -> Exit:
-    _say(message)
+def _print_and_return(code: Exit, message: str) -> Exit:
+    _print(message)
     return code
 
 
@@ -244,7 +246,7 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(
-            _said(
+            _print_and_return(
                 Exit.INTERRUPTED,
                 "no longer followed; the run goes on: flwr list, flwr log RUN, flwr stop RUN",
             )

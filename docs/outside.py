@@ -15,7 +15,7 @@ LOG = logging.getLogger("mkdocs.hooks.outside")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """A page as mkdocs reads it; on GitHub the links stay."""
+    """Change links out of docs/ to GitHub's, as mkdocs reads a page."""
     source = DOCS / page.file.src_uri
 
     def inside(link: re.Match[str]) -> str:

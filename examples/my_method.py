@@ -25,7 +25,7 @@ class State(NamedTuple):
 
 
 def plan(keys: Keys, run: Run) -> RoundPlan[State]:
-    """What a driver executes."""
+    """The plan that a driver executes."""
     instruct = decaying(keys.local_epochs, run)
     return RoundPlan(
         init=State,

@@ -23,7 +23,7 @@ def distances(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def metrics(loss: float, means: list[float], targets: Targets) -> dict[str, float]:
-    """Sites may keep the means to themselves."""
+    """The metrics of all sites; a site may keep its means to itself."""
     return {"grades-off": means[0]} if means else {}
 
 

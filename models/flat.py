@@ -61,7 +61,7 @@ class FlatModel:
 
     @cached_property
     def grad(self) -> Tensor:
-        """[d]; not before it is asked for: a server needs none."""
+        """The gradient [d], allocated when it is first used: a server needs none."""
         whole = torch.zeros_like(self.x)
         for parameter, part in zip(self._parameters, whole.split(self.sizes), strict=True):
             parameter.grad = part.view(parameter.shape)
@@ -74,7 +74,7 @@ class FlatModel:
         parameter; here one moves them all.
         """
         # The pieces are kept until the next call: with nothing of a step left, the allocator of the
-        # C library would hand the step's memory back to the system and fetch it anew, a tenth of
+        # C library would hand the step's memory back to the system and fetch it again, a tenth of
         # the time of ResNet-20 on a CPU.
         self._pieces = ()
         self._pieces = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
@@ -88,15 +88,15 @@ class FlatModel:
         found: Tensor = torch.linalg.vector_norm(vector)
         return found
 
-    def deal(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What this process needs of the vectors that ``read`` gives: all of them.
+    def scatter(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """This process's part of the vectors that ``read`` returns: here all of them.
 
-        It is otherwise in :mod:`client_app.sharded`.
+        In :mod:`client_app.sharded` each process gets its shard.
         """
         return dict(read())
 
     def gather(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole of vectors of which this process has what it needs: they are."""
+        """The whole vectors of those that :meth:`scatter` returned: here they are the same."""
         return dict(vectors)
 
     @property

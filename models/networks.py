@@ -61,11 +61,11 @@ def build(
     if not isinstance(made, Tensor) or made.shape != (2, *expected):
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         wanted = ", ".join(map(str, ("batch", *expected)))
-        said = (
+        problem = (
             f"model.name = {name!r} must return [{wanted}] for {num_outputs} classes, "
             f"it returned {got}"
         )
-        raise ValueError(said + _hint(name, expected, made))
+        raise ValueError(problem + _hint(name, expected, made))
     return network.train()
 
 
@@ -102,7 +102,7 @@ def _construct(
         )
     if (shipped := _shipped(name, shape, num_outputs, options)) is not None:
         return shipped
-    make = own(name)
+    make = custom_network(name)
     try:
         network = make(shape, num_outputs)
     except Exception as error:
@@ -186,8 +186,8 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_outputs: int) -> nn.M
     return network
 
 
-def own(name: str) -> Callable[..., nn.Module]:
-    """The function or class of one's own that ``package.module:NAME`` names.
+def custom_network(name: str) -> Callable[..., nn.Module]:
+    """A user's function or class, which ``package.module:NAME`` names.
 
     Raises:
         ValueError: there is none.
@@ -421,7 +421,7 @@ class ResNet20(nn.Module):
 
 
 def resnet20(shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
-    """:class:`ResNet20`."""
+    """See :class:`ResNet20`."""
     return ResNet20(shape[0], num_classes, norm)
 
 
@@ -487,7 +487,7 @@ class GPT(nn.Module):
 
 
 def gpt(shape: tuple[int, ...], vocabulary: int, layers: int, width: int, heads: int) -> nn.Module:
-    """:class:`GPT`."""
+    """See :class:`GPT`."""
     if width % heads:
         raise ValueError(f"model.heads = {heads}: must divide model.width, which is {width}")
     return GPT(shape[0], vocabulary, layers, width, heads)
@@ -512,18 +512,18 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures [n, c, h, w] to logits [n, classes, h, w]."""
-        kept: list[Tensor] = []
+        features: list[Tensor] = []
         for block in self.down:
-            x = block(F.max_pool2d(x, 2, ceil_mode=True) if kept else x)
-            kept.append(x)
-        for block, skipped in zip(self.up, kept[-2::-1], strict=True):
+            x = block(F.max_pool2d(x, 2, ceil_mode=True) if features else x)
+            features.append(x)
+        for block, skipped in zip(self.up, features[-2::-1], strict=True):
             x = block(torch.cat([skipped, F.interpolate(x, skipped.shape[2:])], 1))
         logits: Tensor = self.head(x)
         return logits
 
 
 def _twice(inputs: int, outputs: int) -> nn.Module:
-    """Convolution, normalisation, non-linearity, twice."""
+    """Two blocks of convolution, normalisation and non-linearity."""
     return nn.Sequential(
         *(
             layer
@@ -538,7 +538,7 @@ def _twice(inputs: int, outputs: int) -> nn.Module:
 
 
 def unet(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """:class:`UNet`."""
+    """See :class:`UNet`."""
     return UNet(shape[0], num_classes)
 
 

@@ -22,11 +22,11 @@ def start_from(network: nn.Module, path: str) -> str:
     Raises:
         ValueError: it cannot be read, or nothing of it fits.
     """
-    said = f"model.initial = {path!r}"
+    setting = f"model.initial = {path!r}"
     try:
         found = load_file(Path(path).expanduser())
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{said}: {error}") from None
+        raise ValueError(f"{setting}: {error}") from None
     own = network.state_dict()
     fitting = {
         name: value
@@ -35,7 +35,7 @@ def start_from(network: nn.Module, path: str) -> str:
     }
     if not fitting:
         raise ValueError(
-            f"{said}: nothing of it fits; the network has {_some(list(own))}, "
+            f"{setting}: nothing of it fits; the network has {_some(list(own))}, "
             f"the file {_some(list(found))}"
         )
     network.load_state_dict(fitting, strict=False)
@@ -46,7 +46,7 @@ def start_from(network: nn.Module, path: str) -> str:
         "in the file, but not in the network": [name for name in found if name not in own],
     }
     parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
-    return "; ".join([f"{said}: {len(fitting)} of {len(own)} tensors taken", *parts])
+    return "; ".join([f"{setting}: {len(fitting)} of {len(own)} tensors taken", *parts])
 
 
 def _some(names: list[str]) -> str:
@@ -75,7 +75,7 @@ def freeze(network: nn.Module, trainable: str) -> None:
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
     for module in network.modules():
         if is_frozen(module):
-            module.register_forward_pre_hook(_keep_still)
+            module.register_forward_pre_hook(_freeze_statistics)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -84,7 +84,7 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
-def _keep_still(module: nn.Module, _: tuple[torch.Tensor, ...]) -> None:
+def _freeze_statistics(module: nn.Module, _: tuple[torch.Tensor, ...]) -> None:
     if any(True for _ in module.buffers(recurse=False)):
         module.training = False
 

@@ -91,7 +91,7 @@ class Task(NamedTuple):
         return means(torch.zeros(1, *self.output(shape, num_outputs)), y).numel()
 
     def measures(self, details: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """``means``, if they are wanted."""
+        """The function of the means, or None where none are wanted."""
         return self.means if details or not self.only_details else None
 
     def measured(self, found: Mapping[str, float], targets: Targets) -> dict[str, float]:
@@ -141,7 +141,7 @@ def _cross_entropy(outputs: Tensor, y: Tensor, dim: int) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """NaN where there is nothing."""
+    """The ratio of two numbers; NaN where the second is 0."""
     return torch.where(whole > 0, part / whole, torch.nan)
 
 
@@ -206,7 +206,7 @@ def _pooled_labels(outputs: Tensor) -> Tensor:
 
 
 def _label_means(outputs: Tensor, y: Tensor) -> Tensor:
-    """Of each label: given, predicted, both."""
+    """The means of each label: given, predicted, both."""
     decided, given = outputs > 0, y > 0
     return torch.cat([each.sum(0) for each in (given, decided, decided & given)])
 
@@ -232,7 +232,7 @@ def _squares(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _number_means(outputs: Tensor, y: Tensor) -> Tensor:
-    """Of each number: absolute error, squared error, square."""
+    """The means of each number: absolute error, squared error, square."""
     outputs, y = outputs.cpu().double(), y.cpu().double()
     error = outputs - y
     return torch.cat([error.abs().sum(0), error.square().sum(0), y.square().sum(0)])
@@ -274,7 +274,7 @@ def _language_metrics(loss: float, _: list[float], targets: Targets) -> dict[str
 
 
 def _map_means(outputs: Tensor, y: Tensor) -> Tensor:
-    """Of each class: pixels that are it and are taken for it; those that are it or taken for it."""
+    """The means of each class: pixels in intersection and union of truth and prediction."""
     size, counts = outputs.shape[1], (y != IGNORED).cpu()
     real, decided = y.cpu()[counts], outputs.argmax(1).cpu()[counts]
     both = torch.bincount(real[real == decided], minlength=size)

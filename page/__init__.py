@@ -24,7 +24,7 @@ ADDRESS = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:]+)\]|(?P<host>[A-Za-z0-9.-]+)):(
 
 
 class Answer(NamedTuple):
-    """What the server says: a content type, and what is of it."""
+    """An HTTP answer: its content type and its body."""
 
     kind: str
     body: bytes
@@ -122,7 +122,7 @@ class _Server(ThreadingHTTPServer):
         self.address = f"http://{host}:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """Whoever hangs up is no news."""
+        """Log nothing where a browser closes its connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def log_message(self, *_: object) -> None:
-        """Requests are no news."""
+        """Log no requests."""
 
 
 def server(
@@ -179,7 +179,7 @@ def server(
     data: Callable[[Mapping[str, str]], object],
     metrics: Callable[[], bytes],
 ) -> _Server:
-    """What serves the page at ``/``, its data at ``/data`` and metrics at ``/metrics``.
+    """An HTTP server of the page at ``/``, its data at ``/data`` and metrics at ``/metrics``.
 
     It reads and never writes.
 
@@ -190,13 +190,13 @@ def server(
         metrics: in Prometheus' text format.
     """
 
-    def told(query: Mapping[str, str]) -> Answer | None:
+    def serve_data(query: Mapping[str, str]) -> Answer | None:
         found = data(query)
         return None if found is None else Answer("application/json", as_json(found).encode())
 
     routes: dict[str, Route] = {
         "/": lambda _: Answer("text/html; charset=utf-8", document().encode()),
-        "/data": told,
+        "/data": serve_data,
         "/metrics": lambda _: Answer("text/plain; version=0.0.4; charset=utf-8", metrics()),
     }
     return _Server(address, routes)

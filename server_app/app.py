@@ -16,9 +16,9 @@ from configuration.network import codec_of, network_of, sends_updates
 from models.flat import FlatModel
 from models.pretrained import digest
 from server_app.asynchronous import Asynchronous
-from server_app.census import Federation, RunError, take_census
 from server_app.checkpoint import Saved, find
 from server_app.consensus import report_consensus
+from server_app.discovery import Federation, RunError, discover
 from server_app.events import Away, Back, Began, Ended, Event, Refused, Sink
 from server_app.relay import Relay
 from server_app.results import Folder
@@ -44,7 +44,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run, from the run configuration to the results folder."""
+    """Run the app, from the run configuration to the results folder."""
     config = Config.read(context.run_config)
     before = find(config)
     run(grid, config, Folder(config, context.run_id, before), before[1] if before else None)
@@ -70,7 +70,7 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
     topology = graph_of(config) if isinstance(config.plan, PeerPlan) else None
     if config.model.initial:
         digest(config.model.initial)
-    federation = take_census(
+    federation = discover(
         grid, config, saved.federation._replace(started=saved.next_start()) if saved else None
     )
     if topology is not None and (
@@ -82,9 +82,9 @@ def run(grid: Grid, config: Config, sink: Sink, saved: Saved | None = None) -> N
         )
     for note in federation.notes:
         log(logging.WARNING, "%s", note)
-    network, said = network_of(config, federation.shape, len(federation.classes))
-    if said:
-        log(logging.WARNING, "%s", said)
+    network, warning = network_of(config, federation.shape, len(federation.classes))
+    if warning:
+        log(logging.WARNING, "%s", warning)
     model = FlatModel(network)
     emit(Began(federation, model))
     try:
@@ -166,6 +166,6 @@ def _shares(federation: Federation, config: Config, weighting: str) -> dict[int,
 
 
 def layout_of(model: FlatModel) -> Layout:
-    """How a model looks on the wire."""
+    """The layout of a model on the wire."""
     sizes = {X: model.x.numel()} | ({STATS: model.num_stats} if model.num_stats else {})
     return Layout(sizes, model.variances)

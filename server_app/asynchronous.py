@@ -20,20 +20,20 @@ from torch import Tensor
 from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
-from server_app.census import Federation, RunError, an_epoch, budget
-from server_app.events import Checkpoint, Kept, Sink
+from server_app.discovery import Federation, RunError, an_epoch, budget
+from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
-from server_app.report import Moment, Report
+from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.mean import LARGEST, extent, magnitude
 from strategies.method import ArrivalPlan, Local
 from strategies.protocol import (
+    InvalidReply,
     Layout,
     Order,
-    Refusal,
     Trained,
     read_tested,
     read_trained,
@@ -64,7 +64,7 @@ class _Flight(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a site sent: update, version it began with, number of batches, largest magnitude."""
+    """A site's update, the version it began with, its batches, its largest magnitude."""
 
     update: Update
     version: int
@@ -107,14 +107,14 @@ class Asynchronous:
         self._grid, self._plan, self._federation, self._config = grid, plan, federation, config
         self._layout, self._clock = layout, clock_of(grid)
         self._report = Report(federation, config, sink, self._clock, "update")
-        self._mailbox = Mailbox(grid, config.timeout_s, self._report.see)
+        self._mailbox = Mailbox(grid, config.timeout_s, self._report.update_connected)
         self._sites = {site.node: site for site in federation.sites}
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._list = WhiteList(
             self._sites, math.inf if plan.schedule.kind == "arrival" else plan.schedule.slack
         )
-        self._flying: dict[int, _Flight] = {}
+        self._in_flight: dict[int, _Flight] = {}
         self._waiting: dict[int, list[_Part]] = defaultdict(list)
         self._bounds = {name: Bound(config.max_change) for name in layout.sizes}
         self._extremes = _Extremes()
@@ -137,7 +137,7 @@ class Asynchronous:
         What sites did since then is lost: they are sent the newest model again.
         """
         self._resumed = dict(state)
-        self._report.resume(Moment(*state["now"]))
+        self._report.resume(Snapshot(*state["now"]))
         self._extremes, self._updates, self._tested, self._done, start = state["counts"]
         self._period = Period(start)
         nodes = {site.number: site.node for site in self._sites.values()}
@@ -149,10 +149,10 @@ class Asynchronous:
             }
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What :meth:`resume` takes."""
+        """The state that :meth:`resume` goes on from."""
         number = {node: site.number for node, site in self._sites.items()}
         return {
-            "now": tuple(self._report.moment()),
+            "now": tuple(self._report.snapshot()),
             "rule": self._state,
             "stats": self._stats,
             "counts": (self._extremes, self._updates, self._tested, self._done, self._period.start),
@@ -177,7 +177,7 @@ class Asynchronous:
             self._report.emit(Checkpoint(self._checkpoint))
 
     def run(self, arrays: ArrayRecord) -> ArrayRecord:
-        """From the initial model, or where a checkpoint was, to the last one.
+        """Train from the initial model, or from that of a checkpoint, to the last one.
 
         Raises:
             RunError: fewer than ``min-sites`` sites work, or no site can test the last model; what
@@ -213,7 +213,7 @@ class Asynchronous:
 
     def _dispatch(self, nodes: list[int]) -> None:
         """Send the newest model to sites to train on."""
-        nodes = [node for node in nodes if node not in self._flying]
+        nodes = [node for node in nodes if node not in self._in_flight]
         if not nodes or self._done >= self._total:
             return
         model, now, messages = self._model(), self._clock.now(), []
@@ -233,12 +233,12 @@ class Asynchronous:
             messages.append(
                 Message(RecordDict({ARRAYS: model, CONFIG: order}), node, MessageType.TRAIN)
             )
-            self._flying[node] = _Flight(sent, norms, self._state.version, local, now)
+            self._in_flight[node] = _Flight(sent, norms, self._state.version, local, now)
         self._report.sent(messages)
         self._mailbox.send(messages)
 
     def _local(self, node: int) -> Local:
-        """What a site is to do.
+        """The instruction for a site.
 
         With ``by_speed``, so many batches that all sites take equally long (DyLU).
         """
@@ -256,7 +256,7 @@ class Asynchronous:
     def _lose(self, node: int, reason: str, *, failed: bool = False) -> None:
         """A site is silent or gone; or it failed, and is called again after the next test."""
         self._roster.lose(
-            node, reason, self._clock.now(), failed=failed, again=self._tested + failed
+            node, reason, self._clock.now(), failed=failed, call_from=self._tested + failed
         )
         self._apply(self._list.set_aside(node))
 
@@ -268,8 +268,8 @@ class Asynchronous:
         """
         if len(self._roster.here()) == len(self._sites):
             return False
-        self._report.see(connected := set(self._grid.get_node_ids()))
-        self._roster.see(connected, self._clock.now())
+        self._report.update_connected(connected := set(self._grid.get_node_ids()))
+        self._roster.update_connected(connected, self._clock.now())
         self._dispatch(
             [
                 node
@@ -289,13 +289,13 @@ class Asynchronous:
     # Contributions.
 
     def _arrived(self, node: int, reply: Message) -> None:
-        """A site has trained."""
-        flight, site = self._flying.pop(node), self._sites[node]
+        """Take in the contribution of a site."""
+        flight, site = self._in_flight.pop(node), self._sites[node]
         # Of x the site sends the change itself.
         sent = {name: vector for name, vector in flight.sent.items() if name != X}
         read = partial(read_trained, layout=self._layout, num_examples=site.num_train, sent=sent)
         found = self._report.receive(node, reply, self._updates, "training", read)
-        if isinstance(found, Refusal):
+        if isinstance(found, InvalidReply):
             self._later[node] = self._clock.now() + self._roster.pause(node)
             self._lose(node, str(found), failed=not gone(reply))
             return
@@ -350,7 +350,7 @@ class Asynchronous:
         }
         for name, change in changes.items():
             size = flight.norms[name] if self._bounds[name].few else 0.0
-            if reason := self._bounds[name].refusal(change, size):
+            if reason := self._bounds[name].violation(change, size):
                 return f"{name}: {reason}"
         for name, change in changes.items():
             self._bounds[name].accept(node, change)
@@ -389,7 +389,7 @@ class Asynchronous:
             self._dispatch(self._roster.here())
 
     def _reached(self, parts: list[_Part]) -> _Extremes:
-        """The extremes, were these contributions taken."""
+        """The extremes of all sites if these contributions were accepted."""
         old = self._extremes
         return _Extremes(
             max(magnitude(self._state.x), old.x),
@@ -406,7 +406,7 @@ class Asynchronous:
     def _test(self) -> None:
         """Send the newest model to all sites for a test; who failed may train again."""
         self._tested += 1
-        self._report.emit(Kept(model := self._model()))
+        self._report.emit(NewModel(model := self._model()))
         connected = set(self._grid.get_node_ids())
         order = write_order(Order(self._updates, self._federation.agreed()))
         messages = [
@@ -429,31 +429,31 @@ class Asynchronous:
         if messages:  # else nobody is there to test it
             nodes = {message.metadata.dst_node_id for message in messages}
             self._tests[self._updates] = PendingTest(
-                self._report.moment(), self._done, nodes, train
+                self._report.snapshot(), self._done, nodes, train
             )
             self._mailbox.send(messages)
 
     def _answered(self, number: int, node: int, reply: Message) -> None:
-        """A site has tested; when all have, that is reported."""
+        """Take in the test of a site; report the test when all sites have answered."""
         test = self._tests[number]
         test.waiting.discard(node)
         read = partial(
             read_tested, num_examples=self._sites[node].num_test, means=self._report.measure.means
         )
         found = self._report.receive(node, reply, number, "test", read)
-        if not isinstance(found, Refusal):
+        if not isinstance(found, InvalidReply):
             test.answers[node] = found.named()
         if test.waiting:
             return
         del self._tests[number]
         self._tested_since = True
         self._blind = not test.answers
-        mean = self._report.test(number, test.answers, test.moment)
+        mean = self._report.test(number, test.answers, test.snapshot)
         self._report.progress(
             number,
             None,
             test.done * self._config.epochs / self._total,
-            test.moment,
+            test.snapshot,
             test.train,
             mean,
         )

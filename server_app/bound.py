@@ -46,10 +46,10 @@ class Bound:
         """Whether there is no median yet."""
         return len(self.largest) < FEW
 
-    def refusal(
+    def violation(
         self, change: Change, size: float, others: Mapping[int, Change] | None = None
     ) -> str | None:
-        """Why a contribution is refused, or None.
+        """How a contribution breaks the bound, or None.
 
         Args:
             change: that it makes.
@@ -75,7 +75,7 @@ class Bound:
         )
 
     def accept(self, site: int, change: Change) -> None:
-        """A site's contribution is taken."""
+        """Note that a site's contribution was accepted."""
         old, new = self.largest.get(site, Change(0.0, 0.0)), _relative(change)
         self.largest[site] = Change(max(old.norm, new.norm), max(old.rates, new.rates))
 

@@ -26,11 +26,11 @@ from configuration.config import Config, identity
 from configuration.errors import ConfigError, shown
 from configuration.files import full_disk_is_os_error, sync_folder
 from configuration.flower import log
-from server_app.census import Federation
+from server_app.discovery import Federation
 from strategies.protocol import Started
 from strategies.records import pack, unpack
 
-FOLDER, LOCK, KEPT, SYNC_EVERY_S = "checkpoints", "lock", 2, 1.0
+FOLDER, LOCK, NUM_KEPT, SYNC_EVERY_S = "checkpoints", "lock", 2, 1.0
 RUNNING = "its server is still running"
 
 
@@ -58,7 +58,7 @@ class Saved(NamedTuple):
     offers: dict[str, Mapping[str, Array]]
 
     def next_start(self) -> Started:
-        """How sites are told that it goes on."""
+        """What messages say of the resumed run, so that sites know it."""
         return Started(self.run, self.start + 1)
 
     def forget(self) -> None:
@@ -80,13 +80,13 @@ class Writer:
             self._acquire()
         self._number = max(map(_number, self._folder.glob("*.pt")), default=0)
         # The offers of each; of one of a run that goes on, all that are there.
-        self._kept = {
+        self._offers_of = {
             self._number: frozenset(file.stem for file in self._folder.glob("*.safetensors"))
         }
         self._synced = 0.0
 
     def _acquire(self) -> None:
-        """While this process lives, no other goes on with the run."""
+        """Lock the folder: while this process lives, no other may resume the run."""
         try:
             self._lock.acquire()
         except Timeout:
@@ -124,15 +124,15 @@ class Writer:
         if sync:
             sync_folder(self._folder)
             self._synced = time.monotonic()
-        self._kept[self._number] = frozenset(saved.offers)
+        self._offers_of[self._number] = frozenset(saved.offers)
         self._delete_old()
 
     def _delete_old(self) -> None:
-        for number in sorted(self._kept)[:-KEPT]:
-            del self._kept[number]
-        used = frozenset[str]().union(*self._kept.values())
+        for number in sorted(self._offers_of)[:-NUM_KEPT]:
+            del self._offers_of[number]
+        used = frozenset[str]().union(*self._offers_of.values())
         for file in self._folder.iterdir():
-            old = _number(file) <= self._number - KEPT
+            old = _number(file) <= self._number - NUM_KEPT
             if (
                 file.stem not in used
                 if file.suffix == ".safetensors"
@@ -141,11 +141,11 @@ class Writer:
                 file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Another process may go on with the run."""
+        """Unlock the folder: another process may resume the run."""
         self._lock.release()
 
     def finish(self) -> None:
-        """The run is over."""
+        """Delete the checkpoints of a run that is over."""
         with suppress(FileNotFoundError):
             for file in self._folder.iterdir():
                 file.unlink()

@@ -12,11 +12,11 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from configuration.config import Config
-from server_app.census import Federation
-from server_app.events import Kept
+from server_app.discovery import Federation
+from server_app.events import NewModel
 from server_app.exchange import exchange
 from server_app.report import Measure, Report
-from strategies.protocol import Order, Refusal, read_tested, write_order
+from strategies.protocol import InvalidReply, Order, read_tested, write_order
 from strategies.records import ARRAYS, CONFIG, X, pack
 
 
@@ -51,7 +51,7 @@ def report_consensus(
         )
         for name, like in some.items()
     }
-    report.emit(Kept(pack(rows)))
+    report.emit(NewModel(pack(rows)))
     there = torch.tensor([site.number in models for site in federation.sites])
     found = {"consensus-distance": consensus_distance(rows[X][there])}
     mean = pack({name: vectors[there].double().mean(0).float() for name, vectors in rows.items()})
@@ -75,8 +75,8 @@ def report_consensus(
         )
         for node, reply in exchange(grid, messages, config.timeout_s)
     ]
-    means = measure.together(
-        [answer.named() for answer in answers if not isinstance(answer, Refusal)]
+    means = measure.combined(
+        [answer.named() for answer in answers if not isinstance(answer, InvalidReply)]
     )
     found |= {
         f"{name}-of-mean": value

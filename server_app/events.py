@@ -1,4 +1,4 @@
-"""What happens in a run, as values: the drivers emit them, and whoever wants to know is a sink."""
+"""The events of a run: drivers emit them, and sinks receive them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord
 
 from models.flat import FlatModel
-from server_app.census import Federation, Site
+from server_app.discovery import Federation, Site
 
 EVERYBODY = "all"  # the site of a metric that is the mean over sites
 
@@ -41,7 +41,7 @@ class Reported(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What a site sent cannot be used; printed, it is a line.
+    """What a site sent cannot be used; ``str`` makes a line of it.
 
     Attributes:
         when: the round, update or step.
@@ -74,8 +74,8 @@ class Refused(NamedTuple):
         )
 
 
-class Kept(NamedTuple):
-    """The newest model, or models where sites learn alone: a row each."""
+class NewModel(NamedTuple):
+    """The newest model, or all sites' models where they learn alone: a row each."""
 
     arrays: ArrayRecord
 
@@ -94,7 +94,7 @@ class Checkpoint(NamedTuple):
 
 
 class Away(NamedTuple):
-    """A site is not connected any more; printed, it is a line."""
+    """A site is no longer connected; ``str`` makes a line of it."""
 
     site: Site
 
@@ -103,7 +103,7 @@ class Away(NamedTuple):
 
 
 class Back(NamedTuple):
-    """A site is connected again; printed, it is a line."""
+    """A site is connected again; ``str`` makes a line of it."""
 
     site: Site
 
@@ -112,7 +112,7 @@ class Back(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a run is after a round; printed, it is a line.
+    """How far a run is after a round; ``str`` makes a line of it.
 
     Attributes:
         unit: what is counted: round, update of the server, or exchange of peers.
@@ -175,5 +175,5 @@ class Ended(NamedTuple):
     error: BaseException | None
 
 
-Event = Began | Reported | Refused | Kept | Checkpoint | Away | Back | Progress | Ended
+Event = Began | Reported | Refused | NewModel | Checkpoint | Away | Back | Progress | Ended
 Sink = Callable[[Event], None]

@@ -19,7 +19,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
 # (Flower needs three times its memory).
 PATIENCE_S = 0.5
 BYTES_A_S = 10e6
-AT_ONCE = 8  # replies that come: as many models may be in memory
+MOST_PULLS = 8  # replies that come: as many models may be in memory
 LOOK_EVERY_S = 10.0
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message
@@ -38,7 +38,7 @@ class Clock(Protocol):
     """Time in seconds, as the server sees it. A grid that simulates time is its own clock."""
 
     def now(self) -> float:
-        """Seconds since whenever."""
+        """Seconds since a fixed, unknown moment."""
 
     def wait(self, poll_s: float, limit_s: float) -> None:
         """Wait until something may have changed, at most ``limit_s``.
@@ -82,16 +82,19 @@ class Mailbox:
     Args:
         grid: the way to the sites.
         timeout_s: seconds a site has to answer.
-        see: told every now and then which nodes are connected, while somebody waits.
+        on_connected: called every now and then with the nodes that are connected.
     """
 
     def __init__(
-        self, grid: Grid, timeout_s: float, see: Callable[[set[int]], None] = lambda connected: None
+        self,
+        grid: Grid,
+        timeout_s: float,
+        on_connected: Callable[[set[int]], None] = lambda connected: None,
     ) -> None:
-        self._grid, self._timeout_s, self._see = grid, timeout_s, see
+        self._grid, self._timeout_s, self._on_connected = grid, timeout_s, on_connected
         self._clock = clock_of(grid)
         self._waiting: dict[str, _Waiting] = {}
-        self._coming: dict[str, Future[list[Message]]] = {}
+        self._pulls: dict[str, Future[list[Message]]] = {}
         self._poll, self._looked = FIRST_WAIT_S, -math.inf
 
     def __len__(self) -> int:
@@ -140,7 +143,7 @@ class Mailbox:
             ]
             for identity in late:
                 message, deadline, _ = self._waiting.pop(identity)
-                self._coming.pop(identity, None)
+                self._pulls.pop(identity, None)
                 taken = deadline > -math.inf
                 reason = (
                     f"no answer within timeout-s = {self._timeout_s:g}"
@@ -152,7 +155,7 @@ class Mailbox:
                 return
             if now >= self._looked + LOOK_EVERY_S:
                 self._looked = now
-                self._see(set(self._grid.get_node_ids()))
+                self._on_connected(set(self._grid.get_node_ids()))
             self._clock.wait(
                 self._poll, min(waiting.deadline for waiting in self._waiting.values()) - now
             )
@@ -170,16 +173,16 @@ class Mailbox:
         """
         if isinstance(self._grid, Clock):
             return list(self._grid.pull_messages([identity]))
-        coming = self._coming.get(identity)
-        if coming is None:
-            if len(self._coming) == AT_ONCE:
+        pull = self._pulls.get(identity)
+        if pull is None:
+            if len(self._pulls) == MOST_PULLS:
                 return []
-            coming = self._coming[identity] = Future()
-            Thread(target=_pull_into, args=(coming, self._grid, identity), daemon=True).start()
-            wait([coming], self._waiting[identity].patience_s / len(self._coming))
-        if not coming.done():
+            pull = self._pulls[identity] = Future()
+            Thread(target=_pull_into, args=(pull, self._grid, identity), daemon=True).start()
+            wait([pull], self._waiting[identity].patience_s / len(self._pulls))
+        if not pull.done():
             return []
-        return self._coming.pop(identity).result()
+        return self._pulls.pop(identity).result()
 
 
 def _without_arrays(message: Message) -> Message:
@@ -193,11 +196,11 @@ def _without_arrays(message: Message) -> Message:
     return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload,no-any-return]
 
 
-def _pull_into(coming: Future[list[Message]], grid: Grid, identity: str) -> None:
+def _pull_into(pull: Future[list[Message]], grid: Grid, identity: str) -> None:
     try:
-        coming.set_result(list(grid.pull_messages([identity])))
+        pull.set_result(list(grid.pull_messages([identity])))
     except BaseException as error:  # whatever it is, whoever waits for the reply must hear of it
-        coming.set_exception(error)
+        pull.set_exception(error)
 
 
 def exchange(

@@ -1,4 +1,4 @@
-"""What peers offered to each other, as the relay keeps it until it is delivered."""
+"""Stores what peers offer to each other until it is delivered."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -45,8 +45,8 @@ class Links:
         # Who comes back may find an older one.
         return [max(found)] if rejoin and found else [s for s in found if s == step - 1]
 
-    def take(self, sender: int, reader: int, keys: Iterable[int]) -> dict[str, Array]:
-        """The arrays under these keys, which stay here."""
+    def get(self, sender: int, reader: int, keys: Iterable[int]) -> dict[str, Array]:
+        """The arrays under these keys; they also stay here."""
         return {
             name: array
             for key in keys
@@ -56,7 +56,7 @@ class Links:
         }
 
     def _parts(self, sender: int, reader: int, step: int) -> dict[str, Array]:
-        """What of an offer is for a reader."""
+        """The parts of an offer that are for a reader."""
         own, all_ = f"{TO}{reader}/", f"{OFFER}/"
         offer = self._offers[sender][step]
         return {
@@ -68,7 +68,7 @@ class Links:
     def put(
         self, sender: int, readers: Iterable[int], at: int, step: int, arrays: Mapping[str, Array]
     ) -> None:
-        """An offer of a step, to be delivered in the step after ``at``."""
+        """Store the offer of a step, to be delivered in the step after ``at``."""
         self._offers[sender][step] = arrays
         for reader in readers:
             if (sender, reader) not in self.stale and self._parts(sender, reader, step):
@@ -76,10 +76,10 @@ class Links:
         self._forget(sender)
 
     def deliver(self, sender: int, reader: int, key: int) -> None:
-        """It was delivered."""
+        """Note that what waits under ``key`` was delivered."""
         if key in self._waiting[sender][reader]:
             self.delivered[sender, reader] += sum(
-                len(array.data) for array in self.take(sender, reader, [key]).values()
+                len(array.data) for array in self.get(sender, reader, [key]).values()
             )
             self._drop(sender, reader, key)
 
@@ -88,17 +88,17 @@ class Links:
         self._forget(sender)
 
     def drop_before(self, sender: int, reader: int, first: int) -> None:
-        """What is older is of no use."""
+        """Drop what waits under keys below ``first``, which is of no use any more."""
         for key in [key for key in self._waiting[sender][reader] if key < first]:
             self._drop(sender, reader, key)
 
     def clear(self, sender: int, reader: int) -> None:
-        """Nothing is to be delivered."""
+        """Drop all that waits on a link."""
         self._waiting[sender].pop(reader, None)
         self._forget(sender)
 
     def miss(self, reader: int) -> None:
-        """A reader will miss differences, and may have missed those that were on their way."""
+        """Mark a reader's links as stale: it may have missed differences that were on their way."""
         for sender in [sender for sender, waiting in self._waiting.items() if reader in waiting]:
             self.clear(sender, reader)
             self.stale.add((sender, reader))
@@ -112,7 +112,7 @@ class Links:
     # Checkpoints.
 
     def offers(self) -> dict[str, Mapping[str, Array]]:
-        """All that is not delivered yet, by name."""
+        """The offers that are not delivered yet, by name."""
         return {
             f"offer-{sender}-{step}": arrays
             for sender, of in self._offers.items()
@@ -120,7 +120,7 @@ class Links:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All but these."""
+        """The state of the links without the offers, for a checkpoint."""
         waiting = {
             (sender, reader): dict(each)
             for sender, of in self._waiting.items()
@@ -131,7 +131,7 @@ class Links:
     def load_state_dict(
         self, state: Mapping[str, Any], offers: Mapping[str, Mapping[str, Array]]
     ) -> None:
-        """Go on from them."""
+        """Restore the state and the offers of a checkpoint."""
         for (sender, reader), waiting in state["waiting"].items():
             self._waiting[sender][reader] = waiting
         self.stale, self.delivered = set(state["stale"]), defaultdict(int, state["delivered"])

@@ -1,4 +1,4 @@
-"""What the page shows of a run that goes on, was killed, or is over, from its folder's files.
+"""The overview of a run for the page, from the files of its folder.
 
 The files are ``config.toml``, ``sites.csv``, ``metrics.csv`` and ``events.jsonl``; a folder without
 the last one, of an older version, says less.
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from server_app.event_log import ALL, FILE, is_running
 from server_app.events import EVERYBODY
-from server_app.journal import ALL, FILE, goes_on
 
 METRICS, CONFIG, SITES = "metrics.csv", "config.toml", "sites.csv"
 POINTS = 1000  # of a curve
@@ -71,16 +71,16 @@ def _stamps(folder: Path) -> tuple[tuple[str, float, int], ...]:
 
 
 def overview(folder: Path, name: str = "") -> dict[str, Any]:
-    """All that the page shows of a run."""
+    """The data that the page shows of a run."""
     found = dict(_read(folder, _stamps(folder)))
-    going = goes_on(folder / FILE)
+    going = is_running(folder / FILE)
     if found["state"] == "stopped" and going:
         found["state"] = "running"
     return found | {"name": name or folder.name, "updated": _newest(folder), "live": going}
 
 
-def brief(folder: Path, name: str) -> dict[str, Any]:
-    """A row of the list of runs."""
+def summary(folder: Path, name: str) -> dict[str, Any]:
+    """The row of a run in the list of runs."""
     found = overview(folder, name)
     return {
         key: value
@@ -94,7 +94,7 @@ def brief(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]:
-    """Of files as they are now; read again when one has changed."""
+    """The overview of a run, which is cached until one of its files changes."""
     config = _flat(_config(folder / CONFIG))
     lines = list(_lines(folder / FILE))
     began: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "began"), {})
@@ -121,7 +121,7 @@ def _read(folder: Path, _: tuple[tuple[str, float, int], ...]) -> dict[str, Any]
         "larger": began.get("larger", True),
         "parameters": began.get("parameters"),
         "began": lines[0]["time"] if lines else None,
-        "heard": lines[-1]["time"] if lines else None,
+        "updated": lines[-1]["time"] if lines else None,
         "progress": _progress(lines, config),
         "round": int(last["round"]) if last is not None else 0,
         "seconds": float(metrics["seconds"].max()) if last is not None else 0.0,
@@ -152,7 +152,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with dots."""
+    """Nested tables as one, with dots in its keys."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
         found |= (
@@ -164,7 +164,7 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Of the journal; not a last one that was cut off."""
+    """The lines of an event log, without a last one that was cut off."""
     try:
         text = file.read_text()
     except (OSError, ValueError):
@@ -177,7 +177,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _state(lines: list[dict[str, Any]]) -> tuple[str, str | None]:
-    """finished, failed, or unknown: it goes on, or was killed."""
+    """Whether a run is finished, failed, stopped or unknown; and its error."""
     last = next((line for line in reversed(lines) if line["kind"] in ("began", "ended")), None)
     if last is None or last["kind"] == "began":
         return "unknown" if last is None else "stopped", None
@@ -210,11 +210,11 @@ def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
     """Each metric by round, seconds and bytes: of all sites together, the least and the most."""
     names = (headline, "loss") if split == "test" else (headline, *TRAINING)
     rows = rows[rows["metric"].isin(names)]
-    together = rows[rows["site"] == EVERYBODY].drop_duplicates(["round", "metric"], keep="last")
-    table = together.pivot(index="round", columns="metric", values="value")
+    of_all = rows[rows["site"] == EVERYBODY].drop_duplicates(["round", "metric"], keep="last")
+    table = of_all.pivot(index="round", columns="metric", values="value")
     if table.empty:
         return {"round": [], "seconds": [], "bytes": [], "metrics": {}}
-    where = together.groupby("round")[["seconds", "bytes_up", "bytes_down"]].max()
+    where = of_all.groupby("round")[["seconds", "bytes_up", "bytes_down"]].max()
     chosen = table.index[
         np.unique(np.linspace(0, len(table) - 1, min(len(table), POINTS)).round().astype(int))
     ]
@@ -237,7 +237,7 @@ def _curves(rows: pd.DataFrame, split: str, headline: str) -> dict[str, Any]:
 
 
 def _short(values: "pd.Series[float]") -> list[float | None]:
-    """Five digits: a picture shows no more."""
+    """A number with five digits: a picture shows no more."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values.astype(float)]
 
 
@@ -261,7 +261,7 @@ def _sites(
     headline: str,
     over: bool,
 ) -> list[dict[str, Any]]:
-    """A row a site."""
+    """The rows of the table of sites."""
     known = began.get("sites") or _sites_file(folder / SITES)
     rows = {
         int(each["site"]): dict(each) | {"does": "", "seen": None, "refused": {}, "why": None}
@@ -308,10 +308,10 @@ def _sites_file(file: Path) -> list[dict[str, Any]]:
 
 
 def _follow(rows: dict[int, dict[str, Any]], lines: list[dict[str, Any]], over: bool) -> None:
-    """From the journal: each site's last answer, what it does, why it was left out, how often."""
+    """Add to the rows of sites what the event log says: last answer, state, what was refused."""
     for line in lines:
-        heard = line.get("heard")
-        for number in rows if heard == ALL else heard or ():
+        reported = line.get("reported")
+        for number in rows if reported == ALL else reported or ():
             if number in rows:
                 rows[number] |= {"seen": line["time"], "does": "works"}
         row = rows.get(line.get("site", -1)) if isinstance(line.get("site"), int) else None
@@ -355,8 +355,10 @@ def _speeds(
         ]
     found = {}
     for site, ((before, start), (last, end)) in moments.items():
-        told = values.get(site, {})
-        count = told.get("train samples", told.get("train updates", last - before) * of_update)
+        reported = values.get(site, {})
+        count = reported.get(
+            "train samples", reported.get("train updates", last - before) * of_update
+        )
         if end > start:
             found[site] = count / (end - start)
     return found

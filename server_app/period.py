@@ -1,16 +1,16 @@
-"""What an asynchronous run gathers from test to test."""
+"""Statistics of an asynchronous run between two tests."""
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server_app.report import Moment
+from server_app.report import Snapshot
 from strategies.protocol import TrainMetrics
 
 
 class Period:
-    """What arrived since the last test.
+    """Statistics of the contributions since the last test.
 
     Args:
         start: how far the run was then.
@@ -23,13 +23,13 @@ class Period:
         self._rates: list[float] = []
 
     def trained(self, node: int, metrics: TrainMetrics) -> None:
-        """A site sent a contribution."""
+        """Add a contribution of a site."""
         if metrics.loss is not None:
             self._losses[node].append(metrics.loss)
         self._rates.append(metrics.lr_first)
 
     def applied(self, node: int, ages: Sequence[int]) -> None:
-        """A site's contribution of so old parts changed the model."""
+        """Note that a site's contribution, with parts of these ages, changed the model."""
         self._ages[node].append(sum(ages) / len(ages))
 
     def means(self, nodes: Sequence[int]) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
@@ -41,10 +41,10 @@ class Period:
         of_sites = {
             node: _row(self._ages.get(node, []), self._losses.get(node, [])) for node in nodes
         }
-        together = _row(ages, losses)
-        together |= {"lr-first": self._rates[0], "lr-last": self._rates[-1]} if self._rates else {}
+        of_all = _row(ages, losses)
+        of_all |= {"lr-first": self._rates[0], "lr-last": self._rates[-1]} if self._rates else {}
         counts = sorted(Counter(map(round, ages)).items())
-        return of_sites, together | {f"staleness-{age}": float(count) for age, count in counts}
+        return of_sites, of_all | {f"staleness-{age}": float(count) for age, count in counts}
 
 
 def _row(ages: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class PendingTest:
         answers: what sites found, by node.
     """
 
-    moment: Moment
+    snapshot: Snapshot
     done: float
     waiting: set[int]
     train: Mapping[str, float]

@@ -145,7 +145,7 @@ def schedule(metrics: pd.DataFrame, title: str, shape: str, epsilon: float) -> F
 
 
 def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
-    """Of an asynchronous run: how stale contributions were, and how often each site contributed."""
+    """Plot the staleness of contributions, and how often each site contributed."""
     trained = metrics[metrics["split"] == "train"]
     stale = trained[(trained["site"] == "all") & trained["metric"].str.startswith("staleness-")]
     counts = stale.groupby(stale["metric"].str.removeprefix("staleness-").astype(int))[
@@ -169,7 +169,7 @@ def arrivals(metrics: pd.DataFrame, title: str) -> Figure:
 
 
 def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
-    """Who exchanges with whom; lines as wide as their weights."""
+    """Plot the communication graph; lines are as wide as their weights."""
     figure = Picture(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     links = topology.graph
@@ -195,7 +195,7 @@ def graph(topology: Topology, name: str, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def who_has_what(counts: pd.DataFrame) -> Figure:
+def plot_class_counts(counts: pd.DataFrame) -> Figure:
     """``counts``, a row a site and a column a class: the darker, the more examples."""
     table = counts.to_numpy()
     num_sites, num_classes = table.shape

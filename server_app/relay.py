@@ -19,19 +19,19 @@ from flwr.serverapp import Grid
 
 from configuration.config import Config
 from configuration.flower import log
-from server_app.census import Federation, RunError, an_epoch, budget
+from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.links import Links
-from server_app.report import Moment, Report
+from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from server_app.tally import Tally
 from strategies.method import PeerPlan, Vectors
 from strategies.protocol import (
+    InvalidReply,
     Layout,
     Offer,
     PeerOrder,
-    Refusal,
     StepMetrics,
     read_offer,
     write_peer_order,
@@ -78,14 +78,14 @@ class Relay:
         self._grid, self._topology, self._config, self._layout = grid, topology, config, layout
         self._federation, self._clock = federation, clock_of(grid)
         self.report = Report(federation, config, sink, self._clock, "step")
-        self._mailbox = Mailbox(grid, config.timeout_s, self.report.see)
+        self._mailbox = Mailbox(grid, config.timeout_s, self.report.update_connected)
         self._sites = {site.number: site for site in federation.sites}
         self._numbers = {site.node: site.number for site in federation.sites}
         names = {number: f"site {number}" for number in self._sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._courses = {number: _Course() for number in self._sites}
-        self._flying: dict[int, PeerOrder] = {}
-        self._given: dict[int, list[tuple[int, int]]] = {}  # what a message under way delivers
+        self._in_flight: dict[int, PeerOrder] = {}
+        self._delivering: dict[int, list[tuple[int, int]]] = {}  # what a message under way delivers
         self._choco = config.wire.error_feedback == "choco"
         self._plan, self._messages = plan, plan.gradient.messages
         self._links = Links(chained=self._choco, messages=self._messages)
@@ -103,7 +103,7 @@ class Relay:
 
         A peer whose answer is not in it is asked for the same step again, and answers the same.
         """
-        self.report.resume(Moment(*state["now"]))
+        self.report.resume(Snapshot(*state["now"]))
         self._courses = {number: _Course(*course) for number, course in state["courses"].items()}
         self._roster.load_state_dict(state["roster"], self._clock.now())
         self._links.load_state_dict(state["links"], offers)
@@ -111,9 +111,9 @@ class Relay:
         self._models, self._written = state["models"], state["written"]
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What :meth:`resume` takes beside what was offered."""
+        """The state that :meth:`resume` goes on from, beside the offers."""
         return {
-            "now": tuple(self.report.moment()),
+            "now": tuple(self.report.snapshot()),
             "courses": {
                 number: (course.step, course.joined) for number, course in self._courses.items()
             },
@@ -125,7 +125,7 @@ class Relay:
         }
 
     def run(self) -> dict[int, Vectors]:
-        """All exchanges.
+        """Run all exchanges.
 
         Returns:
             The models of the peers by site number, where the server may have them.
@@ -179,8 +179,8 @@ class Relay:
 
     def _send(self) -> None:
         """Call every peer whose next step can be taken, and those that are away and may be back."""
-        self.report.see(connected := set(self._grid.get_node_ids()))
-        self._roster.see(
+        self.report.update_connected(connected := set(self._grid.get_node_ids()))
+        self._roster.update_connected(
             {number for number, site in self._sites.items() if site.node in connected},
             self._clock.now(),
         )
@@ -188,7 +188,7 @@ class Relay:
         due = self._roster.due(front) if front <= self._last else []
         calls = []
         for peer, course in self._courses.items():
-            if peer in self._flying:
+            if peer in self._in_flight:
                 continue
             if self._roster.away(peer):
                 if peer in due:
@@ -217,7 +217,7 @@ class Relay:
         trusting = config.wire.sealing == "trust-on-first-use"
         listeners = None if config.wire.sealing == "off" else self._listeners(peer, step, rejoin)
         neighbours = self._neighbours(step, peer)
-        order = self._flying[peer] = PeerOrder(
+        order = self._in_flight[peer] = PeerOrder(
             step=step,
             agreed=self._federation.agreed(),
             neighbours=neighbours,
@@ -225,7 +225,7 @@ class Relay:
             and (last or (step > 0 and (number + 1) % self._every == 0)),
             last=last,
             rejoin=rejoin,
-            fresh=any(
+            reset=any(
                 sender == peer and not self._roster.away(reader)
                 for sender, reader in self._links.stale
             ),
@@ -244,8 +244,8 @@ class Relay:
         records: dict[str, Any] = {CONFIG: write_peer_order(order)}
         for j in order.neighbours:
             keys = self._links.waiting(j, peer, step, rejoin=rejoin)
-            self._given.setdefault(peer, []).extend((j, key) for key in keys)
-            if arrays := self._links.take(j, peer, keys):
+            self._delivering.setdefault(peer, []).extend((j, key) for key in keys)
+            if arrays := self._links.get(j, peer, keys):
                 records[f"{FROM}{j}"] = ArrayRecord(arrays)
         kind = "train.cross" if self._is_cross(step) else "train.peer"
         return Message(RecordDict(records), self._sites[peer].node, kind)
@@ -266,9 +266,10 @@ class Relay:
     # Answers.
 
     def _answered(self, peer: int, reply: Message) -> None:
-        """A peer took its step, or did not."""
-        order, site, config = self._flying.pop(peer), self._sites[peer], self._config
-        step, given, sealed = order.step, self._given.pop(peer, []), config.wire.sealing != "off"
+        """Take in the answer of a peer, or its error."""
+        order, site, config = self._in_flight.pop(peer), self._sites[peer], self._config
+        step, given = order.step, self._delivering.pop(peer, [])
+        sealed = config.wire.sealing != "off"
         read = partial(
             read_offer,
             order=order,
@@ -280,7 +281,7 @@ class Relay:
             means=self.report.measure.means,
         )
         offer = self.report.receive(site.node, reply, step, "exchange", read)
-        if isinstance(offer, Refusal):
+        if isinstance(offer, InvalidReply):
             self._lose(peer, str(offer), failed=not gone(reply))
             # It may have taken the step, and takes a sealed step only once.
             if sealed and step < self._last:
@@ -288,22 +289,22 @@ class Relay:
             return
         for j, key in given:
             self._links.deliver(j, peer, key)
-        self._heed(peer, step, offer)
+        self._handle_notes(peer, step, offer)
         self._advance(peer, step, offer)
         self._store(peer, step, offer.arrays)
         if offer.model is not None:
             self._models[peer] = offer.model
         elif offer.flaw:
             self.report.refuse(site.node, step, "mean of the models", offer.flaw)
-        self._measured(peer, step, offer.metrics)
+        self._record_metrics(peer, step, offer.metrics)
 
-    def _heed(self, peer: int, step: int, offer: Offer) -> None:
-        """What a peer says of what it was given, and of itself."""
-        self.report.refused_by(self._sites[peer].node, step, offer.notes.refused)
+    def _handle_notes(self, peer: int, step: int, offer: Offer) -> None:
+        """Act on a peer's notes: payloads that it refuses, channels to reset, its nonce."""
+        self.report.refused_by_peer(self._sites[peer].node, step, offer.notes.refused)
         self._links.stale |= {(j, peer) for j in offer.notes.broken}
         if offer.notes.nonce is not None:  # another one than before if it lost its memory
             self._nonces[peer] = offer.notes.nonce
-        if offer.notes.fresh:
+        if offer.notes.reset:
             self._links.stale -= {(peer, reader) for reader in self._present()}
             for reader in self._sites:
                 self._links.clear(peer, reader)
@@ -323,7 +324,7 @@ class Relay:
         # No peer leaves out the last step.
         course.step = front if step == self._last else min(front, self._last)
         course.joined = course.step - 1
-        how = ", remembers nothing of this run and starts anew" if offer.notes.anew else ""
+        how = ", has lost its memory of this run and starts again" if offer.notes.lost else ""
         log(WARNING, "step %d: site %d is back%s", step, peer, how)
 
     def _store(self, peer: int, step: int, arrays: Mapping[str, Array]) -> None:
@@ -343,12 +344,12 @@ class Relay:
                 self._links.drop_before(peer, reader, first)
 
     def _lose(self, peer: int, reason: str, *, failed: bool = False) -> None:
-        self._given.pop(peer, None)
+        self._delivering.pop(peer, None)
         if self._choco:  # it will miss differences, and may have missed these
             self._links.miss(peer)
         # Who fails again and again is called ever less often.
-        again = max(other.step for other in self._courses.values()) + self._roster.pause(peer)
-        self._roster.lose(peer, reason, self._clock.now(), failed=failed, again=again)
+        call_from = max(other.step for other in self._courses.values()) + self._roster.pause(peer)
+        self._roster.lose(peer, reason, self._clock.now(), failed=failed, call_from=call_from)
         self._report_tests()
 
     def _enough(self) -> None:
@@ -359,19 +360,19 @@ class Relay:
         if left <= 0:
             raise RunError(self._roster.shortage("peers"))
         if not self._mailbox:
-            self._roster.hurry()
+            self._roster.call_silent_now()
             self._send()
             if not self._mailbox:
                 self._clock.wait(LONGEST_WAIT_S, left)
 
     # Tests.
 
-    def _measured(self, peer: int, step: int, metrics: StepMetrics) -> None:
-        """What a peer reports of its training and, where it tested, of the test."""
+    def _record_metrics(self, peer: int, step: int, metrics: StepMetrics) -> None:
+        """Record what a peer reports of its training and, where it tested, of the test."""
         number = self._plan.exchange(step) + 1
         # If the test is older, the peer was away when the others took it.
         tested = metrics.test_examples is not None and number > self._written
-        self._tally.add(peer, metrics, number if tested else None, self.report.moment())
+        self._tally.add(peer, metrics, number if tested else None, self.report.snapshot())
         self._report_tests()
 
     def _report_tests(self, *, finished: bool = False) -> None:
@@ -400,11 +401,11 @@ class Relay:
             "train",
             {nodes[peer]: each for peer, each in test.train.items()},
             train,
-            test.moment,
+            test.snapshot,
         )
         mean = self.report.test(
-            number, {nodes[peer]: each for peer, each in test.answers.items()}, test.moment
+            number, {nodes[peer]: each for peer, each in test.answers.items()}, test.snapshot
         )
         self.report.progress(
-            number, None, number * epochs / self.exchanges, test.moment, train, mean
+            number, None, number * epochs / self.exchanges, test.snapshot, train, mean
         )

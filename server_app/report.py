@@ -1,4 +1,4 @@
-"""What sites report on its way into the history: counted, read, timed."""
+"""Reads, counts and times what sites report, on its way into the history."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,21 +12,21 @@ from configuration.config import Config
 from configuration.network import num_outputs
 from datasets.site import deviations
 from models.tasks import Targets, Task, numbers
-from server_app.census import Federation
+from server_app.discovery import Federation
 from server_app.events import EVERYBODY, Away, Back, Event, Progress, Refused, Reported, Sink
 from server_app.exchange import TOO_LATE, Clock
-from server_app.roster import together
+from server_app.roster import grouped_reasons
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.averaging.mean import weighted_mean
 from strategies.method import PeerPlan
-from strategies.protocol import Refusal, printable
+from strategies.protocol import InvalidReply, printable
 from strategies.records import num_bytes
 
 T = TypeVar("T")
 
 
 class Measure(NamedTuple):
-    """What tests of a run measure.
+    """The metrics that tests of a run measure.
 
     Attributes:
         task: what is trained.
@@ -40,7 +40,7 @@ class Measure(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, federation: Federation) -> "Measure":
-        """Of a run."""
+        """The measure of a run."""
         task, names, details = config.task, federation.classes, config.results.details
         common = federation.moments
         deviation = deviations(common.split(len(federation.columns))[1]) if common else ()
@@ -53,14 +53,14 @@ class Measure(NamedTuple):
         """The metrics of one site's test."""
         return self.task.measured(numbers(found), self.targets)
 
-    def together(self, found: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
+    def combined(self, found: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
         """The metrics of all sites' examples; {} of none."""
         return self.task.measured(
             weighted_mean([numbers(each) for each in found], NUM_EXAMPLES), self.targets
         )
 
     def extremes(self, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """The worst and the best site's headline."""
+        """The headline metric of the worst and of the best site."""
         name = self.task.headline
         if not (
             values := sorted(
@@ -75,8 +75,8 @@ LONGEST_REASON = 1000  # characters of what a peer says
 _BY_PEER = re.compile(r"site (\d{1,9}): (.*?(?:\(([a-z.-]+)\))?)", re.DOTALL)
 
 
-class Moment(NamedTuple):
-    """How far a run was.
+class Snapshot(NamedTuple):
+    """The time and the traffic of a run at some moment.
 
     Attributes:
         seconds: since the first round.
@@ -87,7 +87,7 @@ class Moment(NamedTuple):
     traffic: dict[int, tuple[int, int]]
 
     def megabytes(self) -> float:
-        """Sent and received."""
+        """Megabytes sent and received so far."""
         return sum(map(sum, self.traffic.values())) / 1e6
 
 
@@ -118,26 +118,26 @@ class Report:
         ] = {}  # when something of a node was refused last, and why
 
     def emit(self, event: Event) -> None:
-        """Something happened."""
+        """Pass an event to the sink."""
         self._sink(event)
 
-    def moment(self) -> Moment:
-        """Now."""
-        return Moment(self._clock.now() - self._start, dict(self._traffic))
+    def snapshot(self) -> Snapshot:
+        """The present moment of the run."""
+        return Snapshot(self._clock.now() - self._start, dict(self._traffic))
 
-    def resume(self, moment: Moment) -> None:
+    def resume(self, snapshot: Snapshot) -> None:
         """Go on counting from a moment."""
-        self._start, self._traffic = self._clock.now() - moment.seconds, dict(moment.traffic)
+        self._start, self._traffic = self._clock.now() - snapshot.seconds, dict(snapshot.traffic)
 
-    def see(self, connected: AbstractSet[int]) -> None:
-        """Tell whose connection was lost, and who is back."""
+    def update_connected(self, connected: AbstractSet[int]) -> None:
+        """Emit which sites lost their connection, and which are back."""
         for node, site in self._sites.items():
             if (node in connected) != (node in self._connected):
                 self.emit(Back(site) if node in connected else Away(site))
         self._connected = self._sites.keys() & connected
 
     def sent(self, messages: Sequence[Message]) -> None:
-        """Messages go out."""
+        """Count the bytes of messages that are sent."""
         for message in messages:
             number = self._sites[message.metadata.dst_node_id].number
             up, down = self._traffic[number]
@@ -145,8 +145,8 @@ class Report:
 
     def receive(
         self, node: int, reply: Message, number: int, phase: str, read: Callable[[Message], T]
-    ) -> T | Refusal:
-        """What ``read`` makes of a reply, or why it cannot be used, which is logged, too.
+    ) -> T | InvalidReply:
+        """Read a reply with ``read``; return the result, or the error, which is logged, too.
 
         Args:
             node: whom it is from.
@@ -158,24 +158,24 @@ class Report:
         try:
             found = read(reply)
             if reply.metadata.src_node_id != node:
-                raise Refusal(f"it says that it comes from node {reply.metadata.src_node_id}")
-        except Refusal as refusal:
+                raise InvalidReply(f"it says that it comes from node {reply.metadata.src_node_id}")
+        except InvalidReply as invalid:
             silent = reply.has_error() and reply.error.code == TOO_LATE
-            self.refuse(node, number, phase, str(refusal), "timeout-s" if silent else "")
-            return refusal
+            self.refuse(node, number, phase, str(invalid), "timeout-s" if silent else "")
+            return invalid
         finally:
             self.count(node, reply)
         return found
 
     def count(self, node: int, reply: Message) -> None:
-        """The bytes of a reply."""
+        """Count the bytes of a reply."""
         number = self._sites[node].number
         up, down = self._traffic[number]
         with suppress(Exception):  # what cannot be sent was refused
             self._traffic[number] = up + num_bytes(reply), down
 
     def refuse(self, node: int, number: int, phase: str, reason: str, rule: str = "") -> None:
-        """What a site sent cannot be used; ``rule`` as in :class:`Refused`."""
+        """Emit that what a site sent cannot be used; ``rule`` as in :class:`Refused`."""
         self._refused[node] = number, reason
         self.emit(
             Refused(
@@ -188,19 +188,19 @@ class Report:
             )
         )
 
-    def refused_by(self, node: int, number: int, reasons: Sequence[str]) -> None:
-        """What a peer reports that it refuses: whose offer, why and, in brackets, by which key."""
+    def refused_by_peer(self, node: int, number: int, reasons: Sequence[str]) -> None:
+        """Emit what a peer refuses; its texts say whose offer, why and, in brackets, which key."""
         by, numbers = self._sites[node], {site.number: site for site in self._sites.values()}
-        for said in reasons:
-            found = _BY_PEER.fullmatch(said[:LONGEST_REASON])
+        for text in reasons:
+            found = _BY_PEER.fullmatch(text[:LONGEST_REASON])
             site = numbers.get(int(found[1])) if found else None
-            reason, rule = (found[2], found[3] or "") if found and site else (said, "")
+            reason, rule = (found[2], found[3] or "") if found and site else (text, "")
             what = (f"{self._unit} {number}", site or by, "exchange", printable(reason, 240), rule)
             self.emit(Refused(*what, self._clock.now() - self._start, f"site {by.number}"))
 
-    def refusals(self, number: int) -> str:
-        """What was refused in a round, update or step, and why."""
-        return together(
+    def refused_in(self, number: int) -> str:
+        """What was refused in a round, update or step, and why, in words."""
+        return grouped_reasons(
             {
                 f"site {self._sites[node].number}": why
                 for node, (when, why) in self._refused.items()
@@ -213,14 +213,14 @@ class Report:
         number: int,
         split: str,
         of_sites: Mapping[int, Mapping[str, float]],
-        together: Mapping[str, float] | None,
-        moment: Moment | None = None,
+        combined: Mapping[str, float] | None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         """Emit what each site reported, by node, and the mean over them.
 
-        ``moment`` is when that was; by default now.
+        ``snapshot`` is when that was; by default now.
         """
-        seconds, traffic = moment or self.moment()
+        seconds, traffic = snapshot or self.snapshot()
         for node, site in self._sites.items():
             if node in of_sites:
                 self.emit(
@@ -228,15 +228,15 @@ class Report:
                         number, seconds, site.number, split, of_sites[node], *traffic[site.number]
                     )
                 )
-        if together is not None:
+        if combined is not None:
             up, down = (sum(column) for column in zip(*traffic.values(), strict=True))
-            self.emit(Reported(number, seconds, EVERYBODY, split, together, up, down))
+            self.emit(Reported(number, seconds, EVERYBODY, split, combined, up, down))
 
     def test(
         self,
         number: int,
         found: Mapping[int, Mapping[str, float | list[float]]],
-        moment: Moment,
+        snapshot: Snapshot,
         split: str = "test",
     ) -> dict[str, float]:
         """Emit what each site found in a test, by node, and what all found together.
@@ -256,25 +256,25 @@ class Report:
                     "test",
                     f"training.task makes no metrics of it: {type(error).__name__}: {error}",
                 )
-        together = self.measure.together([found[node] for node in self._sites if node in of_sites])
+        combined = self.measure.combined([found[node] for node in self._sites if node in of_sites])
         if isinstance(self._config.plan, PeerPlan):
-            together |= self.measure.extremes(list(of_sites.values()))
-        self.write(number, split, of_sites, together or None, moment)
-        return together
+            combined |= self.measure.extremes(list(of_sites.values()))
+        self.write(number, split, of_sites, combined or None, snapshot)
+        return combined
 
     def progress(
         self,
         number: int,
         epochs: float | None,
         done: float,
-        moment: Moment,
+        snapshot: Snapshot,
         train: Mapping[str, float],
         test: Mapping[str, float],
         tested: int | None = None,
     ) -> None:
         """Emit how far the run is; see :class:`Progress`."""
         config, headline = self._config, self.measure.task.headline
-        total, seconds, sent = config.epochs, moment.seconds, moment.megabytes()
+        total, seconds, sent = config.epochs, snapshot.seconds, snapshot.megabytes()
         self.emit(
             Progress(
                 config.unit,

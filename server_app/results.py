@@ -32,21 +32,21 @@ from configuration.graph import graph_of
 from models.flat import FlatModel
 from page import document
 from server_app import plots
-from server_app.census import Federation, RunError
 from server_app.checkpoint import Saved, Writer
+from server_app.discovery import Federation, RunError
+from server_app.event_log import EventLog, JsonConsole
 from server_app.events import (
     EVERYBODY,
     Began,
     Checkpoint,
     Ended,
     Event,
-    Kept,
+    NewModel,
     Progress,
     Refused,
     Reported,
     Sink,
 )
-from server_app.journal import Journal, Logged
 from server_app.overview import COLUMNS, overview, read_metrics
 from server_app.trackers import Trackers
 from strategies.method import ArrivalPlan, PeerPlan
@@ -54,8 +54,11 @@ from strategies.protocol import Started
 from strategies.records import STATS, X, pack, unpack
 
 REFUSED = ("when", "seconds", "site", "name", "phase", "rule", "reason", "by")
-REFUSALS, ALL_REFUSALS = 1000, 100_000  # rows of a site, or of a pair of peers, and of all
-DRAW_EVERY_S, TRY_EVERY_S, TELL_EVERY_S = 15.0, 5.0, 60.0
+MOST_REFUSED, MOST_REFUSED_IN_ALL = (
+    1000,
+    100_000,
+)  # rows of a site, or of a pair of peers, and of all
+DRAW_EVERY_S, TRY_EVERY_S, LOG_EVERY_S = 15.0, 5.0, 60.0
 
 
 class History:
@@ -76,7 +79,7 @@ class History:
         self._sinks: list[Sink] = []  # who writes it
 
     def close(self) -> None:
-        """Another process may go on with the run."""
+        """Unlock the run: another process may resume it."""
         for sink in self._sinks:
             if isinstance(sink, Checkpoints):
                 sink.close()
@@ -98,19 +101,19 @@ class History:
             )
 
     def __call__(self, event: Event) -> None:
-        """Something happened."""
+        """Take in an event."""
         match event:
             case Began():
                 self.begin(event.federation, event.model)
             case Reported():
                 self.record(*event)
-            case Kept():
-                self.keep(event.arrays)
+            case NewModel():
+                self.update_model(event.arrays)
             case Progress():
-                self.tell(event)
+                self.show_progress(event)
 
     def begin(self, federation: Federation, model: FlatModel) -> None:
-        """The sites are known, and the network, at its initial model."""
+        """Note the sites, and the network at its initial model."""
         self.federation, self._model = federation, model
 
     def record(
@@ -123,16 +126,16 @@ class History:
         bytes_up: int,
         bytes_down: int,
     ) -> None:
-        """See :class:`Reported`."""
+        """Add the metrics of a site or of all; arguments as in :class:`Reported`."""
         start = (number, round(seconds, 3), bytes_up, bytes_down, str(site), split)
         self._rows += [(*start, name, value) for name, value in metrics.items()]
 
-    def keep(self, arrays: ArrayRecord) -> None:
-        """The newest model."""
+    def update_model(self, arrays: ArrayRecord) -> None:
+        """Replace the newest model."""
         self.arrays = arrays
 
-    def tell(self, progress: Progress) -> None:
-        """A round is over."""
+    def show_progress(self, progress: Progress) -> None:
+        """Show the progress after a round; here nobody watches."""
 
     @property
     def rows(self) -> Sequence[tuple[object, ...]]:
@@ -186,7 +189,7 @@ class History:
 
     @property
     def description(self) -> Description:
-        """Of these models."""
+        """The description that is saved with the models."""
         agreed = self.federation.agreed()
         return Description.of(
             self.config,
@@ -198,7 +201,7 @@ class History:
 
 
 def class_counts(sites: pd.DataFrame) -> pd.DataFrame:
-    """Of :attr:`History.sites`, a row a site by its name and a column a class.
+    """The examples of each class: a row a site by its name and a column a class.
 
     No columns where sites do not report their classes.
     """
@@ -260,7 +263,7 @@ def _append(
     return len(rows)
 
 
-class Refusals:
+class RefusedRows:
     """The sink of ``refused.csv``: what could not be used, whose it was, and by which key.
 
     The file exists only where anything was refused.
@@ -278,17 +281,17 @@ class Refusals:
         self._count: Counter[tuple[int, str]] = Counter()
 
     def __call__(self, event: Event) -> None:
-        """Append what is refused."""
+        """Append an event of the kind :class:`Refused` to the file."""
         if isinstance(event, Refused):
             self._count[key := (event.site.number, event.by)] += 1
-            if self._count[key] <= REFUSALS and len(self._rows) < ALL_REFUSALS:
-                said = (
+            if self._count[key] <= MOST_REFUSED and len(self._rows) < MOST_REFUSED_IN_ALL:
+                reason = (
                     event.reason
-                    if self._count[key] < REFUSALS
+                    if self._count[key] < MOST_REFUSED
                     else f"{event.reason}; more of these are not listed"
                 )
                 texts = (
-                    *map(_no_formula, (event.site.name, event.phase, event.rule, said, event.by)),
+                    *map(_no_formula, (event.site.name, event.phase, event.rule, reason, event.by)),
                 )
                 self._rows.append((event.when, round(event.seconds, 3), event.site.number, *texts))
         if self._rows and isinstance(event, Refused | Ended):
@@ -304,16 +307,16 @@ class Models:
     """
 
     def __init__(self, history: History, folder: Path) -> None:
-        self._history, self._folder, self._behind = history, folder, False
+        self._history, self._folder, self._outdated = history, folder, False
 
     def __call__(self, event: Event) -> None:
         """Write the newest model."""
-        self._behind = self._behind or isinstance(event, Kept)
-        if self._behind and isinstance(event, Kept | Ended):
+        self._outdated = self._outdated or isinstance(event, NewModel)
+        if self._outdated and isinstance(event, NewModel | Ended):
             for name, state in self._history.models.items():
                 file = self._folder / f"{name}.safetensors"
                 write_model(file, state, self._history.description)
-            self._behind = False
+            self._outdated = False
 
 
 class Checkpoints:
@@ -335,7 +338,7 @@ class Checkpoints:
         self.close = self._writer.close
 
     def __call__(self, event: Event) -> None:
-        """Write or delete."""
+        """Write a checkpoint, or delete all when the run has ended well."""
         history = self._history
         match event:
             case Checkpoint() if history.config.results.checkpoint_minutes:
@@ -371,20 +374,20 @@ class Pictures:
         self._history, self._folder, self._drawn = history, folder, time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Draw who takes part, then what they reach."""
+        """Draw the sites when the run begins, then the curves."""
         match event:
             case Began():
-                self.introduce()
+                self.draw_sites()
             case Progress() if time.monotonic() - self._drawn > DRAW_EVERY_S:
-                self.draw()
+                self.draw_curves()
             case Ended() if self._history.rows:
-                self.draw()
+                self.draw_curves()
 
-    def introduce(self) -> None:
-        """Who has what, and who exchanges with whom."""
+    def draw_sites(self) -> None:
+        """Draw who has which examples, and the communication graph."""
         sites, config = self._history.sites, self._history.config
         if not (counts := class_counts(sites)).empty:
-            plots.save(plots.who_has_what(counts), self._folder / "sites.png")
+            plots.save(plots.plot_class_counts(counts), self._folder / "sites.png")
         if isinstance(config.plan, PeerPlan):
             found = graph_of(config)
             plots.save(
@@ -392,8 +395,8 @@ class Pictures:
                 self._folder / "topology.png",
             )
 
-    def draw(self) -> None:
-        """What was reached."""
+    def draw_curves(self) -> None:
+        """Draw the curves of the metrics so far."""
         metrics, config = self._history.metrics, self._history.config
         title = f"{config.method.name} on {config.data.source}, {config.num_sites} sites"
         plots.save(
@@ -424,7 +427,7 @@ class Report:
         self._folder, self._due = folder, 0.0
 
     def __call__(self, event: Event) -> None:
-        """Write it, and take no more than a hundredth of the time."""
+        """Write the report, but spend no more than a hundredth of the time on it."""
         start = time.monotonic()
         if isinstance(event, Ended) or (isinstance(event, Began | Progress) and start >= self._due):
             partial = self._folder / "report.partial"
@@ -434,7 +437,7 @@ class Report:
             self._due = end + max(DRAW_EVERY_S, 100 * (end - start))
 
 
-class Printed:
+class TextConsole:
     """The sink of the console: what will run, a line of progress a round, a table at the end.
 
     Args:
@@ -446,7 +449,7 @@ class Printed:
         self._history, self._folder = history, folder
 
     def __call__(self, event: Event) -> None:
-        """Print."""
+        """Print an event as a line."""
         match event:
             case Began():
                 self._begin(event.federation, event.model.x.numel())
@@ -480,12 +483,12 @@ class Printed:
         if not tested.empty:
             last = tested[tested["round"] == tested["round"].max()]
             console.print(self._table(last))
-            together = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
+            consensus = metrics[metrics["split"] == "consensus"].set_index("metric")["value"]
             name = config.task.headline
-            if f"{name}-of-mean" in together:
+            if f"{name}-of-mean" in consensus:
                 found = (
-                    f"{name} {together[f'{name}-of-mean']:.4f}, "
-                    f"consensus distance {together['consensus-distance']:.3g}"
+                    f"{name} {consensus[f'{name}-of-mean']:.4f}, "
+                    f"consensus distance {consensus['consensus-distance']:.3g}"
                 )
                 console.print(f"the mean of all models: {found}")
             end = last.iloc[-1]
@@ -568,7 +571,7 @@ class Folder(History):
                 f"results.folder = {config.results.folder!r}: nothing can be written there: {error}"
             ) from error
         self._trackers = Trackers(config)
-        self._logged = Logged(config) if config.results.log == "json" else None
+        self._json_console = JsonConsole(config) if config.results.log == "json" else None
 
     def __call__(self, event: Event) -> None:
         """Keep it, then write and print it.
@@ -583,20 +586,20 @@ class Folder(History):
                 self.resume(*self._before)
             else:
                 self.path = new_folder(Path(self.config.results.folder), self.config.method.name)
-            if self._logged:
-                self._logged.lines.run = self.path.name
+            if self._json_console:
+                self._json_console.formatter.run = self.path.name
             self._sinks = [
                 self._describe,
                 Rows(self, self.path),
                 Models(self, self.path),
-                Refusals(self.path),
-                Journal(self.config, self.path),
+                RefusedRows(self.path),
+                EventLog(self.config, self.path),
                 Pictures(self, self.path),
                 Report(self.path),
                 self._trackers.begin(self.path),
                 Checkpoints(self, self.path, self._started),
             ]
-            self._console = self._logged or Printed(self, self.path)
+            self._console = self._json_console or TextConsole(self, self.path)
         if not self._sinks:
             return
         failed = self._end(event) if isinstance(event, Ended) else None
@@ -616,7 +619,7 @@ class Folder(History):
         """Write each file, and wait where there is no space; the first that could not be."""
         # A run that failed can be taken up again, or has nothing to wait for.
         deadline = time.monotonic() + (0.0 if event.error else self.config.patience_s)
-        again, failed = 0.0, None
+        log_at, failed = 0.0, None
         for sink in self._sinks:
             if failed and isinstance(sink, Checkpoints):
                 continue  # it can be taken up again
@@ -624,8 +627,8 @@ class Folder(History):
                 if (now := time.monotonic()) >= deadline:
                     failed = failed or error
                     break
-                if now >= again:
-                    again = now + TELL_EVERY_S
+                if now >= log_at:
+                    log_at = now + LOG_EVERY_S
                     self._warn(
                         error,
                         "the run is over and waits until its results can be written, "
@@ -638,7 +641,7 @@ class Folder(History):
         log(WARNING, "%s: %s; %s", self.path, error, what)
 
     def _describe(self, event: Event) -> None:
-        """Also where somebody moved the folder away."""
+        """Write the description, again where somebody moved the folder away."""
         if not (self.path / "config.toml").exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_description(self.path, self.config, self.sites)

@@ -1,4 +1,4 @@
-"""Who takes part in a run at the moment.
+"""Which sites take part in a run at the moment.
 
 The roster knows which sites are here, which are away and why, which are called again, and whether
 there are enough.
@@ -21,13 +21,13 @@ LONGEST_PAUSE = 64
 
 @dataclass
 class Standing:
-    """Where a site stands.
+    """The state of one site in the roster.
 
     Attributes:
         state: here, failed or silent; of the latter two, why, and since when.
         called: whether it was called again since it failed: until then it is sure to fail again.
         connected: whether the grid has it.
-        again: it is called again when the driver's count is there.
+        call_from: the driver's count from which on it is called again.
         failures: and calls that nobody waited for since its last answer.
     """
 
@@ -36,12 +36,12 @@ class Standing:
     since: float = 0.0
     called: bool = False
     connected: bool = True
-    again: int = 0
+    call_from: int = 0
     failures: int = 0
 
     @property
-    def hopeless(self) -> bool:
-        """Whether it would fail again."""
+    def will_fail(self) -> bool:
+        """Whether it would fail again if it were called now."""
         return self.state == "failed" and not self.called
 
 
@@ -63,7 +63,7 @@ class Roster:
     # Checkpoints.
 
     def state_dict(self) -> dict[int, Standing]:
-        """Where each site stands."""
+        """The standing of each site."""
         return dict(self._sites)
 
     def load_state_dict(self, state: Mapping[int, Standing], now: float) -> None:
@@ -74,43 +74,43 @@ class Roster:
     # What happened.
 
     def lose(
-        self, site: int, reason: str, now: float, *, failed: bool = False, again: int = 0
+        self, site: int, reason: str, now: float, *, failed: bool = False, call_from: int = 0
     ) -> None:
         """A site failed or is silent: it is away.
 
-        It is called again from the driver's count ``again`` on.
+        It is called again from the driver's count ``call_from`` on.
         """
         standing = self._sites[site]
         if standing.state == "here":
             standing.since = now
         standing.state, standing.called = "failed" if failed else "silent", False
-        standing.reason, standing.again = reason, again
+        standing.reason, standing.call_from = reason, call_from
         standing.failures += 1
 
-    def call(self, site: int, again: int | None = None) -> None:
+    def call(self, site: int, call_from: int | None = None) -> None:
         """A site is called again.
 
-        If it is not waited for, it is called once more from the driver's count ``again`` on.
+        If it is not waited for, it is called once more from the driver's count ``call_from`` on.
         """
         standing = self._sites[site]
         standing.called = True
-        if again is not None:
-            standing.again = again
+        if call_from is not None:
+            standing.call_from = call_from
             standing.failures += 1
 
-    def hurry(self) -> None:
-        """Silent sites may be called at once: nothing else moves the driver's count."""
+    def call_silent_now(self) -> None:
+        """Let silent sites be called at once: nothing else moves the driver's count."""
         for standing in self._sites.values():
-            standing.again = 0 if standing.state == "silent" else standing.again
+            standing.call_from = 0 if standing.state == "silent" else standing.call_from
 
     def answer(self, site: int) -> bool:
-        """A site answered, and is here; whether it was away."""
+        """Note that a site answered and is here; return whether it was away."""
         standing = self._sites[site]
         was_away, standing.state, standing.failures = standing.state != "here", "here", 0
         return was_away
 
-    def see(self, connected: Collection[int], now: float) -> list[int]:
-        """Which sites the grid has: those that it has again, whose time to answer begins now."""
+    def update_connected(self, connected: Collection[int], now: float) -> list[int]:
+        """Note which sites the grid has; return those that are back, whose time begins now."""
         back = [
             site for site, each in self._sites.items() if site in connected and not each.connected
         ]
@@ -123,21 +123,21 @@ class Roster:
     # Who takes part.
 
     def here(self) -> list[int]:
-        """Who is waited for."""
+        """The sites that are here: those that are waited for."""
         return [site for site, standing in self._sites.items() if standing.state == "here"]
 
     def away(self, site: int) -> bool:
-        """Whether nobody waits for a site."""
+        """Whether a site is away: nobody waits for it."""
         return self._sites[site].state != "here"
 
     def silent(self, site: int) -> bool:
-        """Whether a site is away since it does not answer."""
+        """Whether a site is away because it does not answer."""
         return self._sites[site].state == "silent"
 
     def due(self, count: int) -> list[int]:
-        """Who is away, connected, and to be called again when the driver's count is ``count``."""
+        """The sites that are away, connected, and due to be called at the driver's ``count``."""
         away = ((site, each) for site, each in self._sites.items() if each.state != "here")
-        return [site for site, each in away if each.connected and each.again <= count]
+        return [site for site, each in away if each.connected and each.call_from <= count]
 
     def pause(self, site: int) -> int:
         """How long, in the driver's count, a site that is lost now is not called.
@@ -149,9 +149,9 @@ class Roster:
     # Whether there are enough.
 
     @property
-    def hope(self) -> bool:
+    def recoverable(self) -> bool:
         """Whether enough sites are here or may come back."""
-        return sum(not standing.hopeless for standing in self._sites.values()) >= self.least
+        return sum(not standing.will_fail for standing in self._sites.values()) >= self.least
 
     def left_s(self, now: float) -> float:
         """Seconds until the run stops with too few sites here; infinite while there are enough."""
@@ -161,11 +161,13 @@ class Roster:
         spare = len(self._sites) - self.least
         if len(gone) <= spare:
             return math.inf
-        return gone[spare] + self._patience_s - now if self.hope else 0.0
+        return gone[spare] + self._patience_s - now if self.recoverable else 0.0
 
     def shortage(self, who: str = "sites") -> str:
-        """Why a run stops whose time is over."""
-        when = f"after patience-s = {self._patience_s:g}" if self.hope else "and no others will"
+        """Why the run stops with too few sites, for an error message."""
+        when = (
+            f"after patience-s = {self._patience_s:g}" if self.recoverable else "and no others will"
+        )
         reasons = {
             self._names[site]: each.reason
             for site, each in self._sites.items()
@@ -173,11 +175,11 @@ class Roster:
         }
         return (
             f"{len(self.here())} {who} go on {when}, min-sites = {self.least}: stopped. "
-            f"{together(reasons)}"
+            f"{grouped_reasons(reasons)}"
         )
 
 
-def together(reasons: Mapping[str, str]) -> str:
+def grouped_reasons(reasons: Mapping[str, str]) -> str:
     """Why sites are left out, by their names: those of the same reason together, the first few."""
     of_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():

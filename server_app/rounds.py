@@ -22,27 +22,26 @@ from configuration.config import Config
 from configuration.flower import log
 from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
-from server_app.census import TELL_EVERY_S, Federation, RunError, an_epoch
-from server_app.events import Checkpoint, Kept, Sink
+from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch
+from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
-from server_app.report import Moment as Reached
-from server_app.report import Report
+from server_app.report import Report, Snapshot
 from server_app.roster import Roster
-from server_app.shelf import Shelf
+from server_app.spool import Spool
 from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import AlonePlan, ForeignPlan, Local, Moment
 from strategies.protocol import (
     TEST,
+    InvalidReply,
     Layout,
     Order,
-    Refusal,
     TestMetrics,
     Trained,
     TrainMetrics,
     read_order,
     read_tested,
     read_trained,
-    why,
+    reason_of,
     write_model,
     write_order,
 )
@@ -63,18 +62,18 @@ class Answer(NamedTuple, Generic[T]):
 
 
 @runtime_checkable
-class Remembers(Protocol):
+class Stateful(Protocol):
     """A strategy that remembers more than the model from round to round."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """The state, as plain values and tensors."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the state."""
 
 
 class _TooFew(RuntimeError):
-    """A round's answers are not enough: nothing was made of them."""
+    """Too few sites answered in a round: their answers were not used."""
 
 
 class Rounds:
@@ -113,7 +112,7 @@ class Rounds:
         self._clock = clock_of(grid)
         self._sites = {site.node: site for site in federation.sites}
         self._report = Report(federation, config, sink, self._clock, "round")
-        self._mailbox = Mailbox(grid, config.timeout_s, self._report.see)
+        self._mailbox = Mailbox(grid, config.timeout_s, self._report.update_connected)
         names = {site.node: f"site {site.number}" for site in federation.sites}
         self._roster = Roster(names, config.min_sites, config.patience_s)
         self._latest: dict[int, Metadata] = {}  # of the message to each site
@@ -121,44 +120,42 @@ class Rounds:
         self._sent: dict[int, dict[str, Tensor]] = {}
         self._down = down_codec_of(config.wire)
         self._bounds: dict[str, Bound] = defaultdict(partial(Bound, config.max_change))
-        # Whether a test comes with training.
-        self._beside = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)
+        # Whether a model is tested in the message that has it trained further.
+        self._test_first = not (isinstance(config.plan, AlonePlan) and config.plan.ensemble)
         self._number, self._done = 0, 0.0  # rounds and epochs that are over
         # Of the last model, and of the last test.
-        self._reached, self._tested = self._report.moment(), dict[str, float]()
+        self._reached, self._tested = self._report.snapshot(), dict[str, float]()
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on after the round of a checkpoint."""
         self._number, self._done, self._tested = state["number"], state["done"], state["tested"]
-        self._report.resume(Reached(*state["now"]))
-        self._reached = Reached(*state["reached"])
+        self._report.resume(Snapshot(*state["now"]))
+        self._reached = Snapshot(*state["reached"])
         nodes = {site.number: site.node for site in self._sites.values()}
         for name, changes in state["bounds"].items():
             for number, change in changes.items():
                 self._bounds[name].largest[nodes[number]] = change
-        if isinstance(self._strategy, Remembers):
+        if isinstance(self._strategy, Stateful):
             self._strategy.load_state_dict(state["strategy"])
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What :meth:`resume` takes."""
+        """The state that :meth:`resume` goes on from."""
         numbers = {node: site.number for node, site in self._sites.items()}
         return {
             "number": self._number,
             "done": self._done,
             "tested": self._tested,
-            "now": tuple(self._report.moment()),
+            "now": tuple(self._report.snapshot()),
             "reached": tuple(self._reached),
             "bounds": {
                 name: {numbers[node]: each for node, each in bound.largest.items()}
                 for name, bound in self._bounds.items()
             },
-            "strategy": self._strategy.state_dict()
-            if isinstance(self._strategy, Remembers)
-            else {},
+            "strategy": self._strategy.state_dict() if isinstance(self._strategy, Stateful) else {},
         }
 
     def run(self, arrays: ArrayRecord, beside: Iterable[str] = ()) -> ArrayRecord:
-        """From the initial model, or that of a checkpoint, to the last one.
+        """Train from the initial model, or from that of a checkpoint, to the last one.
 
         Args:
             arrays: the model.
@@ -180,7 +177,7 @@ class Rounds:
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
             tested: dict[int, TestMetrics] = {}
-            with_test = self._beside and number > 1
+            with_test = self._test_first and number > 1
             try:
                 newest, metrics = self._aggregate(
                     number, arrays, local, trained, tested if with_test else None
@@ -202,14 +199,14 @@ class Rounds:
                     f"{self._config.strategy} makes no model of {len(trained)} answers"
                 )
             arrays, self._number, self._done = newest, number, self._done + epochs
-            self._reached = self._report.moment()
-            self._report.emit(Kept(arrays))
+            self._reached = self._report.snapshot()
+            self._report.emit(NewModel(arrays))
             train = _numbers(metrics) | {"local-epochs": float(epochs)}
             self._report.write(number, "train", _named(trained), train)
-            at_once = not self._beside or self._done >= total - 1e-9
+            at_once = not self._test_first or self._done >= total - 1e-9
             if at_once:
                 tested = self._test(number, arrays)
-                self._reached = self._report.moment()
+                self._reached = self._report.snapshot()
                 self._tested = self._report_test(number, tested, self._reached)
             before = None if at_once else number - 1
             self._report.progress(
@@ -221,7 +218,7 @@ class Rounds:
         if epochs := self._config.results.personalise_epochs:
             local = Local(self._config.training.rate, (0.0, 1.0), epochs=epochs)
             tested = self._test(self._number, arrays, local)
-            self._report_test(self._number, tested, self._report.moment(), "personal")
+            self._report_test(self._number, tested, self._report.snapshot(), "personal")
         return arrays
 
     def _wait_for_more(self, number: int, usable: int, since: float) -> str | None:
@@ -230,13 +227,13 @@ class Rounds:
         There is no waiting where the others would fail again, or after too long a time.
         """
         connected = set(self._grid.get_node_ids())
-        self._report.see(connected)
+        self._report.update_connected(connected)
         away = [node for node in self._sites if node not in connected or self._roster.away(node)]
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:
-            return f"stopped. {self._report.refusals(number)}"
+            return f"stopped. {self._report.refused_in(number)}"
         # As long as it lasts already: whoever is here would train the same round again and again.
-        self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), TELL_EVERY_S), left)
+        self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), LOG_EVERY_S), left)
         return None
 
     def _aggregate(
@@ -263,7 +260,7 @@ class Rounds:
             for answer in self._bounded(number, answers, local):
                 trained[answer.node] = answer.found.metrics
                 if tested is not None:
-                    self._take_test(number - 1, answer, tested)
+                    self._extract_test(number - 1, answer, tested)
                 if self._layout.codec:  # the strategy sees models
                     _replace(answer.reply, pack(answer.found.vectors))
                     answer.found.vectors.clear()
@@ -291,7 +288,7 @@ class Rounds:
                 )
         return newest, metrics
 
-    def _take_test(
+    def _extract_test(
         self, number: int, answer: Answer[Trained], tested: dict[int, TestMetrics]
     ) -> None:
         """Read the test in a training's answer; the strategy does not see it.
@@ -305,8 +302,8 @@ class Rounds:
                 beside=True,
                 means=self._report.measure.means,
             )
-        except Refusal as refusal:
-            self._report.refuse(answer.node, number, "test", str(refusal))
+        except InvalidReply as invalid:
+            self._report.refuse(answer.node, number, "test", str(invalid))
         answer.reply.content.pop(TEST, None)
 
     def _test(
@@ -322,7 +319,7 @@ class Rounds:
         }
 
     def _report_test(
-        self, number: int, tested: dict[int, TestMetrics], reached: Reached, split: str = "test"
+        self, number: int, tested: dict[int, TestMetrics], reached: Snapshot, split: str = "test"
     ) -> dict[str, float]:
         """Report a test as of a moment; what all sites found together, {} where nobody could."""
         return self._report.test(
@@ -368,31 +365,31 @@ class Rounds:
         return nodes.difference(here[self._config.sampled(len(here)) :])
 
     def _wait_for_enough(self, number: int) -> None:
-        """A round that cannot succeed is not begun: sites that went may come back."""
-        patience, least, said, again = self._config.patience_s, self._roster.least, -1, 0.0
+        """Wait until as many sites are connected as a round needs: lost ones may come back."""
+        patience, least, logged, log_at = self._config.patience_s, self._roster.least, -1, 0.0
         deadline = self._clock.now() + patience
-        while (there := self._look()) < least:
+        while (present := self._count_connected()) < least:
             if self._clock.now() >= deadline:
                 raise RunError(
-                    f"round {number}: {there} sites are connected after patience-s = {patience:g}, "
-                    f"min-sites = {least}: stopped"
+                    f"round {number}: {present} sites are connected "
+                    f"after patience-s = {patience:g}, min-sites = {least}: stopped"
                 )
-            if there != said or self._clock.now() >= again:
-                said, again = there, self._clock.now() + TELL_EVERY_S
+            if present != logged or self._clock.now() >= log_at:
+                logged, log_at = present, self._clock.now() + LOG_EVERY_S
                 log(
                     WARNING,
                     "round %d: waiting for sites: %d are connected, min-sites = %d",
                     number,
-                    there,
+                    present,
                     least,
                 )
             self._clock.wait(LONGEST_WAIT_S, deadline - self._clock.now())
 
-    def _look(self) -> int:
+    def _count_connected(self) -> int:
         """How many sites are connected; those that are again are waited for again."""
         connected = set(self._grid.get_node_ids())
-        self._report.see(connected)
-        for node in self._roster.see(connected, self._clock.now()):
+        self._report.update_connected(connected)
+        for node in self._roster.update_connected(connected, self._clock.now()):
             self._roster.answer(node)
         return len(connected & self._sites.keys())
 
@@ -408,7 +405,7 @@ class Rounds:
         All sites that are here are waited for; those that are away only where too few replies can
         be used without them.
         """
-        sent = [message for message in messages if self._calls(number, message)]
+        sent = [message for message in messages if self._must_call(number, message)]
         calls = {message.metadata.dst_node_id: message.metadata for message in sent}
         self._latest |= calls
         self._report.sent(sent)
@@ -418,19 +415,19 @@ class Rounds:
             for message, reply in self._mailbox.receive():
                 node = message.metadata.dst_node_id
                 late = calls.get(node) is not message.metadata
-                self._came(number, message, reply, late)
+                self._note_reply(number, message, reply, late)
                 if late:
                     continue
                 missing.discard(node)
                 found = self._report.receive(
                     node, reply, number, phase, partial(read, node, message)
                 )
-                if not isinstance(found, Refusal):
+                if not isinstance(found, InvalidReply):
                     usable += 1
                     yield Answer(node, message, reply, found)
                 del reply, found
 
-    def _calls(self, number: int, message: Message) -> bool:
+    def _must_call(self, number: int, message: Message) -> bool:
         """Whether a message is sent: to a site that is away, in fewer and fewer rounds.
 
         Each such message may stay under way until the site is back.
@@ -443,12 +440,12 @@ class Rounds:
             self._roster.call(node, number + self._roster.pause(node))
         return due
 
-    def _came(self, number: int, message: Message, reply: Message, late: bool) -> None:
+    def _note_reply(self, number: int, message: Message, reply: Message, late: bool) -> None:
         """A reply arrived, in time or too late: the site is here. Or there is none: it is away."""
         node, name = message.metadata.dst_node_id, self._sites[message.metadata.dst_node_id].name
         if gone(reply):
             if self._latest[node] is message.metadata:  # else it may have answered to another since
-                self._roster.lose(node, why(reply), self._clock.now(), again=number)
+                self._roster.lose(node, reason_of(reply), self._clock.now(), call_from=number)
         elif self._roster.answer(node):
             log(WARNING, "round %d: %s answers again%s", number, name, ", but too late" * late)
         if late:
@@ -464,11 +461,13 @@ class Rounds:
             and isinstance(self._config.plan, ForeignPlan)
             and self._config.plan.by_loss
         ):
-            raise Refusal(f"it keeps its loss to itself, by which {self._config.strategy} weighs")
+            raise InvalidReply(
+                f"it keeps its loss to itself, by which {self._config.strategy} weighs"
+            )
         return found
 
     def _read_tested(self, node: int, message: Message, reply: Message) -> TestMetrics:
-        models = 1 if self._beside else len(self._sites)
+        models = 1 if self._test_first else len(self._sites)
         return read_tested(
             reply, self._sites[node].num_test, models, means=self._report.measure.means
         )
@@ -489,13 +488,13 @@ class Rounds:
         ):
             others: dict[int, dict[str, Change]] = {}
             if file:
-                answers = self._after_all(answers, Shelf(file), local, others)
+                answers = self._spooled(answers, Spool(file), local, others)
             for answer in answers:
                 changes, sent = self._changes(answer, local), self._sent[answer.node]
                 for name, change in changes.items():
                     each = {node: found[name] for node, found in others.items()} if first else None
                     size = extent(sent.get(name, sent[X]))[1] if first else 0.0
-                    if reason := self._bounds[name].refusal(change, size, each):
+                    if reason := self._bounds[name].violation(change, size, each):
                         self._report.refuse(
                             answer.node, number, "training", f"{name}: {reason}", "max-change"
                         )
@@ -506,10 +505,10 @@ class Rounds:
                     yield answer
                 del answer  # a model: before the next one comes
 
-    def _after_all(
+    def _spooled(
         self,
         answers: Iterator[Answer[Trained]],
-        shelf: Shelf,
+        spool: Spool,
         local: Local,
         changes: dict[int, dict[str, Change]],
     ) -> Iterator[Answer[Trained]]:
@@ -517,12 +516,14 @@ class Rounds:
         waiting = []
         for answer in answers:
             changes[answer.node] = self._changes(answer, local)
-            places = shelf.put(arrays_of(answer.reply))
+            extents = spool.put(arrays_of(answer.reply))
             answer.reply.content.pop(ARRAYS)
-            waiting.append((answer.node, answer.message, answer.reply, places))
+            waiting.append((answer.node, answer.message, answer.reply, extents))
             del answer
-        for node, message, reply, places in iter(lambda: waiting.pop(0) if waiting else None, None):
-            reply.content[ARRAYS] = shelf.take(places)
+        for node, message, reply, extents in iter(
+            lambda: waiting.pop(0) if waiting else None, None
+        ):
+            reply.content[ARRAYS] = spool.get(extents)
             yield Answer(node, message, reply, self._read_trained(node, message, reply))
             del reply
 
@@ -542,7 +543,7 @@ class Rounds:
 
 
 def _replace(message: Message, arrays: ArrayRecord) -> None:
-    """Other arrays for those of a message."""
+    """Replace the arrays of a message."""
     message.content.pop(ARRAYS)  # else Flower says that they are replaced
     message.content[ARRAYS] = arrays
 
@@ -560,7 +561,7 @@ def _named(metrics: dict[int, TrainMetrics]) -> dict[int, dict[str, float]]:
 
 
 def _numbers(record: MetricRecord | None) -> dict[str, float]:
-    """A record's single numbers."""
+    """The metrics of a record that are single numbers."""
     return {
         key: float(value) for key, value in (record or {}).items() if isinstance(value, int | float)
     }

@@ -1,18 +1,18 @@
-"""What peers report from test to test."""
+"""Sums of what peers report between two tests."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server_app.report import Moment
+from server_app.report import Snapshot
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.protocol import StepMetrics
 
 
 @dataclass
 class PeerTest:
-    """What peers found when they tested after an exchange, and reported of their training before.
+    """Peers' tests after an exchange, and what they reported of their training before.
 
     Attributes:
         moment: of the last answer.
@@ -20,12 +20,12 @@ class PeerTest:
         train: of each peer, means since its last test; the first and the last rate.
     """
 
-    moment: Moment
+    snapshot: Snapshot
     answers: dict[int, dict[str, float | list[float]]] = field(default_factory=dict)
     train: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def train_means(self) -> dict[str, float]:
-        """Over the peers that report it, each metric."""
+        """The mean of each training metric over the peers that report it."""
         names = sorted({name for each in self.train.values() for name in each})
         found = {
             name: [each[name] for each in self.train.values() if name in each] for name in names
@@ -46,28 +46,28 @@ class Tally:
         self._train: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The state, as plain values."""
         tests = {
-            number: (tuple(test.moment), test.answers, test.train)
+            number: (tuple(test.snapshot), test.answers, test.train)
             for number, test in self._tests.items()
         }
         return {"tests": tests, "train": {peer: dict(found) for peer, found in self._train.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from them."""
-        for number, (moment, answers, train) in state["tests"].items():
-            self._tests[number] = PeerTest(Moment(*moment), answers, train)
+        """Restore the state."""
+        for number, (snapshot, answers, train) in state["tests"].items():
+            self._tests[number] = PeerTest(Snapshot(*snapshot), answers, train)
         for peer, found in state["train"].items():
             self._train[peer].update(found)
 
-    def add(self, peer: int, metrics: StepMetrics, number: int | None, moment: Moment) -> None:
+    def add(self, peer: int, metrics: StepMetrics, number: int | None, snapshot: Snapshot) -> None:
         """A peer took a step, in which it tested after the exchange ``number``, or not."""
         if metrics.disagreement is not None:  # before it trained on
             self._train[peer]["disagreement"].append(metrics.disagreement)
         if self._before:
             self._trained(peer, metrics)
         if number is not None:
-            self._tested(peer, metrics, number, moment)
+            self._tested(peer, metrics, number, snapshot)
         if not self._before:
             self._trained(peer, metrics)
 
@@ -80,9 +80,9 @@ class Tally:
             if value is not None:
                 self._train[peer][name].append(value)
 
-    def _tested(self, peer: int, metrics: StepMetrics, number: int, moment: Moment) -> None:
-        test = self._tests.setdefault(number, PeerTest(moment))
-        test.moment = moment
+    def _tested(self, peer: int, metrics: StepMetrics, number: int, snapshot: Snapshot) -> None:
+        test = self._tests.setdefault(number, PeerTest(snapshot))
+        test.snapshot = snapshot
         found = {
             NUM_EXAMPLES: metrics.test_examples,
             "loss": metrics.test_loss,
@@ -103,9 +103,9 @@ class Tally:
         return sorted(self._tests)
 
     def answered(self, number: int) -> Collection[int]:
-        """Who tested after an exchange."""
+        """The peers that tested after an exchange."""
         return self._tests[number].answers.keys()
 
     def pop(self, number: int) -> PeerTest:
-        """The test after an exchange; it is forgotten here."""
+        """Remove and return the test after an exchange."""
         return self._tests.pop(number)

@@ -51,7 +51,7 @@ class Trackers:
         self._events: Queue[Event] = Queue(WAITING)
 
     def begin(self, folder: Path) -> "Trackers":
-        """A run begins, whose results are in a folder."""
+        """Start the trackers of a run, whose results are in a folder."""
         self._threads = (
             [Thread(target=self._work, args=[folder], daemon=True)] if self._names else []
         )
@@ -60,7 +60,7 @@ class Trackers:
         return self
 
     def __call__(self, event: Event) -> None:
-        """Hand it over."""
+        """Pass an event to the trackers."""
         if self._threads and isinstance(event, Reported | Ended):
             try:
                 self._events.put(event, timeout=PATIENCE_S if isinstance(event, Ended) else 0)
@@ -146,6 +146,6 @@ STARTS: dict[str, Callable[[Config, Path], tuple[Write, Callable[[str], None]]]]
 
 
 def _without(name: str, error: Exception) -> None:
-    """Say that a tracker fails."""
-    said = "%s: %s: %s; the run goes on without it"
-    log(WARNING, said, name, type(error).__name__, error)
+    """Log that a tracker fails."""
+    text = "%s: %s: %s; the run goes on without it"
+    log(WARNING, text, name, type(error).__name__, error)

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from page import address_of, server
-from server_app.overview import brief, overview, runs
+from server_app.overview import overview, runs, summary
 
 NEWEST = 100  # runs in the list
 
@@ -29,13 +29,13 @@ NEWEST = 100  # runs in the list
 def data(root: Path, query: Mapping[str, str]) -> dict[str, Any] | None:
     """What the page asks for: a run by its name in the list, or the list."""
     if "run" not in query:
-        return {"runs": list(newest(root, brief))}
+        return {"runs": list(newest(root, summary))}
     folder = runs(root).get(query["run"])
     return {"run": overview(folder, query["run"])} if folder else None
 
 
 def newest(root: Path, read: Callable[[Path, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The newest runs of a folder."""
+    """The newest runs in a folder."""
     for name, folder in islice(runs(root).items(), NEWEST):
         with suppress(Exception):  # its files are not those of a run: the others are shown
             yield read(folder, name)
@@ -52,7 +52,7 @@ class Runs(Collector):
         self._root = root
 
     def collect(self) -> Iterable[Metric]:
-        """Read when they are asked for."""
+        """The metrics of live runs, or of the newest, read when Prometheus asks for them."""
         found = list(newest(self._root, overview))
         return _metrics([run for run in found if run["live"]] or found[:1])
 

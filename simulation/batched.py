@@ -18,8 +18,8 @@ from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from datasets.site import SiteData
-from server_app.census import Federation, RunError, an_epoch, budget
 from server_app.consensus import consensus_distance
+from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import EVERYBODY, Progress
 from server_app.report import Measure
 from server_app.results import History
@@ -82,7 +82,7 @@ class Peers:
         self.exchanges, self._every = budget(config, self._peer.plan, batches)
 
     def run(self, watch: Callable[[Progress], None]) -> None:
-        """All exchanges."""
+        """Run all exchanges."""
         start = time.monotonic()
         for number in range(self.exchanges):
             self.step(number)
@@ -90,7 +90,7 @@ class Peers:
                 self._test(number + 1, time.monotonic() - start, watch)
 
     def step(self, number: int) -> None:
-        """Local steps and the exchange ``number``, counted from 0."""
+        """Run the local steps and the exchange ``number``, counted from 0."""
         plan, lr = (
             self._peer.plan,
             learning_rate(self._config, number / self.exchanges, (number + 1) / self.exchanges),
@@ -110,7 +110,7 @@ class Peers:
     # Gradients.
 
     def _own_gradients(self) -> Tensor:
-        """Of everybody at the own model, [n, d]."""
+        """The gradients of all peers at their own models, [n, d]."""
         batch, peer = self._networks.next_batch(), self._peer
         own = torch.ones(self._n, dtype=torch.bool, device=self._device)
 
@@ -223,10 +223,10 @@ class Peers:
             "consensus-distance": consensus_distance(self.state.x),
         }
         measure, headline = self._measure, self._config.task.headline
-        test = measure.together(own) | measure.extremes([measure.of_site(each) for each in own])
+        test = measure.combined(own) | measure.extremes([measure.of_site(each) for each in own])
         test |= {
             f"{headline}-of-mean": value
-            for name, value in measure.together(of_mean).items()
+            for name, value in measure.combined(of_mean).items()
             if name == headline
         }
         self._write(number, seconds, train, test, losses.tolist(), own)
@@ -258,4 +258,4 @@ class Peers:
             )
         for split, means in (("train", train), ("test", test)):
             history.record(number, seconds, EVERYBODY, split, means, *self._traffic.sum(0).tolist())
-        history.keep(pack({X: self.state.x}))
+        history.update_model(pack({X: self.state.x}))

@@ -77,18 +77,18 @@ class VirtualGrid(Grid):
         self._run = Run.create_empty(run_id=1)
         self._client_app, self._tamper = client_app, tamper
         self._now = start_s
-        self._coming: list[_Event] = []
-        self._there: dict[str, Message] = {}
+        self._arriving: list[_Event] = []
+        self._arrived: dict[str, Message] = {}
         self._count = 0
         self._sites = {FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._busy_until = dict.fromkeys(self._sites, 0.0)
-        kept: dict[str, Any] = {"state": str(state)} if state else {}
+        folder: dict[str, Any] = {"state": str(state)} if state else {}
         self.contexts = {
             node: Context(
                 run_id=1,
                 node_id=node,
                 node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(sites)}
-                | kept,
+                | folder,
                 state=RecordDict(),
                 # Else sites of a simulation keep what they remember among the results.
                 run_config=dict(run_config) | {"results.checkpoint-minutes": 0.0},
@@ -104,17 +104,17 @@ class VirtualGrid(Grid):
         """Jump to the next reply or to the next site that comes back, by at most ``limit_s``."""
         outages = (site.next_outage(self._now) for site in self._sites.values())
         events = [outage[1] for outage in outages if outage and outage[0] <= self._now]
-        if self._coming:
-            events.append(self._coming[0].time)
+        if self._arriving:
+            events.append(self._arriving[0].time)
         self._now = min([self._now + max(0.0, limit_s), *events])
 
     def set_run(self, run: Run) -> None:
-        """Not needed: there is one run."""
+        """Do nothing: there is one run."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run, of which nothing is known."""
+        """The run, of which Flower's fields are empty."""
         return self._run
 
     def create_message(
@@ -125,7 +125,7 @@ class VirtualGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message; ``Message(...)`` does the same."""
+        """Make a message; ``Message(...)`` does the same."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -154,7 +154,7 @@ class VirtualGrid(Grid):
             reply = self._tamper(node - FIRST_NODE, message, reply)
         if reply is not None and time <= self._now + message.metadata.ttl:
             self._count += 1
-            heapq.heappush(self._coming, _Event(time, self._count, identity, reply))
+            heapq.heappush(self._arriving, _Event(time, self._count, identity, reply))
         return identity
 
     def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
@@ -198,7 +198,7 @@ class VirtualGrid(Grid):
 
     @staticmethod
     def _samples(reply: Message) -> float:
-        """Work behind a reply, in examples trained on."""
+        """The work behind a reply, in examples trained on."""
         if reply.has_error():
             return 0.0
         metrics, beside = metrics_of(reply), reply.content.get(TEST)
@@ -213,11 +213,13 @@ class VirtualGrid(Grid):
         return Message(Error(UNAVAILABLE, "the site is not connected"), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there by now."""
-        while self._coming and self._coming[0].time <= self._now:
-            event = heapq.heappop(self._coming)
-            self._there[event.identity] = event.reply
-        return [self._there.pop(identity) for identity in message_ids if identity in self._there]
+        """The replies that have arrived."""
+        while self._arriving and self._arriving[0].time <= self._now:
+            event = heapq.heappop(self._arriving)
+            self._arrived[event.identity] = event.reply
+        return [
+            self._arrived.pop(identity) for identity in message_ids if identity in self._arrived
+        ]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -225,7 +227,7 @@ class VirtualGrid(Grid):
         """Both at once: the replies that come within ``timeout`` seconds."""
         waiting, replies = set(self.push_messages(messages)), []
         deadline = self._now + (math.inf if timeout is None else timeout)
-        while waiting and self._coming and self._now < deadline:
+        while waiting and self._arriving and self._now < deadline:
             self.wait(0, deadline - self._now)
             arrived = list(self.pull_messages(waiting))
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}

@@ -37,11 +37,11 @@ from configuration.files import SITES
 from datasets import lazy
 from server_app import checkpoint
 from server_app.app import run as run_server
-from server_app.census import RunError, take_census
 from server_app.checkpoint import Saved
+from server_app.discovery import RunError, discover
 from server_app.events import EVERYBODY, Began, Event, Progress
 from server_app.overview import read_metrics
-from server_app.plots import who_has_what
+from server_app.plots import plot_class_counts
 from server_app.results import (
     Checkpoints,
     History,
@@ -180,7 +180,7 @@ class Run:
         return Comparison({self.config.strategy: [self]}).plot(metric)
 
     def plot_sites(self) -> Figure:
-        """Who has what: sites by classes.
+        """Plot the examples of each class at each site.
 
         Raises:
             ValueError: the sites of a deployment do not tell; examples have no classes.
@@ -194,7 +194,7 @@ class Run:
             raise ValueError(
                 "these sites keep the number of their examples of each class to themselves"
             )
-        return who_has_what(counts)
+        return plot_class_counts(counts)
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder like those of ``flwr run``, without the pictures."""
@@ -238,7 +238,7 @@ class _Watched(History):
         self._watch, self._folder, self._saved = watch, folder, saved
 
     def __call__(self, event: Event) -> None:
-        """Keep it, and write it."""
+        """Take in an event, and write it where there is a folder."""
         super().__call__(event)
         if isinstance(event, Began) and self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -252,8 +252,8 @@ class _Watched(History):
         for sink in self._sinks:
             sink(event)
 
-    def tell(self, progress: Progress) -> None:
-        """Pass it on."""
+    def show_progress(self, progress: Progress) -> None:
+        """Pass the progress on to whoever watches."""
         self._watch(progress)
 
 
@@ -415,7 +415,7 @@ def _simulate(
     try:
         with _threads(threads):
             if engine == "batched":
-                Peers(config, take_census(grid, config), history).run(history.tell)
+                Peers(config, discover(grid, config), history).run(history.show_progress)
             else:
                 run_server(grid, config, history, saved)
     except KeyboardInterrupt:
@@ -576,7 +576,7 @@ class Comparison:
 
 
 def _place(folder: Path, name: str, seed: int) -> Path:
-    """A run's folder in that of a comparison."""
+    """The folder of a run in that of a comparison."""
     return folder / name.replace("/", "_") / f"seed-{seed}"
 
 

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from configuration.config import Config, configuration, flatten, identity
 from configuration.errors import ConfigError
 from server_app import checkpoint
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation import plots
 from simulation.laboratory import check_engine, run_one
 from simulation.pool import KILLED, in_processes

@@ -53,12 +53,12 @@ class Trained(nn.Module):
 
     @property
     def task(self) -> Task:
-        """What it was trained to do."""
+        """The task that the model was trained for."""
         return find_task(self.description.task)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What the outputs count."""
+        """The classes of the outputs."""
         return self.description.classes
 
     def forward(self, x: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class Networks:
         self._config, self._model, self._parts = config, model, parts
         self._device = model.x.device
         self._batches = 0
-        self._together = config.data.augment == "none" and not isinstance(parts[0].x, Lazy)
-        if self._together:
+        self._stacked = config.data.augment == "none" and not isinstance(parts[0].x, Lazy)
+        if self._stacked:
             self._pool = (
                 torch.cat([part.x for part in parts]),
                 torch.cat([part.y for part in parts]),
@@ -74,10 +74,10 @@ class Networks:
         return (each * weights).sum()
 
     def next_batch(self) -> Batch:
-        """Everybody's next batch."""
+        """The next batch of each peer."""
         config, number = self._config, self._batches
         self._batches += 1
-        if not self._together:
+        if not self._stacked:
             batches = [
                 nth_batch(config, peer, part, number) for peer, part in enumerate(self._parts)
             ]
@@ -105,7 +105,7 @@ class Networks:
         )
 
     def gradients(self, x: Tensor, batch: Batch) -> Gradients:
-        """Models ``x`` [m, d], each on its batch."""
+        """The gradients of models ``x`` [m, d], each on its batch."""
         with torch.autocast(
             self._device.type,
             torch.bfloat16,

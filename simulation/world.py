@@ -33,7 +33,7 @@ PerSite = Above0 | list[Above0] | Lognormal
 
 
 class World(BaseModel):
-    """What Flower's own simulation does not know: speed, links, and sites that come and go.
+    """The speeds, links and outages of sites, which Flower's own simulation does not have.
 
     A number holds for all sites, a list has one for each, :class:`Lognormal` draws one for each.
 
@@ -83,7 +83,7 @@ class World(BaseModel):
             )
 
     def sites(self, num_sites: int, seed: int) -> list["SiteWorld"]:
-        """What each site of a run lives in.
+        """The world of each site of a run.
 
         Raises:
             ConfigError: a list of another length than there are sites, a site that is not there, or
@@ -155,14 +155,14 @@ class SiteWorld:
         self._fixed = list(offline)
         self._up_s, self._down_s = up_s, down_s
         self._random: list[Period] = []
-        self._luck = np.random.default_rng(derive(seed, "jitter"))
+        self._noise = np.random.default_rng(derive(seed, "jitter"))
         self._fate = np.random.default_rng(derive(seed, "churn"))
 
     def travel_s(self, num_bytes: int) -> float:
-        """How long the next message is on its way."""
+        """Seconds that the next message is on its way."""
         seconds = self._latency_s + num_bytes / self._bytes_per_s
         return (
-            seconds * math.exp(self._jitter * self._luck.standard_normal())
+            seconds * math.exp(self._jitter * self._noise.standard_normal())
             if self._jitter
             else seconds
         )

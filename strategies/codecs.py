@@ -59,7 +59,7 @@ def num_bytes(payload: Payload) -> int:
 
 
 def identity(sizes: Sequence[int] = ()) -> Codec:
-    """The numbers themselves."""
+    """Send the numbers as they are."""
     return Codec(
         lambda vector, _: {"values": vector}, lambda payload: payload["values"], exact=True
     )
@@ -83,12 +83,12 @@ def rounded(dtype: torch.dtype) -> Codec:
 
 
 def fp16(sizes: Sequence[int]) -> Codec:
-    """5 bits of exponent, 10 of mantissa."""
+    """Round to 16 bits: 5 of exponent, 10 of mantissa."""
     return rounded(torch.float16)
 
 
 def bf16(sizes: Sequence[int]) -> Codec:
-    """8 bits of exponent, 7 of mantissa."""
+    """Round to 16 bits: 8 of exponent, 7 of mantissa."""
     return rounded(torch.bfloat16)
 
 
@@ -161,10 +161,10 @@ def top_k(sizes: Sequence[int], share: float) -> Codec:
         places = [
             start
             + torch.sort(layer.abs(), descending=True, stable=True).indices[
-                : _kept(len(layer), share)
+                : _num_sent(len(layer), share)
             ]
             if len(layer) <= 64
-            else start + layer.abs().topk(_kept(len(layer), share), sorted=False).indices
+            else start + layer.abs().topk(_num_sent(len(layer), share), sorted=False).indices
             for start, layer in zip(starts.tolist(), vector.split(list(sizes)), strict=True)
         ]
         chosen = torch.cat(places).sort().values
@@ -184,7 +184,7 @@ def random_k(sizes: Sequence[int], share: float) -> Codec:
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
         return torch.cat(
             [
-                start + torch.randperm(size, generator=generator)[: _kept(size, share)]
+                start + torch.randperm(size, generator=generator)[: _num_sent(size, share)]
                 for start, size in zip(starts, sizes, strict=True)
             ]
         )
@@ -301,7 +301,7 @@ def trial(found: Codec, d: int) -> str | None:
     return None
 
 
-def _kept(size: int, share: float) -> int:
+def _num_sent(size: int, share: float) -> int:
     return max(1, int(size * share + 1e-9))
 
 

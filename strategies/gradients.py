@@ -12,7 +12,7 @@ MEND = "a smaller training.lr, training.clip-norm above 0 or a model.norm may he
 
 
 class Diverged(ValueError):
-    """Training left the finite numbers."""
+    """Training diverged: a loss or a parameter is not finite."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"training diverged: {what}; {MEND}")

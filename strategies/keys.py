@@ -33,7 +33,7 @@ class Only:
 
 
 class RoundKeys(Section):
-    """Of methods in rounds."""
+    """The keys of methods in rounds."""
 
     local_epochs: Positive = 2
     """local epochs a round"""
@@ -56,14 +56,14 @@ def decaying(local_epochs: int, run: Run) -> Callable[[Moment], Local]:
 
 
 class ArrivalKeys(Section):
-    """Of asynchronous methods: a site's contribution changes the model when it arrives."""
+    """The keys of asynchronous methods: a contribution changes the model when it arrives."""
 
     local_steps: Positive = 1
     """batches of a contribution; 1: a gradient"""
 
 
 class StalenessKeys(ArrivalKeys):
-    """Of methods that weigh a contribution by its staleness."""
+    """The keys of methods that weight a contribution by its staleness."""
 
     staleness: Literal["constant", "polynomial", "hinge"] = "constant"
     """weight of a contribution by its staleness: constant, polynomial, hinge"""
@@ -73,7 +73,7 @@ class StalenessKeys(ArrivalKeys):
     """of hinge"""
 
     def weight(self) -> Weight:
-        """By staleness."""
+        """The function that weights a contribution by its staleness."""
         match self.staleness:
             case "constant":
                 return constant
@@ -84,7 +84,7 @@ class StalenessKeys(ArrivalKeys):
 
 
 class DescentKeys(StalenessKeys):
-    """Of asynchronous descent."""
+    """The keys of asynchronous descent."""
 
     server_lr: Above0 = 1.0
     """factor on the sites' own steps"""
@@ -94,14 +94,14 @@ class DescentKeys(StalenessKeys):
 
 
 class PeerKeys(Section):
-    """Of peers without a server: they train, then exchange with their neighbours."""
+    """The keys of peers without a server: they train, then exchange with their neighbours."""
 
     local_steps: Positive = 1
     """batches between two exchanges"""
 
 
 class MomentumKeys(Section):
-    """Of peers with momentum of their own."""
+    """The keys of peers with momentum of their own."""
 
     momentum: Decay = 0.9
     """beta"""
@@ -110,7 +110,7 @@ class MomentumKeys(Section):
 
 
 class SharpKeys(Section):
-    """Of sharpness-aware peers."""
+    """The keys of sharpness-aware peers."""
 
     rho: Above0 = 0.05
     """radius of sharpness-aware minimization"""

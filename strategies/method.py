@@ -115,7 +115,7 @@ class SiteRule(NamedTuple, Generic[M]):
 
 
 class Mean(NamedTuple):
-    """What came back from a round.
+    """The mean of what came back from a round.
 
     Attributes:
         vectors: the mean over the sites that answered of each vector that they sent: ``x`` [d] and
@@ -230,7 +230,7 @@ class ArrivalPlan(NamedTuple):
 
 
 class Neighbourhood(NamedTuple):
-    """What gradient a peer follows.
+    """The gradient that a peer follows: its own, or one of its neighbourhood.
 
     Attributes:
         at: ``own``: its own at its own model. ``data``: the neighbours' gradients at its model,
@@ -246,7 +246,7 @@ class Neighbourhood(NamedTuple):
 
     @property
     def messages(self) -> int:
-        """Messages to a peer in an exchange."""
+        """How many messages a peer gets in an exchange."""
         return 2 if self.at == "data" else 1
 
 
@@ -316,5 +316,5 @@ class Method(NamedTuple, Generic[K]):
 
     @property
     def table(self) -> str:
-        """The name of its section."""
+        """The name of the method's section in the configuration."""
         return self.section or self.name

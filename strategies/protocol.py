@@ -1,11 +1,11 @@
-"""What the server and its sites send each other, typed.
+"""Typed messages between the server and its sites.
 
 One function each way converts between a value and Flower's records.
 
 A server that trusts what sites send is stopped by the first broken one. Every reply is therefore
 read here, once and completely, before anything is touched: which records there are, every name,
 type and range, every byte of an array's header, every number of a model. Whatever is wrong, or goes
-wrong while reading, is a :class:`Refusal` that says what in one short line.
+wrong while reading, is a :class:`InvalidReply` that says what in one short line.
 """
 
 import re
@@ -39,7 +39,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
-class Refusal(ValueError):
+class InvalidReply(ValueError):
     """A reply cannot be used; the message says why in a line."""
 
 
@@ -87,7 +87,7 @@ class Part(BaseModel):
     )
 
     def named(self) -> dict[str, Any]:
-        """What is there, by key."""
+        """The fields that are set, by their keys on the wire."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -138,7 +138,7 @@ class StepMetrics(Part):
     test_examples: Examples | None = None
 
     @model_validator(mode="after")
-    def _together(self) -> "StepMetrics":
+    def _check_consistent(self) -> "StepMetrics":
         if (self.lr_first is None) != (self.lr_last is None) or (
             self.loss is not None and self.lr_first is None
         ):
@@ -156,17 +156,17 @@ class StepNotes(Part):
 
     Attributes:
         refused: payloads it refuses, and why.
-        broken: neighbours to start anew with.
-        fresh: whether it started anew itself.
-        anew: whether it remembers nothing of the run.
+        broken: neighbours whose channels to it must be reset.
+        reset: whether it has reset its own channel.
+        lost: whether it has lost its memory of the run.
         nonce: its own in this run, where payloads are sealed; another one than before if it lost
             its memory.
     """
 
     refused: Annotated[list[str], Field(max_length=1000)]
     broken: list[Whole]
-    fresh: bool
-    anew: bool
+    reset: bool
+    lost: bool
     nonce: Nonce | None = None
 
 
@@ -208,7 +208,7 @@ class SiteCard(Part):
     nonce: Nonce | None = None
 
     @model_validator(mode="after")
-    def _together(self) -> "SiteCard":
+    def _check_consistent(self) -> "SiteCard":
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes must differ")
         if self.counts is not None and (len(self.counts), sum(self.counts)) != (
@@ -241,7 +241,7 @@ class SiteCard(Part):
 
 
 class Agreed(NamedTuple):
-    """What all sites know of each other.
+    """The facts that all sites of a run share.
 
     Attributes:
         classes: of all sites.
@@ -255,15 +255,17 @@ class Agreed(NamedTuple):
     started: "Started | None" = None
 
     def config(self) -> dict[str, Any]:
-        """As a message tells it."""
-        told = dict(zip(MOMENTS, map(list, self.moments), strict=False))
+        """The fields of a message."""
+        moments = dict(zip(MOMENTS, map(list, self.moments), strict=False))
         return (
-            {"classes": list(self.classes)} | told | (self.started.config() if self.started else {})
+            {"classes": list(self.classes)}
+            | moments
+            | (self.started.config() if self.started else {})
         )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Agreed":
-        """What a message tells."""
+        """The value in the fields of a message."""
         moments = tuple(tuple(config[key]) for key in MOMENTS if key in config)
         return cls(tuple(config["classes"]), moments, Started.of(config))
 
@@ -280,13 +282,13 @@ class Started(NamedTuple):
     times: int
 
     def config(self) -> dict[str, Any]:
-        """As a message tells it."""
+        """The fields of a message."""
         # Flower's numbers are too large for a message's.
         return {"run": str(self.run), "started": self.times}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Started | None":
-        """What a message tells; None of a run that was never killed, and of what cannot be."""
+        """The value in a message's fields; None where there is none that is valid."""
         run, times = config.get("run"), config.get("started")
         if not (
             isinstance(run, str)
@@ -315,14 +317,14 @@ class Order(NamedTuple):
 
 
 def write_order(order: Order) -> ConfigRecord:
-    """As a record."""
+    """The order as a record."""
     local = {} if order.local is None else write_local(order.local)
     test = {"test": True} if order.test else {}
     return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local, **test})
 
 
 def write_local(local: Local) -> dict[str, bool | int | float | str]:
-    """What a site is to do, as an order says it: what differs from the default."""
+    """The keys of an order that say what a site is to do, where they differ from the default."""
     found: dict[str, bool | int | float | str] = (
         {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
     )
@@ -332,7 +334,7 @@ def write_local(local: Local) -> dict[str, bool | int | float | str]:
 
 
 def read_order(record: ConfigRecord) -> Order:
-    """From a record.
+    """The order in a record.
 
     Raises:
         KeyError: a part is missing.
@@ -363,7 +365,7 @@ class PeerOrder(NamedTuple):
         test: whether it tests its model.
         last: whether this is its last step.
         rejoin: whether it was away.
-        fresh: whether it must start anew what its neighbours keep of it (CHOCO).
+        reset: whether it must reset its channel: a neighbour lacks a difference (CHOCO).
         done: fraction of the run.
         listeners: who may read what it offers, where that is sealed.
         keys: public keys of the others, where they are trusted on first use.
@@ -376,7 +378,7 @@ class PeerOrder(NamedTuple):
     test: bool
     last: bool
     rejoin: bool
-    fresh: bool
+    reset: bool
     done: float
     listeners: tuple[int, ...] | None = None
     keys: Mapping[int, bytes] = {}
@@ -384,7 +386,7 @@ class PeerOrder(NamedTuple):
 
 
 def write_peer_order(order: PeerOrder) -> ConfigRecord:
-    """As a record."""
+    """The order as a record."""
     found: dict[str, Any] = {
         "server-round": order.step,
         **order.agreed.config(),
@@ -393,7 +395,7 @@ def write_peer_order(order: PeerOrder) -> ConfigRecord:
         "test": order.test,
         "last": order.last,
         "rejoin": order.rejoin,
-        "fresh": order.fresh,
+        "reset": order.reset,
         "cycle-from": order.done,
     }
     found |= {} if order.listeners is None else {"listeners": list(order.listeners)}
@@ -404,7 +406,7 @@ def write_peer_order(order: PeerOrder) -> ConfigRecord:
 
 
 def read_peer_order(record: ConfigRecord) -> PeerOrder:
-    """From a record.
+    """The order in a record.
 
     Raises:
         KeyError: a part is missing.
@@ -418,7 +420,7 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
         bool(config["test"]),
         bool(config["last"]),
         bool(config["rejoin"]),
-        bool(config["fresh"]),
+        bool(config["reset"]),
         float(config["cycle-from"]),
         tuple(config["listeners"]) if "listeners" in config else None,
         _of_others(config, "key-", PUBLIC_KEY),
@@ -427,7 +429,7 @@ def read_peer_order(record: ConfigRecord) -> PeerOrder:
 
 
 def _of_others(config: Mapping[str, Any], prefix: str, length: int) -> dict[int, bytes]:
-    """So many bytes of each site."""
+    """The keys or nonces of other sites, each of ``length`` bytes."""
     found = {name: value for name, value in config.items() if name.startswith(prefix)}
     for name, value in found.items():
         if not isinstance(value, bytes) or len(value) != length:
@@ -439,7 +441,7 @@ def _of_others(config: Mapping[str, Any], prefix: str, length: int) -> dict[int,
 
 
 class Layout(NamedTuple):
-    """Of a model on the wire.
+    """The layout of a model on the wire.
 
     Attributes:
         sizes: elements of each vector.
@@ -454,7 +456,7 @@ class Layout(NamedTuple):
     coded: Mapping[str, tuple[str, tuple[int, ...]]] = {}
 
     def with_codec(self, codec: Codec) -> "Layout":
-        """With updates in a codec, whose payloads are always of the same size."""
+        """This layout with updates in a codec, whose payloads are always of the same size."""
         payload = codec.encode(torch.ones(self.sizes[X]), torch.Generator())
         coded = {
             name: (str(part.dtype).removeprefix("torch."), tuple(part.shape))
@@ -506,28 +508,28 @@ P = TypeVar("P", bound=Part)
 def _border(
     read: Callable[Concatenate[RecordDict, Rest], T],
 ) -> Callable[Concatenate[Message, Rest], T]:
-    """A reader of replies that raises nothing but :class:`Refusal`, whatever the reply holds."""
+    """A reader of replies that raises :class:`InvalidReply`, whatever is wrong with a reply."""
 
     def reader(reply: Message, /, *args: Rest.args, **kwargs: Rest.kwargs) -> T:
         if reply.has_error():
-            raise Refusal(why(reply))
+            raise InvalidReply(reason_of(reply))
         try:
             return read(reply.content, *args, **kwargs)
         except Exception as error:
-            raise Refusal(_cause(error)) from error
+            raise InvalidReply(_cause(error)) from error
 
     reader.__doc__ = read.__doc__
     return reader
 
 
 def _cause(error: Exception) -> str:
-    if isinstance(error, Refusal):
+    if isinstance(error, InvalidReply):
         return str(error)
     return f"cannot be read: {type(error).__name__}: {printable(str(error))}"
 
 
-def why(reply: Message) -> str:
-    """What went wrong at the site, in a line."""
+def reason_of(reply: Message) -> str:
+    """The reason of a reply that is an error, in a line."""
     reason = (reply.error.reason or "no reason given").strip()
     return printable(reason.splitlines()[-1] if "\n" in reason else reason, 500)
 
@@ -535,13 +537,15 @@ def why(reply: Message) -> str:
 def _records(content: Mapping[str, Any], **expected: type) -> Iterator[Any]:
     """The records of a reply in the order asked for; there must be these and no others."""
     if set(content) != set(expected):
-        raise Refusal(
+        raise InvalidReply(
             f"the reply holds the records {_shown(sorted(content))}, "
             f"{sorted(expected)} are expected"
         )
     for name, kind in expected.items():
         if not isinstance(content[name], kind):
-            raise Refusal(f"{name} is {type(content[name]).__name__}, {kind.__name__} is expected")
+            raise InvalidReply(
+                f"{name} is {type(content[name]).__name__}, {kind.__name__} is expected"
+            )
         yield content[name]
 
 
@@ -561,28 +565,30 @@ def _part(kind: type[P], record: MetricRecord | ConfigRecord) -> P:
                 reason = what
             case _:
                 reason = f"{key} is {_shown(wrong['input'])}: {what}"
-        raise Refusal(printable(reason, 240)) from None
+        raise InvalidReply(printable(reason, 240)) from None
 
 
 def _examples(found: int | None, expected: int, name: str = "num-examples") -> None:
     if found != expected:
-        raise Refusal(f"{name} is {found}, at first the site said {expected}")
+        raise InvalidReply(f"{name} is {found}, at first the site said {expected}")
 
 
 def _whole(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> None:
-    """An array whose bytes are what they are said to be."""
+    """Check that an array's bytes are those of its type and shape."""
     known, start = np.dtype(dtype), header(np.dtype(dtype), shape)
     length = len(start) + known.itemsize * int(np.prod(shape, dtype=object))
     if array.stype != "numpy.ndarray":
-        raise Refusal(f"{name} is a {_shown(array.stype)}, 'numpy.ndarray' is expected")
+        raise InvalidReply(f"{name} is a {_shown(array.stype)}, 'numpy.ndarray' is expected")
     if len(array.data) != length or array.data[: len(start)] != start:
-        raise Refusal(f"{name} holds {len(array.data)} bytes that are not {dtype} of shape {shape}")
+        raise InvalidReply(
+            f"{name} holds {len(array.data)} bytes that are not {dtype} of shape {shape}"
+        )
 
 
 def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     """The vectors of a model, in the reply's memory; their values are still to be looked at."""
     if set(record) != set(layout.sizes):
-        raise Refusal(
+        raise InvalidReply(
             f"the reply holds the arrays {_shown(sorted(record))}, "
             f"{sorted(layout.sizes)} are expected"
         )
@@ -590,14 +596,14 @@ def _vectors(record: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     for name, size in layout.sizes.items():
         array = record[name]
         if array.dtype != "float32" or tuple(array.shape) != (size,):
-            raise Refusal(
+            raise InvalidReply(
                 f"{name} is {_shown(array.dtype)} of shape {_shown(tuple(array.shape))}, "
                 f"float32 of shape ({size},) is expected"
             )
         _whole(name, array, "float32", (size,))
         found[name] = unpack(array)
     if STATS in found and bool((found[STATS][layout.variances] < 0).any()):
-        raise Refusal("stats holds a variance below 0")
+        raise InvalidReply("stats holds a variance below 0")
     return found
 
 
@@ -626,19 +632,19 @@ def _decoded(record: ArrayRecord, layout: Layout) -> tuple[Tensor, ArrayRecord]:
         name.removeprefix(CODED): array for name, array in record.items() if name.startswith(CODED)
     }
     if set(parts) != set(layout.coded):
-        raise Refusal(
+        raise InvalidReply(
             f"the update holds {_shown(sorted(parts))}, {sorted(layout.coded)} are expected"
         )
     for name, (dtype, shape) in layout.coded.items():
         if parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
-            raise Refusal(
+            raise InvalidReply(
                 f"{CODED}{name} is {_shown(parts[name].dtype)} of shape "
                 f"{_shown(tuple(parts[name].shape))}"
             )
         _whole(f"{CODED}{name}", parts[name], dtype, shape)
     x = layout.codec.decode({name: unpack(array) for name, array in parts.items()})
     if x.shape != (layout.sizes[X],) or x.dtype != torch.float32:
-        raise Refusal(f"the update decodes to {x.dtype} of shape {tuple(x.shape)}")
+        raise InvalidReply(f"the update decodes to {x.dtype} of shape {tuple(x.shape)}")
     return x, ArrayRecord(
         {name: array for name, array in record.items() if not name.startswith(CODED)}
     )
@@ -660,7 +666,7 @@ def _model(
     measured = {name: extent(vector, sent.get(name)) for name, vector in vectors.items()}
     for largest, _ in measured.values():
         if reason := too_large(largest):
-            raise Refusal(reason)
+            raise InvalidReply(reason)
     return vectors, measured[X][0], {name: change for name, (_, change) in measured.items()}
 
 
@@ -672,7 +678,7 @@ def read_trained(
     sent: Mapping[str, Tensor],
     tested: bool = False,
 ) -> Trained:
-    """What a site made of an order to train.
+    """Read a site's reply to an order to train.
 
     Args:
         content: of the reply.
@@ -683,7 +689,7 @@ def read_trained(
         tested: whether there is also what :func:`read_tested` reads.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     rest = {name: record for name, record in content.items() if not (tested and name == TEST)}
     arrays, record = _records(rest, **{ARRAYS: ArrayRecord, METRICS: MetricRecord})
@@ -696,21 +702,21 @@ def read_trained(
 def write_trained(
     vectors: Mapping[str, Tensor], metrics: TrainMetrics, tested: TestMetrics | None = None
 ) -> RecordDict:
-    """As a reply's content."""
+    """The content of a reply to an order to train."""
     test = {TEST: MetricRecord(tested.named())} if tested else {}
     return RecordDict({ARRAYS: pack(vectors), METRICS: MetricRecord(metrics.named()), **test})
 
 
 def _few(means: list[float] | None, expected: int) -> None:
     if means is not None and len(means) != expected:
-        raise Refusal(f"it reports {len(means)} means, {expected} are expected")
+        raise InvalidReply(f"it reports {len(means)} means, {expected} are expected")
 
 
 @_border
 def read_tested(
     content: RecordDict, num_examples: int, models: int = 1, beside: bool = False, means: int = 0
 ) -> TestMetrics:
-    """What a site found when it tested the mean prediction of ``models`` models.
+    """Read a site's test of the mean prediction of ``models`` models.
 
     Args:
         content: of the reply.
@@ -720,7 +726,7 @@ def read_tested(
         means: how many the task has.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     records = (
         {name: record for name, record in content.items() if name == TEST} if beside else content
@@ -731,7 +737,7 @@ def read_tested(
     _few(metrics.means, means)
     several = (metrics.accuracy_vote, metrics.accuracy_single)
     if models == 1 and several != (None, None):
-        raise Refusal(
+        raise InvalidReply(
             "accuracy-vote and accuracy-single belong to a test of several models, "
             f"this one is of {models}"
         )
@@ -739,7 +745,7 @@ def read_tested(
 
 
 def write_tested(metrics: TestMetrics) -> RecordDict:
-    """As a reply's content."""
+    """The content of a reply to an order to test."""
     return RecordDict({METRICS: MetricRecord(metrics.named())})
 
 
@@ -754,7 +760,7 @@ def read_offer(
     model: bool,
     means: int = 0,
 ) -> Offer:
-    """What a peer answers to an order.
+    """Read a peer's reply to an order.
 
     Args:
         content: of the reply.
@@ -767,7 +773,7 @@ def read_offer(
         means: how many a test has.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     rest = {name: record for name, record in content.items() if not (model and name == MODEL)}
     arrays, record, config = _records(
@@ -776,14 +782,14 @@ def read_offer(
     metrics, notes = _part(StepMetrics, record), _part(StepNotes, config)
     _examples(metrics.num_examples, num_examples)
     if (metrics.test_examples is not None) != order.test:
-        raise Refusal(f"it {'left out the' if order.test else 'reports a'} test")
+        raise InvalidReply(f"it {'left out the' if order.test else 'reports a'} test")
     if order.test:
         _examples(metrics.test_examples, num_tests, "test-examples")
         _few(metrics.test_means, means)
     if strangers := set(notes.broken) - set(order.neighbours):
-        raise Refusal(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
+        raise InvalidReply(f"broken names {_shown(sorted(strangers))}, no neighbours of it")
     if (notes.nonce is None) != (order.listeners is None):
-        raise Refusal(
+        raise InvalidReply(
             "it tells no nonce"
             if notes.nonce is None
             else "it tells a nonce, and nothing is sealed"
@@ -803,23 +809,25 @@ def _payloads(arrays: ArrayRecord, known: Collection[str]) -> None:
     """Check arrays for peers: names, types, and that their bytes are what they are said to be."""
     for name, array in arrays.items():
         if not ARRAY_NAME.fullmatch(name) or name.partition("/")[0] not in known:
-            raise Refusal(f"it offers {_shown(name)}, which nobody expects")
+            raise InvalidReply(f"it offers {_shown(name)}, which nobody expects")
         if array.dtype not in NUMBERS:
-            raise Refusal(f"{name} is {_shown(array.dtype)}; allowed: {', '.join(sorted(NUMBERS))}")
+            raise InvalidReply(
+                f"{name} is {_shown(array.dtype)}; allowed: {', '.join(sorted(NUMBERS))}"
+            )
         _whole(name, array, array.dtype, tuple(array.shape))
 
 
 @_border
 def read_card(content: RecordDict) -> SiteCard:
-    """Who a site is and what it holds.
+    """Read a site's card: who it is and what it holds.
 
     Raises:
-        Refusal: it cannot be used.
+        InvalidReply: it cannot be used.
     """
     [record] = _records(content, **{CONFIG: ConfigRecord})
     return _part(SiteCard, record)
 
 
 def write_card(card: SiteCard) -> RecordDict:
-    """As a reply's content."""
+    """The content of a reply with a site's card."""
     return RecordDict({CONFIG: ConfigRecord(card.named())})

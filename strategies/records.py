@@ -104,7 +104,7 @@ def arrays_of(message: Message) -> ArrayRecord:
 
 
 def config_of(message: Message) -> ConfigRecord:
-    """What a message tells."""
+    """The configuration in a message; empty where there is none."""
     record = message.content.get(CONFIG)
     return record if isinstance(record, ConfigRecord) else ConfigRecord()
 

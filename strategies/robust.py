@@ -53,12 +53,12 @@ class Robust(NamedTuple):
 
     @property
     def on(self) -> bool:
-        """Whether it is another than the plain mean."""
+        """Whether the rule is another one than the plain mean."""
         return self.kind != "mean"
 
     @property
     def majority(self) -> int:
-        """The fewest rows of which the hostile ones are no half."""
+        """The fewest rows of which hostile ones are less than half."""
         return 3 if self.kind == "median" else 2 * self.faulty + 1
 
 
@@ -76,7 +76,7 @@ def trimmed_mean(rows: Tensor, faulty: int) -> Tensor:
 
 
 def median(rows: Tensor) -> Tensor:
-    """Of rows [n, d], [d]."""
+    """The median [d] of rows [n, d]."""
     return trimmed_mean(rows, len(rows))
 
 

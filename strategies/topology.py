@@ -1,4 +1,4 @@
-"""Who exchanges with whom, and with which weight.
+"""Communication graphs of peers, and their mixing weights.
 
 A topology is a graph over peers 0 .. n-1 and a mixing matrix W [n, n], float64: peer i forms
 ``sum_j w_ij x_j``. W is doubly stochastic, so that exchanging never moves the mean of all peers.
@@ -31,7 +31,7 @@ class TopologyError(ValueError):
 
 
 class Topology(NamedTuple):
-    """Who exchanges with whom.
+    """A communication graph, or a sequence of them, with mixing weights.
 
     Attributes:
         graph: all links; directed, from a reader to whom it reads, where links are not both ways.
@@ -52,11 +52,11 @@ class Topology(NamedTuple):
         return _neighbours_of(self.matrices)[exchange % len(self.matrices)][peer]
 
     def readers(self, peer: int) -> set[int]:
-        """Who mixes what ``peer`` offers in any exchange."""
+        """The peers that mix what ``peer`` offers, in any exchange."""
         return {other for other in self.graph if self.graph.has_edge(other, peer)}
 
     def linked(self, peer: int) -> list[int]:
-        """Who is linked with ``peer`` in any exchange, in either direction."""
+        """The peers that are linked with ``peer`` in any exchange, in either direction."""
         return sorted(set(nx.all_neighbors(self.graph, peer)))
 
     def parts(self, peers: set[int]) -> list[list[int]]:
@@ -69,7 +69,7 @@ class Topology(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _neighbours_of(matrices: tuple[Tensor, ...]) -> list[list[dict[int, float]]]:
-    """Of each matrix and peer; looked up for every message."""
+    """The neighbours of each peer in each matrix; looked up for every message."""
     return [
         [
             {j: weight for j, weight in enumerate(row) if weight and j != peer}

@@ -5,6 +5,7 @@ The default configuration, and a run of the real ServerApp and ClientApp in this
 
 import multiprocessing
 import os
+import re
 import signal
 import tomllib
 from collections.abc import Callable, Iterator
@@ -31,13 +32,16 @@ from strategies.methods import find
 
 
 class EndToEndTogether(LoadScopeScheduling):  # type: ignore[misc]
-    """Tests with processes of Flower's own run one after the other.
+    """Tests with processes of Flower's own run one after the other in two of pytest's processes.
 
-    They run in the first of pytest's processes, all others beside them.
+    Those with SuperNodes, which often wait for a minute, in one, those with Ray and browsers in the
+    other; all others run beside them.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "e2e" if "tests/e2e/" in nodeid else nodeid
+        if "tests/e2e/" not in nodeid:
+            return nodeid
+        return "SuperNodes" if re.search(r"test_(deploy\w*|service)\.py", nodeid) else "Ray"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -122,7 +126,7 @@ def run_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunApp:
         **changes: Any,
     ) -> Run:
         if not draw:  # most of the time of a small run
-            monkeypatch.setattr(Pictures, "draw", lambda pictures: None)
+            monkeypatch.setattr(Pictures, "draw_curves", lambda pictures: None)
             monkeypatch.setattr(plots, "save", lambda *arguments: None)
         before = set((tmp_path / "runs").glob("*"))
         short = own(changes.get("strategy", "co-learning"), local_epochs=1)

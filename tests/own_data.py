@@ -109,7 +109,9 @@ def endless(path: str) -> Examples:
 
 def read_ahead(pipe: Connection) -> None:
     """Begin to read, say by whom, and wait."""
-    x = replace(lazy.whole(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=2)
+    x = replace(
+        lazy.all_examples(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=2
+    )
     batches = lazy.stream(x, torch.zeros(60), torch.arange(60).split(4))
     next(batches)
     pipe.send([process.pid for process in multiprocessing.active_children()])

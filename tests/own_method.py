@@ -6,7 +6,7 @@ from strategies.method import Method, RoundPlan, Run, Section
 
 
 class Keys(Section):
-    """Of a method of one's own."""
+    """The keys of a user's method."""
 
     strength: Above0 = 1.0
     """how strong"""

@@ -14,11 +14,11 @@ from strategies.method import ArrivalPlan, Method, Run
 
 
 class Keys(DescentKeys):
-    """ASGD takes what all asynchronous descent takes."""
+    """The keys of ASGD: those of all asynchronous descent."""
 
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
-    """Apply everything at once."""
+    """Apply each contribution when it arrives."""
     return ArrivalPlan(descent(eta=keys.server_lr, weight=keys.weight()), steps=keys.local_steps)
 
 

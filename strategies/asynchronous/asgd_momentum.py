@@ -14,14 +14,14 @@ from strategies.method import ArrivalPlan, Method, Run
 
 
 class Keys(DescentKeys):
-    """Of ASGD with momentum."""
+    """The keys of ASGD with momentum."""
 
     momentum: Decay = 0.9
     """beta of the server's momentum"""
 
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
-    """Apply everything at once, through the momentum."""
+    """Apply each contribution when it arrives, through the momentum."""
     rule = descent(eta=keys.server_lr, beta=keys.momentum, weight=keys.weight())
     return ArrivalPlan(rule, steps=keys.local_steps)
 

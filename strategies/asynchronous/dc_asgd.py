@@ -16,27 +16,27 @@ from strategies.method import ArrivalPlan, Method, Run
 
 
 class ConstantKeys(DescentKeys):
-    """Of DC-ASGD-c."""
+    """The keys of DC-ASGD-c."""
 
     compensation: NotNegative = 0.04
     """lambda"""
 
 
 class AdaptiveKeys(DescentKeys):
-    """Of DC-ASGD-a."""
+    """The keys of DC-ASGD-a."""
 
     compensation: NotNegative = 2.0
     """lambda_0"""
 
 
 def constant(keys: ConstantKeys, run: Run) -> ArrivalPlan:
-    """A constant lambda."""
+    """Compensate with a constant lambda."""
     rule = descent(eta=keys.server_lr, weight=keys.weight(), compensation=keys.compensation)
     return ArrivalPlan(rule, steps=keys.local_steps)
 
 
 def adaptive(keys: AdaptiveKeys, run: Run) -> ArrivalPlan:
-    """A lambda that adapts to the gradients."""
+    """Compensate with a lambda that adapts to the gradients."""
     rule = descent(
         eta=keys.server_lr, weight=keys.weight(), compensation=keys.compensation, adaptive=True
     )

@@ -71,7 +71,7 @@ def delayed_nesterov(*, eta: float, beta: float, period: int, share: float) -> S
 
 
 class Keys(ArrivalKeys):
-    """Of Delayed Nesterov."""
+    """The keys of Delayed Nesterov."""
 
     local_steps: Positive = 10
     """H, batches of a contribution"""
@@ -88,7 +88,7 @@ class Keys(ArrivalKeys):
 
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
-    """Apply everything at once."""
+    """Apply each contribution when it arrives."""
     rule = delayed_nesterov(
         eta=keys.server_lr, beta=keys.momentum, period=keys.period, share=keys.share
     )

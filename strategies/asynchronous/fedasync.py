@@ -19,7 +19,7 @@ from strategies.method import ArrivalPlan, Method, Run
 
 
 class Mixing(NamedTuple):
-    """The model."""
+    """FedAsync's state: the model, and how often it changed."""
 
     x: Tensor
     version: int
@@ -46,7 +46,7 @@ def fedasync(*, alpha: float, weight: Weight) -> ServerRule[Mixing]:
 
 
 class Keys(StalenessKeys):
-    """Of FedAsync."""
+    """The keys of FedAsync."""
 
     local_steps: Positive = 5
     """batches of a contribution"""
@@ -57,7 +57,7 @@ class Keys(StalenessKeys):
 
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
-    """Apply everything at once."""
+    """Mix in each model when it arrives."""
     if keys.local_steps == 1 and keys.proximal_mu != Keys().proximal_mu:
         raise ValueError(
             "fedasync.proximal-mu: has no effect with fedasync.local-steps = 1, "

@@ -49,7 +49,7 @@ def fedbuff(*, eta: float, size: int, weight: Weight) -> ServerRule[Buffer]:
 
 
 class Keys(ArrivalKeys):
-    """Of FedBuff."""
+    """The keys of FedBuff."""
 
     local_steps: Positive = 5
     """batches of a contribution; 1: a gradient"""
@@ -62,7 +62,7 @@ class Keys(ArrivalKeys):
 
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
-    """Collect what arrives."""
+    """Collect contributions in a buffer, and apply their mean."""
     weight = polynomial(keys.staleness_exponent)
     size = keys.buffer_size
     if run.robust.on:

@@ -25,7 +25,7 @@ from strategies.method import ArrivalPlan, Method, Run, Schedule
 
 
 class Keys(DescentKeys):
-    """Of GSGM."""
+    """The keys of GSGM."""
 
     schedule: Literal["list", "refill", "local"] = "list"
     (
@@ -76,7 +76,7 @@ def _rule(keys: Keys, window: int, weight: Weight) -> ServerRule[Any]:
 
 
 def plan(keys: Keys, run: Run) -> ArrivalPlan:
-    """The rule and its schedule."""
+    """Apply the rule of a window, with the schedule of the keys."""
     rule = _rule(keys, keys.window, keys.weight())
     compensated = keys.base.startswith("dc")  # by the model that each contribution was made of
     if run.robust.on and not compensated:

@@ -1,4 +1,4 @@
-"""What a server does with one arrival.
+"""The rule by which a server applies one arrival.
 
 Who waits, and in which order arrivals are taken, belongs to the driver.
 
@@ -18,7 +18,7 @@ BLOCK = 1 << 20
 
 
 class State(Protocol):
-    """What every rule remembers at least."""
+    """The least that the state of a rule has."""
 
     @property
     def x(self) -> Tensor:
@@ -88,7 +88,7 @@ Weight = Callable[[int], float]  # in (0, 1]
 
 
 def constant(staleness: int) -> float:
-    """1, whatever the staleness."""
+    """The weight 1, whatever the staleness."""
     return 1.0
 
 

@@ -85,7 +85,7 @@ class Planned(FedAvg):
         return {} if self.state is None else {"state": self.state._replace(x=self.state.x[:0])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from it with the model of the next round."""
+        """Restore the state, for the model of the next round."""
         self.state = state.get("state")
 
     def configure_train(
@@ -155,7 +155,7 @@ class Planned(FedAvg):
     def _robustly(
         self, replies: Iterable[Message], metrics: list[RecordDict]
     ) -> tuple[dict[str, Tensor], float]:
-        """The same with the robust mean."""
+        """Aggregate with the robust mean."""
         shares: list[float] = []
         with TemporaryFile(buffering=0) as file:
             found = Collected(self._robust, file)

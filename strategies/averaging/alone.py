@@ -34,7 +34,7 @@ class Alone(Strategy):
         self._models: dict[str, Tensor] = {}
 
     def summary(self) -> None:
-        """Nothing to say."""
+        """Flower's summary of the strategy, which is empty."""
 
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, kind: str
@@ -84,7 +84,7 @@ class Alone(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Each site's own model, or all models for everybody."""
+        """Send each site its own model, or all models to each site, to test."""
         return self._messages(arrays, config, grid, MessageType.EVALUATE)
 
     def aggregate_evaluate(

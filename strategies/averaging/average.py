@@ -1,4 +1,4 @@
-"""Metrics of several sites as one, and their names."""
+"""Means of the metrics of several sites."""
 
 from flwr.app import MetricRecord, RecordDict
 

@@ -10,14 +10,14 @@ from strategies.method import Method, RoundPlan, Run, Section
 
 
 class Keys(Section):
-    """How often it is tested."""
+    """The keys of centralized training."""
 
     local_epochs: Positive = 2
     """epochs from test to test"""
 
 
 def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
-    """FedAvg of one site."""
+    """Run FedAvg on one site, which has all data."""
     return fedavg.plan(fedavg.Keys(local_epochs=keys.local_epochs), run, pooled=True)
 
 

@@ -27,7 +27,7 @@ from strategies.method import Local, Mean, Method, Moment, RoundPlan, Run
 
 
 class Keys(RoundKeys):
-    """Of Co-learning."""
+    """The keys of Co-learning."""
 
     local_epochs: Positive = 2
     """local epochs of the first round"""

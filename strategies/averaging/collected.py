@@ -1,4 +1,4 @@
-"""What sites sent, on disk until all of it is there.
+"""The models that sites sent, on disk until all of them are there.
 
 A median needs everything at once, and memory must not grow with the number of sites.
 Memory is that of a model and of a block of all rows, however many sites there are; on disk it is a

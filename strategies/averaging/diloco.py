@@ -25,7 +25,7 @@ from strategies.method import Local, Mean, Method, Moment, RoundPlan, Run, Secti
 
 
 class Keys(Section):
-    """Of DiLoCo."""
+    """The keys of DiLoCo."""
 
     local_steps: Positive = 50
     """H, batches of each site in a round; 500 in the paper"""

@@ -9,7 +9,7 @@ from strategies.method import AlonePlan, Method
 
 
 class Keys(local.Keys):
-    """How often sites are tested."""
+    """The keys of an ensemble."""
 
 
 METHOD = Method(

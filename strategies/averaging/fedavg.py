@@ -21,17 +21,17 @@ from strategies.method import Mean, Method, RoundPlan, Run
 
 
 class Average(NamedTuple):
-    """The model."""
+    """FedAvg's state: the model."""
 
     x: Tensor
 
 
 class Keys(RoundKeys):
-    """FedAvg takes what every method in rounds takes."""
+    """The keys of FedAvg: those of every method in rounds."""
 
 
 def plan(keys: RoundKeys, run: Run, *, pooled: bool = False) -> RoundPlan[Average]:
-    """Instruct and average."""
+    """Train for local epochs, and average."""
     instruct = decaying(keys.local_epochs, run)
 
     def absorb(_: Average, mean: Mean) -> Average:

@@ -34,7 +34,7 @@ NOT_AVERAGING = {"Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Q
 
 
 class Keys(RoundKeys):
-    """Of every strategy of Flower."""
+    """The keys of every strategy of Flower."""
 
     arguments: str = ""
     (

@@ -8,7 +8,7 @@ from strategies.method import AlonePlan, Method, Section
 
 
 class Keys(Section):
-    """How often sites are tested."""
+    """The keys of local training."""
 
     local_epochs: Positive = 2
     """local epochs from test to test"""

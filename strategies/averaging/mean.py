@@ -4,7 +4,7 @@
 
 Sums of floating-point numbers depend on their order; sums of integers do not. Each ``s_k x_k`` is
 therefore cut to a multiple of 2^-40 (9e-13) and added to a 64-bit integer. The shares ``s_k`` sum
-to at most 1, so the sum cannot overflow while ``|x| < 2^22``, which :func:`refusal` makes sure. A
+to at most 1, so the sum cannot overflow while ``|x| < 2^22``, which :func:`fault` makes sure. A
 mean over K sites differs from the exact one by at most K 2^-40, then it is rounded to float32,
 whose own step is larger for every value above 1.5e-5.
 """
@@ -21,7 +21,7 @@ LARGEST = 2.0**22
 _BLOCK = 1 << 18
 
 
-def refusal(x: Tensor) -> str | None:
+def fault(x: Tensor) -> str | None:
     """Why ``x`` (any shape, on the CPU) cannot be averaged, or None where it can."""
     return too_large(magnitude(x))
 
@@ -107,7 +107,7 @@ class StreamingMean:
 
     @property
     def share(self) -> float:
-        """Of what was added, together."""
+        """The sum of the weights that were added."""
         return math.fsum(self._shares)
 
     def result(self) -> Tensor:

@@ -37,7 +37,7 @@ C = "c"  # the server's variate, and a site's change of its own, on the wire
 
 
 class Keys(Section):
-    """Of SCAFFOLD."""
+    """The keys of SCAFFOLD."""
 
     local_epochs: Positive = 2
     """local epochs a round"""
@@ -72,7 +72,7 @@ def finish(memory: Site, sent: Vectors, y: Tensor, lr: float) -> tuple[Site, Vec
 
 
 def plan(keys: Keys, run: Run) -> RoundPlan[Server]:
-    """Averaging with variates."""
+    """Average models and control variates."""
     decay = decaying(keys.local_epochs, run)
 
     def instruct(_: Server, moment: Moment) -> Local:

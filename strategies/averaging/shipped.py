@@ -59,12 +59,12 @@ class Shipped(Strategy):
         return {name: value for name, value in found.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set them."""
+        """Restore the state."""
         for name, value in state.items():
             setattr(self._strategy, name, _theirs(value))
 
     def summary(self) -> None:
-        """The strategy's own."""
+        """The summary of Flower's strategy."""
         self._strategy.summary()
 
     def _with_stats(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:

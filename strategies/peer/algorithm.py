@@ -1,4 +1,4 @@
-"""What a peer does between two exchanges and in one.
+"""The algorithm of a peer: what it does between two exchanges and in one.
 
 Every function takes vectors [..., d] and reduces over the last axis only: one peer's [d] in the
 app, all peers' [n, d] in fast simulation and in tests. A state is a NamedTuple of tensors, so
@@ -15,7 +15,7 @@ Vectors = tuple[Tensor, ...]
 
 
 class State(Protocol):
-    """What every algorithm remembers at least.
+    """The least that the state of an algorithm has.
 
     Further fields are tensors, an empty one where there is nothing to remember, or dictionaries of
     tensors by neighbour.

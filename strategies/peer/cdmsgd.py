@@ -13,7 +13,7 @@ from strategies.peer.dsgd import dsgd
 
 
 class Keys(PeerKeys, MomentumKeys):
-    """Of CDMSGD."""
+    """The keys of CDMSGD."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

@@ -14,7 +14,7 @@ from strategies.peer.dsgd import dsgd
 
 
 class Keys(PeerKeys):
-    """CDSGD takes what every peer takes."""
+    """The keys of CDSGD: those of every peer."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

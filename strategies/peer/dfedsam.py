@@ -16,7 +16,7 @@ from strategies.peer.dsgd import dsgd
 
 
 class Keys(PeerKeys, MomentumKeys, SharpKeys):
-    """Of DFedSAM."""
+    """The keys of DFedSAM."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

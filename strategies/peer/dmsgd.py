@@ -93,7 +93,7 @@ def growth(matrices: Sequence[Tensor], *, beta: float, omega: float) -> float:
 
 
 class Keys(PeerKeys):
-    """Of DMSGD."""
+    """The keys of DMSGD."""
 
     momentum: Decay = 0.9
     """beta"""
@@ -104,7 +104,7 @@ class Keys(PeerKeys):
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:
-    """Heavy ball, and a topology on which disagreement shrinks."""
+    """Heavy ball; refuse topologies on which disagreement would grow."""
 
     def check(topology: Topology, rate: float) -> None:
         if keys.form == "velocity":

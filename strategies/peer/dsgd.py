@@ -24,7 +24,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Descent(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer: its model and its velocity.
 
     Attributes:
         x: the model.

@@ -14,7 +14,7 @@ from strategies.peer.dsgd import dsgd
 
 
 class Keys(PeerKeys, MomentumKeys):
-    """Of DSGDm."""
+    """The keys of DSGDm."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

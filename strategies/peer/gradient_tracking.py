@@ -24,7 +24,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Tracking(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer that tracks the mean gradient.
 
     Attributes:
         x: the model.
@@ -63,7 +63,7 @@ def gradient_tracking(*, adapt_first: bool) -> PeerAlgorithm[Tracking]:
 
 
 class Keys(PeerKeys):
-    """Gradient tracking takes what every peer takes."""
+    """The keys of gradient tracking: those of every peer."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:

@@ -17,7 +17,7 @@ from strategies.peer.dsgd import dsgd
 
 
 class Keys(ngm.Keys, SharpKeys):
-    """Of N-SADDLe."""
+    """The keys of N-SADDLe."""
 
     perturbed_by: Literal["owner-of-data", "none", "owner-of-model"] = "owner-of-data"
     (

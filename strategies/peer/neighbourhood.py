@@ -37,7 +37,7 @@ Regular = Callable[[Tensor, Tensor], Tensor]
 
 
 class Gradients(NamedTuple):
-    """Of m pairs of a model and some peer's batch.
+    """The gradients of m pairs of a model and some peer's batch.
 
     Attributes:
         losses: [m].

@@ -20,7 +20,7 @@ from strategies.peer.dsgd import dsgd
 
 
 class Keys(MomentumKeys):
-    """Of NGM."""
+    """The keys of NGM."""
 
     gradients: Literal["data", "model"] = "data"
     ("data: neighbours' gradients at the own model; model: own gradients at the neighbours' models")

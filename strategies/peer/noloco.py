@@ -28,7 +28,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Outer(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer: its model and its outer momentum.
 
     Attributes:
         x: the model.
@@ -78,7 +78,7 @@ def noloco(
 
 
 class Keys(PeerKeys):
-    """Of NoLoCo."""
+    """The keys of NoLoCo."""
 
     local_steps: Positive = 10
     """batches between two exchanges"""

@@ -14,11 +14,11 @@ from strategies.peer import qgm
 
 
 class Keys(qgm.Keys, SharpKeys):
-    """Of Q-SADDLe."""
+    """The keys of Q-SADDLe."""
 
 
 def plan(keys: Keys, run: Run) -> PeerPlan:
-    """QGM's, sharpness-aware."""
+    """The plan of QGM with sharpness-aware gradients."""
     return qgm.plan(keys, run)._replace(gradient=Neighbourhood(rho=keys.rho))
 
 

@@ -21,7 +21,7 @@ from strategies.peer.algorithm import PeerAlgorithm, Vectors
 
 
 class Quasi(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer: its model and its quasi-global momentum.
 
     Attributes:
         x: the model.
@@ -71,7 +71,7 @@ def qgm(*, beta: float, mu: float, nesterov: bool) -> PeerAlgorithm[Quasi]:
 
 
 class Keys(PeerKeys, MomentumKeys):
-    """Of QGM."""
+    """The keys of QGM."""
 
     decay: Decay = 0.9
     """mu of the quasi-global momentum; the authors take that of momentum"""

@@ -35,7 +35,7 @@ from strategies.topology import Topology, TopologyError
 
 
 class Relayed(NamedTuple):
-    """What a peer remembers.
+    """The state of a peer: its model, and the sums that it relays.
 
     Attributes:
         x: the model.
@@ -82,7 +82,7 @@ def relay_sgd(*, n: int, beta: float = 0.0) -> LinkAlgorithm[Relayed]:
 
 
 def check(topology: Topology, rate: float) -> None:
-    """On a circle a model would come back to its peer, and be counted again and again."""
+    """Refuse graphs with a circle, on which a model would come back and be counted again."""
     if len(topology.matrices) > 1 or not nx.is_tree(topology.graph):
         peers, links = topology.graph.number_of_nodes(), topology.graph.number_of_edges()
         raise TopologyError(
@@ -94,7 +94,7 @@ def check(topology: Topology, rate: float) -> None:
 
 
 class Keys(PeerKeys):
-    """Of RelaySGD."""
+    """The keys of RelaySGD."""
 
     momentum: Decay = 0.0
     """beta, of each peer's own momentum"""

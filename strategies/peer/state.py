@@ -1,4 +1,4 @@
-"""What a peer is, remembers, receives and answers: types of :mod:`strategies.peer.step`."""
+"""The types of :mod:`strategies.peer.step`: a peer, its state, what it gets and answers."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -79,7 +79,7 @@ class PeerState(NamedTuple):
         hats: of each neighbour, where the channel is chained.
         cross: of each neighbour, the memory of the channel of gradients.
         offered: the step of the last offer; -1 before the first.
-        restart: whether the next payload of a chained channel goes on from nothing.
+        reset: whether a chained channel is reset: its next payload goes on from zeros.
         shift: how far the own model was perturbed for the neighbours; empty where it was not.
         pending: an exchange of neighbourhood gradients that has begun.
         done: the fraction of the run that was over in the last step.
@@ -98,7 +98,7 @@ class PeerState(NamedTuple):
     hats: Mapping[int, Hat] = {}
     cross: Mapping[int, Tensor] = {}
     offered: int = -1
-    restart: bool = True
+    reset: bool = True
     pending: Pending | None = None
     done: float = 0.0
     losses: float = 0.0
@@ -122,8 +122,8 @@ class Order(NamedTuple):
         done: the fraction of the run that is over, from 0 to 1.
         test: whether the model is tested before it is trained.
         last: whether the run ends with the exchange of this step.
-        again: whether the reply to the last message may be lost.
-        restart: whether a neighbour lacks what a chained channel goes on from.
+        rejoin: whether the peer was away: the reply to its last message may be lost.
+        reset: whether a chained channel must be reset, as a neighbour lacks a difference.
     """
 
     step: int
@@ -133,8 +133,8 @@ class Order(NamedTuple):
     readers: tuple[int, ...] = ()
     test: bool = False
     last: bool = False
-    again: bool = False
-    restart: bool = False
+    rejoin: bool = False
+    reset: bool = False
 
 
 class Received(NamedTuple):
@@ -146,8 +146,8 @@ class Received(NamedTuple):
     problem: str = ""
 
 
-class Refusal(NamedTuple):
-    """A neighbour whose payload cannot be used, and why."""
+class RefusedPayload(NamedTuple):
+    """The sender of a payload that cannot be used, and why."""
 
     sender: int
     reason: str
@@ -169,18 +169,18 @@ class Oracle(Protocol):
 
 
 class Result(NamedTuple):
-    """What a step ends with.
+    """The result of a step.
 
     Attributes:
         state: to be remembered.
         offers: a payload for all neighbours (None), or one for each.
         metrics: what is reported.
         refused: what neighbours sent that cannot be used.
-        restarted: whether a chained channel went on from nothing.
+        reset: whether a chained channel was reset.
     """
 
     state: PeerState
     offers: Mapping[int | None, Payload]
     metrics: Metrics
-    refused: tuple[Refusal, ...] = ()
-    restarted: bool = False
+    refused: tuple[RefusedPayload, ...] = ()
+    reset: bool = False

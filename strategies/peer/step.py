@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from strategies.averaging.mean import refusal
+from strategies.averaging.mean import fault
 from strategies.codecs import Payload
 from strategies.gradients import Diverged
 from strategies.peer.algorithm import LinkAlgorithm, PeerAlgorithm, Vectors, exchange
@@ -39,7 +39,7 @@ from strategies.peer.state import (
     PeerState,
     Pending,
     Received,
-    Refusal,
+    RefusedPayload,
     Result,
 )
 from strategies.randomness import derive
@@ -47,26 +47,26 @@ from strategies.robust import neighbourhood_mean
 from strategies.saving import flatten
 
 # Parts of a payload, beside those of the codec.
-STATS, SHIFT, NEW, AFTER = "stats", "shift", "fresh", "after"
+STATS, SHIFT, RESET, AFTER = "stats", "shift", "reset", "after"
 OLDEST = 16  # steps: what is older is of no use, and may be delivered by somebody who held it back
 T = TypeVar("T")
 
 
-class Refused(ValueError):
-    """What a neighbour sent cannot be used."""
+class InvalidPayload(ValueError):
+    """A neighbour's payload cannot be used; the message says why."""
 
 
-def why(error: Exception) -> str:
-    """What is wrong with a neighbour's payload that raised ``error``."""
+def reason_of(error: Exception) -> str:
+    """Why a neighbour's payload cannot be used, from the ``error`` that it raised."""
     return (
         str(error)
-        if isinstance(error, Refused)
+        if isinstance(error, InvalidPayload)
         else f"cannot be read: {type(error).__name__}: {error}"
     )
 
 
 class Model(NamedTuple):
-    """What came from a neighbour.
+    """A neighbour's vectors, decoded.
 
     Attributes:
         vectors: its vectors.
@@ -96,11 +96,11 @@ def models_step(
         ValueError: the step is none of this run, the exchange that it ends has not begun, or the
             model is not finite any more.
     """
-    state, metrics, refused = _start(peer, state, order), Metrics(), tuple[Refusal, ...]()
+    state, metrics, refused = _start(peer, state, order), Metrics(), tuple[RefusedPayload, ...]()
     if order.step and peer.plan.gradient.messages == 2:
         state, metrics, refused = _finish(peer, state, received, order)
     elif order.step:
-        state, metrics, refused = _meet(peer, state, received, order, oracle)
+        state, metrics, refused = _mix_and_train(peer, state, received, order, oracle)
     if order.test:
         metrics |= oracle.test(state.x, state.stats)
     if order.last:
@@ -112,11 +112,9 @@ def models_step(
         pair = _pair(state, oracle)
         shift = owners_shift(pair, state.x[None], peer.plan.gradient)
         state = state._replace(shift=state.x.new_empty(0) if shift is None else shift[0])
-    restarted = peer.channel.chained and state.restart
+    reset = peer.channel.chained and state.reset
     state, offers = _offer(peer, _finite(state), order)
-    return Result(
-        state if peer.channel.exact else _finite(state), offers, metrics, refused, restarted
-    )
+    return Result(state if peer.channel.exact else _finite(state), offers, metrics, refused, reset)
 
 
 def cross_step(
@@ -128,7 +126,7 @@ def cross_step(
     """
     state, found, refused = _models(peer, _start(peer, state, order), received, order)
     state, mixed = _mix_stats(peer, state, found, order), _mixed(peer, state, found, order)
-    metrics: Metrics = {"disagreement": _apart(peer, state, found, order)}
+    metrics: Metrics = {"disagreement": _disagreement(peer, state, found, order)}
     state, taken = _gradients(peer, state, found, oracle)
     pending = Pending(taken.gradients[0], taken.losses[0], mixed)
     cross, offers = dict(state.cross), dict[int | None, Payload]()
@@ -142,8 +140,8 @@ def cross_step(
 
 def _start(peer: Peer, state: PeerState, order: Order) -> PeerState:
     # Neighbours may lack what was offered last.
-    if peer.channel.chained and (order.again or order.restart):
-        state = state._replace(memories=(), restart=True)
+    if peer.channel.chained and (order.rejoin or order.reset):
+        state = state._replace(memories=(), reset=True)
     if order.done < state.done:
         raise ValueError(
             f"step {order.step}: {order.done:g} of the run is over, and {state.done:g} was before"
@@ -164,15 +162,15 @@ def encode(
     """
     generator = torch.Generator().manual_seed(derive(peer.seed, "codec", peer.number, step))
     payload: Payload = {}
-    kept, sent = list[Tensor](), list[Tensor]()
+    new_memories, sent = list[Tensor](), list[Tensor]()
     for k, (vector, memory) in enumerate(
         zip(vectors, memories or map(peer.channel.init, vectors), strict=True)
     ):
         encoded, memory, own = peer.channel.encode(memory, vector, generator)
         payload |= {f"{k}.{name}": value for name, value in encoded.items()}
-        kept.append(memory)
+        new_memories.append(memory)
         sent.append(own)
-    return payload, tuple(kept), tuple(sent)
+    return payload, tuple(new_memories), tuple(sent)
 
 
 def encode_gradient(
@@ -188,7 +186,7 @@ def encode_gradient(
 
 def _models(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order
-) -> tuple[PeerState, dict[int, Model], tuple[Refusal, ...]]:
+) -> tuple[PeerState, dict[int, Model], tuple[RefusedPayload, ...]]:
     return _usable(peer, state, received, order, _decode_model)
 
 
@@ -198,37 +196,37 @@ def _usable(
     received: Iterable[Received],
     order: Order,
     decode: Callable[[Peer, PeerState, Received], tuple[PeerState, T]],
-) -> tuple[PeerState, dict[int, T], tuple[Refusal, ...]]:
-    """Of each neighbour, the newest of what it sent that can be used.
+) -> tuple[PeerState, dict[int, T], tuple[RefusedPayload, ...]]:
+    """The newest usable payload of each neighbour, decoded; and those that are refused.
 
     Whatever is wrong with what a neighbour sent, which anybody may have made, costs that neighbour
     its part in this exchange, and no other.
     """
-    found, refused = dict[int, T](), list[Refusal]()
+    found, refused = dict[int, T](), list[RefusedPayload]()
     for each in received:
         seen = state.seen.get(each.sender, -1)
-        if each.step == seen and order.again and not peer.channel.chained:
+        if each.step == seen and order.rejoin and not peer.channel.chained:
             continue  # it was mixed, and the answer to that was lost
         try:
             if each.problem:
-                raise Refused(each.problem)
+                raise InvalidPayload(each.problem)
             if each.step <= seen:
-                raise Refused(f"step {each.step} came before")
+                raise InvalidPayload(f"step {each.step} came before")
             _check_age(peer, each, order)
             state = state._replace(seen={**state.seen, each.sender: each.step})
             state, found[each.sender] = decode(peer, state, each)
         except Exception as error:
-            refused.append(Refusal(each.sender, why(error)))
+            refused.append(RefusedPayload(each.sender, reason_of(error)))
             found.pop(each.sender, None)
     return state, found, tuple(refused)
 
 
 def _check_age(peer: Peer, each: Received, order: Order) -> None:
     if each.step >= order.step:
-        raise Refused(f"step {each.step} is not before this peer's step {order.step}")
+        raise InvalidPayload(f"step {each.step} is not before this peer's step {order.step}")
     # Chained payloads must all come.
     if order.step - each.step > OLDEST and not peer.channel.chained:
-        raise Refused(
+        raise InvalidPayload(
             f"step {each.step} is {order.step - each.step} steps old, at most {OLDEST} are of use"
         )
 
@@ -238,10 +236,10 @@ def _decode_model(peer: Peer, state: PeerState, each: Received) -> tuple[PeerSta
     before = like  # channels that are not chained decode without it
     if peer.channel.chained:
         before = tuple(map(torch.zeros_like, like))
-        if NEW not in payload:
+        if RESET not in payload:
             hat = state.hats.get(each.sender)
             if hat is None or int(payload[AFTER]) != hat.step:
-                raise Refused(f"step {each.step} goes on from a step that is missing here")
+                raise InvalidPayload(f"step {each.step} goes on from a step that is missing here")
             before = hat.vectors
     vectors = tuple(
         peer.channel.decode(_part(payload, f"{k}."), last) for k, last in enumerate(before)
@@ -273,9 +271,9 @@ def _decode_gradient(peer: Peer, state: PeerState, each: Received) -> tuple[Peer
 def _check(vector: Tensor, wanted: Tensor) -> None:
     if vector.shape != wanted.shape or vector.dtype != wanted.dtype:
         got, asked = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (vector, wanted))
-        raise Refused(f"a vector is {got}, {asked} is expected")
-    if reason := refusal(vector):
-        raise Refused(reason)
+        raise InvalidPayload(f"a vector is {got}, {asked} is expected")
+    if reason := fault(vector):
+        raise InvalidPayload(reason)
 
 
 def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) -> None:
@@ -288,7 +286,7 @@ def _check_distance(peer: Peer, vector: Tensor, own: Tensor, *measures: Tensor) 
     size = max(float(torch.linalg.vector_norm(each)) for each in measures)
     if size and (distance := float(torch.dist(vector, own))) > peer.max_change * size:
         allowed = f"{peer.max_change:g} times the norm of the own, {peer.max_change * size:.3g}"
-        raise Refused(f"it is {distance:.3g} from the own; at most {allowed} (max-change)")
+        raise InvalidPayload(f"it is {distance:.3g} from the own; at most {allowed} (max-change)")
 
 
 def _part(payload: Payload, prefix: str) -> Payload:
@@ -303,7 +301,7 @@ def _part(payload: Payload, prefix: str) -> Payload:
 
 
 def _outgoing(peer: Peer, state: PeerState, reader: int = -1) -> Vectors:
-    """The own vectors, for all neighbours or for one."""
+    """The vectors that this peer offers, to all neighbours or to one."""
     algorithm = peer.plan.algorithm
     if isinstance(algorithm, LinkAlgorithm):
         return algorithm.outgoing(state.algorithm, reader)
@@ -311,7 +309,7 @@ def _outgoing(peer: Peer, state: PeerState, reader: int = -1) -> Vectors:
 
 
 def _sent(peer: Peer, state: PeerState) -> Vectors:
-    """Own vectors as neighbours have them."""
+    """This peer's vectors as its neighbours have them."""
     return state.sent or _outgoing(peer, state)
 
 
@@ -321,11 +319,11 @@ def _mixed(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Orde
         {j: model.vectors[k] for j, model in found.items()} for k in range(len(_sent(peer, state)))
     ]
     pairs = zip(_sent(peer, state), theirs, strict=True)
-    return tuple(_together(peer, own, other, order) for own, other in pairs)
+    return tuple(_mean_over(peer, own, other, order) for own, other in pairs)
 
 
-def _together(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Order) -> Tensor:
-    """The mean of the neighbourhood of one vector."""
+def _mean_over(peer: Peer, own: Tensor, theirs: Mapping[int, Tensor], order: Order) -> Tensor:
+    """The mean of one vector over the neighbourhood."""
     if peer.robust.on:
         return neighbourhood_mean(own, theirs, order.neighbours, peer.robust)
     return weighted(own, theirs, order.neighbours)
@@ -335,11 +333,11 @@ def _mix_stats(peer: Peer, state: PeerState, found: Mapping[int, Model], order: 
     if not state.stats.numel():
         return state
     return state._replace(
-        stats=_together(peer, state.stats, {j: model.stats for j, model in found.items()}, order)
+        stats=_mean_over(peer, state.stats, {j: model.stats for j, model in found.items()}, order)
     )
 
 
-def _apart(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
+def _disagreement(peer: Peer, state: PeerState, found: Mapping[int, Model], order: Order) -> float:
     models = {j: model.vectors[0] for j, model in found.items()}
     return disagreement(_sent(peer, state)[0], models, order.neighbours)
 
@@ -358,9 +356,9 @@ def _descend(peer: Peer, state: PeerState, gradient: Tensor, order: Order) -> Pe
     )
 
 
-def _meet(
+def _mix_and_train(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order, oracle: Oracle
-) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
+) -> tuple[PeerState, Metrics, tuple[RefusedPayload, ...]]:
     """Mix the neighbours' models; in the model variant, descend along the own gradients there."""
     state, found, refused = _models(peer, state, received, order)
     state, algorithm, metrics = (
@@ -373,7 +371,7 @@ def _meet(
         return state._replace(algorithm=algorithm.mix(state.algorithm, vectors)), metrics, refused
     sent, mixed = _sent(peer, state), _mixed(peer, state, found, order)
     if order.test:
-        metrics["disagreement"] = _apart(peer, state, found, order)
+        metrics["disagreement"] = _disagreement(peer, state, found, order)
     if peer.plan.gradient.at == "model":
         state, taken = _gradients(peer, state, found, oracle)
         theirs = dict(zip(found, taken.gradients[1:], strict=True))
@@ -385,7 +383,7 @@ def _meet(
 
 def _finish(
     peer: Peer, state: PeerState, received: Iterable[Received], order: Order
-) -> tuple[PeerState, Metrics, tuple[Refusal, ...]]:
+) -> tuple[PeerState, Metrics, tuple[RefusedPayload, ...]]:
     """The neighbours' gradients: descend along them, mix the models that came before them."""
     pending, sent = state.pending, _sent(peer, state)
     if pending is None:
@@ -393,7 +391,7 @@ def _finish(
             f"step {order.step} ends an exchange that this site does not remember to have begun"
         )
     state, found, refused = _usable(peer, state, received, order, _decode_gradient)
-    state = _descend(peer, state, _together(peer, pending.gradient, found, order), order)
+    state = _descend(peer, state, _mean_over(peer, pending.gradient, found, order), order)
     state = _exchange(peer, state, sent, pending.mixed)._replace(pending=None)
     return *_trained(peer, state, float(pending.loss), order), refused
 
@@ -402,7 +400,7 @@ def _finish(
 
 
 def _pair(state: PeerState, oracle: Oracle) -> Callable[[Tensor, Tensor | None], Gradients]:
-    """Gradients on the batch that comes next, at any models."""
+    """A function of gradients on the next batch, at any models."""
 
     def pair(x: Tensor, _: Tensor | None) -> Gradients:
         values, rows, stats = [], [], []
@@ -488,13 +486,13 @@ def _offer(
     if state.shift.numel():
         payload[SHIFT] = state.shift
     if peer.channel.chained:
-        payload[NEW if state.restart else AFTER] = torch.tensor([state.offered])
-        state = state._replace(offered=order.step, restart=False)
+        payload[RESET if state.reset else AFTER] = torch.tensor([state.offered])
+        state = state._replace(offered=order.step, reset=False)
     return state, {None: payload}
 
 
 def _finite(state: PeerState) -> PeerState:
-    """Nothing else is ever remembered.
+    """The state, if all of it is finite: no other one is ever remembered.
 
     Raises:
         Diverged: part of the state is not finite.

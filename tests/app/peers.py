@@ -63,7 +63,7 @@ class Between(VirtualGrid):
 def watched(
     tamper: Tamper | None, world: World | None = None, **changes: Any
 ) -> tuple[VirtualGrid, History]:
-    """A run whose messages ``tamper`` sees."""
+    """Run peers, with all messages passed to ``tamper``."""
     config = small(**changes)
     history = History(config)
     grid = VirtualGrid(

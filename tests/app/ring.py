@@ -6,7 +6,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.app import app as client_app
-from client_app.memory import recall
+from client_app.memory import load_peer_state
 from client_app.peer import peer_of
 from configuration.config import Config, configuration
 from configuration.flower import TaskIdentity
@@ -54,11 +54,11 @@ class Sites:
             }
 
     def context(self, site: int, config: Config, run: int = 1) -> Context:
-        """Of a site that remembers nothing."""
+        """The context of a site that remembers nothing."""
         return Context(run, 1000 + site, dict(self.nodes[site]), RecordDict(), dict(config.flat()))
 
     def fields(self, site: int, step: int, **changes: Any) -> dict[str, Any]:
-        """What an honest relay tells."""
+        """The fields of an honest relay's order."""
         fields: dict[str, Any] = {
             "server-round": step,
             "classes": [str(digit) for digit in range(10)],
@@ -68,15 +68,17 @@ class Sites:
             "test": False,
             "last": False,
             "rejoin": False,
-            "fresh": False,
+            "reset": False,
             "cycle-from": min(1.0, step / 48),
         }
-        told = {
+        of_others = {
             name: value
             for name, value in (self.public | self.nonces).items()
             if name.rpartition("-")[2] != str(site)
         }
-        return fields | told | {name.replace("_", "-"): value for name, value in changes.items()}
+        return (
+            fields | of_others | {name.replace("_", "-"): value for name, value in changes.items()}
+        )
 
     def ask(
         self,
@@ -129,7 +131,7 @@ class Sites:
         return self.ask(site, "train.peer", self.fields(site, step, **changes), received)
 
     def all_step(self, step: int) -> list[Message]:
-        """Everybody takes a step."""
+        """Let all sites take a step."""
         replies = [self.step(site, step) for site in SITES]
         assert not any(reply.has_error() for reply in replies)
         self.offered[step] = {site: arrays_of(reply) for site, reply in enumerate(replies)}
@@ -138,7 +140,7 @@ class Sites:
     def state(self, site: int) -> PeerState | None:
         """What a site remembers."""
         algorithm = peer_of(self.config, site, (1,)).plan.algorithm
-        return recall(
+        return load_peer_state(
             self.contexts[site], type(algorithm.init(torch.zeros(1))), torch.device("cpu")
         )
 

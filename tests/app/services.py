@@ -1,4 +1,4 @@
-"""Site services in processes of their own, and who sends them letters."""
+"""Site services in processes of their own, and who sends them requests."""
 
 import json
 import multiprocessing
@@ -33,7 +33,7 @@ FORK.set_forkserver_preload([__name__])
 
 
 class _Forked:
-    """As much of ``subprocess.Popen`` as tests need."""
+    """The part of ``subprocess.Popen`` that tests need."""
 
     def __init__(self, file: Path, log: Path) -> None:
         self._process = FORK.Process(target=_serve, args=[file, log, dict(os.environ)])
@@ -57,7 +57,7 @@ class _Forked:
 
 
 def _serve(file: Path, log: Path, environment: dict[str, str]) -> None:
-    """``python -m client_app.service``."""
+    """Run ``python -m client_app.service`` in this process."""
     with log.open("a") as target:
         for stream in (1, 2):
             os.dup2(target.fileno(), stream)
@@ -107,7 +107,7 @@ class Service:
             time.sleep(0.05)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The audit log: a line for each letter, and one for its answer."""
+        """The audit log: a line for each request, and one for its answer."""
         return (
             [json.loads(line) for line in self.audit.read_text().splitlines()]
             if self.audit.exists()
@@ -151,8 +151,8 @@ def answer_to(
     return client_app(Message(content or RecordDict(), dst_node_id=5, message_type=kind), context)
 
 
-def said(reply: Message) -> str:
-    """What is wrong, or nothing."""
+def fault(reply: Message) -> str:
+    """The reason of a reply that is an error; empty where it is none."""
     return str(reply.error.reason) if reply.has_error() else ""
 
 
@@ -161,7 +161,7 @@ def flat(strategy: str = "fedavg", **keys: Any) -> dict[str, Any]:
 
 
 def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
-    told = {
+    fields = {
         "server-round": 1,
         "classes": list("0123456789"),
         "lr": 0.05,
@@ -169,4 +169,4 @@ def order(config: dict[str, Any], size: int, **keys: Any) -> RecordDict:
         "cycle-to": 1.0,
         **keys,
     }
-    return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(told)})
+    return RecordDict({"arrays": pack({"x": torch.zeros(size)}), "config": ConfigRecord(fields)})

@@ -13,7 +13,7 @@ from torch import nn
 from configuration.config import Config, configuration
 from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
-from server_app.events import Event, Kept, Refused
+from server_app.events import Event, NewModel, Refused
 from server_app.results import Folder, History
 from simulation.grid import FIRST_NODE, Tamper, VirtualGrid
 from simulation.world import World
@@ -94,7 +94,7 @@ def honest(config: Config, site: int, message: Message) -> RecordDict:
 
 
 def card(config: Config, site: int) -> SiteCard:
-    """Two classes of 1 x 2 x 2."""
+    """The card of a site with two classes of examples of 1 x 2 x 2."""
     trusting = config.wire.sealing == "trust-on-first-use"
     return SiteCard(
         site=site,
@@ -157,7 +157,7 @@ def stepped(config: Config, site: int, message: Message, cross: bool) -> RecordD
     x = noise(site, order.step, 7 * classes)
     arrays = {name: Array(x.numpy()) for name in names if not order.last}
     nonce = None if order.listeners is None else bytes(16)
-    notes = StepNotes(refused=[], broken=[], fresh=False, anew=False, nonce=nonce)
+    notes = StepNotes(refused=[], broken=[], reset=False, lost=False, nonce=nonce)
     content = RecordDict(
         {
             "arrays": ArrayRecord(arrays),
@@ -176,9 +176,9 @@ class Outcome(History):
     Attributes:
         refused: what was refused by the server.
         refused_by: what peers say they refused.
-        kept: the models, as they came.
+        new_models: the models, in the order of their events.
         error: the error that ended it, if one did.
-        seconds: how long it took, the census included.
+        seconds: how long it took, the discovery included.
     """
 
     def __init__(self, config: Config) -> None:
@@ -186,16 +186,16 @@ class Outcome(History):
         self.seconds = 0.0
         self.refused: list[Refused] = []
         self.refused_by: list[Refused] = []
-        self.kept: list[dict[str, torch.Tensor]] = []
+        self.new_models: list[dict[str, torch.Tensor]] = []
         self.error: Exception | None = None
 
     def __call__(self, event: Event) -> None:
-        """Keep it."""
+        """Store the event."""
         super().__call__(event)
         if isinstance(event, Refused):
             (self.refused_by if event.by else self.refused).append(event)
-        if isinstance(event, Kept):
-            self.kept.append({name: unpack(array) for name, array in event.arrays.items()})
+        if isinstance(event, NewModel):
+            self.new_models.append({name: unpack(array) for name, array in event.arrays.items()})
 
     def model(self) -> dict[str, bytes]:
         """Every byte of the last model."""

@@ -15,10 +15,10 @@ from flwr.app import Error, Message
 from matplotlib.image import imread
 
 from client_app.app import app as client_app
-from client_app.letter import STOPPED
+from client_app.framing import STOPPED
 from configuration.config import configuration
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.laboratory import Run, simulate

@@ -65,7 +65,7 @@ def test_a_sealed_state_is_forgotten_in_another_run() -> None:
     shown = reply.content["model"]
     assert isinstance(shown, ArrayRecord)
     assert not torch.equal(unpack(shown["x"]), kept)
-    assert config_of(reply)["anew"] is True
+    assert config_of(reply)["lost"] is True
 
 
 def test_a_second_run_of_a_series_begins_as_the_first_did() -> None:
@@ -313,7 +313,7 @@ def test_keys_that_come_after_the_first_message_are_not_believed(keys: dict[str,
 
 
 @pytest.mark.parametrize(
-    "told",
+    "changes",
     [
         {"key-1": b"short"},
         {"key-1": 5},
@@ -322,19 +322,19 @@ def test_keys_that_come_after_the_first_message_are_not_believed(keys: dict[str,
         {"nonce-1": 1.5},
     ],
 )
-def test_keys_and_nonces_that_are_none_are_refused(told: dict[str, Any]) -> None:
+def test_keys_and_nonces_that_are_none_are_refused(changes: dict[str, Any]) -> None:
     sites = Sites(**SEALED)
-    [name] = told
+    [name] = changes
     assert (
-        f"{name} is {told[name]!r}: {16 if 'nonce' in name else 32} bytes are expected"
-        in reason(sites.step(0, 0, **told))
+        f"{name} is {changes[name]!r}: {16 if 'nonce' in name else 32} bytes are expected"
+        in reason(sites.step(0, 0, **changes))
     )
     assert not sites.step(0, 0).has_error()
 
 
-@pytest.mark.parametrize("told", ["the first run's nonces", "the second run's nonces"])
+@pytest.mark.parametrize("whose", ["the first run's nonces", "the second run's nonces"])
 def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(
-    told: str, tmp_path: Path
+    whose: str, tmp_path: Path
 ) -> None:
     nodes, keys = write_keys(tmp_path / "keys"), {"wire.sealing": "keys"}
     first = after(5, node=nodes, **keys)
@@ -344,7 +344,7 @@ def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(
         for site in SITES:
             sides = ((site - 1) % 4, (site + 1) % 4)
             received = {j: first.delivery(site, step - 1, j) for j in sides} if step else {}
-            nonces = first.nonces if told.startswith("the first") else second.nonces
+            nonces = first.nonces if whose.startswith("the first") else second.nonces
             theirs = {f"nonce-{j}": nonces[f"nonce-{j}"] for j in sides}
             reply = second.ask(site, "train.peer", second.fields(site, step) | theirs, received)
             assert len(refused(reply)) == len(received)
@@ -352,18 +352,18 @@ def test_a_whole_run_that_is_replayed_under_its_own_id_is_refused(
     assert refused(first.step(0, 5)) == []  # where they belong, they are good
 
 
-def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_heard_at_once(
+def test_a_site_that_lost_its_memory_misses_two_exchanges_and_is_used_again_at_once(
     tmp_path: Path,
 ) -> None:
     sites = after(3, node=write_keys(tmp_path / "keys"), **{"wire.sealing": "keys"})
     sites.contexts[1] = sites.context(1, sites.config)
     problems = []
     for step in range(3, 7):
-        told = dict(sites.nonces)  # all are called before anybody has answered
+        nonces = dict(sites.nonces)  # all are called before anybody has answered
         replies = []
         for site in SITES:
             fields = sites.fields(site, step) | {
-                name: told[name] for name in told if name != f"nonce-{site}"
+                name: nonces[name] for name in nonces if name != f"nonce-{site}"
             }
             replies.append(
                 sites.ask(

@@ -179,9 +179,9 @@ def arrays(draw: st.DrawFn, like: Array | None) -> Array:
     stream = BytesIO()
     np.save(stream, np.asfortranarray(values) if draw(st.booleans()) else values, allow_pickle=True)
     dtype = draw(st.sampled_from([str(values.dtype), "float32", "bfloat16", "", "float32\n"]))
-    told = draw(st.sampled_from([shape, (14,), (), (-1,), (10**12,)]))
+    claimed = draw(st.sampled_from([shape, (14,), (), (-1,), (10**12,)]))
     stype = draw(st.sampled_from(["numpy.ndarray"] * 5 + ["torch.Tensor", ""]))
-    return Array(dtype, told, stype, stream.getvalue())
+    return Array(dtype, claimed, stype, stream.getvalue())
 
 
 @st.composite
@@ -336,7 +336,7 @@ def bad_notes(record: ConfigRecord, honest: ConfigRecord) -> bool:
         isinstance(found := record[key], list) and all(type(each) is kind for each in found)
         for key, kind in lists.items()
     )
-    return not whole or not all(type(record[key]) is bool for key in ("fresh", "anew"))
+    return not whole or not all(type(record[key]) is bool for key in ("reset", "lost"))
 
 
 def bad_counts(card: dict[str, Any]) -> bool:
@@ -394,7 +394,7 @@ def cannot_be_taken(kind: str, answer: RecordDict, honest: RecordDict) -> bool:
 
 
 class Listening(logging.Handler):
-    """What is logged."""
+    """A handler that collects what is logged."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -405,7 +405,7 @@ class Listening(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def heard() -> Any:
+def listening() -> Any:
     listening, logger = Listening(), logging.getLogger("flwr")
     logger.addHandler(listening)
     yield listening
@@ -413,7 +413,7 @@ def heard() -> Any:
 
 
 def check_named(lines: list[str], refused: bool) -> None:
-    """A refusal is said in a short printable line that names the site and a cause."""
+    """What is refused is logged in a short printable line that names the site and a cause."""
     for line in lines:
         assert line.isprintable()
         assert len(line) < 700
@@ -430,22 +430,22 @@ def check_named(lines: list[str], refused: bool) -> None:
     database=None,
 )
 @given(st.data())
-def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataObject) -> None:
+def test_run_goes_on_as_if_the_site_had_failed(listening: Listening, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(RUNS)))
     kind = data.draw(st.sampled_from(sorted(answers(name))))
     at = data.draw(st.integers(0, len(answers(name)[kind]) - 1))
     answer = copied(answers(name)[kind][at])
     for _ in range(data.draw(st.integers(1, 3))):
         change_content(data.draw, answer)  # type: ignore[arg-type]
-    heard.lines.clear()
+    listening.lines.clear()
     found = changed(name, kind, at, answer)
     must = cannot_be_taken(kind, answer, answers(name)[kind][at])
     refused = bool(found.refused) or BAD not in [site.number for site in found.federation.sites]
     event("refused" if refused else "taken")
     assert refused or not must
-    lines = list(heard.lines)
+    lines = list(listening.lines)
     if kind == "query.site":
-        check_census(found, name, answer, lines)
+        check_discovery(found, name, answer, lines)
         return
     assert found.error is None, found.error
     of_model = [event for event in found.refused if event.phase == "mean of the models"]
@@ -462,7 +462,7 @@ def test_run_goes_on_as_if_the_site_had_failed(heard: Listening, data: st.DataOb
         assert np.isnan(found.model_of(BAD)).all()
 
 
-def check_census(found: Outcome, name: str, answer: RecordDict, lines: list[str]) -> None:
+def check_discovery(found: Outcome, name: str, answer: RecordDict, lines: list[str]) -> None:
     """The site is left out, or what it says is possible.
 
     Or it gives itself the number of another site, and neither of the two is believed.

@@ -138,18 +138,18 @@ def test_site_files_are_accepted(tmp_path: Path) -> None:
 
 
 def test_rules_of_a_site_are_all_described() -> None:
-    said = (ROOT / "docs/how-to/site.md").read_text()
+    text = (ROOT / "docs/how-to/site.md").read_text()
     for field in SiteFile.model_fields["policy"].annotation.model_fields.values():  # type: ignore[union-attr]
-        assert f"`{field.alias}`" in said
+        assert f"`{field.alias}`" in text
 
 
 def test_messages_are_described_field_by_field() -> None:
-    said = (ROOT / "docs/reference/messages.md").read_text()
+    text = (ROOT / "docs/reference/messages.md").read_text()
     for name, part in inspect.getmembers(protocol, inspect.isclass):
         if issubclass(part, protocol.Part) and part is not protocol.Part:
-            assert f"`{name}`" in said
+            assert f"`{name}`" in text
             for field in part.model_fields.values():
-                assert f"`{field.alias}`" in said, f"{name}: {field.alias}"
+                assert f"`{field.alias}`" in text, f"{name}: {field.alias}"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_messages_are_described_field_by_field() -> None:
 def test_files_columns_and_metrics_of_a_run_are_described(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    said = (ROOT / "docs/reference/results.md").read_text()
+    text = (ROOT / "docs/reference/results.md").read_text()
     run = simulate(**SMALL, **keys)
     run.save(tmp_path / "run")
     files = {re.sub(r"-\d+", "-K", file.name) for file in (tmp_path / "run").iterdir()}
@@ -177,7 +177,7 @@ def test_files_columns_and_metrics_of_a_run_are_described(
         for name in metrics
     }
     for name in {*files, *metrics, *COLUMNS, *REFUSED}:
-        assert f"`{name}`" in said, name
+        assert f"`{name}`" in text, name
 
 
 @pytest.fixture(scope="module")

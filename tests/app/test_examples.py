@@ -92,10 +92,10 @@ def test_my_topology_links_cities() -> None:
     }
     run = simulate(**(keys | {"num_sites": 6}))
     links = run.metrics.query("split == 'links'")
-    heard = [
+    senders = [
         set(links[links["metric"] == f"bytes-to-{site}"]["site"].astype(int)) for site in range(6)
     ]
-    assert heard == [{1, 2}, {0, 2}, {0, 1, 3}, {2, 4, 5}, {3, 5}, {3, 4}]
+    assert senders == [{1, 2}, {0, 2}, {0, 1, 3}, {2, 4, 5}, {3, 5}, {3, 4}]
     with pytest.raises(
         TopologyError, match="num-sites = 5: 2 cities of equal size need a multiple of it"
     ):

@@ -16,9 +16,9 @@ from flwr.app import Array, Message
 
 from benchmarks.attacks import METHODS, accuracy, defences
 from configuration.config import configuration
-from server_app.census import Site
+from server_app.discovery import Site
 from server_app.events import Ended, Refused
-from server_app.results import ALL_REFUSALS, REFUSALS, Refusals
+from server_app.results import MOST_REFUSED, MOST_REFUSED_IN_ALL, RefusedRows
 from strategies.records import X, arrays_of, pack, unpack
 from tests.app.ring import after, refused
 from tests.app.stubs import SITES, SMALL, config_of_run, only, outcome, written
@@ -45,7 +45,7 @@ def replies_of(
     found = outcome(configuration(**SMALL | {"strategy": strategy} | keys), spoil)
     assert found.error is None, found.error
     return [sent[site] for site in range(SITES)], {
-        name: value.numpy() for name, value in found.kept[0].items()
+        name: value.numpy() for name, value in found.new_models[0].items()
     }
 
 
@@ -99,7 +99,7 @@ def test_site_that_claims_most_examples_does_not_decide_alone(strategy: str) -> 
         wanted = share * sent[0] + (1 - share) * np.mean(
             [sent[site] for site in range(1, SITES)], axis=0
         )
-        np.testing.assert_allclose(found.kept[0][X].numpy(), wanted, atol=1e-5)
+        np.testing.assert_allclose(found.new_models[0][X].numpy(), wanted, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -138,10 +138,10 @@ def test_peer_refuses_what_is_too_far_and_says_by_which_key(strategy: str) -> No
         for name, array in sites.delivery(0, 1, 1).items()
     }
     reply = sites.step(0, 2, {1: far, 3: sites.delivery(0, 1, 3)})
-    [said] = refused(reply)
-    assert said.startswith("site 1: it is ")
-    assert "at most 5 times the norm of the own" in said
-    assert said.endswith("(max-change)")
+    [refused_text] = refused(reply)
+    assert refused_text.startswith("site 1: it is ")
+    assert "at most 5 times the norm of the own" in refused_text
+    assert refused_text.endswith("(max-change)")
     unbound = after(2, strategy=strategy, **{"max-change": 0.0})
     assert refused(unbound.step(0, 2, {1: far, 3: unbound.delivery(0, 1, 3)})) == []
 
@@ -151,7 +151,7 @@ def test_what_peers_refuse_of_each_other_is_an_event_of_the_sender() -> None:
         if (
             site == 3
             and message.metadata.message_type == "train.peer"
-            and content["config"]["anew"] is False
+            and content["config"]["lost"] is False
         ):
             content["config"]["refused"] = [
                 "site 2: it is far (max-change)",
@@ -209,19 +209,19 @@ def test_list_of_what_is_refused_does_not_fill_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink, sites = (
-        Refusals(tmp_path),
+        RefusedRows(tmp_path),
         [Site(k, k, f"=site {k}", 1, 1, (), b"", b"") for k in range(3)],
     )
-    for number in range(REFUSALS + 50):
+    for number in range(MOST_REFUSED + 50):
         sink(Refused(f"round {number}", sites[1], "training", "=cmd|x", "max-change"))
     sink(Refused("round 9", sites[2], "training", "b", by="site 1"))
     table = pd.read_csv(tmp_path / "refused.csv", keep_default_na=False)
-    assert len(table) == REFUSALS + 1
-    assert table["reason"][REFUSALS - 1] == "'=cmd|x; more of these are not listed"
+    assert len(table) == MOST_REFUSED + 1
+    assert table["reason"][MOST_REFUSED - 1] == "'=cmd|x; more of these are not listed"
     assert table["name"][0] == "'=site 1"
-    monkeypatch.setattr("server_app.results.ALL_REFUSALS", REFUSALS + 2)
+    monkeypatch.setattr("server_app.results.MOST_REFUSED_IN_ALL", MOST_REFUSED + 2)
     for _ in range(5):
         sink(Refused("round 9", sites[0], "training", "c"))
     sink(Ended(None))
-    assert len(pd.read_csv(tmp_path / "refused.csv")) == REFUSALS + 2
-    assert ALL_REFUSALS > REFUSALS
+    assert len(pd.read_csv(tmp_path / "refused.csv")) == MOST_REFUSED + 2
+    assert MOST_REFUSED_IN_ALL > MOST_REFUSED

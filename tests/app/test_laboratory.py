@@ -15,7 +15,7 @@ from PIL import Image
 
 from configuration.config import configuration, flatten
 from configuration.errors import ConfigError
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import Comparison, Run, compare, simulate
 from simulation.world import Lognormal, World
 from tests.conftest import ROOT, RunApp
@@ -140,8 +140,8 @@ def test_wrong_configuration_is_named_before_anything_runs(
 
 def test_files_of_conf_are_the_base_of_a_run() -> None:
     config = configuration("conf/krum.toml", num_sites=9)
-    told = flatten(tomllib.loads((ROOT / "conf/krum.toml").read_text()))
-    assert {key: config.flat()[key] for key in told} == told
+    written = flatten(tomllib.loads((ROOT / "conf/krum.toml").read_text()))
+    assert {key: config.flat()[key] for key in written} == written
     assert config.num_sites == 9
 
 
@@ -171,7 +171,7 @@ def test_interrupted_before_the_first_round_is_an_empty_run(
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("server_app.app.take_census", interrupted)
+    monkeypatch.setattr("server_app.app.discover", interrupted)
     with pytest.warns(UserWarning, match="interrupted"):
         run = simulate(**SMALL)
     assert run.metrics.empty

@@ -30,7 +30,7 @@ from datasets.errors import SourceError
 from datasets.lazy import Items, Lazy
 from datasets.site import Moments, Part, SiteData
 from datasets.tables import parquet
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import simulate
 from tests.data import write_audio
 from tests.own_data import CLASSES, Numbers, Stuck, read_ahead
@@ -154,7 +154,7 @@ def test_grey_pictures_stay_grey_when_streamed(tmp_path: Path) -> None:
 
 
 def whole(data: SiteData) -> Part:
-    """Of all sites."""
+    """The data of all sites."""
     rows = torch.arange(len(data.train.x.reader))
     return Part(replace(data.train.x, rows=rows), rows % 2)
 
@@ -259,7 +259,9 @@ def readers_there() -> set[int | None]:
 
 def test_stream_that_somebody_holds_keeps_no_process_after_the_end() -> None:
     """As a peer does that reads one batch after the other, when its run is over."""
-    x = replace(lazy.whole(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=1)
+    x = replace(
+        lazy.all_examples(Items(Numbers(60, labelled=False), labelled=False), (3,)), workers=1
+    )
     batches = lazy.stream(x, torch.arange(60), torch.arange(60).split(4))
     next(batches)
     lazy.close()
@@ -274,7 +276,9 @@ def test_deadline_while_a_batch_is_awaited_ends_the_readers_and_others_read_next
 
     before = signal.signal(signal.SIGALRM, late)
     try:
-        x = replace(lazy.whole(Items(Stuck(12, labelled=False), labelled=False), (3,)), workers=1)
+        x = replace(
+            lazy.all_examples(Items(Stuck(12, labelled=False), labelled=False), (3,)), workers=1
+        )
         y = torch.arange(12)
         batches = lazy.stream(x, y, y.split(4))
         assert [next(batches)[1].tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -317,7 +321,7 @@ def test_own_data_set_is_the_same_with_its_labels_and_for_any_number_of_workers(
     assert run.summary["accuracy"] > 0.8
 
 
-def test_own_data_set_without_labels_in_memory_cannot_be_dealt_by_class() -> None:
+def test_own_data_set_without_labels_in_memory_cannot_be_partitioned_by_class() -> None:
     with pytest.raises(
         Exception,
         match=r"partition.kind = 'dirichlet': the examples have no classes; allowed: "
@@ -405,7 +409,7 @@ def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "expected"),
     [
         (
             "flow",
@@ -431,9 +435,9 @@ def test_iterable_data_set_is_read_in_its_order_once_an_epoch() -> None:
     ],
 )
 def test_what_an_iterable_data_set_cannot_do_is_said(
-    name: str, changes: dict[str, Any], said: str
+    name: str, changes: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(Exception, match=expected):
         simulate(**mine(name, **changes))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import Run, simulate
 from simulation.world import World
 from strategies.method import RoundPlan

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configuration.errors import ConfigError
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.world import World
 from tests.app.peers import run
 

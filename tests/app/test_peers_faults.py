@@ -12,12 +12,12 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.app import app as client_app
-from client_app.memory import recall
+from client_app.memory import load_peer_state
 from client_app.oracle import order_of
 from client_app.site import network_of
 from datasets import sources
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
@@ -118,7 +118,7 @@ def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) 
     config = small(strategy="dmsgd")
     grids = [VirtualGrid(client_app, World().sites(4, 1), config.flat(), forget)]
     run_server(grids[0], config, History(config))
-    assert "site 1 is back, remembers nothing of this run and starts anew" in caplog.text
+    assert "site 1 is back, has lost its memory of this run and starts again" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["d-psgd", "dmsgd", "n-saddle"])
@@ -269,7 +269,7 @@ def test_hats_are_never_wrong_whoever_comes_and_goes(
 
         def look(self, node: int) -> None:
             nonlocal compared
-            known = recall(self.contexts[node], algorithm, torch.device("cpu"))
+            known = load_peer_state(self.contexts[node], algorithm, torch.device("cpu"))
             if known and known.memories:
                 hats[node - 1000, known.offered] = known.memories[0].clone()
             for sender, hat in known.hats.items() if known else ():

@@ -83,8 +83,8 @@ def test_payload_delivered_twice_is_refused() -> None:
 
     def look(number: int, message: Message, reply: Message) -> Message:
         if not reply.has_error():
-            told: Any = config_of(reply).get("refused", ())
-            refused.extend(told)
+            texts: Any = config_of(reply).get("refused", ())
+            refused.extend(texts)
         return reply
 
     config = small(strategy="d-psgd", **SEALED)
@@ -94,7 +94,7 @@ def test_payload_delivered_twice_is_refused() -> None:
     assert "site 1: step 0 came before" in refused
 
 
-def test_refused_difference_is_made_good_by_a_fresh_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_difference_is_made_good_by_a_reset(caplog: pytest.LogCaptureFixture) -> None:
     """One changed bit at step 5: the neighbours leave the sender out until it restarts.
 
     From then on they use its messages again.

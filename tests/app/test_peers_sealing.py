@@ -10,7 +10,7 @@ from flwr.app import Message
 from client_app.app import app as client_app
 from configuration.config import Config
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World

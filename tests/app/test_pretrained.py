@@ -13,7 +13,7 @@ from configuration.errors import ConfigError
 from models.flat import FlatModel
 from models.networks import build
 from models.pretrained import digest, freeze, start_from
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import simulate
 from tests.app.stubs import NETWORK, Answer, network, outcome
 
@@ -63,11 +63,11 @@ def test_it_starts_where_the_file_ends(checkpoint: str) -> None:
 
 
 def test_what_does_not_fit_is_said(checkpoint: str, tmp_path: Path) -> None:
-    said = start_from(build("cnn", (1, 8, 8), 10, 1), checkpoint)
+    text = start_from(build("cnn", (1, 8, 8), 10, 1), checkpoint)
     assert (
-        "10 of 12 tensors taken; 2 left as initialised, not in the file: 11.weight, 11.bias" in said
+        "10 of 12 tensors taken; 2 left as initialised, not in the file: 11.weight, 11.bias" in text
     )
-    assert "1 in the file, but not in the network: more" in said
+    assert "1 in the file, but not in the network: more" in text
     other = start_from(build("cnn", (3, 8, 8), 10, 1), checkpoint)
     assert "1 of another shape, left as initialised: 0.weight" in other
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")

@@ -19,7 +19,7 @@ from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 from server_app import results
 from server_app.app import run
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.events import EVERYBODY, Ended, Event
 from server_app.overview import read_metrics
 from server_app.results import Folder, History, class_counts

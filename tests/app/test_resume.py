@@ -118,7 +118,7 @@ def models(history: Folder) -> dict[str, Tensor]:
     }
 
 
-def told(history: Folder) -> pd.DataFrame:
+def reported(history: Folder) -> pd.DataFrame:
     """What was measured, without times and bytes."""
     frame = pd.read_csv(history.path / "metrics.csv")
     return frame.drop(columns=["seconds", "bytes_up", "bytes_down"])
@@ -135,7 +135,7 @@ def test_whatever_is_killed_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
     # There is none before it, but for one that was killed before its first checkpoint.
     assert folders[-1] == resumed.path
     assert not any((folder / checkpoint.FOLDER).exists() for folder in folders)
-    expected, found = told(undisturbed), told(resumed)
+    expected, found = reported(undisturbed), reported(resumed)
     if isinstance(config.plan, ArrivalPlan):
         tests = found[
             (found["split"] == "test") & (found["site"] == "all") & (found["metric"] == "accuracy")
@@ -159,7 +159,7 @@ def test_what_was_measured_and_kept_is_whole_whenever_the_server_dies(tmp_path: 
         folder = tmp_path / str(at)
         serve(small(folder, strategy="scaffold", epochs=2), folder, dies_at=at)
         resumed, _ = serve(small(folder, strategy="scaffold", epochs=2), folder)
-        pd.testing.assert_frame_equal(told(resumed), told(undisturbed))
+        pd.testing.assert_frame_equal(reported(resumed), reported(undisturbed))
         assert all(
             torch.equal(models(resumed)[key], value) for key, value in models(undisturbed).items()
         )
@@ -189,7 +189,7 @@ def test_other_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     found = checkpoint.find(small(tmp_path, strategy="fedavg", **free))
     assert found is not None
     assert found[0] == history.path
-    # Of another configuration, auto begins anew.
+    # Of another configuration, auto starts a new run.
     assert (
         checkpoint.find(small(tmp_path, strategy="fedavg", **{"seed": 3, "results.resume": "auto"}))
         is None

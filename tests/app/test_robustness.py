@@ -18,7 +18,7 @@ from configuration.config import Config
 from configuration.errors import ConfigError
 from models.tasks import Task
 from server_app.app import app as server_app
-from server_app.census import Federation, RunError, Site, take_census
+from server_app.discovery import Federation, RunError, Site, discover
 from server_app.events import Event, Refused
 from server_app.exchange import clock_of
 from server_app.report import Report
@@ -218,7 +218,7 @@ def test_too_few_sites_stop_the_run_and_leave_what_was_reached(
     count = iter(range(100))
 
     def second_round_lost(number: int, message: Message, reply: Message) -> Message | None:
-        # A round of three sites has three messages, after three for the census.
+        # A round of three sites has three messages, after three for the discovery.
         return (
             None
             if next(count) >= 6 and number > 0 and message.metadata.message_type == "train"
@@ -315,7 +315,7 @@ def test_fewer_sites_than_configured_names_the_flag(tmp_path: Path) -> None:
         run_in_process(server_app, client_app, 2, config)
 
 
-def census(change: Callable[[int, dict[str, Any]], None]) -> Tamper:
+def discovery(change: Callable[[int, dict[str, Any]], None]) -> Tamper:
     """Sites that describe themselves in another way."""
 
     def tamper(number: int, message: Message, reply: Message) -> Message:
@@ -375,14 +375,14 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
 
     def card(site: int, names: list[str], mean: float = 0.0) -> SiteCard:
         moments = [1.0] * (1 + len(names))
-        told = {
+        fields = {
             "classes": names,
             "columns": ["c"],
             "shape": [1],
             "known": moments,
             "mean": [mean] * len(moments),
         }
-        told |= {
+        fields |= {
             "site": site,
             "sites": 0,
             "name": f"site {site}",
@@ -391,7 +391,7 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
             "notes": [],
             "code": code_version(),
         }
-        return SiteCard.model_validate(told | {"variance": moments})
+        return SiteCard.model_validate(fields | {"variance": moments})
 
     cards = [
         card(0, ["a", "b"]),
@@ -399,7 +399,7 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
         card(2, ["a, b"]),
         card(3, ["a", "b"], 1e25),
     ]
-    found = take_census(Sites(config, lambda site, *_: write_card(cards[site])), config)
+    found = discover(Sites(config, lambda site, *_: write_card(cards[site])), config)
     assert [site.number for site in found.sites] == [0, 1]
     assert found.classes == ("a", "b")
     assert re.search("site 3 .*are no moments of values within", caplog.text)
@@ -431,7 +431,7 @@ def test_metrics_that_fail_with_what_a_site_reports_cost_the_site_its_test() -> 
         node: {"loss": 1.0, "means": [mean], "num-examples": 9.0}
         for node, mean in ((1, 0.0), (2, 0.5))
     }
-    assert report.test(1, found, report.moment())["inverse"] == 2
+    assert report.test(1, found, report.snapshot())["inverse"] == 2
     [refused] = [event for event in events if isinstance(event, Refused)]
     assert (
         refused.reason
@@ -448,7 +448,7 @@ def misfit(key: str, value: Any) -> Tamper:
             if key == "columns":  # as a table tells it
                 record.update({"shape": [1], "known": [1.0], "mean": [0.0], "variance": [1.0]})
 
-    return census(change)
+    return discovery(change)
 
 
 @pytest.mark.parametrize(("key", "value", "message"), MISFITS)
@@ -479,7 +479,7 @@ def test_classes_of_all_sites_are_put_together(run_app: RunApp) -> None:
             record["classes"] = [*record["classes"], "eleven"]
             record["counts"] = [*record["counts"], 0]
 
-    run = run_app(census(change), epochs=1)
+    run = run_app(discovery(change), epochs=1)
     assert run.model["3.weight"].shape[0] == 11
 
 

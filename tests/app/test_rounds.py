@@ -16,7 +16,7 @@ from flwr.app import Message, RecordDict
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 from server_app.app import run
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import Folder
 from strategies.averaging import fedavg
 from strategies.method import Mean, Method, RoundPlan, Run
@@ -248,7 +248,7 @@ def test_run_whose_model_nobody_can_test_is_an_error(strategy: str) -> None:
     found = outcome(rounds(2, strategy=strategy), unusable("evaluate"))
     assert isinstance(found.error, RunError)
     assert "no site could test the model: it is of no use" in str(found.error)
-    assert found.kept  # what there is was kept
+    assert found.new_models  # the model of the first rounds stays
 
 
 def test_one_test_that_can_be_used_is_enough() -> None:
@@ -272,7 +272,7 @@ def test_steps_that_could_leave_the_bounds_are_not_taken() -> None:
         "with it the model may hold more than 4.19e+06; a smaller lr or server-lr may help"
         in found.refused[0].reason
     )
-    assert found.kept == []
+    assert found.new_models == []
 
 
 def _fails(state: fedavg.Average, mean: Mean) -> fedavg.Average:

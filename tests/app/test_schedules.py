@@ -38,7 +38,7 @@ def ages(found: Outcome) -> Counter[int]:
 
 
 def seconds(*of_sites: float) -> Callable[[int, Message], float]:
-    """Of training; a test takes a millisecond."""
+    """Seconds of training; a test takes a millisecond."""
     return lambda site, message: (
         of_sites[site] if message.metadata.message_type == "train" else 1e-3
     )
@@ -166,9 +166,9 @@ def test_local_averages_what_a_waiting_site_made_each_part_of_its_own_model() ->
     }
     config = gsgm(3, 2, keys, results={"evaluate_every": 1})
     found = outcome(config, Numbered(), seconds=seconds(1.0, 2.6, 6.5))
-    first = found.kept[0][X] + delta(0, 0)
+    first = found.new_models[0][X] + delta(0, 0)
     expected = reference(first, contributions, 0.5)
-    for kept, wanted in zip(found.kept, expected[1:], strict=False):
+    for kept, wanted in zip(found.new_models, expected[1:], strict=False):
         torch.testing.assert_close(kept[X], wanted)
     # Ages 0; 1; 2; 2, 2, 1, 1, 1 of the parts, whose mean is rounded; 2.
     assert ages(found) - Counter(ages(found).keys() - {0, 1, 2}) >= Counter({0: 1, 1: 2, 2: 2})
@@ -196,6 +196,6 @@ def test_statistics_are_a_running_mean_over_the_sites() -> None:
     stats = [torch.tensor([0.0, 0.0, 1.0, 1.0])]
     for value in arrived:
         stats.append(stats[-1] + (value - stats[-1]) / 3)
-    assert len(found.kept) == 6
-    for kept, arrivals in zip(found.kept, (1, 2, 4, 4, 5, 7), strict=True):
+    assert len(found.new_models) == 6
+    for kept, arrivals in zip(found.new_models, (1, 2, 4, 4, 5, 7), strict=True):
         torch.testing.assert_close(kept[STATS], stats[arrivals])

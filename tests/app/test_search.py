@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from configuration.config import Config
 from configuration.errors import ConfigError
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.overview import COLUMNS
 from simulation import search as module
 from simulation.laboratory import Run, simulate

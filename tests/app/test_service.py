@@ -1,4 +1,4 @@
-"""The site service: a letter's way through the socket, and the operator's rules.
+"""The site service: a request's way through the socket, and the operator's rules.
 
 And what the server is told when the service is not there.
 """
@@ -28,7 +28,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from client_app import letter
+from client_app import framing
 from client_app.app import app as client_app
 from client_app.oracle import Oracle
 from client_app.privacy import Account, Noise
@@ -37,7 +37,16 @@ from client_app.site import SiteId, network_of, raw_data
 from configuration.config import Config
 from configuration.flower import TaskIdentity
 from strategies.records import metrics_of, pack
-from tests.app.services import RUN_IDS, Service, answer_to, config_of, deployed, flat, order, said
+from tests.app.services import (
+    RUN_IDS,
+    Service,
+    answer_to,
+    config_of,
+    deployed,
+    fault,
+    flat,
+    order,
+)
 from tests.conftest import ROOT
 from tests.e2e.processes import free_port
 
@@ -149,24 +158,28 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
-def test_refusal_names_the_rule(run_config: dict[str, Any], rule: str, strict: Service) -> None:
+def test_refused_request_names_the_rule(
+    run_config: dict[str, Any], rule: str, strict: Service
+) -> None:
     reply = answer_to(strict, run_config)
     assert reply.has_error()
-    assert "refused by this site's policy: " in said(reply)
-    assert rule in said(reply)
+    assert "refused by this site's policy: " in fault(reply)
+    assert rule in fault(reply)
     assert rule in strict.lines()[-1]["rule"]
 
 
 def test_orders_are_held_to_the_rules(strict: Service) -> None:
     for strategy in ("fedavg", "local"):  # a site that learns alone sends its model, too
         reply = answer_to(strict, flat(strategy), "train", order({}, 4810, **{"local-steps": 1}))
-        assert "an answer after 1 batches: this site's policy has smallest-steps = 2" in said(reply)
+        assert "an answer after 1 batches: this site's policy has smallest-steps = 2" in fault(
+            reply
+        )
     assert not answer_to(strict, flat(), "train", order({}, 4810, **{"local-steps": 2})).has_error()
     # Refused before there is memory for it.
     huge = flat() | {"model.name": "gpt", "model.width": 2**16, "model.layers": 100}
     reply = answer_to(strict, huge, "train", order({}, 4810, **{"local-steps": 2}))
-    assert "a model of 5154" in said(reply)
-    assert "this site's policy has largest-model = 6000" in said(reply)
+    assert "a model of 5154" in fault(reply)
+    assert "this site's policy has largest-model = 6000" in fault(reply)
 
 
 def test_data_are_the_sites_whatever_a_run_says(strict: Service, tmp_path: Path) -> None:
@@ -200,11 +213,11 @@ def test_rules_are_held_to_the_files_as_they_are_now(tmp_path: Path) -> None:
     rules = {"smallest-examples": 100, "runs-a-day": 10**6}
     service = Service(tmp_path, data=data, policy=rules)
     config = flat("dmsgd", training={"batch_size": 256})
-    assert said(answer_to(service, config)) == ""
+    assert fault(answer_to(service, config)) == ""
     write(100)
-    while not (refusal := said(answer_to(service, config))):  # a look at files holds for a moment
+    while not (reason := fault(answer_to(service, config))):  # a look at files holds for a moment
         time.sleep(0.05)
-    assert "an answer after 80 examples: this site's policy has smallest-examples" in refusal
+    assert "an answer after 80 examples: this site's policy has smallest-examples" in reason
     service.end()
 
 
@@ -214,7 +227,7 @@ def test_memory_of_a_run_is_open_to_its_configuration_only(strict: Service) -> N
         context = Context(run, 5, {"service": strict.socket}, RecordDict(), changes)
         reply = client_app(Message(RecordDict(), dst_node_id=5, message_type="query.site"), context)
         assert reply.has_error() == refused
-    assert "has another configuration than in its first letter" in strict.lines()[-3]["rule"]
+    assert "has another configuration than in its first request" in strict.lines()[-3]["rule"]
 
 
 @pytest.mark.parametrize("service", [{"policy": {"runs-a-day": 2}}], indirect=True)
@@ -232,7 +245,7 @@ def test_what_cannot_be_written_down_does_not_leave(tmp_path: Path) -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     service = Service(tmp_path, audit="/dev/full")
     for _ in range(2):
-        assert "the site's audit log cannot be written: [Errno 28] No space left" in said(
+        assert "the site's audit log cannot be written: [Errno 28] No space left" in fault(
             answer_to(service, flat())
         )
     service.end()
@@ -262,12 +275,12 @@ def test_server_hears_what_is_wrong_with_a_service(
     long = order({}, 4810, **{"local-epochs": 100_000})
 
     reply = answer_to(service, flat(), "train", long)
-    assert "refused by this site's policy: seconds = 8: the work takes longer" in said(reply)
+    assert "refused by this site's policy: seconds = 8: the work takes longer" in fault(reply)
     assert not answer_to(service, flat()).has_error()  # it goes on
 
-    monkeypatch.setattr("client_app.letter.SILENCE_S", 2.0)
+    monkeypatch.setattr("client_app.framing.SILENCE_S", 2.0)
     service.process.send_signal(signal.SIGSTOP)
-    assert "has been silent for 2 s: it hangs" in said(answer_to(service, flat()))
+    assert "has been silent for 2 s: it hangs" in fault(answer_to(service, flat()))
     service.process.send_signal(signal.SIGCONT)
     monkeypatch.undo()
     service.end()
@@ -283,15 +296,15 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
             time.sleep(0.05)
         # Two more than may wait.
         waiting += [pool.submit(answer_to, service, flat()) for _ in range(18)]
-        busy = [said(found.result()) for found in islice(as_completed(waiting), 2)]
-        assert ["the site's service is busy: 16 letters wait" in each for each in busy] == [
+        busy = [fault(found.result()) for found in islice(as_completed(waiting), 2)]
+        assert ["the site's service is busy: 16 requests wait" in each for each in busy] == [
             True,
             True,
         ]
         service.end()
-        heard = [said(found.result()) for found in waiting]
-        assert len([each for each in heard if "died at work or was restarted" in each]) == 17
-    assert "is away: nobody listens at" in said(answer_to(service, flat()))
+        messages = [fault(found.result()) for found in waiting]
+        assert len([each for each in messages if "died at work or was restarted" in each]) == 17
+    assert "is away: nobody listens at" in fault(answer_to(service, flat()))
 
     Path(service.socket).unlink()
     service.start()
@@ -300,7 +313,7 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
 
 
 def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
-    """When a run, or its SuperNode, was stopped, the next one's letter is answered.
+    """When a run, or its SuperNode, was stopped, the next one's request is answered.
 
     The work of the stopped one would have taken days.
     """
@@ -309,8 +322,8 @@ def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
         head = {"kind": "train", "run": next(RUN_IDS), "node": 5, "run-config": flat()}
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(service.socket)
-            letter.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
-            assert letter.receive(line)[0] == letter.WORKING
+            framing.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
+            assert framing.receive(line)[0] == framing.WORKING
         assert not answer_to(service, flat()).has_error()
         [stopped] = [
             line
@@ -322,7 +335,7 @@ def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
         service.end()
 
 
-def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
+def test_requests_that_are_none_do_no_harm(strict: Service) -> None:
     """Whoever may open the socket may write anything into it."""
     for rubbish in (
         b"",
@@ -340,8 +353,8 @@ def test_letters_that_are_none_do_no_harm(strict: Service) -> None:
 # --- two users ------------------------------------------------------------------------------------
 
 
-def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
-    """What goes into the audit log, and what a file is named after, comes from letters."""
+def test_no_request_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
+    """What goes into the audit log, and what a file is named after, comes from requests."""
     service = Service(tmp_path, state=str(tmp_path / "state"))
     assert not answer_to(
         service, flat(), content=RecordDict({"config": ConfigRecord({"server-round": b"1"})})
@@ -356,8 +369,8 @@ def test_no_letter_ends_the_service_or_leaves_files(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(30)
             line.connect(service.socket)
-            letter.write(line, head, RecordDict())
-            assert letter.receive(line)[0] in (letter.HEAD, letter.WORKING)
+            framing.write(line, head, RecordDict())
+            assert framing.receive(line)[0] in (framing.HEAD, framing.WORKING)
     assert not answer_to(service, flat()).has_error()
     assert [file.name for file in (tmp_path / "state").glob("*.state")] == ["7-1.state"]
     service.end()
@@ -411,7 +424,7 @@ def test_a_state_is_one_services(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
-def test_user_who_carries_letters_can_read_nothing_else() -> None:
+def test_user_who_carries_requests_can_read_nothing_else() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -434,7 +447,7 @@ def test_user_who_carries_letters_can_read_nothing_else() -> None:
                 with contextlib.suppress(PermissionError):
                     path.stat()
                     return f"{path} was found"
-            return said(answer_to(service, config)) or "answered"
+            return fault(answer_to(service, config)) or "answered"
 
         assert as_user(65534, 65534, attack) == "answered"
         assert "this user must not open" in as_user(65533, 65533, attack)
@@ -508,10 +521,10 @@ def test_model_that_was_trained_without_noise_is_not_tested(private: Service) ->
     """Its test would tell of each training example."""
     told = order({}, 4810, **{"local-epochs": 3})
     reply = answer_to(private, flat(), "evaluate", told)
-    assert "personalise-epochs = 3: " in said(reply)
-    assert "allowed at this site: 0" in said(reply)
+    assert "personalise-epochs = 3: " in fault(reply)
+    assert "allowed at this site: 0" in fault(reply)
     told["config"].pop("lr")
-    assert not said(answer_to(private, flat(), "evaluate", told))
+    assert not fault(answer_to(private, flat(), "evaluate", told))
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -520,11 +533,11 @@ def test_that_a_loss_is_not_finite_does_not_leave(bad: float, private: Service) 
 
     It would send a model of its own making.
     """
-    told = order({}, 4810, **{"local-epochs": 1})
-    told["arrays"] = pack({"x": torch.full((4810,), bad)})
+    fields = order({}, 4810, **{"local-epochs": 1})
+    fields["arrays"] = pack({"x": torch.full((4810,), bad)})
     before = private.lines()[-1].get("epsilon", 0.0) if private.audit.exists() else 0.0
-    reply = answer_to(private, flat() | {"training.clip-norm": 0.0}, "train", told)
-    assert not said(reply)
+    reply = answer_to(private, flat() | {"training.clip-norm": 0.0}, "train", fields)
+    assert not fault(reply)
     assert "loss" not in metrics_of(reply)
     assert private.lines()[-1]["epsilon"] > before
 
@@ -544,16 +557,16 @@ def test_that_a_peers_loss_is_not_finite_stops_no_step_with_noise(tmp_path: Path
 def test_spent_epsilon_outlives_the_service_and_ends_its_part(tmp_path: Path) -> None:
     rules = {"metrics": [], "runs-a-day": 4}
     service = Service(tmp_path, policy=rules, privacy=NOISY, state=str(tmp_path / "state"))
-    told = order({}, 4810, **{"local-epochs": 1})
-    assert "BatchNorm" not in said(answer_to(service, flat(), "train", told))
+    fields = order({}, 4810, **{"local-epochs": 1})
+    assert "BatchNorm" not in fault(answer_to(service, flat(), "train", fields))
     spent = service.lines()[-1]["epsilon"]
     service.end()
     service.start()
     assert f"spent so far: epsilon {spent:.4g}" in service.log.read_text()
-    answers = [answer_to(service, flat(), "train", told) for _ in range(4)]
+    answers = [answer_to(service, flat(), "train", fields) for _ in range(4)]
     assert [answer.has_error() for answer in answers][-1]
     assert service.lines()[-1]["rule"]
-    assert "runs-a-day = 4" in said(answers[3])  # counted across the restart
+    assert "runs-a-day = 4" in fault(answers[3])  # counted across the restart
     service.end()
 
 
@@ -565,7 +578,7 @@ def test_a_spent_budget_is_a_rule(tmp_path: Path) -> None:
         state=str(tmp_path / "state"),
     )
     reply = answer_to(service, flat(), "train", order({}, 4810, **{"local-epochs": 1}))
-    assert "BudgetError: privacy.epsilon = 0.1: with this answer it would be" in said(reply)
+    assert "BudgetError: privacy.epsilon = 0.1: with this answer it would be" in fault(reply)
     assert "BudgetError" in service.lines()[-1]["rule"]
     service.end()
 
@@ -605,19 +618,19 @@ def test_losses_of_many_small_runs_do_not_give_an_example_back(service: Service)
         "training.lr": 1e-30,
         "training.lr-ratio": 1.0,
     }
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "server-round": 0,
         "classes": list("0123456789"),
         "neighbours": [],
         "weights": [],
         "cycle-from": 0.0,
     }
-    told |= {"test": False, "last": False, "rejoin": False, "fresh": False}
+    fields |= {"test": False, "last": False, "rejoin": False, "reset": False}
 
     def losses(config: dict[str, Any]) -> list[Any]:
         found: list[Any] = []
         for seed in range(1, 161):
-            content = RecordDict({"config": ConfigRecord(told)})
+            content = RecordDict({"config": ConfigRecord(fields)})
             reply = answer_to(service, config | {"seed": seed}, "train.peer", content)
             found += [] if reply.has_error() else [metrics_of(reply)["loss"]]
         return found
@@ -678,14 +691,14 @@ def test_two_processes_with_shards_are_as_one(strategy: str, shards: Service) ->
     assert not [line for line in shards.lines() if "problem" in line or "rule" in line]
 
 
-def test_what_shards_cannot_do_is_said_and_no_process_begins_anew(shards: Service) -> None:
+def test_what_shards_cannot_do_is_said_and_no_process_is_restarted(shards: Service) -> None:
     before = shards.log.read_text().count("device")
-    assert "strategy = 'dmsgd': a peer keeps whole models; this site has sharding = true" in said(
+    assert "strategy = 'dmsgd': a peer keeps whole models; this site has sharding = true" in fault(
         answer_to(shards, flat("dmsgd"))
     )
-    assert "computing.compile = true" in said(answer_to(shards, flat(computing={"compile": True})))
+    assert "computing.compile = true" in fault(answer_to(shards, flat(computing={"compile": True})))
     for kind in ("train", "evaluate"):
-        assert "expected x (4810,), got (3,)" in said(
+        assert "expected x (4810,), got (3,)" in fault(
             answer_to(shards, flat(), kind, order({}, 3, **{"local-epochs": 1}))
         )
     assert shards.log.read_text().count("device") == before
@@ -701,7 +714,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(("rank", "sharding"), [(0, False), (1, True)])
-def test_process_that_is_killed_is_heard_of_and_all_begin_anew(
+def test_process_that_is_killed_is_reported_and_all_are_restarted(
     rank: int, sharding: bool, tmp_path: Path
 ) -> None:
     service = Service(tmp_path, processes=2, sharding=sharding)
@@ -718,7 +731,7 @@ def test_process_that_is_killed_is_heard_of_and_all_begin_anew(
         ]
         [victim] = [each for each in workers if each.environ()["RANK"] == str(rank)]
         victim.kill()
-        assert "died at work or was restarted" in said(waiting.result())
+        assert "died at work or was restarted" in fault(waiting.result())
     while answer_to(service, flat()).has_error():
         time.sleep(0.2)
     service.end()
@@ -731,8 +744,8 @@ def test_page_of_the_site_says_what_was_asked_and_what_left(tmp_path: Path) -> N
     address = f"127.0.0.1:{free_port()}"
     service = Service(tmp_path, page=address, policy={"strategies": ["fedavg"]})
     try:
-        assert not said(answer_to(service, flat(), "query.site"))
-        assert "strategies" in said(answer_to(service, flat("gsgm")))
+        assert not fault(answer_to(service, flat(), "query.site"))
+        assert "strategies" in fault(answer_to(service, flat("gsgm")))
         with urlopen(f"http://{address}/data", timeout=30) as answer:
             found = json.load(answer)["site"]
         assert [(each["way"], each["kind"], each["strategy"]) for each in found["newest"]] == [

@@ -11,7 +11,7 @@ import torch
 
 from configuration.config import configuration
 from configuration.errors import ConfigError
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import compare, simulate
 from simulation.trained import load
 from tests.conftest import RunApp
@@ -150,14 +150,14 @@ def test_run_shows_the_tasks_own_metric(
         "training.task": "regression",
     }
     run_app(**keys, draw=True)
-    said = capsys.readouterr().out
-    assert "examples of csv (10,), 1 to predict" in said
-    assert "| test rmse " in said
-    assert "rmse" in said.rpartition("site")[0]
+    output = capsys.readouterr().out
+    assert "examples of csv (10,), 1 to predict" in output
+    assert "| test rmse " in output
+    assert "rmse" in output.rpartition("site")[0]
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "text"),
     [
         ({"training.task": "regresion"}, "did you mean 'regression'"),
         (
@@ -193,10 +193,10 @@ def test_run_shows_the_tasks_own_metric(
         ),
     ],
 )
-def test_what_does_not_fit_is_said_before_a_site_is_asked(keys: dict[str, Any], said: str) -> None:
+def test_what_does_not_fit_is_said_before_a_site_is_asked(keys: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as error:
         configuration(**keys)
-    assert said in str(error.value)
+    assert text in str(error.value)
 
 
 def test_data_of_another_task_are_refused_by_the_sites(file: Path) -> None:

@@ -14,7 +14,7 @@ from client_app.app import app as client_app
 from configuration.config import configuration
 from configuration.flower import TaskIdentity
 from server_app.app import run as run_server
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.results import History
 from simulation.grid import VirtualGrid
 from simulation.world import World
@@ -26,7 +26,7 @@ from tests.data import write_keys
 
 
 def answer(node: dict[str, Any], **changes: Any) -> Message:
-    """What a site with such a ``--node-config`` says in the census."""
+    """What a site with such a ``--node-config`` answers in the discovery."""
     # Flower's messages need one.
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (1, 1, 1)
     settings = dict(configuration(strategy="dmsgd", num_sites=4, **changes).flat())
@@ -183,7 +183,7 @@ def test_a_site_that_lost_its_memory_goes_on(
     for context, node in zip(grid.contexts.values(), write_keys(tmp_path / "keys"), strict=True):
         context.node_config = node
     run_server(grid, config, history)
-    said = [
+    lines = [
         record.getMessage()
         for record in caplog.records
         if "refuses what came from" in record.getMessage()
@@ -192,5 +192,5 @@ def test_a_site_that_lost_its_memory_goes_on(
     expected = [
         f"step {step}: site 1 refuses what came from site {j}" for step in (7, 8) for j in (0, 2)
     ]
-    assert [line.partition(": step")[0] for line in said] == expected
+    assert [line.partition(": step")[0] for line in lines] == expected
     assert set(history.metrics.query("metric == 'accuracy'")["site"]) == {"0", "1", "2", "3", "all"}

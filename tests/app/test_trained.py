@@ -93,8 +93,8 @@ def test_sounds_and_texts(tmp_path: Path) -> None:
     texts = simulate(
         **SHORT, data={"source": "text-csv", "path": str(tmp_path / "text.csv"), "text_buckets": 64}
     )
-    heard = load(sounds.save(tmp_path / "sounds")).predict(tmp_path / "audio")
-    assert len(heard) == len(list((tmp_path / "audio").rglob("*.wav")))
+    predicted = load(sounds.save(tmp_path / "sounds")).predict(tmp_path / "audio")
+    assert len(predicted) == len(list((tmp_path / "audio").rglob("*.wav")))
     read = load(texts.save(tmp_path / "texts")).predict(tmp_path / "text.csv")
     assert len(read) == len(pd.read_csv(tmp_path / "text.csv"))
 

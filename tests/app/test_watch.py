@@ -39,7 +39,7 @@ HOSTILE = "<script>alert(1)</script>"
 def no_pictures() -> Iterator[None]:
     """They take most of the time of a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "draw", lambda pictures: None)
+        patch.setattr(Pictures, "draw_curves", lambda pictures: None)
         patch.setattr(plots, "save", lambda *arguments: None)
         yield
 
@@ -314,7 +314,7 @@ def test_prometheus_metrics(ask: Ask, root: Path) -> None:
     assert found["archipelago_headline", "all", None] == newest["now"]["test"]["accuracy"]
 
 
-def test_prometheus_counts_refusals_of_each_site_by_rule(root: Path, tmp_path: Path) -> None:
+def test_prometheus_counts_what_is_refused_of_each_site_by_rule(root: Path, tmp_path: Path) -> None:
     folder = next(folder for name, folder in runs(root).items() if "fedavg" in name)
     shutil.copytree(folder, tmp_path / "one")
     registry = CollectorRegistry(auto_describe=False)
@@ -330,7 +330,7 @@ def test_prometheus_counts_refusals_of_each_site_by_rule(root: Path, tmp_path: P
     assert counts == {str(site["site"]): sum(site["refused"].values())}
 
 
-def test_journal_that_cannot_be_written_does_not_stop_the_run(
+def test_event_log_that_cannot_be_written_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, write, lost = 0, os.write, 0

@@ -47,10 +47,18 @@ class Deployment:
         app: the Flower app that is run.
         durable: as the units of ``deploy/server`` start it: with a database, and a SuperExec of its
             own.
+        server: what is in the environment of the server's processes besides.
     """
 
-    def __init__(self, home: Path, app: Path = ROOT, *, durable: bool = False) -> None:
-        self._home, self._app = home, app
+    def __init__(
+        self,
+        home: Path,
+        app: Path = ROOT,
+        *,
+        durable: bool = False,
+        server: Mapping[str, str] | None = None,
+    ) -> None:
+        self._home, self._app, self._server = home, app, dict(server or {})
         self._commands: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self.address = f"127.0.0.1:{free_port()}"
         clean = {
@@ -112,11 +120,12 @@ class Deployment:
     def _start(
         self, name: str, arguments: str, *more: str, user: int | None = None
     ) -> "subprocess.Popen[bytes]":
-        program = [f"flower-{name}"]
+        home, env, program = self._home, self._env, [f"flower-{name}"]
         if name.startswith("supernode"):  # as the unit of deploy/site does
             program = [sys.executable, "-P", str(ROOT / "deploy/supernode.py")]
+        else:
+            env = env | self._server
         command = [*program, *arguments.split(), *more]
-        home, env = self._home, self._env
         if user is not None:
             home = self._home / name
             home.mkdir(exist_ok=True)
@@ -172,17 +181,21 @@ class Deployment:
             bufsize=1,
         )
 
+    def stop(self, run: str) -> None:
+        """``flwr stop``."""
+        self._flwr("stop", run, "here").check_returncode()
+
     def running(self, name: str) -> bool:
         """Whether a process is there."""
         return self._processes[name].poll() is None
 
     @property
     def names(self) -> list[str]:
-        """Of all processes that were started here."""
+        """The names of all processes that were started here."""
         return list(self._processes)
 
     def process(self, name: str) -> psutil.Process:
-        """One of them."""
+        """The process of this name."""
         return psutil.Process(self._processes[name].pid)
 
     def kill(self, name: str) -> None:
@@ -191,7 +204,7 @@ class Deployment:
         self._processes[name].wait()
 
     def end(self) -> None:
-        """End all that still run."""
+        """End all processes that still run."""
         for name in self._processes:
             if self.running(name):
                 self.kill(name)
@@ -292,13 +305,13 @@ class Services:
         self._processes[site].kill()
         self._processes[site].wait()
 
-    def letters(self, site: int) -> list[dict[str, Any]]:
-        """What its audit log says."""
+    def requests(self, site: int) -> list[dict[str, Any]]:
+        """The lines of a site's audit log."""
         file = self.private / f"{site}.audit"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def end(self) -> None:
-        """End all."""
+        """End all services."""
         for site, process in self._processes.items():
             if site in self._several:  # torchrun ends its processes
                 process.terminate()

@@ -48,7 +48,7 @@ class Unit:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Until it ended."""
+        """Stop the unit, and wait until it has ended."""
         if self.pid.exists():
             os.kill(int(self.pid.read_text().split()[0]), signal.SIGTERM)
         while self.pid.exists():

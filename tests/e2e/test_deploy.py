@@ -84,8 +84,8 @@ class Shell:
         return self.wait()
 
     def begin(self, text: str) -> None:
-        """Do not wait for the end."""
-        self._begun = text
+        """Start commands without waiting for their end."""
+        self._command = text
         assert self._process.stdin is not None
         self._process.stdin.write(f"{{\n{text}\n}} < /dev/null\necho {END}\n")
 
@@ -99,10 +99,10 @@ class Shell:
             lines.append(line)
             if until in line:
                 return "".join(lines)
-        raise AssertionError(f"{self._begun}\n{''.join(lines)}")
+        raise AssertionError(f"{self._command}\n{''.join(lines)}")
 
     def close(self) -> None:
-        """End it."""
+        """End the shell."""
         self._process.kill()
         self._process.communicate()
 
@@ -131,8 +131,8 @@ class Machine:
         command = [*beside, *apart, *as_anybody(), "bash", "-c", script]
         self._outside = subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True)
         assert self._outside.stdout is not None
-        said = self._outside.stdout.readline()
-        assert said == "settled\n", said
+        output = self._outside.stdout.readline()
+        assert output == "settled\n", output
         (child,) = (
             Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children").read_text().split()
         )
@@ -141,7 +141,7 @@ class Machine:
         self.shell = Shell(self.process)
 
     def end(self) -> None:
-        """End it with all that runs there."""
+        """End the shell with all that runs in it."""
         self.shell.close()
         self._outside.kill()
         self._outside.communicate()
@@ -180,18 +180,18 @@ class Deployment:
             )
 
     def type(self, kind: set[str], text: str) -> str:
-        """A block, on the machines on which it is typed."""
-        said = list[str]()
+        """Type a block of the guide on the machines that it is for."""
+        output = list[str]()
         if "server" in kind:
-            said += [
+            output += [
                 self.server.shell.type(of_site(text, number))
                 for number in range(2 if "site-0" in text else 1)
             ]
         for number, site in enumerate(self.sites):
             if kind & {"site", f"site-{number}"}:
-                said.append(site.shell.type(of_site(text, number)))
+                output.append(site.shell.type(of_site(text, number)))
         self.hand_over()
-        return "".join(said)
+        return "".join(output)
 
     def hand_over(self) -> None:
         """What operators give each other, as soon as it is there."""
@@ -242,8 +242,8 @@ def deployed() -> Iterator[Deployment]:
     deployment = Deployment()
     try:
         for kind, text in blocks(1, 6):
-            said = deployment.type(kind, text)
-        assert "co-learning after" in said
+            output = deployment.type(kind, text)
+        assert "co-learning after" in output
         yield deployment
     finally:
         deployment.end()
@@ -326,7 +326,7 @@ def test_run_is_stopped(deployed: Deployment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said", "code"),
+    ("settings", "expected", "code"),
     [
         ("num-sites=0", "num-sites = 0: must be greater than or equal to 1", Exit.REFUSED),
         (
@@ -337,11 +337,11 @@ def test_run_is_stopped(deployed: Deployment) -> None:
     ],
 )
 def test_run_that_cannot_be_says_why(
-    deployed: Deployment, settings: str, said: str, code: Exit
+    deployed: Deployment, settings: str, expected: str, code: Exit
 ) -> None:
     with closing(deployed.start(settings)) as run:
         log = run.wait()
-    assert log.endswith(f"{said}\nexit code {code}\n")
+    assert log.endswith(f"{expected}\nexit code {code}\n")
     assert "Traceback" not in log
 
 
@@ -353,17 +353,17 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         for kind, text in blocks(7, 7):
             deployed.type(kind, text)
             if "unregister" in text:  # its key is never taken again
-                said = deployed.server.shell.type(
+                output = deployed.server.shell.type(
                     "! flwr supernode register /etc/archipelago/sites/site-1.pub"
                 )
-                assert "already in use" in said
+                assert "already in use" in output
         log = run.wait()
     assert "clinic B (site 1) is left out" in log
     assert log.endswith("exit code 0\n")
     for kind, text in blocks(8, 9):
-        said = deployed.type(kind, text)
+        output = deployed.type(kind, text)
         if "dmsgd" in text:
-            assert "dmsgd after" in said
+            assert "dmsgd after" in output
     # The nodes of the database that came back.
     nodes = deployed.server.shell.type("flwr supernode list --format json")
     for site in range(2):

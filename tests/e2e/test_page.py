@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of Co-learning and one of peers; a site's name is HTML."""
     found = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "draw", lambda pictures: None)
+        patch.setattr(Pictures, "draw_curves", lambda pictures: None)
         patch.setattr(plots, "save", lambda *arguments: None)
         for strategy in ("co-learning", "dmsgd"):
             small = {
@@ -85,9 +85,9 @@ def address(root: Path) -> Iterator[str]:
 
 
 @contextmanager
-def serving(told: Callable[[Mapping[str, str]], object]) -> Iterator[str]:
+def serving(data: Callable[[Mapping[str, str]], object]) -> Iterator[str]:
     """The page of some data; its address."""
-    served = server(("127.0.0.1", 0), told, lambda: b"")
+    served = server(("127.0.0.1", 0), data, lambda: b"")
     thread = Thread(target=served.serve_forever, args=[0.01])
     thread.start()
     yield served.address
@@ -182,11 +182,11 @@ def test_run_that_goes_on_is_followed(page: "Page", address: str, root: Path) ->
     events.write_text("".join(lines[:2]))
     try:
         page.clock.install()
-        with events.open("a") as journal:
-            fcntl.flock(journal, fcntl.LOCK_EX)  # as the run does
+        with events.open("a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # as the run does
             page.goto(f"{address}/#run=going")
             page.locator(".state", has_text="running").wait_for()
-            journal.writelines(lines[2:])
+            log.writelines(lines[2:])
         page.clock.run_for(6000)
         page.locator(".state", has_text="finished").wait_for()
     finally:

@@ -100,7 +100,7 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
             "epochs=4 dmsgd.local-steps=5"
         )
         with deployment.run(f'{settings} model.name="mlp"') as process:
-            wait_for(lambda: len(services.letters(2)) >= 6, 600)
+            wait_for(lambda: len(services.requests(2)) >= 6, 600)
             time.sleep(0.5)  # that answer is on its way
             services.kill(2)
             services.start(2)
@@ -113,9 +113,9 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
         for site in range(SITES):
             assert load_file(services.private / f"{site}.safetensors")
             assert not [
-                letter
-                for letter in services.letters(site)
-                if "rule" in letter or "problem" in letter
+                request
+                for request in services.requests(site)
+                if "rule" in request or "problem" in request
             ]
             loot = "".join(
                 file.read_text() for file in (folder / f"supernode-{site}").rglob("loot")
@@ -171,9 +171,9 @@ def test_language_is_learnt_where_a_site_has_several_processes(
         assert "test bits-per-byte" in log
         for site in range(SITES):
             assert not [
-                letter
-                for letter in services.letters(site)
-                if "rule" in letter or "problem" in letter
+                request
+                for request in services.requests(site)
+                if "rule" in request or "problem" in request
             ]
     finally:
         deployment.end()

@@ -44,7 +44,7 @@ ORIGIN = torch.zeros(N, 2, dtype=torch.float64)
 
 
 def gradient(x: Tensor) -> Tensor:
-    """Of every peer at its own model: [n, 2] to [n, 2]."""
+    """The gradient of every peer at its own model: [n, 2] to [n, 2]."""
     return H * (x - B)
 
 
@@ -55,11 +55,11 @@ class Quadratic(NamedTuple):
     b: Tensor
 
     def gradient(self, x: Tensor, stats: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact; every batch is the same."""
+        """The exact gradient; every batch is the same."""
         return (self.h * (x - self.b) ** 2).sum() / 2, self.h * (x - self.b), stats
 
     def test(self, x: Tensor, stats: Tensor) -> Metrics:
-        """Nothing."""
+        """No metrics."""
         return {}
 
 
@@ -117,7 +117,7 @@ def lockstep(
 
 
 def models(states: Sequence[PeerState]) -> Tensor:
-    """[n, d]."""
+    """The models of all peers, [n, d]."""
     return torch.stack([state.x for state in states])
 
 

@@ -400,7 +400,7 @@ def play(
 
     It returns the applied sites, their staleness, and the spread of the counts after each.
     """
-    luck = random.Random(seed)
+    choices = random.Random(seed)
     white_list = WhiteList(range(num_sites), slack)
     sent = dict.fromkeys(range(num_sites), 0)  # version of the model under way
     working = list(range(num_sites))
@@ -408,7 +408,7 @@ def play(
     staleness: list[int] = []
     spread: list[int] = []
     for _ in range(arrivals):
-        site = working.pop(luck.randrange(len(working)))
+        site = working.pop(choices.randrange(len(working)))
         for released in white_list.arrive(site):
             staleness.append(len(order) - sent[released])
             order.append(released)

@@ -101,8 +101,8 @@ def of_arrivals(plan: ArrivalPlan) -> Values:
         state = plan.rule.absorb(state, Update(delta, base, LR, state.version - version))
         held[site] = state.x.clone(), state.version
         traced.append(state.x.clone())
-    told = [*plan.schedule, plan.steps, plan.proximal, plan.least, plan.by_speed]
-    return {"plan": told, "values": rounded(torch.stack(traced))}
+    fields = [*plan.schedule, plan.steps, plan.proximal, plan.least, plan.by_speed]
+    return {"plan": fields, "values": rounded(torch.stack(traced))}
 
 
 def of_peers(plan: PeerPlan) -> Values:

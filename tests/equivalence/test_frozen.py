@@ -63,7 +63,7 @@ def write_data(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
-    """Of the final models and of what was sent."""
+    """Hashes of the final models and of what was sent."""
     vectors = [
         value.double().reshape(-1) for model in run.models.values() for value in model.values()
     ]
@@ -91,7 +91,7 @@ def _bytes(value: Tensor) -> bytes:
 
 
 def machine() -> str:
-    """Where a hash holds."""
+    """The machine and library versions for which hashes hold."""
     return (
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
     )

@@ -397,7 +397,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_decoded_anew_and_replaced(
+def test_a_damaged_entry_is_decoded_again_and_replaced(
     damage: str, home: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     data = table(tmp_path / "data")
@@ -413,7 +413,7 @@ def test_a_damaged_entry_is_decoded_anew_and_replaced(
 
 
 @pytest.mark.parametrize("names", ["", "no JSON", "[]", "{}", '{"classes": 1}'])
-def test_an_entry_with_other_names_is_decoded_anew(
+def test_an_entry_with_other_names_is_decoded_again(
     names: str, home: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     data = table(tmp_path / "data")
@@ -432,9 +432,9 @@ def test_a_folder_that_is_none_costs_the_cache_and_a_warning(
     data = table(tmp_path / "data")
     home.parent.mkdir(parents=True)
     home.write_text("a file: not even root may write into it")
-    with pytest.warns(RuntimeWarning, match=str(home)) as said:
+    with pytest.warns(RuntimeWarning, match=str(home)) as warned:
         found = read("csv", data)
-    assert len(said) == 1
+    assert len(warned) == 1
     home.unlink()
     assert_same(read("csv", data), found)
     assert decoded == ["csv"] * 2
@@ -458,9 +458,9 @@ def test_a_read_only_folder_gives_what_it_holds_and_takes_no_more(
                 os.seteuid(nobody)
             read("csv", data)
             assert decoded == ["csv"]
-            with pytest.warns(RuntimeWarning, match=str(home)) as said:
+            with pytest.warns(RuntimeWarning, match=str(home)) as warned:
                 read("csv", data, label="a > 1")
-            assert len(said) == 1
+            assert len(warned) == 1
         finally:
             if root:
                 os.seteuid(0)
@@ -475,11 +475,11 @@ def test_a_full_disk_costs_the_cache_and_a_warning(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
-        with pytest.warns(RuntimeWarning, match=str(home)) as said:
+        with pytest.warns(RuntimeWarning, match=str(home)) as warned:
             found = read("image-folder", data, image_size=64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert len(said) == 1
+    assert len(warned) == 1
     assert entries(home) == []
     assert_same(read("image-folder", data, image_size=64), found)
     assert decoded == ["image-folder"] * 2
@@ -550,11 +550,11 @@ def test_of_five_processes_at_once_one_decodes(home: Path, tmp_path: Path) -> No
         assert worker.stdin is not None
         worker.stdin.write("\n")
         worker.stdin.flush()
-    said = {worker.communicate()[0] for worker in workers}
+    warned = {worker.communicate()[0] for worker in workers}
     assert [worker.returncode for worker in workers] == [0] * 5
     assert log.read_text() == "decoded\n"
     found = read("csv", data)
-    assert said == {f"{found.x.tolist()} {found.y.tolist()} {found.classes} {found.groups}\n"}
+    assert warned == {f"{found.x.tolist()} {found.y.tolist()} {found.classes} {found.groups}\n"}
     assert [entry.suffix for entry in entries(home)] == [".safetensors"]
 
 

@@ -313,9 +313,9 @@ def test_row_longer_than_the_header_is_named(
     tmp_path: Path, text: str, line: int, fields: int
 ) -> None:
     """Pandas takes the first column for an index, and every value moves one column to the left."""
-    said = refused("csv", write(tmp_path / "t.csv", text).parent, "t.csv")
-    assert f"line {line}" in said
-    assert str(fields) in said
+    message = refused("csv", write(tmp_path / "t.csv", text).parent, "t.csv")
+    assert f"line {line}" in message
+    assert str(fields) in message
 
 
 @FUZZ

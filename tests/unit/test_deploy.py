@@ -37,7 +37,7 @@ def users(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, users: None) -> Path:
-    """A server's and two sites'."""
+    """The files of a server and of two sites."""
     kit.main(["--folder", str(tmp_path / "server"), "server", *NAMES])
     for site in range(2):
         kit.main(
@@ -136,7 +136,7 @@ def test_site_file_says_what_was_asked(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "text"),
     [
         (["server", "under_score.example.org"], "'under_score.example.org': a DNS name"),
         (["server", "server.example.org", "https://server"], "'https://server': a DNS name"),
@@ -145,8 +145,8 @@ def test_site_file_says_what_was_asked(folder: Path) -> None:
         (["site", "0", "A", "server:8000"], "'server:8000': a DNS name"),
     ],
 )
-def test_wrong_names_are_said(users: None, tmp_path: Path, arguments: list[str], said: str) -> None:
-    with pytest.raises(SystemExit, match=re.escape(said)):
+def test_wrong_names_are_said(users: None, tmp_path: Path, arguments: list[str], text: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(text)):
         kit.main(["--folder", str(tmp_path / "none"), *arguments])
     assert not list(tmp_path.rglob("*.key"))
 
@@ -198,7 +198,7 @@ def test_containers_reach_no_more_than_units(folder: Path) -> None:
     )
     assert server["superlink"]["build"]["args"] == {
         **users,
-        "LETTERS": str(os.getegid()),
+        "CLIENTS": str(os.getegid()),
         "TORCH": "${TORCH:-}",
     }
     assert (
@@ -344,15 +344,15 @@ def failed(kind: str, message: str) -> dict[str, Any]:
             False,
         ),
         (
-            failed("server_app.census.RunError", "2 sites (of 3)"),
+            failed("server_app.discovery.RunError", "2 sites (of 3)"),
             Exit.ENDED,
             "2 sites (of 3)",
             False,
         ),
         (
-            failed("ValueError", "server_app.census.RunError"),
+            failed("ValueError", "server_app.discovery.RunError"),
             Exit.ERROR,
-            "server_app.census.RunError",
+            "server_app.discovery.RunError",
             True,
         ),
         (
@@ -432,7 +432,7 @@ def test_it_is_not_started_again_for_ever(flower: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "text"),
     [
         (
             ["--run-config", "training.lr=-1.0"],
@@ -444,10 +444,14 @@ def test_it_is_not_started_again_for_ever(flower: Any) -> None:
     ],
 )
 def test_wrong_configuration_is_refused_before_anything_starts(
-    flower: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
+    flower: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    text: str,
 ) -> None:
     assert start.main(["--", *arguments]) == Exit.REFUSED
-    assert said in capfd.readouterr().err
+    assert text in capfd.readouterr().err
     assert not (tmp_path / "calls").exists()
 
 

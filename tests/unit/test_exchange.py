@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from configuration.flower import TaskIdentity
 from server_app import exchange as module
-from server_app.exchange import AT_ONCE, GONE, TOO_LATE, exchange
+from server_app.exchange import GONE, MOST_PULLS, TOO_LATE, exchange
 
 NOBODY = 99
 
@@ -98,7 +98,7 @@ def test_few_replies_are_in_memory_at_once() -> None:
         # The first round of questions is over.
         patch.setattr(time, "sleep", lambda _: grid.sent.set())
         first = next(arrivals)
-    assert grid.under_way == AT_ONCE
+    assert grid.under_way == MOST_PULLS
     assert sorted([first[0], *(node for node, _ in arrivals)]) == list(range(1, 32))
 
 

@@ -15,7 +15,7 @@ from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from datasets.partitions import PARTITIONS
 from models.networks import NETWORKS
-from server_app.census import RunError
+from server_app.discovery import RunError
 from simulation.laboratory import simulate
 from strategies.codecs import CODECS
 from strategies.methods import METHODS

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.averaging.mean import LARGEST, StreamingMean, refusal
+from strategies.averaging.mean import LARGEST, StreamingMean, fault
 
 
 def mean_of(vectors: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
@@ -96,9 +96,9 @@ def test_largest_values_do_not_overflow() -> None:
 )
 def test_what_cannot_be_averaged_is_refused(value: float, reason: str) -> None:
     x = torch.zeros(1000)
-    assert refusal(x) is None
+    assert fault(x) is None
     x[617] = value
-    assert reason in (refusal(x) or "")
+    assert reason in (fault(x) or "")
 
 
 def test_mean_of_nothing_is_an_error() -> None:

@@ -22,10 +22,10 @@ def test_printable_name_passes(name: str) -> None:
     ["", "x" * 65, "a\nb", "\x1b[2J", "a\tb", "a\x00", "\u202eabc", "\udcff", "a\u2028b", 7, None],
 )
 def test_name_that_would_do_harm_is_not_repeated(name: Any) -> None:
-    said = fault(["fine", name])
-    assert said.startswith("name 2 of 2")
-    assert said.isprintable()
-    assert not name or str(name)[:60] not in said.replace("of 2", "")
+    text = fault(["fine", name])
+    assert text.startswith("name 2 of 2")
+    assert text.isprintable()
+    assert not name or str(name)[:60] not in text.replace("of 2", "")
 
 
 def test_number_of_classes_is_bounded() -> None:
@@ -38,10 +38,10 @@ def test_number_of_classes_is_bounded() -> None:
 def test_long_values_are_shortened_and_odd_ones_escaped() -> None:
     assert shown("a\nb") == r"'a\nb'"
     assert shown("/data/" + "x" * 150) == f"'/data/{'x' * 150}'"
-    said = shown("start" + "x" * 1_000_000 + "end")
-    assert said.startswith("'startx")
-    assert said.endswith("xend' (1000008 characters)")
-    assert len(said) < 220
+    text = shown("start" + "x" * 1_000_000 + "end")
+    assert text.startswith("'startx")
+    assert text.endswith("xend' (1000008 characters)")
+    assert len(text) < 220
 
 
 def test_long_lists_are_shortened() -> None:

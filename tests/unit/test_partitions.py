@@ -1,4 +1,4 @@
-"""Who gets what."""
+"""Partitions of a simulation's data."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ KINDS = ["iid", "dirichlet", "dirichlet-equal", "classes", "sizes"]
 LABELS = np.repeat(np.arange(10), 60)
 
 
-def deal(
+def partitioned(
     kind: str, num_sites: int, seed: int = 1, labels: Any = LABELS, **changes: Any
 ) -> list[Any]:
     arguments = {
@@ -38,7 +38,7 @@ def deal(
 def test_each_example_goes_to_exactly_one_site(
     kind: str, num_sites: int, seed: int, alpha: float
 ) -> None:
-    parts = deal(kind, num_sites, seed, alpha=alpha)
+    parts = partitioned(kind, num_sites, seed, alpha=alpha)
     assert len(parts) == num_sites
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(LABELS)))
     assert min(map(len, parts)) >= 2
@@ -46,14 +46,14 @@ def test_each_example_goes_to_exactly_one_site(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_seed_same_split(kind: str) -> None:
-    one, two, other = deal(kind, 5, 1), deal(kind, 5, 1), deal(kind, 5, 2)
+    one, two, other = partitioned(kind, 5, 1), partitioned(kind, 5, 1), partitioned(kind, 5, 2)
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["dirichlet", "dirichlet-equal"])
 def test_large_alpha_is_equal_shares_of_every_class(kind: str) -> None:
-    for part in deal(kind, 5, alpha=1e6):
+    for part in partitioned(kind, 5, alpha=1e6):
         assert np.abs(np.bincount(LABELS[part], minlength=10) - 12).max() <= 2
 
 
@@ -62,7 +62,7 @@ def test_small_alpha_is_more_skewed(kind: str) -> None:
     def largest_share(alpha: float) -> float:
         shares = [
             np.bincount(LABELS[part], minlength=10).max() / len(part)
-            for part in deal(kind, 8, alpha=alpha)
+            for part in partitioned(kind, 8, alpha=alpha)
         ]
         return float(np.mean(shares))
 
@@ -74,7 +74,7 @@ def test_dirichlet_shares_have_the_variance_of_the_distribution() -> None:
     labels, alpha, n = np.zeros(100_000, dtype=np.int64), 2.0, 4
     shares = np.array(
         [
-            [len(part) / 100_000 for part in deal("dirichlet", n, seed, labels, alpha=alpha)]
+            [len(part) / 100_000 for part in partitioned("dirichlet", n, seed, labels, alpha=alpha)]
             for seed in range(400)
         ]
     )
@@ -112,13 +112,13 @@ def test_groups_have_at_most_ten_sites_and_examples_in_proportion(
         line += _dirichlet_group(members, LABELS[members], size, generator, 0.1)
         start = stop
     expected = np.array_split(np.concatenate(line), num_sites)
-    found = deal("dirichlet-equal", num_sites, alpha=0.1)
+    found = partitioned("dirichlet-equal", num_sites, alpha=0.1)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_which_site_has_which_class_is_chance() -> None:
     first = {
-        tuple(np.unique(LABELS[deal("classes", 10, seed, classes_per_site=1)[0]]))
+        tuple(np.unique(LABELS[partitioned("classes", 10, seed, classes_per_site=1)[0]]))
         for seed in range(20)
     }
     assert len(first) > 4
@@ -126,29 +126,29 @@ def test_which_site_has_which_class_is_chance() -> None:
 
 @pytest.mark.parametrize("num_sites", [5, 16])
 def test_equal_slices_differ_by_at_most_one_example(num_sites: int) -> None:
-    sizes = [len(part) for part in deal("dirichlet-equal", num_sites, alpha=0.01)]
+    sizes = [len(part) for part in partitioned("dirichlet-equal", num_sites, alpha=0.01)]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_iid_sizes_differ_by_at_most_one() -> None:
-    sizes = [len(part) for part in deal("iid", 7)]
+    sizes = [len(part) for part in partitioned("iid", 7)]
     assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("per_site", [1, 2, 5, 10])
 def test_classes_per_site(per_site: int) -> None:
-    for part in deal("classes", 10, classes_per_site=per_site):
+    for part in partitioned("classes", 10, classes_per_site=per_site):
         assert len(np.unique(LABELS[part])) == per_site
 
 
 def test_sizes_are_in_geometric_progression() -> None:
-    sizes = [len(part) for part in deal("sizes", 5, size_ratio=16.0)]
+    sizes = [len(part) for part in partitioned("sizes", 5, size_ratio=16.0)]
     assert np.allclose(sizes, 600 * np.array([1, 2, 4, 8, 16]) / 31, atol=1)
 
 
 def test_natural_sites_are_the_groups() -> None:
     groups = np.arange(600) % 3
-    parts = deal("natural", 3, groups=groups, names=("a", "b", "c"))
+    parts = partitioned("natural", 3, groups=groups, names=("a", "b", "c"))
     assert all(set(groups[part]) == {site} for site, part in enumerate(parts))
 
 
@@ -185,19 +185,19 @@ def test_natural_sites_are_the_groups() -> None:
         ("sizes", 100, {"size_ratio": 1000.0}, r"partition\.kind = 'sizes': a site got 0 examples"),
     ],
 )
-def test_what_cannot_be_dealt_is_an_error_that_names_the_key(
+def test_what_cannot_be_partitioned_is_an_error_that_names_the_key(
     kind: str, num_sites: int, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(PartitionError, match=message):
-        deal(kind, num_sites, **changes)
+        partitioned(kind, num_sites, **changes)
 
 
 @pytest.mark.parametrize(
     ("fraction", "expected"), [(0.0, 60), (0.1, 54.6), (0.5, 33), (0.9, 11.4), (1.0, 6)]
 )
-def test_a_fraction_is_dealt_out_by_chance(fraction: float, expected: int) -> None:
+def test_a_fraction_is_partitioned_by_chance(fraction: float, expected: int) -> None:
     """Of its own 60 examples a site of ten keeps 60 (1 - f), and gets 6 f of them with the rest."""
-    parts = deal("classes", 10, classes_per_site=1, iid_fraction=fraction)
+    parts = partitioned("classes", 10, classes_per_site=1, iid_fraction=fraction)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(LABELS)))
     own = [np.bincount(LABELS[part]).max() for part in parts]
     assert abs(np.mean(own) - expected) <= (0 if not fraction else 6)
@@ -228,10 +228,10 @@ unequal = changed(
 
 
 def test_partition_of_ones_own() -> None:
-    parts = deal("tests.unit.test_partitions:mine", 4)
+    parts = partitioned("tests.unit.test_partitions:mine", 4)
     assert all(np.array_equal(part, np.arange(site, 600, 4)) for site, part in enumerate(parts))
     assert {part.dtype for part in parts} == {np.dtype(np.int64)}
-    mixed = deal("tests.unit.test_partitions:mine", 4, iid_fraction=0.5)
+    mixed = partitioned("tests.unit.test_partitions:mine", 4, iid_fraction=0.5)
     assert np.array_equal(np.sort(np.concatenate(mixed)), np.arange(600))
 
 
@@ -256,15 +256,17 @@ def test_partition_of_ones_own() -> None:
 def test_partition_of_ones_own_is_checked(name: str, message: str) -> None:
     kind = f"tests.unit.test_partitions:{name}"
     with pytest.raises(PartitionError, match=rf"partition\.kind = '{kind}'.*{message}"):
-        deal(kind, 3)
+        partitioned(kind, 3)
 
 
 def test_example_of_ones_own_gives_sizes_by_a_power_law() -> None:
-    parts = deal("examples.my_partition:power_law", 8)
+    parts = partitioned("examples.my_partition:power_law", 8)
     shares = 1 / np.arange(1, 9)
     assert np.allclose([len(part) - 2 for part in parts], 584 * shares / shares.sum(), atol=1)
-    assert deal("examples.my_partition:power_law", 300, labels=LABELS)  # two for everybody
-    assert not np.array_equal(parts[0], deal("examples.my_partition:power_law", 8, seed=2)[0])
+    assert partitioned("examples.my_partition:power_law", 300, labels=LABELS)  # two for everybody
+    assert not np.array_equal(
+        parts[0], partitioned("examples.my_partition:power_law", 8, seed=2)[0]
+    )
 
 
 def test_partitions_say_which_keys_they_take() -> None:

@@ -1,4 +1,4 @@
-"""The operator's file: what of it is not there is said before any letter comes.
+"""The operator's file: what of it is not there is said before any request comes.
 
 There is no way around a rule.
 """
@@ -14,8 +14,8 @@ import pytest
 from flwr.app import MetricRecord
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from client_app import letter, service
-from client_app.letter import LetterError
+from client_app import framing, service
+from client_app.framing import FrameError
 from client_app.policy import (
     PolicyError,
     SiteFile,
@@ -40,7 +40,7 @@ def site(folder: Path, **keys: Any) -> SiteFile:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "expected"),
     [
         ({"socket": ""}, "socket = '': a path of 1 to 107 bytes"),
         ({"socket": "/tmp/" + "a" * 103}, "a path of 1 to 107 bytes is expected"),
@@ -64,7 +64,7 @@ def site(folder: Path, **keys: Any) -> SiteFile:
     ids=str,
 )
 def test_what_is_not_there_is_named_with_its_key(
-    keys: dict[str, Any], said: str, tmp_path: Path
+    keys: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     check_machine(
         site(tmp_path, state=str(tmp_path / "new" / "state"), audit=str(tmp_path / "audit"))
@@ -76,7 +76,7 @@ def test_what_is_not_there_is_named_with_its_key(
     }
     with pytest.raises(PolicyError) as error:
         check_machine(site(tmp_path, **here))
-    assert said in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -91,7 +91,7 @@ def test_shards_need_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "expected"),
     [
         (
             {"policy": {"smallest-batch": 243}},
@@ -105,7 +105,7 @@ def test_shards_need_processes(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_rules_fit_what_the_site_holds(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_rules_fit_what_the_site_holds(keys: dict[str, Any], expected: str, tmp_path: Path) -> None:
     with pytest.raises(PolicyError) as error:
         check_holdings(
             SiteFile.model_validate(
@@ -113,7 +113,7 @@ def test_rules_fit_what_the_site_holds(keys: dict[str, Any], said: str, tmp_path
             ),
             242,
         )
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("seconds", ["inf", "nan", "1e12", "1e-9"])
@@ -182,7 +182,7 @@ def test_no_spelling_of_a_key_is_a_way_to_other_data(asked: dict[str, Any], tmp_
 
 
 def test_a_large_loss_tells_no_more_digits_than_a_small_one(tmp_path: Path) -> None:
-    for value, told in (
+    for value, expected in (
         (0.83619, 0.836),
         (8.3619, 8.362),
         (836.19123, 836.2),
@@ -191,7 +191,7 @@ def test_a_large_loss_tells_no_more_digits_than_a_small_one(tmp_path: Path) -> N
     ):
         metrics = MetricRecord({"loss": value})
         withhold(site(tmp_path).policy, metrics, 100)
-        assert metrics["loss"] == pytest.approx(told, rel=1e-12)
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_test_part_of_a_deployed_site_is_the_same_in_all_runs() -> None:
@@ -222,9 +222,9 @@ def test_the_test_part_of_a_deployed_site_is_the_same_in_all_runs() -> None:
 )
 def test_a_head_is_that_of_a_message(wrong: dict[str, Any]) -> None:
     right = {"kind": "query.site", "run": 2**63, "node": 5, "run-config": {}}
-    letter.check_head(right)
-    with pytest.raises(LetterError):
-        letter.check_head(right | wrong)
+    framing.check_head(right)
+    with pytest.raises(FrameError):
+        framing.check_head(right | wrong)
 
 
 @pytest.mark.parametrize("text", ["", "[[1", "[[1]]", "{}x", "3", '[["a", 1, "b"]]'])
@@ -239,11 +239,11 @@ def test_a_clock_that_is_set_back_ends_no_runs_for_years(
 ) -> None:
     file, now = tmp_path / "runs.json", time.time()
     file.write_text(json.dumps([[now + 1e9, 1, "x"]]))
-    begun = service._Begun(file)
+    recent_runs = service.RecentRuns(file)
     with pytest.raises(PolicyError, match="runs-a-day = 1"):
-        begun.add(2, "x", 1)
+        recent_runs.add(2, "x", 1)
     monkeypatch.setattr(time, "time", lambda: now + 90_000)
-    begun.add(2, "x", 1)
+    recent_runs.add(2, "x", 1)
 
 
 def test_temporary_files_lie_where_nobody_else_writes(

@@ -63,7 +63,7 @@ def test_epsilon_is_that_of_another_accountant(tmp_path: Path) -> None:
         made = noise(tmp_path, multiplier=multiplier)
         for _ in range(uses):
             made([torch.zeros(2)])
-        made.settle()
+        made.charge()
     other = pld.PLDAccountant()
     other.compose(dp_event.GaussianDpEvent(2.0), 5)
     other.compose(dp_event.GaussianDpEvent(3.0), 15)
@@ -74,7 +74,7 @@ def test_no_more_is_answered_than_the_budget_has(tmp_path: Path) -> None:
     def answer() -> None:
         made = noise(tmp_path, multiplier=10.0, budget=4.0)
         made([torch.zeros(2)])
-        made.settle()
+        made.charge()
 
     for _ in range(21):
         answer()
@@ -128,14 +128,14 @@ def test_a_damaged_account_is_no_budget(text: str, tmp_path: Path) -> None:
 
 def test_as_many_answers_are_left_as_are_given(tmp_path: Path) -> None:
     account, made = Account(tmp_path, 1e-5), noise(tmp_path, multiplier=8.0, budget=3.0)
-    left = account.left(cost_of(8.0), 3.0)
+    left = account.answers_left(cost_of(8.0), 3.0)
     for _ in range(left):
         made([torch.zeros(2)])
-        made.settle()
-    assert account.left(cost_of(8.0), 3.0) == 0
+        made.charge()
+    assert account.answers_left(cost_of(8.0), 3.0) == 0
     made([torch.zeros(2)])
     with pytest.raises(BudgetError):
-        made.settle()
+        made.charge()
 
 
 def test_what_is_spent_is_there_whole_when_a_write_is_cut_short(

@@ -18,10 +18,10 @@ from configuration.flower import TaskIdentity
 from strategies.method import Local
 from strategies.protocol import (
     Agreed,
+    InvalidReply,
     Layout,
     Order,
     PeerOrder,
-    Refusal,
     SiteCard,
     Started,
     StepMetrics,
@@ -96,8 +96,8 @@ def with_metric(key: str, value: Any) -> RecordDict:
     return content
 
 
-def refusal(read: Callable[[], Any], longest: int = 300) -> str:
-    with pytest.raises(Refusal) as refused:
+def reason_invalid(read: Callable[[], Any], longest: int = 300) -> str:
+    with pytest.raises(InvalidReply) as refused:
         read()
     text = str(refused.value)
     assert text.isprintable()
@@ -237,7 +237,7 @@ def test_orders_to_peers_survive(order: PeerOrder) -> None:
     ],
 )
 def test_training_that_is_refused(content: RecordDict, reason: str) -> None:
-    assert reason in refusal(lambda: trained(content))
+    assert reason in reason_invalid(lambda: trained(content))
 
 
 def test_mean_below_zero_is_no_variance() -> None:
@@ -263,8 +263,8 @@ ODD = [
 
 @pytest.mark.parametrize("data", ODD, ids=lambda data: f"{data.dtype.str}{data.shape}")
 def test_bytes_are_what_they_are_said_to_be(data: Any) -> None:
-    told = Array("float32", (SIZE,), "numpy.ndarray", Array(data).data)
-    assert refusal(lambda: trained(with_x(told))).endswith(
+    array = Array("float32", (SIZE,), "numpy.ndarray", Array(data).data)
+    assert reason_invalid(lambda: trained(with_x(array))).endswith(
         " bytes that are not float32 of shape (6,)"
     )
 
@@ -278,26 +278,26 @@ def test_data_of_another_length_or_kind_are_refused() -> None:
         b"\x93NUMPY",
         whole.data.replace(b"(6,)", b"((("),
     ):
-        assert "bytes that are not" in refusal(
+        assert "bytes that are not" in reason_invalid(
             partial(trained, with_x(Array("float32", (SIZE,), "numpy.ndarray", data)))
         )
-    assert "x is a 'torch.Tensor'" in refusal(
+    assert "x is a 'torch.Tensor'" in reason_invalid(
         lambda: trained(with_x(Array("float32", (SIZE,), "torch.Tensor", whole.data)))
     )
 
 
-def test_what_goes_wrong_while_reading_is_a_refusal() -> None:
+def test_what_goes_wrong_while_reading_is_an_invalid_reply() -> None:
     strange: Any = Array("float32", (SIZE,), "numpy.ndarray", b"")
     strange.data = None
-    assert refusal(lambda: trained(with_x(strange))).startswith("cannot be read: TypeError")
+    assert reason_invalid(lambda: trained(with_x(strange))).startswith("cannot be read: TypeError")
 
 
 def test_error_of_a_site_is_one_short_printable_line() -> None:
-    reason = refusal(
+    reason = reason_invalid(
         lambda: trained_error("Traceback\n  File x\nValueError: boom \x1b[31m" + "x" * 10**6), 500
     )
     assert reason.startswith("ValueError: boom ?[31mxxx")
-    assert refusal(lambda: trained_error("")) == "no reason given"
+    assert reason_invalid(lambda: trained_error("")) == "no reason given"
 
 
 def trained_error(reason: str) -> Any:
@@ -319,7 +319,7 @@ def trained_error(reason: str) -> Any:
 )
 def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str) -> None:
     content = RecordDict({"metrics": MetricRecord(TESTED.named() | changes)})
-    assert reason in refusal(lambda: read_tested(reply_with(content), 3, models))
+    assert reason in reason_invalid(lambda: read_tested(reply_with(content), 3, models))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_test_that_is_refused(changes: dict[str, Any], models: int, reason: str)
     ],
 )
 def test_card_that_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert reason in refusal(
+    assert reason in reason_invalid(
         lambda: read_card(reply_with(RecordDict({"config": ConfigRecord(CARD.named() | changes)})))
     )
 
@@ -381,7 +381,7 @@ def test_card_that_is_refused(changes: dict[str, Any], reason: str) -> None:
     ],
 )
 def test_card_of_a_table_that_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert reason in refusal(
+    assert reason in reason_invalid(
         lambda: read_card(reply_with(RecordDict({"config": ConfigRecord(TABLE.named() | changes)})))
     )
 
@@ -396,7 +396,7 @@ STEP = StepMetrics(
     test_accuracy=0.5,
     test_examples=3,
 )
-NOTES = StepNotes(refused=[], broken=[2], fresh=False, anew=False)
+NOTES = StepNotes(refused=[], broken=[2], reset=False, lost=False)
 SEALED = PEER._replace(listeners=(2,))
 
 
@@ -469,7 +469,7 @@ def test_offer_survives() -> None:
         ({"notes": {"refused": 5}}, "refused is 5: must be a valid list"),
         ({"notes": {"broken": True}}, "broken is True: must be a valid list"),
         ({"notes": {"broken": [3]}}, "broken names [3], no neighbours of it"),
-        ({"notes": {"fresh": 1}}, "fresh is 1: must be a valid boolean"),
+        ({"notes": {"reset": 1}}, "reset is 1: must be a valid boolean"),
         ({"notes": {"more": 1}}, "'more' is unknown"),
         ({"notes": {"nonce": bytes(16)}}, "it tells a nonce, and nothing is sealed"),
         ({"order": SEALED}, "it tells no nonce"),
@@ -481,7 +481,7 @@ def test_offer_survives() -> None:
     ],
 )
 def test_offer_that_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert reason in refusal(lambda: offered(**changes))
+    assert reason in reason_invalid(lambda: offered(**changes))
 
 
 @pytest.mark.parametrize("left_out", ["lr-first", "lr-last", "test-examples"])
@@ -494,7 +494,7 @@ def test_what_belongs_together_comes_together(left_out: str) -> None:
             "config": ConfigRecord(NOTES.named()),
         }
     )
-    reason = refusal(lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False))
+    reason = reason_invalid(lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False))
     assert "go together" in reason or "goes with test-examples" in reason
 
 
@@ -502,8 +502,8 @@ def test_test_beside_training_is_read_by_itself() -> None:
     content = write_trained(MODEL, TRAINED, TESTED)
     assert read_trained(reply_with(content), LAYOUT, 7, {}, True).metrics == TRAINED
     assert read_tested(reply_with(content), 3, beside=True) == TESTED
-    assert "records" in refusal(lambda: read_trained(reply_with(content), LAYOUT, 7, {}))
-    assert "records" in refusal(
+    assert "records" in reason_invalid(lambda: read_trained(reply_with(content), LAYOUT, 7, {}))
+    assert "records" in reason_invalid(
         lambda: read_tested(reply_with(write_trained(MODEL, TRAINED)), 3, beside=True)
     )
 
@@ -539,7 +539,7 @@ def test_model_that_nobody_asked_for_is_refused() -> None:
             "model": pack(MODEL),
         }
     )
-    assert "the records" in refusal(
+    assert "the records" in reason_invalid(
         lambda: read_offer(reply_with(content), PEER, LAYOUT, 7, 3, {0}, False)
     )
 

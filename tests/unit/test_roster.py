@@ -29,12 +29,12 @@ def test_site_that_fails_is_away_and_not_silent() -> None:
 
 def test_who_is_called_again_depends_on_the_count_and_the_grid() -> None:
     known = roster()
-    known.lose(0, "no answer", 0.0, again=3)
-    known.lose(1, "no answer", 0.0, again=5)
+    known.lose(0, "no answer", 0.0, call_from=3)
+    known.lose(1, "no answer", 0.0, call_from=5)
     assert [known.due(count) for count in (2, 3, 5)] == [[], [0], [0, 1]]
-    assert known.see({1, 2, 3}, 1.0) == []
+    assert known.update_connected({1, 2, 3}, 1.0) == []
     assert known.due(5) == [1]
-    assert known.see({0, 1, 2, 3}, 2.0) == [0]
+    assert known.update_connected({0, 1, 2, 3}, 2.0) == [0]
     assert known.due(5) == [0, 1]
 
 
@@ -51,9 +51,9 @@ def test_who_is_lost_again_and_again_is_left_alone_ever_longer() -> None:
 
 def test_hurry_calls_the_silent_and_not_the_failed() -> None:
     known = roster()
-    known.lose(0, "no answer", 0.0, again=7)
-    known.lose(1, "out of memory", 0.0, failed=True, again=7)
-    known.hurry()
+    known.lose(0, "no answer", 0.0, call_from=7)
+    known.lose(1, "out of memory", 0.0, failed=True, call_from=7)
+    known.call_silent_now()
     assert known.due(0) == [0]
 
 
@@ -71,10 +71,10 @@ def test_time_is_counted_from_when_one_too_many_was_gone() -> None:
 
 def test_site_that_is_connected_again_has_its_time_to_answer() -> None:
     known = roster(least=4)
-    known.see({1, 2, 3}, 10.0)
+    known.update_connected({1, 2, 3}, 10.0)
     known.lose(0, "not connected", 10.0)
     assert known.left_s(40.0) == 30.0
-    known.see({0, 1, 2, 3}, 40.0)
+    known.update_connected({0, 1, 2, 3}, 40.0)
     assert known.left_s(40.0) == 60.0
 
 
@@ -82,10 +82,10 @@ def test_run_stops_at_once_where_nobody_can_help() -> None:
     known = roster()
     for site in (0, 1, 2):
         known.lose(site, "out of memory", 0.0, failed=True)
-    assert not known.hope
+    assert not known.recoverable
     assert known.left_s(0.0) == 0.0
     known.call(0)  # it may have mended
-    assert known.hope
+    assert known.recoverable
     assert known.left_s(0.0) == 60.0
 
 

@@ -12,7 +12,7 @@ from strategies.saving import flatten, restore
 
 X = torch.arange(3.0)
 EMPTY = torch.empty(0)
-BEGUN = PeerState(HeavyBall(X, X, X * 0), EMPTY, shift=EMPTY)
+INITIAL = PeerState(HeavyBall(X, X, X * 0), EMPTY, shift=EMPTY)
 FULL = PeerState(
     HeavyBall(X, X + 1, X + 2),
     stats=X + 3,
@@ -25,7 +25,7 @@ FULL = PeerState(
     hats={2: Hat(6, (X + 7, X + 8)), 11: Hat(5, (X + 9, X + 10))},
     cross={2: X + 11},
     offered=6,
-    restart=False,
+    reset=False,
     pending=Pending(X + 12, torch.tensor([0.5]), (X + 13,)),
 )
 
@@ -40,7 +40,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other) and type(one) is type(other)
 
 
-@pytest.mark.parametrize("state", [BEGUN, FULL], ids=["begun", "full"])
+@pytest.mark.parametrize("state", [INITIAL, FULL], ids=["initial", "full"])
 def test_a_state_is_restored_whole(state: PeerState) -> None:
     tensors, numbers = flatten(state)
     assert same(restore(PeerState, {**tensors, **numbers}, algorithm=HeavyBall), state)
@@ -49,8 +49,8 @@ def test_a_state_is_restored_whole(state: PeerState) -> None:
 def test_parts_are_named_by_their_path() -> None:
     tensors, numbers = flatten(FULL)
     assert {"algorithm.p", "hats.11.vectors.1", "pending.mixed.0", "memories.10"} <= tensors.keys()
-    assert {"step", "hats.2.step", "seen.11", "restart"} <= numbers.keys()
-    assert not any(part is EMPTY for part in flatten(BEGUN)[0].values())
+    assert {"step", "hats.2.step", "seen.11", "reset"} <= numbers.keys()
+    assert not any(part is EMPTY for part in flatten(INITIAL)[0].values())
 
 
 def test_a_number_that_is_missing_is_an_error() -> None:

@@ -220,7 +220,7 @@ def test_a_private_key_that_others_may_read_is_refused(mode: int, tmp_path: Path
     with pytest.raises(SealError, match=rf"its mode is {mode:o}: chmod 600 {tmp_path}/own.key"):
         keyring(context(**node), "keys", 0, {}, {})
     (tmp_path / "own.key").chmod(0o600)
-    assert keyring(context(**node), "keys", 0, {}, {}).knows(1)
+    assert keyring(context(**node), "keys", 0, {}, {}).has_key(1)
 
 
 def test_a_private_key_of_another_site_is_refused(tmp_path: Path) -> None:
@@ -255,4 +255,4 @@ def test_a_key_that_the_first_message_does_not_bring_is_not_believed_later(
     keyring(here, "trust-on-first-use", 0, first, {})
     with pytest.raises(SealError, match="site 1 has a public key, and had none at first"):
         keyring(here, "trust-on-first-use", 0, {1: PUBLIC[1]}, {})
-    assert not keyring(here, "trust-on-first-use", 0, {}, {}).knows(1)
+    assert not keyring(here, "trust-on-first-use", 0, {}, {}).has_key(1)

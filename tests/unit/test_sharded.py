@@ -28,7 +28,7 @@ WIDTH = 300
 
 
 class Case(NamedTuple):
-    """How to train."""
+    """The settings of a training."""
 
     optimizer: str = "sgd"
     rho: float = 0.0
@@ -137,14 +137,14 @@ def work(rank: int, folder: str, count: int) -> None:
         "stats": torch.randn(2, whole.num_stats),
         "step": torch.ones(1),
     }
-    dealt = model.deal(lambda: several if rank == 0 else {})
+    scattered = model.scatter(lambda: several if rank == 0 else {})
     back = [
-        model.gather({name: each[i] for name, each in dealt.items() if name != "step"})
+        model.gather({name: each[i] for name, each in scattered.items() if name != "step"})
         for i in range(2)
     ]
     with pytest.raises(ValueError, match=r"expected x \(\d+,\), got \(3,\)"):
-        model.deal(lambda: {"x": torch.zeros(3)})
-    torch.save((several, back, dealt["step"]), f"{folder}/dealt-{rank}.pt")
+        model.scatter(lambda: {"x": torch.zeros(3)})
+    torch.save((several, back, scattered["step"]), f"{folder}/scattered-{rank}.pt")
     torch.save(storage_of_training(), f"{folder}/storage-{rank}.pt")
     dist.destroy_process_group()
 
@@ -169,7 +169,7 @@ def test_shards_are_as_the_whole(tmp_path: Path) -> None:
         losses, (whole, parts) = torch.load(tmp_path / f"parts-{rank}.pt")
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
         assert all((parts[name] - whole[name]).abs().max() <= 1e-5 for name in parts)
-        several, back, step = torch.load(tmp_path / f"dealt-{rank}.pt")
+        several, back, step = torch.load(tmp_path / f"scattered-{rank}.pt")
         assert all(
             torch.equal(row[name], several[name][i]) for i, row in enumerate(back) for name in row
         )

@@ -10,13 +10,13 @@ from datasets.site import (
     Moments,
     SiteData,
     Split,
-    deal,
     merge,
     moments,
-    own,
     relabel,
+    select,
+    simulated_splits,
+    site_split,
     standardise,
-    take,
 )
 from datasets.sources import Examples, SourceError
 
@@ -38,14 +38,18 @@ def examples(test: bool) -> Examples:
 
 
 def test_training_and_test_parts_never_overlap() -> None:
-    splits = deal(examples(False), 4, np.random.default_rng(1), test_part="own", **ARGUMENTS)
+    splits = simulated_splits(
+        examples(False), 4, np.random.default_rng(1), test_part="own", **ARGUMENTS
+    )
     everything = np.concatenate([np.concatenate(split) for split in splits])
     assert np.array_equal(np.sort(everything), np.arange(100))
     assert {len(split.test) for split in splits} == {6}
 
 
-def test_official_test_part_is_dealt_out_and_never_trained_on() -> None:
-    splits = deal(examples(True), 4, np.random.default_rng(1), test_part="official", **ARGUMENTS)
+def test_official_test_part_is_split_and_never_trained_on() -> None:
+    splits = simulated_splits(
+        examples(True), 4, np.random.default_rng(1), test_part="official", **ARGUMENTS
+    )
     assert np.array_equal(
         np.sort(np.concatenate([split.test for split in splits])), np.arange(80, 100)
     )
@@ -53,13 +57,15 @@ def test_official_test_part_is_dealt_out_and_never_trained_on() -> None:
 
 
 def test_own_part_leaves_the_official_test_part_unused() -> None:
-    splits = deal(examples(True), 4, np.random.default_rng(1), test_part="own", **ARGUMENTS)
+    splits = simulated_splits(
+        examples(True), 4, np.random.default_rng(1), test_part="own", **ARGUMENTS
+    )
     assert np.concatenate([np.concatenate(split) for split in splits]).max() == 79
 
 
 def test_smallest_site_trains_on_one_example_and_tests_on_one() -> None:
     data = Examples(torch.zeros(2, 1), torch.tensor([0, 1]), ("a", "b"))
-    split = own(data, np.random.default_rng(1), test_part="own", test_fraction=0.01)
+    split = site_split(data, np.random.default_rng(1), test_part="own", test_fraction=0.01)
     assert (len(split.train), len(split.test)) == (1, 1)
 
 
@@ -69,7 +75,8 @@ def test_validation_takes_the_place_of_the_test_part_and_comes_from_the_training
 ) -> None:
     data, keys = examples(test_part == "official"), ARGUMENTS | {"test_part": test_part}
     plain, chosen = (
-        deal(data, 4, np.random.default_rng(1), **keys, validation=share) for share in (0.0, 0.2)
+        simulated_splits(data, 4, np.random.default_rng(1), **keys, validation=share)
+        for share in (0.0, 0.2)
     )
     trained = np.concatenate([split.train for split in chosen])
     validated = np.concatenate([split.test for split in chosen])
@@ -82,21 +89,25 @@ def test_validation_takes_the_place_of_the_test_part_and_comes_from_the_training
 
 def test_real_site_validates_on_its_training_part() -> None:
     plain, chosen = (
-        own(examples(False), np.random.default_rng(1), test_part="own", test_fraction=0.2, **more)
+        site_split(
+            examples(False), np.random.default_rng(1), test_part="own", test_fraction=0.2, **more
+        )
         for more in ({}, {"validation": 0.25})
     )
     assert len(chosen.test) == 20
     assert set(plain.train) == {*chosen.train, *chosen.test}
     data = Examples(torch.zeros(2, 1), torch.tensor([0, 1]), ("a", "b"))
     with pytest.raises(SourceError, match=r"data.validation = 0.5: a site has 1 training examples"):
-        own(data, np.random.default_rng(1), test_part="own", test_fraction=0.5, validation=0.5)
+        site_split(
+            data, np.random.default_rng(1), test_part="own", test_fraction=0.5, validation=0.5
+        )
 
 
 def table(values: list[list[float]], columns: tuple[str, ...]) -> SiteData:
     rows = Examples(
         torch.tensor(values), torch.zeros(len(values), dtype=torch.int64), ("a",), columns=columns
     )
-    return take(rows, [Split(np.arange(len(values) - 1), np.array([len(values) - 1]))])
+    return select(rows, [Split(np.arange(len(values) - 1), np.array([len(values) - 1]))])
 
 
 NAN = float("nan")
@@ -140,7 +151,7 @@ def test_missing_values_are_said() -> None:
 
 
 def test_relabel_counts_in_the_list_of_all_sites() -> None:
-    data = take(
+    data = select(
         Examples(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]), ("cat", "dog")),
         [Split(np.arange(3), np.array([3]))],
     )
@@ -151,11 +162,11 @@ def test_relabel_counts_in_the_list_of_all_sites() -> None:
         relabel(data, ["cat"])
 
 
-def test_pooled_test_parts_are_dealt_out_evenly_and_nothing_is_trained_on() -> None:
+def test_pooled_test_parts_are_split_evenly_and_nothing_is_trained_on() -> None:
     data = examples(test=False)
     arguments = ARGUMENTS | {"kind": "classes", "classes_per_site": 1}
     own_parts, pooled = (
-        deal(data, 5, np.random.default_rng(1), **arguments, test_part=part)
+        simulated_splits(data, 5, np.random.default_rng(1), **arguments, test_part=part)
         for part in ("own", "pooled")
     )
     for before, after in zip(own_parts, pooled, strict=True):
@@ -168,7 +179,9 @@ def test_pooled_test_parts_are_dealt_out_evenly_and_nothing_is_trained_on() -> N
 
 def test_a_real_site_cannot_pool_its_test_part() -> None:
     with pytest.raises(ValueError, match="test-part = 'pooled': only in a simulation"):
-        own(examples(test=False), np.random.default_rng(1), test_part="pooled", test_fraction=0.2)
+        site_split(
+            examples(test=False), np.random.default_rng(1), test_part="pooled", test_fraction=0.2
+        )
 
 
 def cells(generator: torch.Generator, rows: int = 200) -> torch.Tensor:

@@ -228,9 +228,12 @@ def not_examples(path: str) -> Any:
 
 def test_files_with_other_columns_name_these(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("age,pulse,label\n1,2,0\n")
-    for columns, said in (("age,puls,label", "puls, pulse"), ("pulse,age,label", "their order")):
+    for columns, text in (
+        ("age,puls,label", "puls, pulse"),
+        ("pulse,age,label", "their order"),
+    ):
         (tmp_path / "b.csv").write_text(f"{columns}\n1,2,1\n")
-        with pytest.raises(SourceError, match=rf"b.csv' has other columns than .*a.csv': {said}$"):
+        with pytest.raises(SourceError, match=rf"b.csv' has other columns than .*a.csv': {text}$"):
             read("csv", tmp_path)
 
 

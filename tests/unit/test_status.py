@@ -24,7 +24,7 @@ def status(**keys: Any) -> Status:
     return Status(site, (100, 25), {"smallest-batch": "8"}, lambda: ("train of run 7", 3.2))
 
 
-def letter(way: str = "in", size: int = 10, **more: Any) -> dict[str, Any]:
+def request(way: str = "in", size: int = 10, **more: Any) -> dict[str, Any]:
     return {
         "time": "2026-11-27T00:00:00Z",
         "way": way,
@@ -37,31 +37,31 @@ def letter(way: str = "in", size: int = 10, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_letters_bytes_and_refusals_are_counted() -> None:
+def test_requests_bytes_and_refused_ones_are_counted() -> None:
     page = status()
     for _ in range(NEWEST):
-        page.add(letter())
-    page.add(letter("out", 7, norms={"x": 1.5}))
+        page.add(request())
+    page.add(request("out", 7, norms={"x": 1.5}))
     page.add(
-        letter(
+        request(
             "out",
             0,
             rule="refused by this site's policy: strategy = 'gsgm': "
             "this site's policy has strategies = ['a']",
         )
     )
-    told = page.data({})["site"]
-    assert (told["letters"], told["bytes"]) == (NEWEST, {"in": 10 * NEWEST, "out": 7})
-    assert told["refused"] == {"strategies": 1}
-    assert len(told["newest"]) == NEWEST
-    assert told["newest"][1]["norms"] == {"x": 1.5}
-    assert (told["train"], told["test"], told["doing"], told["privacy"]) == (
+    shown = page.data({})["site"]
+    assert (shown["requests"], shown["bytes"]) == (NEWEST, {"in": 10 * NEWEST, "out": 7})
+    assert shown["refused"] == {"strategies": 1}
+    assert len(shown["newest"]) == NEWEST
+    assert shown["newest"][1]["norms"] == {"x": 1.5}
+    assert (shown["train"], shown["test"], shown["doing"], shown["privacy"]) == (
         100,
         25,
         "train of run 7",
         None,
     )
-    assert "secret" not in json.dumps(told)
+    assert "secret" not in json.dumps(shown)
     registry = CollectorRegistry()
     registry.register(page)
     found = {
@@ -90,9 +90,9 @@ def test_privacy_that_is_spent(tmp_path: Path) -> None:
     }
 
 
-def test_letters_before_this_service_started_are_read_from_the_audit_log(tmp_path: Path) -> None:
+def test_requests_before_this_service_started_are_read_from_the_audit_log(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
-    lines = [json.dumps(letter(size=number)) for number in range(NEWEST + 5)]
+    lines = [json.dumps(request(size=number)) for number in range(NEWEST + 5)]
     audit.write_text("\n".join([*lines, "no JSON", "[1]", '{"time": "cut']))
     assert [each["bytes"] for each in status(audit=str(audit)).data({})["site"]["newest"]] == list(
         range(NEWEST + 4, 4, -1)
@@ -100,7 +100,7 @@ def test_letters_before_this_service_started_are_read_from_the_audit_log(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("said", "rule"),
+    ("message", "rule"),
     [
         (
             (
@@ -117,15 +117,15 @@ def test_letters_before_this_service_started_are_read_from_the_audit_log(tmp_pat
         (
             (
                 "refused by this site's policy: run 7 has another configuration "
-                "than in its first letter"
+                "than in its first request"
             ),
             "other",
         ),
         ("refused by this site's policy: a = 'x': this site's policy has made-up = '1'", "other"),
     ],
 )
-def test_rules_are_the_policys_keys(said: str, rule: str) -> None:
-    assert rule_of(said) == rule
+def test_rules_are_the_policys_keys(message: str, rule: str) -> None:
+    assert rule_of(message) == rule
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 from server_app import trackers
-from server_app.census import RunError
+from server_app.discovery import RunError
 from server_app.events import EVERYBODY, Ended, Reported
 from server_app.results import Folder
 from server_app.trackers import Trackers

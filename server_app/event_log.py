@@ -1,4 +1,4 @@
-"""What happened in a run, one line of JSON an event.
+"""The event log of a run: one line of JSON for each event.
 
 For the file ``events.jsonl`` of its folder, and the log of ``results.log = "json"``.
 """
@@ -16,8 +16,8 @@ from configuration.config import Config
 from configuration.files import append
 from configuration.graph import graph_of
 from page import as_json
-from server_app.census import Site
-from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Reported
+from server_app.discovery import Site
+from server_app.events import EVERYBODY, Began, Ended, Event, NewModel, Progress, Reported
 from strategies.method import PeerPlan
 from strategies.protocol import printable
 
@@ -28,8 +28,8 @@ EDGES = 2000  # of a graph of peers
 ALL = "all"
 
 
-class Lines:
-    """Makes lines of the events of a run.
+class EventFormatter:
+    """Makes JSON objects of the events of a run.
 
     Args:
         config: the run.
@@ -41,10 +41,10 @@ class Lines:
 
     def __init__(self, config: Config, run: str = "") -> None:
         self._config, self.run, self.number = config, run, 0
-        self._heard: set[int] = set()
+        self._reported: set[int] = set()
         self._sites = 0
 
-    def of(self, event: Event) -> dict[str, Any] | None:
+    def format(self, event: Event) -> dict[str, Any] | None:
         """An event as a JSON object; None for what other files hold.
 
         That is metrics, models, and what is still to be computed (checkpoints).
@@ -54,9 +54,9 @@ class Lines:
         """
         if isinstance(event, Reported):
             if event.split in ("train", "test") and event.site != EVERYBODY:
-                self._heard.add(int(event.site))
+                self._reported.add(int(event.site))
             self.number = max(self.number, event.number)
-        if isinstance(event, Reported | Kept) or any(map(callable, event)):
+        if isinstance(event, Reported | NewModel) or any(map(callable, event)):
             return None
         line: dict[str, Any] = {
             "time": now(),
@@ -72,8 +72,8 @@ class Lines:
                     train=_main(event.train, event), test=_main(event.test, event)
                 )
                 line["round"] = self.number = event.round_number
-                line["heard"], self._heard = (
-                    ALL if len(self._heard) == self._sites else sorted(self._heard),
+                line["reported"], self._reported = (
+                    ALL if len(self._reported) == self._sites else sorted(self._reported),
                     set(),
                 )
         for key, value in event._asdict().items():
@@ -113,19 +113,19 @@ class Lines:
 
 
 def _main(metrics: Mapping[str, float], progress: Progress) -> dict[str, float]:
-    """What a line tells of them; metrics.csv has all."""
+    """The metrics that a line has; metrics.csv has all."""
     return {
         name: metrics[name] for name in ("loss", "lr-last", progress.headline) if name in metrics
     }
 
 
 def now() -> str:
-    """The time, as of UTC."""
+    """The present time in UTC, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _simple(value: object) -> object:
-    """Texts, numbers and what is made of these; of an error what it says; of all else nothing."""
+    """A value as JSON can hold it: an error as its text, None for what is no text or number."""
     if isinstance(value, BaseException):
         return printable(f"{type(value).__name__}: {value}", LONGEST)
     if isinstance(value, str):
@@ -141,7 +141,7 @@ def _simple(value: object) -> object:
     )
 
 
-class Journal:
+class EventLog:
     """The sink of ``events.jsonl``.
 
     The file is locked (``flock``) while the run goes on, so that others see whether it does.
@@ -156,7 +156,7 @@ class Journal:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._file: int | None = None
-        self._path, self._lines_of = folder / FILE, Lines(config, folder.name)
+        self._path, self._formatter = folder / FILE, EventFormatter(config, folder.name)
         self._lines = (
             self._path.read_text().splitlines(keepends=True) if self._path.exists() else list[str]()
         )
@@ -169,7 +169,7 @@ class Journal:
         Called again with the same event, as the end of a run is where there was no space, write
         what is missing.
         """
-        if event is not self._newest and (line := self._lines_of.of(event)):
+        if event is not self._newest and (line := self._formatter.format(event)):
             self._lines.append(as_json(line) + "\n")
             self._size += len(self._lines[-1])
             if self._size > MOST:
@@ -205,11 +205,11 @@ class Journal:
         self._close()
 
 
-def goes_on(file: Path) -> bool:
-    """Whether a process of this machine has locked a journal: its run goes on."""
+def is_running(file: Path) -> bool:
+    """Whether the run of an event log goes on: a process of this machine has locked the file."""
     try:
-        with file.open("rb") as journal:
-            fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with file.open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
@@ -217,7 +217,7 @@ def goes_on(file: Path) -> bool:
     return False
 
 
-class Logged(logging.Formatter):
+class JsonConsole(logging.Formatter):
     """The console's sink where ``results.log`` is json.
 
     Events and Flower's log as lines of JSON, each with run, round, site.
@@ -228,7 +228,7 @@ class Logged(logging.Formatter):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.lines = Lines(config)
+        self.formatter = EventFormatter(config)
         self._logged: Any = None
         self._before = {
             handler: handler.formatter for handler in logging.getLogger("flwr").handlers
@@ -238,7 +238,7 @@ class Logged(logging.Formatter):
 
     def __call__(self, event: Event) -> None:
         """Print it, unless it was logged."""
-        line = self.lines.of(event)
+        line = self.formatter.format(event)
         if line and event is not self._logged:
             print(as_json({"site": None} | line), flush=True)
         if isinstance(event, Ended):
@@ -251,12 +251,12 @@ class Logged(logging.Formatter):
         self._logged = next((each for each in args if hasattr(each, "_asdict")), None)
         line = {
             "time": now(),
-            "run": self.lines.run,
-            "round": self.lines.number,
+            "run": self.formatter.run,
+            "round": self.formatter.number,
             "site": None,
             "kind": "log",
         }
-        line |= (self.lines.of(self._logged) or {}) if self._logged else {}
+        line |= (self.formatter.format(self._logged) or {}) if self._logged else {}
         return as_json(
             line | {"level": record.levelname.lower(), "message": super().format(record)}
         )

@@ -1,4 +1,4 @@
-"""The journal of a run: what a line says.
+"""The event log of a run: what a line says.
 
 Whatever happens to the file, and whatever kinds of events come.
 """
@@ -17,10 +17,10 @@ from flwr.app import ArrayRecord
 from configuration.config import Config, configuration
 from configuration.flower import log
 from models.flat import FlatModel
-from server_app import journal
-from server_app.census import Federation, RunError, Site
-from server_app.events import EVERYBODY, Began, Ended, Event, Kept, Progress, Refused, Reported
-from server_app.journal import Journal, Lines, Logged, goes_on
+from server_app import event_log
+from server_app.discovery import Federation, RunError, Site
+from server_app.event_log import EventFormatter, EventLog, JsonConsole, is_running
+from server_app.events import EVERYBODY, Began, Ended, Event, NewModel, Progress, Refused, Reported
 
 SITES = tuple(
     Site(number, 10 + number, f"site {number}", 8, 4, (), b"", b"") for number in range(3)
@@ -54,13 +54,13 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def test_lines_say_time_run_round_site_and_what_happened(config: Config, tmp_path: Path) -> None:
-    sink = Journal(config, tmp_path)
+    sink = EventLog(config, tmp_path)
     events: tuple[Event, ...] = (
         began(),
         reported(1, 0),
         reported(1, 2),
         reported(1, EVERYBODY),
-        Kept(ArrayRecord()),
+        NewModel(ArrayRecord()),
         Refused("round 1", SITES[1], "training", "x holds NaN"),
         progress(1),
         *(reported(2, site) for site in range(3)),
@@ -82,7 +82,7 @@ def test_lines_say_time_run_round_site_and_what_happened(config: Config, tmp_pat
         "phase": "training",
         "reason": "x holds NaN",
     }
-    assert (one["heard"], two["heard"]) == ([0, 2], "all")
+    assert (one["reported"], two["reported"]) == ([0, 2], "all")
     assert one["test"] == {"accuracy": 0.5}  # metrics.csv has the others
     assert one["train"] == {"loss": None}  # JSON has no infinity
     assert (ended["kind"], ended["error"]) == ("ended", "RunError: too few")
@@ -95,7 +95,7 @@ def test_events_that_nobody_knows_yet_are_written_too(config: Config) -> None:
         since: float
         other: object
 
-    line = Lines(config).of(Away("round 7", SITES[2], 3.5, object()))  # type: ignore[arg-type]
+    line = EventFormatter(config).format(Away("round 7", SITES[2], 3.5, object()))  # type: ignore[arg-type]
     assert line is not None
     assert {key: line[key] for key in ("kind", "round", "site", "name", "since", "other")} == {
         "kind": "away",
@@ -111,14 +111,14 @@ def test_what_is_still_to_be_computed_is_no_line(config: Config) -> None:
     class Checkpoint(NamedTuple):
         state: Callable[[], dict[str, Any]]
 
-    assert Lines(config).of(Checkpoint(dict)) is None  # type: ignore[arg-type]
+    assert EventFormatter(config).format(Checkpoint(dict)) is None  # type: ignore[arg-type]
 
 
-def test_journal_is_bounded_and_keeps_how_the_run_began(
+def test_event_log_is_bounded_and_keeps_how_the_run_began(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "MOST", 20_000)
-    sink = Journal(config, tmp_path)
+    monkeypatch.setattr(event_log, "MOST", 20_000)
+    sink = EventLog(config, tmp_path)
     sink(began())
     for number in range(1, 300):
         sink(Refused(f"round {number}", SITES[0], "training", "x" * 10_000))
@@ -130,17 +130,17 @@ def test_journal_is_bounded_and_keeps_how_the_run_began(
     assert found[-1]["kind"] == "ended"
 
 
-def test_journal_that_is_deleted_is_written_again_and_one_that_is_there_goes_on(
+def test_event_log_that_is_deleted_is_written_again_and_one_that_is_there_goes_on(
     config: Config, tmp_path: Path
 ) -> None:
     file = tmp_path / "events.jsonl"
-    sink = Journal(config, tmp_path)
+    sink = EventLog(config, tmp_path)
     sink(began())
     file.unlink()
     sink(progress(1))
     assert [line["kind"] for line in lines(file)] == ["began", "progress"]
     sink(Ended(None))
-    again = Journal(config, tmp_path)
+    again = EventLog(config, tmp_path)
     again(began())
     again(Ended(None))
     assert [line["kind"] for line in lines(file)] == [
@@ -154,17 +154,17 @@ def test_journal_that_is_deleted_is_written_again_and_one_that_is_there_goes_on(
 
 def test_others_see_whether_the_run_goes_on(config: Config, tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    assert not goes_on(file)
-    sink = Journal(config, tmp_path)
+    assert not is_running(file)
+    sink = EventLog(config, tmp_path)
     sink(began())
-    assert goes_on(file)
+    assert is_running(file)
     sink(Ended(None))
-    assert not goes_on(file)
-    killed = Journal(config, tmp_path)
+    assert not is_running(file)
+    killed = EventLog(config, tmp_path)
     killed(began())
-    assert goes_on(file)
+    assert is_running(file)
     del killed  # as its process
-    assert not goes_on(file)
+    assert not is_running(file)
 
 
 def test_json_log_has_run_round_and_site_and_no_event_twice(
@@ -174,8 +174,8 @@ def test_json_log_has_run_round_and_site_and_no_event_twice(
     handler = logging.StreamHandler()
     logger.addHandler(handler)
     try:
-        sink = Logged(config)
-        sink.lines.run = "a-run"
+        sink = JsonConsole(config)
+        sink.formatter.run = "a-run"
         refused = Refused("round 3", SITES[1], "training", "no")
         sink(began())
         sink(progress(2))

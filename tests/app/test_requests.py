@@ -1,7 +1,7 @@
 """The site service goes on, whatever comes through its socket.
 
-It remembers what it did, and says what came and from whom. Tried are honest letters with bytes,
-lengths, types or values changed, each from its own seed; ``LETTER_CASES=10000`` tries as many.
+It remembers what it did, and says what came and from whom. Tried are honest requests with bytes,
+lengths, types or values changed, each from its own seed; ``REQUEST_CASES=10000`` tries as many.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from client_app import letter
+from client_app import framing
 from client_app.policy import Policy, SiteFile
 from client_app.ranks import Ranks
 from client_app.service import Service
@@ -26,7 +26,7 @@ from configuration.config import configuration
 from configuration.sections import Data
 from strategies.records import pack
 
-CASES = int(os.environ.get("LETTER_CASES", "300"))
+CASES = int(os.environ.get("REQUEST_CASES", "300"))
 RUN = 7
 SIZE = 4810
 CONFIGS = {
@@ -80,13 +80,13 @@ VALUES: list[Any] = [
         {"a": {"b": {}}},
     ),
 ]
-SLOW = {"computing.compile"}  # it takes a minute, which says nothing about letters
+SLOW = {"computing.compile"}  # it takes a minute, which says nothing about requests
 
 
 class Inside(Service):
     """A service in this process.
 
-    It works on what it is sent, one letter after the other, and returns what it wrote back.
+    It works on what it is sent, one request after the other, and returns what it wrote back.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,9 +105,9 @@ class Inside(Service):
         )
 
     def hurry(self, seconds: float) -> None:
-        """From now on work takes no longer."""
-        self._site = self._site.model_copy(
-            update={"policy": self._site.policy.model_copy(update={"seconds": seconds})}
+        """Limit the seconds of work from now on."""
+        self.site = self.site.model_copy(
+            update={"policy": self.site.policy.model_copy(update={"seconds": seconds})}
         )
 
     def ask(self, data: bytes) -> bytes:
@@ -119,68 +119,68 @@ class Inside(Service):
             ours.sendall(data)
             ours.shutdown(socket.SHUT_WR)
             self._readers.acquire()
-            letters: Any = self._letters
+            requests: Any = self._requests
 
             def read() -> None:
                 self._read(theirs)
-                letters.put(None)
+                requests.put(None)
 
             Thread(target=read).start()
-            while (found := letters.get()) is not None:
+            while (found := requests.get()) is not None:
                 self._work(found)
             kind = b""
             try:
-                while (frame := letter.receive(ours))[0] == letter.WORKING:
+                while (frame := framing.receive(ours))[0] == framing.WORKING:
                     pass
                 kind = frame[0]
-            except (letter.LetterError, ConnectionResetError):  # the latter where not all was read
+            except (framing.FrameError, ConnectionResetError):  # the latter where not all was read
                 pass
         return kind
 
     def remembered(self, run: int) -> bytes:
         """All that it remembers of a run, in memory and on disk."""
-        files = sorted(Path(self._site.state).glob(f"{run}-*"))
-        memory = self._runs[run]
+        files = sorted(Path(self.site.state).glob(f"{run}-*"))
+        memory = self.runs[run]
         return b"".join(
             [
-                letter.to_bytes({"asked": memory.asked}, memory.state),
+                framing.to_bytes({"config": memory.config}, memory.state),
                 *(file.read_bytes() for file in files),
             ]
         )
 
     def forget_since(self, run: int, memory: Any, files: dict[Path, bytes]) -> None:
-        """What an answer changed."""
-        self._runs[run] = memory._replace(
-            state=letter.from_bytes(letter.to_bytes({}, memory.state))[1]
+        """Undo what an answer changed."""
+        self.runs[run] = memory._replace(
+            state=framing.from_bytes(framing.to_bytes({}, memory.state))[1]
         )
         for file, content in files.items():
             file.write_bytes(content)
 
 
 def honest(strategy: str, step: int) -> tuple[dict[str, Any], RecordDict]:
-    """A letter of a run."""
-    told: dict[str, Any] = {
+    """An honest request of a run."""
+    fields: dict[str, Any] = {
         "server-round": step,
         "classes": list("0123456789"),
         "cycle-from": step / 100,
     }
     if strategy == "dmsgd":
-        told |= {
+        fields |= {
             "neighbours": [],
             "weights": [],
             "test": False,
             "last": False,
             "rejoin": False,
-            "fresh": False,
+            "reset": False,
         }
     else:
-        told |= {
+        fields |= {
             "lr": 0.05,
             "cycle-to": 0.5,
             "local-steps": 2,
             **({"delta": True} if strategy == "gsgm" else {}),
         }
-    records: dict[str, Any] = {"config": ConfigRecord(told)}
+    records: dict[str, Any] = {"config": ConfigRecord(fields)}
     if strategy != "dmsgd":
         vectors = {"x": torch.linspace(-0.1, 0.1, SIZE)} | (
             {"c": torch.zeros(SIZE)} if strategy == "scaffold" else {}
@@ -220,8 +220,8 @@ def change_length(random: Random, data: bytearray) -> None:
         1,
         length - 1,
         length + 1,
-        letter.LARGEST_HEAD + 1,
-        letter.LARGEST + 1,
+        framing.LARGEST_HEAD + 1,
+        framing.LARGEST + 1,
         2**63,
         2**64 - 1,
     ]
@@ -281,18 +281,18 @@ CHANGES: Sequence[Callable[[Random, bytearray], None]] = (
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)
-def test_no_letter_changes_what_a_site_remembers_unless_it_is_answered(
+def test_no_request_changes_what_a_site_remembers_unless_it_is_answered(
     strategy: str, tmp_path: Path
 ) -> None:
     service = Inside(tmp_path)
     for step in (0, 1):
-        assert service.ask(letter.to_bytes(*honest(strategy, step))) == letter.HEAD
-    usual = letter.to_bytes(*honest(strategy, 2))
-    memory, before = service._runs[RUN], service.remembered(RUN)
-    files = {file: file.read_bytes() for file in Path(service._site.state).glob("*")}
+        assert service.ask(framing.to_bytes(*honest(strategy, step))) == framing.HEAD
+    usual = framing.to_bytes(*honest(strategy, 2))
+    memory, before = service.runs[RUN], service.remembered(RUN)
+    files = {file: file.read_bytes() for file in Path(service.site.state).glob("*")}
     sender = {"user": os.geteuid(), "process": os.getpid()}
     kinds: Counter[bytes] = Counter()
-    service.hurry(1.0)  # a letter may ask for a million steps
+    service.hurry(1.0)  # a request may ask for a million steps
     with service.audit.open() as audit:
         audit.read()
         for case in range(-(-CASES // len(CONFIGS))):
@@ -303,15 +303,15 @@ def test_no_letter_changes_what_a_site_remembers_unless_it_is_answered(
                     break
             kind = service.ask(bytes(data))
             kinds[kind] += 1
-            service._runs.setdefault(RUN, memory)  # eight other runs may have come
-            if kind != letter.HEAD:
+            service.runs.setdefault(RUN, memory)  # eight other runs may have come
+            if kind != framing.HEAD:
                 assert service.remembered(RUN) == before, case
             lines = [json.loads(line) for line in audit.read().splitlines()]
             assert lines, case
             assert all(line["sender"] == sender for line in lines), case
-            assert kind == letter.HEAD or {"rule", "problem"} & lines[-1].keys(), case
+            assert kind == framing.HEAD or {"rule", "problem"} & lines[-1].keys(), case
             service.forget_since(RUN, memory, files)
-    assert kinds[letter.REFUSED] > kinds.total() / 10
+    assert kinds[framing.ERROR] > kinds.total() / 10
     assert kinds[b""] > kinds.total() / 10
     service.hurry(3600.0)
-    assert service.ask(usual) == letter.HEAD
+    assert service.ask(usual) == framing.HEAD

@@ -15,13 +15,13 @@ from datasets.errors import SourceError
 from datasets.site import Moments, merge
 from models.pretrained import digest
 from server_app.exchange import clock_of, exchange, gone
-from server_app.roster import together
+from server_app.roster import grouped_reasons
 from strategies.method import ArrivalPlan, PeerPlan, RoundPlan
-from strategies.protocol import Agreed, Refusal, SiteCard, Started, printable, read_card
+from strategies.protocol import Agreed, InvalidReply, SiteCard, Started, printable, read_card
 from strategies.records import CONFIG, code_version
 
-TELL_EVERY_S = 60.0
-AGAIN_S = 5.0
+LOG_EVERY_S = 60.0
+RETRY_S = 5.0
 RETURN_S = 120.0  # in which Flower has all sites again after a server was away
 MOST = 1000  # times the median of the sites' examples: they say how long a run is, and weigh
 OTHER_CODE = (
@@ -81,7 +81,7 @@ class Site(NamedTuple):
     nonce: bytes
 
     def batches(self, batch_size: int) -> int:
-        """Batches of an epoch."""
+        """How many batches an epoch of this site has."""
         return -(-self.num_train // batch_size)
 
 
@@ -108,7 +108,7 @@ class Federation(NamedTuple):
     started: Started | None = None
 
     def agreed(self) -> Agreed:
-        """What every message tells the sites about each other."""
+        """What every message says about all sites."""
         return Agreed(
             self.classes, () if self.moments is None else tuple(self.moments), self.started
         )
@@ -119,7 +119,7 @@ def an_epoch(federation: Federation, batch_size: int) -> float:
     return sum(site.batches(batch_size) for site in federation.sites) / len(federation.sites)
 
 
-def take_census(grid: Grid, config: Config, before: Federation | None = None) -> Federation:
+def discover(grid: Grid, config: Config, before: Federation | None = None) -> Federation:
     """Wait for the sites, ask each what it holds, and make sure that they fit together.
 
     A site that cannot answer, whose answer cannot be used, or that does not fit the others is left
@@ -137,19 +137,19 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
         )
     cards: dict[int, SiteCard] = {}
     failures: list[str] = []
-    told = RecordDict(
+    content = RecordDict(
         {CONFIG: ConfigRecord(before.started.config())} if before and before.started else {}
     )
-    for node, reply in _ask(grid, nodes, told, config):
+    for node, reply in _ask(grid, nodes, content, config):
         try:
             cards[node] = read_card(reply)
-        except Refusal as refusal:
-            failures.append(str(refusal) if reply.has_error() else f"node {node}: {refusal}")
+        except InvalidReply as invalid:
+            failures.append(str(invalid) if reply.has_error() else f"node {node}: {invalid}")
     misfits = _misfits(cards, config)
     reasons = {failure: failures.count(failure) for failure in sorted(set(failures))}
     if misfits:
         reasons[
-            together(
+            grouped_reasons(
                 {f"{cards[node].name} (node {node})": reason for node, reason in misfits.items()}
             )
         ] = len(misfits)
@@ -162,11 +162,11 @@ def take_census(grid: Grid, config: Config, before: Federation | None = None) ->
             f"{'; '.join(reasons)}"
         )
     found = _federation(fitting, config)
-    return found if before is None else _again(before, found)
+    return found if before is None else _resumed(before, found)
 
 
 def _ask(
-    grid: Grid, nodes: list[int], told: RecordDict, config: Config
+    grid: Grid, nodes: list[int], content: RecordDict, config: Config
 ) -> Iterator[tuple[int, Message]]:
     """Each node's last answer.
 
@@ -177,18 +177,18 @@ def _ask(
     while nodes:
         silent = []
         for node, reply in exchange(
-            grid, [Message(told, node, "query.site") for node in nodes], config.timeout_s
+            grid, [Message(content, node, "query.site") for node in nodes], config.timeout_s
         ):
             if gone(reply) and clock.now() < deadline and node in set(grid.get_node_ids()):
                 silent.append(node)
             else:
                 yield node, reply
         if silent:
-            clock.wait(AGAIN_S, max(0.0, deadline - clock.now()))
+            clock.wait(RETRY_S, max(0.0, deadline - clock.now()))
         nodes = silent
 
 
-def _again(before: Federation, now: Federation) -> Federation:
+def _resumed(before: Federation, now: Federation) -> Federation:
     """The sites of a run that goes on: those that are connected with their present node and key."""
     there = {site.number: site for site in now.sites}
     for site in now.sites:
@@ -210,7 +210,7 @@ def _again(before: Federation, now: Federation) -> Federation:
 
 def _wait_for(grid: Grid, config: Config, before: Federation | None) -> list[int]:
     clock, wanted = clock_of(grid), len(before.sites) if before else config.num_sites
-    start, said, asked, again = clock.now(), -1, False, 0.0
+    start, logged, asked, log_at = clock.now(), -1, False, 0.0
     while len(nodes := list(grid.get_node_ids())) < wanted:
         waited = clock.now() - start
         # A simulation of too few sites will never have more: say so soon.
@@ -236,9 +236,9 @@ def _wait_for(grid: Grid, config: Config, before: Federation | None) -> list[int
                 f"{len(nodes)} of {wanted} sites are connected "
                 f"after patience-s = {config.patience_s:g}"
             )
-        if len(nodes) != said or clock.now() >= again:
-            said, again = len(nodes), clock.now() + TELL_EVERY_S
-            log(WARNING, "waiting for sites: %d of %d are connected", said, wanted)
+        if len(nodes) != logged or clock.now() >= log_at:
+            logged, log_at = len(nodes), clock.now() + LOG_EVERY_S
+            log(WARNING, "waiting for sites: %d of %d are connected", logged, wanted)
         clock.wait(0.5, config.patience_s - waited)
     return nodes
 
@@ -251,7 +251,7 @@ def _simulated_sites(grid: Grid, node: int, config: Config) -> int:
     [(_, reply)] = exchange(grid, [Message(RecordDict(), node, "query.site")], config.timeout_s)
     try:
         return read_card(reply).sites
-    except Refusal:
+    except InvalidReply:
         return 0
 
 
@@ -270,21 +270,21 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     """
     found = {node: OTHER_CODE for node, card in cards.items() if card.code != code_version()}
     if config.model.initial:
-        own = digest(config.model.initial)
+        initial = digest(config.model.initial)
         found |= {
             node: "its model.initial is another file"
             for node, card in cards.items()
-            if card.initial != own
+            if card.initial != initial
         }
     target = config.task.target
-    told = {
+    expected = {
         node: len(card.columns) + len(card.classes) * (target == "numbers")
         for node, card in cards.items()
     }
     found |= {
-        node: f"it tells {len(card.known or ())} moments, {told[node]} are expected"
+        node: f"it tells {len(card.known or ())} moments, {expected[node]} are expected"
         for node, card in cards.items()
-        if len(card.known or ()) != told[node]
+        if len(card.known or ()) != expected[node]
     }
     for node, card in cards.items():
         if node not in found and card.known:
@@ -296,8 +296,8 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
     usual, votes = Counter(kinds.values()).most_common(1)[0] if kinds else (None, 0)
     for node, kind in kinds.items():
         if 2 * votes <= len(kinds) or kind != usual:
-            others = ", ".join(sorted({other.said for other in kinds.values() if other != kind}))
-            found[node] = printable(f"it has {kind.said}, others have {others}", 1000)
+            others = ", ".join(sorted({other.text for other in kinds.values() if other != kind}))
+            found[node] = printable(f"it has {kind.text}, others have {others}", 1000)
     if config.wire.sealing == "trust-on-first-use":
         keyless = {
             node: "it tells no public key (wire.sealing)"
@@ -339,10 +339,10 @@ def _misfits(cards: Mapping[int, SiteCard], config: Config) -> dict[int, str]:
 class _Kind(NamedTuple):
     """What must be the same at all sites.
 
-    ``said`` alone would not distinguish the name "a, b" from "a" and "b".
+    ``text`` alone would not distinguish the name "a, b" from "a" and "b".
     """
 
-    said: str
+    text: str
     names: tuple[tuple[str, ...], ...]
 
 

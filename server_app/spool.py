@@ -7,8 +7,8 @@ from typing import NamedTuple
 from flwr.app import Array, ArrayRecord
 
 
-class _Place(NamedTuple):
-    """Where an array is, and what it is."""
+class _Extent(NamedTuple):
+    """The bytes of an array in the file, and its type."""
 
     start: int
     length: int
@@ -17,8 +17,8 @@ class _Place(NamedTuple):
     stype: str
 
 
-class Shelf:
-    """Arrays in a file.
+class Spool:
+    """Arrays in a temporary file.
 
     Args:
         file: empty, without a buffer.
@@ -27,13 +27,15 @@ class Shelf:
     def __init__(self, file: FileIO) -> None:
         self._file, self._end = file, 0
 
-    def put(self, arrays: ArrayRecord) -> Mapping[str, _Place] | ArrayRecord:
-        """Put arrays down; what :meth:`take` takes them back by."""
-        places, start = {}, self._end
+    def put(self, arrays: ArrayRecord) -> Mapping[str, _Extent] | ArrayRecord:
+        """Write arrays; return what :meth:`get` reads them by."""
+        extents, start = {}, self._end
         try:
             self._file.seek(start)
             for name, array in arrays.items():
-                places[name] = _Place(start, len(array.data), array.dtype, array.shape, array.stype)
+                extents[name] = _Extent(
+                    start, len(array.data), array.dtype, array.shape, array.stype
+                )
                 rest = memoryview(array.data)
                 while rest:
                     rest = rest[self._file.write(rest) :]
@@ -41,19 +43,19 @@ class Shelf:
         except OSError:  # the disk is full: they stay in memory
             return arrays
         self._end = start
-        return places
+        return extents
 
-    def take(self, places: Mapping[str, _Place] | ArrayRecord) -> ArrayRecord:
-        """The arrays again."""
+    def get(self, extents: Mapping[str, _Extent] | ArrayRecord) -> ArrayRecord:
+        """The arrays that :meth:`put` wrote."""
         return (
-            places
-            if isinstance(places, ArrayRecord)
-            else ArrayRecord({name: self._read(at) for name, at in places.items()})
+            extents
+            if isinstance(extents, ArrayRecord)
+            else ArrayRecord({name: self._read(at) for name, at in extents.items()})
         )
 
-    def _read(self, place: _Place) -> Array:
+    def _read(self, extent: _Extent) -> Array:
         with open(
             self._file.fileno(), "rb", closefd=False
         ) as reader:  # which reads on until all is there
-            reader.seek(place.start)
-            return Array(place.dtype, place.shape, place.stype, reader.read(place.length))
+            reader.seek(extent.start)
+            return Array(extent.dtype, extent.shape, extent.stype, reader.read(extent.length))

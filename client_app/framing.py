@@ -1,8 +1,8 @@
-"""A letter: a message between Flower's ClientApp and the site's service, through a Unix socket.
+"""Requests from Flower's ClientApp to the site's service, as frames through a Unix socket.
 
     frame    kind (1 byte), length (8 bytes, big-endian), so many bytes
-    letter   HEAD: JSON, then a BLOB for each array
-    answer   any number of WORKING (JSON), then HEAD and its BLOBs, or REFUSED (text)
+    request  HEAD: JSON, then a BLOB for each array
+    answer   any number of WORKING (JSON), then HEAD and its BLOBs, or ERROR (text)
 
 Numbers, texts and names are JSON, arrays are bytes beside it: nothing is pickled, and nothing that
 is read is run.
@@ -27,7 +27,7 @@ from flwr.app import (
     RecordDict,
 )
 
-HEAD, BLOB, WORKING, REFUSED = b"H", b"B", b"W", b"R"
+HEAD, BLOB, WORKING, ERROR = b"H", b"B", b"W", b"R"
 FRAME = struct.Struct(">cQ")
 LARGEST = 2**36  # bytes of a frame
 PART = 2**20  # bytes that are read at once
@@ -37,41 +37,41 @@ LONGEST_KIND = 64  # characters
 SILENCE_S = 60.0  # the service says once a second that it works; silent for so long, it hangs
 # Flower's codes for a ClientApp that raised an exception, and for one that may be back any time.
 RAISED, STOPPED = 2, 8
-TEMPORARY = "ServiceError"  # what the service's words begin with where it could answer another time
+TEMPORARY = "ServiceError"  # an ERROR begins with it where the service may answer another time
 KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
-class Line(Protocol):
-    """What letters go through: a socket."""
+class Connection(Protocol):
+    """The part of a socket that requests and answers go through."""
 
     def sendall(self, data: bytes, /) -> None:
         """Send all of ``data``."""
 
     def recv_into(self, view: memoryview, /) -> int:
-        """Receive bytes into ``view``, and return how many; 0 at the end of the line."""
+        """Receive bytes into ``view``, and return how many; 0 once the connection is closed."""
 
 
-class LetterError(RuntimeError):
-    """A letter that cannot be read, or an end of the line."""
+class FrameError(RuntimeError):
+    """A request or an answer cannot be read, or the connection was closed."""
 
 
-def write(line: Line, head: Mapping[str, Any], content: RecordDict | None) -> None:
-    """Send a letter: ``head``, and the records of a message."""
-    records, blobs = _taken_apart(content or RecordDict())
-    _send(line, HEAD, json.dumps({**head, "records": records}).encode())
+def write(connection: Connection, head: Mapping[str, Any], content: RecordDict | None) -> None:
+    """Send a request: ``head``, and the records of a message."""
+    records, blobs = _disassembled(content or RecordDict())
+    _send(connection, HEAD, json.dumps({**head, "records": records}).encode())
     for blob in blobs:
-        _send(line, BLOB, blob)
+        _send(connection, BLOB, blob)
 
 
-def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
-    """Read the rest of a letter whose HEAD holds ``first``.
+def read(connection: Connection, first: bytes) -> tuple[dict[str, Any], RecordDict]:
+    """Read the rest of a request whose HEAD holds ``first``.
 
     Raises:
-        LetterError: it is none.
+        FrameError: it cannot be read.
     """
     try:
         head = json.loads(first)
-        return head, _put_together(line, head.pop("records"))
+        return head, _assembled(connection, head.pop("records"))
     except (
         ValueError,
         KeyError,
@@ -81,7 +81,7 @@ def read(line: Line, first: bytes) -> tuple[dict[str, Any], RecordDict]:
         RecursionError,
         MemoryError,
     ) as error:
-        raise LetterError(f"no letter: {type(error).__name__}: {error}") from None
+        raise FrameError(f"not a request: {type(error).__name__}: {error}") from None
 
 
 def check_head(head: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def check_head(head: Mapping[str, Any]) -> None:
     It is written into the audit log, and its numbers name what is remembered.
 
     Raises:
-        LetterError: it is not.
+        FrameError: it is not.
     """
     kind, config = head.get("kind"), head.get("run-config")
     if not (
@@ -99,24 +99,24 @@ def check_head(head: Mapping[str, Any]) -> None:
         and len(kind) <= LONGEST_KIND
         and isinstance(config, dict)
     ):
-        raise LetterError("no letter: kind or run-config is none")
+        raise FrameError("not a request: kind or run-config is missing or wrong")
     for key in ("run", "node"):
         if not (type(head.get(key)) is int and 0 <= head[key] < LARGEST_NUMBER):
-            raise LetterError(f"no letter: {key} is no number from 0 to {LARGEST_NUMBER - 1}")
+            raise FrameError(f"not a request: {key} is no number from 0 to {LARGEST_NUMBER - 1}")
 
 
 class _Pipe:
-    """As much of a socket as a letter needs, in memory."""
+    """A :class:`Connection` in memory."""
 
     def __init__(self, data: bytes = b"") -> None:
         self.data, self._at = bytearray(data), 0
 
     def sendall(self, data: bytes) -> None:
-        """At the end."""
+        """Append ``data``."""
         self.data += data
 
     def recv_into(self, view: memoryview) -> int:
-        """What comes next."""
+        """Read the next bytes into ``view``."""
         part = memoryview(self.data)[self._at : self._at + len(view)]
         view[: len(part)] = part
         self._at += len(part)
@@ -124,41 +124,41 @@ class _Pipe:
 
 
 def to_bytes(head: Mapping[str, Any], content: RecordDict) -> bytes:
-    """A letter that goes another way than through a socket."""
+    """The frames of a request, for a file or another process."""
     pipe = _Pipe()
     write(pipe, head, content)
     return bytes(pipe.data)
 
 
 def from_bytes(data: bytes) -> tuple[dict[str, Any], RecordDict]:
-    """The letter of :func:`to_bytes`.
+    """The request of :func:`to_bytes`.
 
     Raises:
-        LetterError: it is none.
+        FrameError: it cannot be read.
     """
     pipe = _Pipe(data)
     return read(pipe, receive(pipe)[1])
 
 
-def receive(line: Line) -> tuple[bytes, bytes]:
+def receive(connection: Connection) -> tuple[bytes, bytes]:
     """The next frame: its kind and what it holds.
 
     Raises:
-        LetterError: the other side is gone.
+        FrameError: the other side is gone.
     """
-    kind, length = FRAME.unpack(_exactly(line, FRAME.size))
+    kind, length = FRAME.unpack(_receive_exactly(connection, FRAME.size))
     if length > (most := LARGEST if kind == BLOB else LARGEST_HEAD):
-        raise LetterError(f"a frame of {length} bytes; at most {most}")
-    return kind, _exactly(line, length)
+        raise FrameError(f"a frame of {length} bytes; at most {most}")
+    return kind, _receive_exactly(connection, length)
 
 
-def say(line: Line, kind: bytes, text: str) -> None:
+def send_text(connection: Connection, kind: bytes, text: str) -> None:
     """Send a frame of text."""
-    _send(line, kind, text.encode())
+    _send(connection, kind, text.encode())
 
 
-def ask(path: str, message: Message, context: Context) -> Message:
-    """The answer of the service that listens at ``path``; without one, an error that says why.
+def request(path: str, message: Message, context: Context) -> Message:
+    """Send a message to the service at ``path``; return its answer, or an error that says why.
 
     The message is left without its content: that and the answer's would be two models at once.
     """
@@ -170,17 +170,17 @@ def ask(path: str, message: Message, context: Context) -> Message:
     }
     working: Mapping[str, Any] = {}
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
-            line.settimeout(SILENCE_S)
-            line.connect(path)
-            write(line, head, message.content)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(SILENCE_S)
+            connection.connect(path)
+            write(connection, head, message.content)
             message.content = RecordDict()
-            while (frame := receive(line))[0] == WORKING:
+            while (frame := receive(connection))[0] == WORKING:
                 working = json.loads(frame[1])
-            if frame[0] == REFUSED:
-                said = frame[1].decode(errors="replace")
-                return _failed(message, said, STOPPED if said.startswith(TEMPORARY) else RAISED)
-            return Message(read(line, frame[1])[1], reply_to=message)
+            if frame[0] == ERROR:
+                reason = frame[1].decode(errors="replace")
+                return _failed(message, reason, STOPPED if reason.startswith(TEMPORARY) else RAISED)
+            return Message(read(connection, frame[1])[1], reply_to=message)
     except TimeoutError:
         doing = f", after {working['seconds']} s of {working['doing']}" if working else ""
         return _failed(
@@ -198,7 +198,7 @@ def ask(path: str, message: Message, context: Context) -> Message:
             message,
             f"ServiceError: this user must not open {path}: see group in the service's site.toml",
         )
-    except (LetterError, OSError, ValueError) as error:
+    except (FrameError, OSError, ValueError) as error:
         return _failed(
             message,
             f"ServiceError: the site's service died at work or was restarted: {error}",
@@ -210,22 +210,22 @@ def _failed(message: Message, reason: str, code: int = RAISED) -> Message:
     return Message(Error(code, reason), reply_to=message)
 
 
-def _send(line: Line, kind: bytes, data: bytes) -> None:
-    line.sendall(FRAME.pack(kind, len(data)))
-    line.sendall(data)
+def _send(connection: Connection, kind: bytes, data: bytes) -> None:
+    connection.sendall(FRAME.pack(kind, len(data)))
+    connection.sendall(data)
 
 
-def _exactly(line: Line, length: int) -> bytes:
+def _receive_exactly(connection: Connection, length: int) -> bytes:
     # A BytesIO hands over its bytes without a copy.
     data, part = BytesIO(), memoryview(bytearray(min(length, PART)))
     while left := length - data.tell():
-        if not (count := line.recv_into(part[:left])):
-            raise LetterError("the line was closed")
+        if not (count := connection.recv_into(part[:left])):
+            raise FrameError("the connection was closed")
         data.write(part[:count])
     return data.getvalue()
 
 
-def _taken_apart(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
+def _disassembled(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
     records: dict[str, Any] = {}
     blobs: list[bytes] = []
     for name, record in content.items():
@@ -238,18 +238,18 @@ def _taken_apart(content: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
             blobs += [each.data for each in record.values()]
         else:
             kind = "metrics" if isinstance(record, MetricRecord) else "config"
-            records[name] = {kind: {key: _plain(value) for key, value in record.items()}}
+            records[name] = {kind: {key: _json_value(value) for key, value in record.items()}}
     return records, blobs
 
 
-def _put_together(line: Line, records: Mapping[str, Any]) -> RecordDict:
+def _assembled(connection: Connection, records: Mapping[str, Any]) -> RecordDict:
     content = RecordDict()
     for name, record in records.items():
         [(kind, parts)] = record.items()
         if kind == "arrays":
             content[name] = ArrayRecord(
                 {
-                    key: Array(dtype, tuple(shape), stype, _blob(line))
+                    key: Array(dtype, tuple(shape), stype, _blob(connection))
                     for key, dtype, shape, stype in parts
                 }
             )
@@ -258,18 +258,18 @@ def _put_together(line: Line, records: Mapping[str, Any]) -> RecordDict:
     return content
 
 
-def _blob(line: Line) -> bytes:
-    kind, data = receive(line)
+def _blob(connection: Connection) -> bytes:
+    kind, data = receive(connection)
     if kind != BLOB:
-        raise LetterError("an array is missing")
+        raise FrameError("an array is missing")
     return data
 
 
-def _plain(value: Any) -> Any:
-    """As JSON: bytes are objects of base64."""
+def _json_value(value: Any) -> Any:
+    """A value as JSON: bytes become an object with their base64."""
     if isinstance(value, bytes):
         return {"base64": b64encode(value).decode()}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
+    return [_json_value(each) for each in value] if isinstance(value, list) else value
 
 
 def _value(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
-from server_app.discovery import Federation, RunError, an_epoch, budget
+from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
 from server_app.period import PendingTest, Period
@@ -126,7 +126,8 @@ class Asynchronous:
         self._period = Period(0.0)
         self._tests: dict[int, PendingTest] = {}
         self._later: dict[int, float] = {}  # when sites whose service is away are called again
-        self._blind = False  # whether nobody could take the last test
+        # Whether nobody could take the newest test, and since when the last one is tried.
+        self._blind, self._ended_at = False, math.inf
         # The last checkpoint, and whether there was a test since.
         self._saved, self._tested_since = self._clock.now(), False
         self._resumed: Mapping[str, Any] = {}
@@ -170,9 +171,9 @@ class Asynchronous:
         What is being tested must be reported first.
         """
         minutes = self._config.results.checkpoint_minutes
-        if not self._tests and (
-            self._tested_since or self._clock.now() - self._saved > 60 * minutes > 0
-        ):
+        untested = self._blind and self._done >= self._total  # nobody could go on from there
+        old = self._clock.now() - self._saved > 60 * minutes > 0
+        if not self._tests and not untested and (self._tested_since or old):
             self._saved, self._tested_since = self._clock.now(), False
             self._report.emit(Checkpoint(self._checkpoint))
 
@@ -404,10 +405,36 @@ class Asynchronous:
     # Tests.
 
     def _test(self) -> None:
-        """Send the newest model to all sites for a test; who failed may train again."""
+        """Have all sites test the newest model; who failed may train again."""
         self._tested += 1
-        self._report.emit(NewModel(model := self._model()))
-        connected = set(self._grid.get_node_ids())
+        self._report.emit(NewModel(self._model()))
+        self._ended_at = self._clock.now()
+        messages = self._test_messages()
+        of_sites, train = self._period.means(list(self._sites))
+        train["local-epochs"] = (
+            (self._done - self._period.start) * self._config.epochs / self._total
+        )
+        self._period = Period(self._done)
+        self._report.write(self._updates, "train", of_sites, train)
+        self._send_test(messages, train)
+
+    def _testers(self) -> list[int]:
+        """The sites that are asked to test: those that are here.
+
+        The last model waits for some to be, as long as ``patience-s`` says.
+        """
+        while True:
+            connected = set(self._grid.get_node_ids())
+            self._report.update_connected(connected)
+            there = [node for node in self._sites if node in connected]
+            here = [node for node in there if not self._roster.silent(node)]
+            left = self._ended_at + self._config.patience_s - self._clock.now()
+            if self._done < self._total or here or there or left <= 0:
+                return here or (there if self._done >= self._total else [])
+            self._clock.wait(LONGEST_WAIT_S, left)
+
+    def _test_messages(self) -> list[Message]:
+        model = self._model()
         order = write_order(Order(self._updates, self._federation.agreed()))
         messages = [
             Message(
@@ -416,16 +443,13 @@ class Asynchronous:
                 MessageType.EVALUATE,
                 group_id=str(self._updates),
             )
-            for node in self._sites
-            if node in connected and not self._roster.silent(node)
+            for node in self._testers()
         ]
         self._report.sent(messages)
-        of_sites, train = self._period.means(list(self._sites))
-        train["local-epochs"] = (
-            (self._done - self._period.start) * self._config.epochs / self._total
-        )
-        self._period = Period(self._done)
-        self._report.write(self._updates, "train", of_sites, train)
+        return messages
+
+    def _send_test(self, messages: list[Message], train: Mapping[str, float]) -> None:
+        self._blind = not messages
         if messages:  # else nobody is there to test it
             nodes = {message.metadata.dst_node_id for message in messages}
             self._tests[self._updates] = PendingTest(
@@ -443,11 +467,18 @@ class Asynchronous:
         found = self._report.receive(node, reply, number, "test", read)
         if not isinstance(found, InvalidReply):
             test.answers[node] = found.named()
+        test.lost |= gone(reply)
         if test.waiting:
             return
         del self._tests[number]
-        self._tested_since = True
         self._blind = not test.answers
+        left = self._ended_at + self._config.patience_s - self._clock.now()
+        if self._blind and test.lost and self._done >= self._total and left > 0:
+            waited = self._config.patience_s - left
+            self._clock.wait(min(max(LONGEST_WAIT_S, waited), LOG_EVERY_S), left)
+            self._send_test(self._test_messages(), test.train)
+            return
+        self._tested_since = True
         mean = self._report.test(number, test.answers, test.snapshot)
         self._report.progress(
             number,

@@ -61,10 +61,11 @@ class PendingTest:
     """A test under way.
 
     Attributes:
-        moment, done: how far the run was.
+        snapshot, done: how far the run was.
         waiting: whose answers are still to come.
         train: means over the sites of what training reported before.
         answers: what sites found, by node.
+        lost: whether any was away before it answered.
     """
 
     snapshot: Snapshot
@@ -72,3 +73,4 @@ class PendingTest:
     waiting: set[int]
     train: Mapping[str, float]
     answers: dict[int, dict[str, float]] = field(default_factory=dict)
+    lost: bool = False

@@ -212,9 +212,9 @@ class Rounds:
             self._report.progress(
                 number, epochs, self._done, self._reached, train, self._tested, before
             )
+            if self._done >= total - 1e-9 and not self._tested:
+                raise RunError(f"round {number}: no site could test the model: it is of no use")
             self._report.emit(Checkpoint(self._checkpoint))
-        if not self._tested:
-            raise RunError(f"round {self._number}: no site could test the model: it is of no use")
         if epochs := self._config.results.personalise_epochs:
             local = Local(self._config.training.rate, (0.0, 1.0), epochs=epochs)
             tested = self._test(self._number, arrays, local)
@@ -309,14 +309,22 @@ class Rounds:
     def _test(
         self, number: int, arrays: ArrayRecord, personal: Local | None = None
     ) -> dict[int, TestMetrics]:
-        """Test everywhere the model, or what each site makes of it by itself."""
-        messages = self._messages(
-            self._strategy.configure_evaluate, number, arrays, None, personal=personal
-        )
-        return {
-            answer.node: answer.found
-            for answer in self._answers(number, "test", messages, self._read_tested)
-        }
+        """Test everywhere the model, or what each site makes of it by itself.
+
+        Where fewer than a round needs can, since sites are away, they are waited for, too.
+        """
+        tested, since = dict[int, TestMetrics](), self._clock.now()
+        while True:
+            messages = self._messages(
+                self._strategy.configure_evaluate, number, arrays, None, personal=personal
+            )
+            missing = [each for each in messages if each.metadata.dst_node_id not in tested]
+            for answer in self._answers(number, "test", missing, self._read_tested):
+                tested[answer.node] = answer.found
+            enough = len(tested) >= self._roster.least
+            if enough or self._wait_for_more(number, len(tested), since):
+                return tested
+            log(WARNING, "round %d: %d sites tested: others will when back", number, len(tested))
 
     def _report_test(
         self, number: int, tested: dict[int, TestMetrics], reached: Snapshot, split: str = "test"

@@ -5,6 +5,7 @@ Runs that end without anything of use say so.
 
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 from server_app.app import run
 from server_app.discovery import RunError
+from server_app.events import Checkpoint, Event
 from server_app.results import Folder
 from strategies.averaging import fedavg
 from strategies.method import Mean, Method, RoundPlan, Run
@@ -249,6 +251,41 @@ def test_run_whose_model_nobody_can_test_is_an_error(strategy: str) -> None:
     assert isinstance(found.error, RunError)
     assert "no site could test the model: it is of no use" in str(found.error)
     assert found.new_models  # the model of the first rounds stays
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "local", "ensemble", "FedMedian", "gsgm"])
+def test_last_model_is_tested_when_sites_are_back(strategy: str) -> None:
+    """All are away when it is to be tested, such as while a SuperLink is started again."""
+    asked: Counter[int] = Counter()
+
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        asked[site] += message.metadata.message_type == "evaluate"
+        return None if asked[site] == 1 else content
+
+    found = outcome(rounds(1, strategy=strategy), spoil)
+    assert found.error is None
+    assert [took_part(found, site, "test") != [] for site in range(4)] == [True] * 4
+    assert set(asked.values()) == {2}
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "gsgm"])
+def test_last_test_has_an_end(strategy: str) -> None:
+    """And no checkpoint is beyond it: a run that goes on trains its last round again."""
+    config = rounds(1, strategy=strategy, patience_s=10_000)
+    found, checkpoints = Outcome(config), list[Event]()
+
+    def sink(event: Event) -> None:
+        found(event)
+        checkpoints.extend([event] if isinstance(event, Checkpoint) else [])
+
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        return None if message.metadata.message_type == "evaluate" else content
+
+    grid = Sites(config, spoil)
+    with pytest.raises(RunError, match="no site could test the model: it is of no use"):
+        run(grid, config, sink)
+    assert 10_000 < grid.now() < 20_000
+    assert not checkpoints
 
 
 def test_one_test_that_can_be_used_is_enough() -> None:

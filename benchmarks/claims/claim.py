@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks.claims.data import located
 from configuration.checks import unused
 from configuration.config import Config, configuration, flatten
 from simulation.laboratory import Run
@@ -45,8 +46,8 @@ class Setting:
 
     Attributes:
         name: in tables and pictures.
-        keys: of the run configuration: data, sites, partition, budget; a candidate's come after,
-            and what has no effect with its method is left out.
+        keys: of the run configuration: data, sites, partition, budget, with dots; a candidate's
+            come after, and what has no effect with its method is left out.
         world: of the sites; peers without one run in the batched engine.
         target: of the task's headline, where something is measured until it is reached.
         tuned_in: another setting whose tuned keys are taken; empty: tuned here.
@@ -203,12 +204,12 @@ class Cell:
         return "batched" if peers and self.setting.world is None else "app"
 
 
-def cells(size: Size, path: str) -> list[Cell]:
+def cells(size: Size, data: str) -> list[Cell]:
     """Every candidate in every setting that has it, with nothing tuned yet.
 
     Args:
         size: of the claim.
-        path: of the data.
+        data: folder of the data sets.
     """
     found = []
     for setting in size.settings:
@@ -218,8 +219,9 @@ def cells(size: Size, path: str) -> list[Cell]:
             own = flatten(candidate.keys)
             without = unused(own["strategy"])
             shared = {k: v for k, v in flatten(setting.keys).items() if k not in without}
-            where = {"data.path": path} if "data.source" in shared else {}
-            found.append(Cell(setting, candidate, shared | where | own))
+            if "data.path" in shared:
+                shared["data.path"] = located(data, shared["data.path"])
+            found.append(Cell(setting, candidate, shared | own))
     return found
 
 

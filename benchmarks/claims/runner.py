@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from simulation.pool import KILLED, in_processes
 from tqdm.auto import tqdm
 
 from benchmarks.claims.claim import Cell, Claim, Record
@@ -24,7 +25,6 @@ from configuration.config import ROOT, Config
 from configuration.errors import ConfigError
 from server_app.census import RunError
 from simulation.laboratory import Run, simulate
-from simulation.pool import KILLED, in_processes
 
 FOLDER = ROOT / "runs/claims"
 PLACES = ("data.path", "results.folder")  # where things are on this machine changes no result

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from simulation.search import search
 
 from benchmarks.claims.claim import Cell, Size
 from benchmarks.claims.runner import digest, identity, write
 from configuration.config import configuration
 from configuration.errors import ConfigError
-from simulation.search import search
+from server_app.census import RunError
 
 FIRST_SEED = 101  # of trials; seeds of runs are below
 WIDER = 3  # times at most
@@ -27,7 +28,7 @@ class Choice(NamedTuple):
         keys: the best.
         grid: of each key all values that were tried.
         trials: so many, with those of wider grids.
-        value: the mean headline on the validation part.
+        value: the mean headline on the validation part; NaN where every trial failed.
         border: keys whose best value is at the border of its grid all the same.
     """
 
@@ -45,33 +46,42 @@ def tuned(cell: Cell, size: Size, folder: Path, processes: int | None) -> Choice
     far away as its neighbour on the other side, until it is not, or that is not allowed.
 
     Raises:
-        RunError: every trial failed.
         KeyboardInterrupt: finished trials are kept.
     """
-    if not cell.candidate.space:
-        return Choice({}, {}, 0, math.nan, [])
-    file = folder / "choices" / f"{_digest(cell, size, cell.candidate.space)}.json"
-    if file.exists():
-        return Choice(**json.loads(file.read_text()))
+    if found := known(cell, size, folder):
+        return found
     grid = {key: list(values) for key, values in cell.candidate.space.items()}
     space: Grid = grid
     sign = 1 if cell.config(1).task.larger else -1
-    best: tuple[float, dict[str, Any]] = (-math.inf, {})
+    best: tuple[float, dict[str, Any]] = (math.nan, {})
     trials = 0
     for wider in range(WIDER + 1):
         table, keys = _trials(cell, size, space, folder, processes)
         trials += len(table)
-        best = max(best, (sign * float(table.iloc[0]), keys), key=lambda each: each[0])
+        if not best[1] or sign * float(table.iloc[0]) > best[0]:
+            best = sign * float(table.iloc[0]), keys
         grid = {key: sorted({*grid[key], *space[key]}) for key in grid}
-        found = _wider(cell, grid, best[1])
-        if found is None or wider == WIDER:
+        wanted = _wider(cell, grid, best[1])
+        if wanted is None or wider == WIDER:
             break
-        space = found
+        space = wanted
     ends = {key: (values[0], values[-1]) for key, values in grid.items() if len(values) > 1}
     border = [key for key in ends if best[1][key] in ends[key]]
     choice = Choice(best[1], grid, trials, sign * best[0], border)
-    write(file, choice._asdict())
+    write(_file(cell, size, folder), choice._asdict())
     return choice
+
+
+def known(cell: Cell, size: Size, folder: Path) -> Choice | None:
+    """What :func:`tuned` found; None where it has not."""
+    if not cell.candidate.space:
+        return Choice({}, {}, 0, math.nan, [])
+    file = _file(cell, size, folder)
+    return Choice(**json.loads(file.read_text())) if file.exists() else None
+
+
+def _file(cell: Cell, size: Size, folder: Path) -> Path:
+    return folder / "choices" / f"{_digest(cell, size, cell.candidate.space)}.json"
 
 
 def _trials(
@@ -81,16 +91,19 @@ def _trials(
     trials = math.prod(map(len, space.values()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*at the border")  # the grid gets wider
-        found = search(
-            space=space,
-            trials=trials,
-            seeds=list(range(FIRST_SEED, FIRST_SEED + size.tuning_seeds)),
-            engine=cell.engine,
-            world=cell.setting.world,
-            folder=folder / "searches" / _digest(cell, size, space),
-            processes=processes,
-            **cell.keys,
-        )
+        try:
+            found = search(
+                space=space,
+                trials=trials,
+                seeds=list(range(FIRST_SEED, FIRST_SEED + size.tuning_seeds)),
+                engine=cell.engine,
+                world=cell.setting.world,
+                folder=folder / "searches" / _digest(cell, size, space),
+                processes=processes,
+                **cell.keys,
+            )
+        except RunError:  # every trial failed
+            return pd.Series([math.nan] * trials), {key: space[key][0] for key in space}
     table = found.table()[found.headline]
     if len(table) < trials:
         raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from benchmarks.claims.claim import (
 from benchmarks.claims.data import CIFAR, FASHION, FASHION_SMALL
 
 DECAY = "training.lr-ratio"
+OURS = "Co-learning"
 
 
 def candidates(rates: int, ratios: tuple[float, ...], low: float = 0.02) -> tuple[Candidate, ...]:
@@ -38,7 +39,7 @@ def candidates(rates: int, ratios: tuple[float, ...], low: float = 0.02) -> tupl
     return (
         of("FedAvg", "fedavg"),
         of("FedAvg, constant rate", "fedavg", constant=True),
-        of("Co-learning", "co-learning"),
+        of(OURS, "co-learning"),
         of("Co-learning, cyclical rate only", "co-learning", epsilon=0.0),
         of("Co-learning, growing rounds only", "co-learning", constant=True),
         of("ensemble", "ensemble"),
@@ -140,22 +141,14 @@ first round. The reconstruction is ours
         Measure("MB to", "megabytes to the target below", until("megabytes"), False, ".1f"),
     ),
     judgements=(
-        Judgement(
-            "Accuracy is less by 1 point at most", "accuracy", "Co-learning", "centralized", -0.01
-        ),
+        Judgement("Accuracy is less by 1 point at most", "accuracy", OURS, "centralized", -0.01),
         *(
-            Judgement(
-                "Accuracy is less by 0.5 points at most", "accuracy", "Co-learning", than, -0.005
-            )
+            Judgement("Accuracy is less by 0.5 points at most", "accuracy", OURS, than, -0.005)
             for than in ("FedAvg", "FedAvg, constant rate")
         ),
-        Judgement("Accuracy is higher", "accuracy", "Co-learning", "ensemble"),
-        Judgement(
-            "At least 30 % fewer bytes in the whole run", "MB", "Co-learning", "FedAvg", 0.3, True
-        ),
-        Judgement(
-            "At least 30 % fewer bytes to the target", "MB to", "Co-learning", "FedAvg", 0.3, True
-        ),
+        Judgement("Accuracy is higher", "accuracy", OURS, "ensemble"),
+        Judgement("At least 30 % fewer bytes in the whole run", "MB", OURS, "FedAvg", 0.3, True),
+        Judgement("At least 30 % fewer bytes to the target", "MB to", OURS, "FedAvg", 0.3, True),
         Judgement(
             "A cyclical rate is better than a constant one",
             "accuracy",
@@ -165,7 +158,7 @@ first round. The reconstruction is ours
         Judgement(
             "With growing rounds, a cyclical rate is better than a constant one",
             "accuracy",
-            "Co-learning",
+            OURS,
             "Co-learning, growing rounds only",
         ),
         Judgement(

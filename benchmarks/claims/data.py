@@ -81,15 +81,17 @@ def _fashion(path: str, count: int) -> Examples:
     raw = Path(path) / "FashionMNIST/raw"
     x, y = [], []
     for part, number in (("train", count), ("t10k", TESTED)):  # they come in random order
-        x.append(_halved(_read(raw / f"{part}-images-idx3-ubyte", 16, number * 28 * 28)))
+        pixels = _read(raw / f"{part}-images-idx3-ubyte", 16, number * 28 * 28)
+        x.append(_halved(pixels.view(-1, 1, 28, 28)))
         y.append(_read(raw / f"{part}-labels-idx1-ubyte", 8, number).long())
-    return _with_test_part(x, y, tuple(NAMES))
+    return _with_test_part(x, y, NAMES)
 
 
 def cifar(path: str) -> Examples:
     """CIFAR-10 at 16 x 16 pixels: 50,000 pictures to train on, 4,000 to test."""
     whole = cifar10_jpeg.load(str(Path(path) / "cifar10.npz"))
-    assert isinstance(whole.x, Tensor) and isinstance(whole.y, Tensor)
+    assert isinstance(whole.x, Tensor)
+    assert isinstance(whole.y, Tensor)
     chosen = torch.randperm(int(whole.test.sum()), generator=torch.Generator().manual_seed(1))
     tested = whole.test.nonzero().squeeze(1)[chosen[:TESTED]]  # they come class by class
     trained = (~whole.test).nonzero().squeeze(1)
@@ -116,9 +118,9 @@ def _read(file: Path, header: int, count: int) -> Tensor:
         )
 
 
-def _halved(pixels: Tensor) -> Tensor:
-    """Pictures of 14 x 14, means of 2 x 2 of the 28 x 28 pixels."""
-    return F.avg_pool2d(pixels.view(-1, 1, 28, 28).float(), 2).round().to(torch.uint8)
+def _halved(pictures: Tensor) -> Tensor:
+    """Means of 2 x 2 pixels."""
+    return F.avg_pool2d(pictures.float(), 2).round().to(torch.uint8)
 
 
 def _with_test_part(x: list[Tensor], y: list[Tensor], classes: tuple[str, ...]) -> Examples:

@@ -58,8 +58,9 @@ CLAIM = Claim(
     about="""
 Claimed by the abstract of arXiv 2010.11166: peers that share their momentum with their neighbours
 beside their models train better than with competing methods, on several graphs. Sixteen peers, an
-exchange a mini-batch of 32; omega weighs the neighbourhood's momentum. The reconstruction is ours
-([what is known](../explanation/reconstructions.md)). Torus and bipartite graph: `topology.lazy`.""",
+exchange a mini-batch of 32; omega weighs the neighbourhood's momentum. On torus and
+bipartite graph with `topology.lazy`. The reconstruction is ours
+([what is known](../explanation/reconstructions.md)).""",
     quick=Size(
         settings=(
             setting(RING, SMALL),

@@ -72,10 +72,10 @@ CLAIM = Claim(
 Claimed by the abstracts of arXiv 1902.07848 and of its journal version: training at least 20 % more
 stable than with popular asynchronous algorithms, at a slight gain of accuracy, on Fashion-MNIST and
 CIFAR-10; 37 % with many classes spread thin; convergence at 30 sites; flat over degrees of non-IID.
-Stability is not defined there. Ours: the standard deviation (sigma) and the mean step (jump) of the
-test accuracy over the second half of a run. What is compared is one mini-batch of 32 a contribution,
-at equal numbers of updates of the server, at a constant learning rate; speeds of sites are
-lognormal (sigma 0.7). Three readings of the schedule: a site waits for its turn (list), all start
+The abstracts do not define stability. Ours: the standard deviation (sigma) and the mean step (jump)
+of the test accuracy over the second half of a run. Compared at equal numbers of updates of the
+server, one mini-batch of 32 a contribution, a constant learning rate; speeds of sites are lognormal
+(sigma 0.7). Three readings of the schedule: a site waits for its turn (list), all start
 again together (refill), a site goes on and what it made is averaged (local; it takes more
 gradients for the same updates).""",
     quick=Size(

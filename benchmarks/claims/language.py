@@ -48,20 +48,18 @@ CLAIM = Claim(
     about="""
 AG news as bytes, a site for each of the four topics, a transformer of two layers of width 64; equal
 passes over each site's texts. Claimed by arXiv 2311.08105: DiLoCo is as good as training in step,
-with hundreds of times fewer bytes. See also [the page of the benchmark that this
-repeats with rates of a search](language.md).""",
+with hundreds of times fewer bytes. The methods are those
+of [language](language.md), here with rates of a search.""",
     quick=Size((setting("AG news", 1),), candidates(2), seeds=2, trials=2),
     full=Size((setting("AG news", 6),), candidates(4), seeds=3, trials=4),
     measures=(
         Measure("all topics", "bits a byte, mean over topics", final("all topics"), False),
-        Measure(
-            "own topic", "bits a byte of a site's model on its topic", final("own topic"), False
-        ),
+        Measure("own topic", "bits a byte on a site's own topic", final("own topic"), False),
         Measure("MB", "sent and received", final("MB"), False, ".0f"),
     ),
     judgements=(
         Judgement(
-            "At most 0.05 bits a byte worse on all topics",
+            "Worse by 0.05 bits a byte at most",
             "all topics",
             DILOCO,
             "centralized",

@@ -137,9 +137,9 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> str:
         "Shares are of geometric means. "
     )
     if len(verdicts) > 1:
+        wrong = len(verdicts) * (1 - CONFIDENCE)
         note += (
-            f"Of {len(verdicts)} such intervals {len(verdicts) * (1 - CONFIDENCE):.1f} are expected "
-            "not to hold the true value."
+            f"Of {len(verdicts)} intervals some {wrong:.1f} are expected to miss the true value."
         )
     return f"{markdown(head, rows)}\n\n{note.strip()}"
 

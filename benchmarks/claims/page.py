@@ -138,9 +138,7 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> str:
     )
     if len(verdicts) > 1:
         wrong = len(verdicts) * (1 - CONFIDENCE)
-        note += (
-            f"Of {len(verdicts)} intervals some {wrong:.1f} are expected to miss the true value."
-        )
+        note += f"Of {len(verdicts)} intervals {wrong:.1f} are expected to miss the true value."
     return f"{markdown(head, rows)}\n\n{note.strip()}"
 
 

@@ -23,8 +23,11 @@ from tqdm.auto import tqdm
 from benchmarks.claims.claim import Cell, Claim, Record
 from configuration.config import ROOT, Config
 from configuration.errors import ConfigError
+from configuration.graph import graph_of
 from server_app.census import RunError
 from simulation.laboratory import Run, simulate
+from strategies.method import PeerPlan
+from strategies.topology import TopologyError
 
 FOLDER = ROOT / "runs/claims"
 PLACES = ("data.path", "results.folder")  # where things are on this machine changes no result
@@ -94,9 +97,11 @@ def check(cells: Sequence[Cell], seeds: int) -> None:
             try:
                 for seed in range(1, seeds + 1):
                     config = Cell(cell.setting, cell.candidate, {**cell.keys, **point}).config(seed)
+                    if isinstance(config.plan, PeerPlan):
+                        graph_of(config)
                     if cell.setting.world:
                         cell.setting.world.sites(config.num_sites, seed)
-            except ConfigError as error:
+            except (ConfigError, TopologyError) as error:
                 where = f"{cell.setting.name}, {cell.candidate.name}"
                 raise ConfigError(f"{where}: {error}") from None
 

@@ -146,7 +146,7 @@ def test_the_interval_is_that_of_the_paired_t_test() -> None:
     assert found.error == pytest.approx(np.std(a - b, ddof=1) / 2)
 
 
-def results(values: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
+def results(values: "Values") -> pd.DataFrame:
     rows = [
         (setting, candidate, seed, "m", value)
         for (setting, candidate), runs in values.items()

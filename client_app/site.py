@@ -220,6 +220,7 @@ def _splits(config: Config, num_sites: int, origin: Origin) -> list[Split]:
         iid_fraction=config.partition.iid_fraction,
         test_part=config.data.test_part,
         test_fraction=config.data.test_fraction,
+        validation=config.data.validation,
     )
 
 
@@ -261,9 +262,13 @@ def _raw_data(config: Config, site: SiteId, origin: Origin) -> SiteData:
         )
         raise ConfigError(f"strategy = {config.strategy!r}: {said}")
     if config.wire.sealing != "off" and min(len(data.train.y), len(data.test.y)) < FEWEST:
+        key, share = (
+            ("validation", config.data.validation)
+            if config.data.validation
+            else ("test-fraction", config.data.test_fraction)
+        )
         raise ConfigError(
-            f"data.test-fraction = {config.data.test_fraction:g}: {parts} at this site; "
-            f"allowed, sealed: {FEWEST} or more"
+            f"data.{key} = {share:g}: {parts} at this site; allowed, sealed: {FEWEST} or more"
         )
     return data
 
@@ -286,6 +291,7 @@ def _chosen(config: Config, site: SiteId, origin: Origin) -> list[Split]:
             generator,
             test_part=config.data.test_part,
             test_fraction=config.data.test_fraction,
+            validation=config.data.validation,
         )
     ]
 

@@ -188,6 +188,10 @@ class Data(Section):
     """
     test_fraction: Annotated[float, Field(gt=0, lt=1), Only(test_part=("own", "pooled"))] = 0.2
     """of each site's examples"""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """to choose keys by: a share of each site's training examples, on which sites test instead of
+    their test part; 0: none
+    """
     augment: Literal["none", "flip-crop"] = "none"
     """none, flip-crop"""
 

@@ -63,16 +63,19 @@ def deal(
     iid_fraction: float,
     test_part: str,
     test_fraction: float,
+    validation: float = 0.0,
     **keys: float,
 ) -> list[Split]:
     """Everybody's examples in a simulation: each goes to one site, to train or to test on.
 
-    ``kind``, ``iid_fraction`` and ``keys`` as in :func:`datasets.partitions.partition`.
+    ``kind``, ``iid_fraction`` and ``keys`` as in :func:`datasets.partitions.partition`. With
+    ``validation`` sites test on so much of their training parts, which are dealt out among them as
+    test parts are, and nobody sees these.
 
     Raises:
         PartitionError: the data cannot be dealt out so.
     """
-    pool, official = _candidates(examples, test_part)
+    pool, official = _candidates(examples, test_part, validation)
     parts = partition(
         kind,
         _labels(examples, kind)[pool],
@@ -83,17 +86,23 @@ def deal(
         iid_fraction=iid_fraction,
         **keys,
     )
-    if official is not None:
-        tests = np.array_split(generator.permutation(official), num_sites)
-        return [Split(pool[part], test) for part, test in zip(parts, tests, strict=True)]
-    splits = [_split(pool[part], test_fraction, generator) for part in parts]
-    if test_part == "pooled":
-        together = generator.permutation(np.concatenate([split.test for split in splits]))
-        splits = [
-            Split(split.train, test)
-            for split, test in zip(splits, np.array_split(together, num_sites), strict=True)
-        ]
-    return splits
+    if official is None:
+        splits = [_split(pool[part], test_fraction, generator) for part in parts]
+    else:
+        splits = [Split(pool[part], official) for part in parts]
+    if validation:
+        splits = [_validating(split, validation, generator) for split in splits]
+    elif official is not None:
+        return _spread(splits, official, generator)
+    if test_part == "own":
+        return splits
+    return _spread(splits, np.concatenate([split.test for split in splits]), generator)
+
+
+def _spread(splits: Sequence[Split], tests: Indices, generator: Generator) -> list[Split]:
+    """The same training parts; ``tests`` in equal shares of a random order."""
+    shares = np.array_split(generator.permutation(tests), len(splits))
+    return [Split(split.train, share) for split, share in zip(splits, shares, strict=True)]
 
 
 def _labels(examples: Examples, kind: str) -> Indices:
@@ -108,27 +117,41 @@ def _labels(examples: Examples, kind: str) -> Indices:
     return np.zeros(len(examples.y), np.int64)
 
 
-def own(examples: Examples, generator: Generator, *, test_part: str, test_fraction: float) -> Split:
+def own(
+    examples: Examples,
+    generator: Generator,
+    *,
+    test_part: str,
+    test_fraction: float,
+    validation: float = 0.0,
+) -> Split:
     """The split of a real site, which holds nothing but its own examples."""
     if test_part == "pooled":
         raise SourceError(
             "data.test-part = 'pooled': only in a simulation; allowed: 'own', 'official'"
         )
-    pool, official = _candidates(examples, test_part)
+    pool, official = _candidates(examples, test_part, validation)
     if len(pool) < FEWEST:
         raise SourceError(
             f"{len(pool)} examples are too few: one is needed to train on and one to test on"
         )
-    return Split(pool, official) if official is not None else _split(pool, test_fraction, generator)
+    split = _split(pool, test_fraction, generator) if official is None else Split(pool, official)
+    return _validating(split, validation, generator) if validation else split
 
 
-def _candidates(examples: Examples, test_part: str) -> tuple[Indices, Indices | None]:
+def _candidates(
+    examples: Examples, test_part: str, validation: float
+) -> tuple[Indices, Indices | None]:
     """Examples to split, and the official test part where it is asked for; else it is not used."""
-    if isinstance(examples.x, Lazy) and examples.x.in_order and test_part != "official":
-        raise SourceError(
-            f"data.test-part = {test_part!r}: an IterableDataset cannot be split; "
-            "allowed: 'official'"
-        )
+    if isinstance(examples.x, Lazy) and examples.x.in_order:
+        for wrong, key, allowed in (
+            (test_part != "official", f"test-part = {test_part!r}", "'official'"),
+            (validation, f"validation = {validation:g}", "0"),
+        ):
+            if wrong:
+                raise SourceError(
+                    f"data.{key}: an IterableDataset cannot be split; allowed: {allowed}"
+                )
     if examples.test is None:
         if test_part == "official":
             raise SourceError(
@@ -143,6 +166,16 @@ def _split(indices: Indices, test_fraction: float, generator: Generator) -> Spli
     shuffled = generator.permutation(indices)
     num_test = min(max(1, round(test_fraction * len(indices))), len(indices) - 1)
     return Split(shuffled[num_test:], shuffled[:num_test])
+
+
+def _validating(split: Split, share: float, generator: Generator) -> Split:
+    """A share of the training part in the place of the test part, which nobody sees."""
+    if len(split.train) < FEWEST:
+        raise SourceError(
+            f"data.validation = {share:g}: a site has {len(split.train)} training examples, "
+            f"it needs {FEWEST}; allowed: 0"
+        )
+    return _split(split.train, share, generator)
 
 
 def take(examples: Examples, splits: Sequence[Split]) -> SiteData:

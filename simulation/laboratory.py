@@ -11,19 +11,16 @@ time is virtual (:mod:`simulation.grid`).
 """
 
 import math
-import os
 import shutil
-import threading
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import joblib
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -54,6 +51,7 @@ from server_app.results import (
 from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
+from simulation.pool import KILLED, in_processes
 from simulation.world import World
 from strategies.method import PeerPlan
 from strategies.methods import METHODS, find
@@ -294,7 +292,7 @@ def simulate(
         RunError: too few sites could take part, or remained.
     """
     config = configuration(conf, **changes)
-    _check_engine(engine, config, world)
+    check_engine(engine, config, world)
     if folder is not None and (known := _finished(config, Path(folder))):
         return known
     with tqdm(total=config.epochs, desc=config.strategy, unit="epoch", disable=not progress) as bar:
@@ -323,7 +321,15 @@ def simulate(
     return run
 
 
-def _check_engine(engine: str, config: Config, world: World | None) -> None:
+def check_engine(engine: str, config: Config, world: World | None) -> None:
+    """Make sure that an engine can run a configuration in a world.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(world, World | None):
+        raise ConfigError(f"world = {world!r}: a World(...) is expected")
+    (world or World()).sites(config.num_sites, config.seed)
     if engine not in ("app", "batched"):
         raise ConfigError(f"engine = {engine!r}: allowed: 'app', 'batched'")
     if engine == "batched" and not isinstance(config.plan, PeerPlan):
@@ -569,8 +575,6 @@ def compare(
         raise ConfigError(
             f"seeds = {seeds}, {len(strategies)} strategies: at least one of each is needed"
         )
-    if not isinstance(world, World | None):
-        raise ConfigError(f"world = {world!r}: a World(...) is expected")
     jobs: list[tuple[str, Config, Path | None]] = []
     for name, changes in strategies.items():
         if not isinstance(changes, Mapping) or "seed" in changes:
@@ -583,8 +587,7 @@ def compare(
         try:
             configs = [configuration(conf, **own, seed=seed) for seed in chosen]
             for config in configs:
-                _check_engine(engine, config, world)
-                (world or World()).sites(config.num_sites, config.seed)
+                check_engine(engine, config, world)
             places = [_place(Path(folder), name, seed) if folder else None for seed in chosen]
             for config, place in zip(configs, places, strict=True):
                 if place:
@@ -593,40 +596,24 @@ def compare(
             raise ConfigError(f"{name}: {error}") from None
         jobs += [(name, config, place) for config, place in zip(configs, places, strict=True)]
 
-    gpus = torch.cuda.device_count()
-    workers = min(len(jobs), processes or gpus or os.cpu_count() or 1)
     runs: dict[str, dict[int, Run]] = {name: {} for name in strategies}
     total = sum(config.epochs for _, config, _ in jobs)
     failures: list[str] = []
-    with (
-        TemporaryDirectory() as bars,
-        tqdm(total=total, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
-        _watching(Path(bars), bar),
-    ):
-        # loky starts new processes (torch, once used, does not survive a fork); for one worker,
-        # there is none.
-        parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-        calls = (
-            joblib.delayed(_run_one)(
-                name,
-                config,
-                world or World(),
-                engine,
-                index % gpus if gpus else None,
-                Path(bars) / str(index),
-                place,
-            )
-            for index, (name, config, place) in enumerate(jobs)
-        )
+    calls = [
+        partial(run_one, f"{name}, seed {config.seed}", config, world or World(), engine, place)
+        for name, config, place in jobs
+    ]
+    with tqdm(total=total, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar:
         try:
-            for name, seed, run in parallel(calls):
-                if isinstance(run, str):
-                    failures.append(f"{name}, seed {seed}: {run}")
+            for index, run in in_processes(calls, processes, bar):
+                name, config, _ = jobs[index]
+                if not isinstance(run, Run):
+                    failures.append(f"{name}, seed {config.seed}: {run or KILLED}")
                     warnings.warn(f"{failures[-1]}; left out", stacklevel=2)
                     continue
                 if not run.finished:
                     raise KeyboardInterrupt
-                runs[name][seed] = run
+                runs[name][config.seed] = run
         except KeyboardInterrupt:
             done = sum(map(len, runs.values()))
             warnings.warn(f"interrupted: {done} of {len(jobs)} runs are finished", stacklevel=2)
@@ -655,55 +642,20 @@ def _shared(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _run_one(
-    name: str,
-    config: Config,
-    world: World,
-    engine: str,
-    gpu: int | None,
-    file: Path,
-    folder: Path | None,
-) -> tuple[str, int, Run | str]:
-    """The run, or why there is none: one that fails does not take the others with it."""
-    if gpu is not None:
-        torch.cuda.set_device(gpu)  # what device = "auto" means in this process
+def run_one(
+    label: str, config: Config, world: World, engine: str, folder: Path | None, file: Path
+) -> Run | str:
+    """The run, or why there is none: one that fails does not take others with it.
+
+    ``file`` is told how far it is (:func:`simulation.pool.in_processes`).
+    """
 
     def watch(reached: Progress) -> None:
         value = reached.test.get(reached.headline, math.nan)
-        file.write_text(
-            f"{round(reached.done)} {name}, seed {config.seed}: {reached.headline} {value:.4f}"
-        )
+        file.write_text(f"{round(reached.done)} {label}: {reached.headline} {value:.4f}")
 
     try:
         known = _finished(config, folder) if folder else None
-        return name, config.seed, known or _simulate(config, world, engine, 1, watch, folder)
+        return known or _simulate(config, world, engine, 1, watch, folder)
     except (RunError, ValueError) as error:
-        return name, config.seed, str(error)
-
-
-@contextmanager
-def _watching(folder: Path, bar: "tqdm[Any]") -> Iterator[None]:
-    """Show on the bar what the runs, in whatever process, write into files of the folder."""
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.5):
-            show()
-
-    def show() -> None:
-        states = [
-            (file.stat().st_mtime, file.read_text().partition(" ")) for file in folder.iterdir()
-        ]
-        if not states:
-            return
-        bar.set_postfix_str(max(states)[1][2], refresh=False)
-        bar.update(sum(int(done or 0) for _, (done, _, _) in states) - bar.n)
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-        show()
+        return str(error)

@@ -1,6 +1,7 @@
 """Pictures that compare strategies: the same style as a run's own."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,6 +65,33 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
         if column == "round":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label_ends(axes, ends)
+    return figure
+
+
+def search(table: pd.DataFrame, space: Mapping[str, Sequence[Any]], metric: str) -> Figure:
+    """The metric by each key of a search: a point a trial, the best one filled.
+
+    Args:
+        table: a row a trial, the best first: the keys, the metric and "s.e.".
+        space: of each key a list of values, or a tuple, whose third element says "log".
+        metric: such as accuracy.
+    """
+    figure = Picture(figsize=(4 * len(space), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(space), sharey=True, squeeze=False)[0]
+    for axes, (key, values) in zip(panels, space.items(), strict=True):
+        numbers = [value for value in values if type(value) in (int, float)]
+        ranged = isinstance(values, tuple)
+        named = not ranged and len(numbers) < len(values)
+        x = [str(value) for value in table[key]] if named else table[key]
+        axes.errorbar(
+            x, table[metric], table["s.e."].fillna(0), fmt="o", color=COLOURS[0], mfc="none"
+        )
+        axes.plot(x[:1], table[metric][:1], "o", color=COLOURS[0])
+        if "log" in values or (
+            not (named or ranged) and min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
+        ):
+            axes.set_xscale("log")
+        style(axes, key, f"validation {metric}" if axes is panels[0] else "")
     return figure
 
 

@@ -63,6 +63,35 @@ def test_smallest_site_trains_on_one_example_and_tests_on_one() -> None:
     assert (len(split.train), len(split.test)) == (1, 1)
 
 
+@pytest.mark.parametrize("test_part", ["own", "pooled", "official"])
+def test_validation_takes_the_place_of_the_test_part_and_comes_from_the_training_part(
+    test_part: str,
+) -> None:
+    data, keys = examples(test_part == "official"), ARGUMENTS | {"test_part": test_part}
+    plain, chosen = (
+        deal(data, 4, np.random.default_rng(1), **keys, validation=share) for share in (0.0, 0.2)
+    )
+    trained = np.concatenate([split.train for split in chosen])
+    validated = np.concatenate([split.test for split in chosen])
+    before = np.concatenate([split.train for split in plain])
+    assert np.array_equal(np.sort(np.concatenate([trained, validated])), np.sort(before))
+    assert len(validated) == sum(round(0.2 * len(split.train)) for split in plain)
+    strange = [set(split.test) - set(part.train) for split, part in zip(chosen, plain, strict=True)]
+    assert any(strange) == (test_part != "own")  # dealt out as test parts are
+
+
+def test_real_site_validates_on_its_training_part() -> None:
+    plain, chosen = (
+        own(examples(False), np.random.default_rng(1), test_part="own", test_fraction=0.2, **more)
+        for more in ({}, {"validation": 0.25})
+    )
+    assert len(chosen.test) == 20
+    assert set(plain.train) == {*chosen.train, *chosen.test}
+    data = Examples(torch.zeros(2, 1), torch.tensor([0, 1]), ("a", "b"))
+    with pytest.raises(SourceError, match=r"data.validation = 0.5: a site has 1 training examples"):
+        own(data, np.random.default_rng(1), test_part="own", test_fraction=0.5, validation=0.5)
+
+
 def table(values: list[list[float]], columns: tuple[str, ...]) -> SiteData:
     rows = Examples(
         torch.tensor(values), torch.zeros(len(values), dtype=torch.int64), ("a",), columns=columns

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -81,7 +82,7 @@ def curves(
 
 
 def _curve(
-    axes: Axes, runs: Sequence[tuple[np.ndarray, np.ndarray]], look: Mapping[str, str]
+    axes: Axes, runs: Sequence[tuple[np.ndarray, np.ndarray]], look: Mapping[str, Any]
 ) -> list[float]:
     """Draw it; the values of its later three quarters, by which the scale is chosen."""
     start, stop = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
@@ -98,7 +99,7 @@ def _measured(results: pd.DataFrame) -> set[str]:
     return set(results.dropna()["measure"])
 
 
-def _looks(size: Size) -> dict[str, dict[str, str]]:
+def _looks(size: Size) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each candidate."""
     return {
         candidate.name: {

@@ -183,9 +183,9 @@ def _mean(values: "pd.Series[float]", measure: Measure, sign: str = "") -> str:
     known = values.dropna()
     if known.empty:
         return "-"
-    shown = f"{known.mean():{sign}{measure.format}}"
+    shown = f"{float(known.mean()):{sign}{measure.format}}"
     if len(known) > 1:
-        shown += f" ± {known.sem():{measure.format}}"
+        shown += f" ± {float(known.sem()):{measure.format}}"
     return shown + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 

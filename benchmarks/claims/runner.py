@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from simulation.pool import KILLED, in_processes
 from tqdm.auto import tqdm
 
 from benchmarks.claims.claim import Cell, Claim, Record
@@ -26,6 +25,7 @@ from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from server_app.census import RunError
 from simulation.laboratory import Run, simulate
+from simulation.pool import KILLED, in_processes
 from strategies.method import PeerPlan
 from strategies.topology import TopologyError
 
@@ -138,9 +138,8 @@ def _run(
     config, start = cell.config(seed), time.perf_counter()
     found: dict[str, Any] = {"history": {}, "final": {}, "failure": ""}
     try:
-        run = simulate(
-            engine=cell.engine, world=cell.setting.world, progress=False, **config.flat()
-        )
+        keys: dict[str, Any] = config.flat()
+        run = simulate(engine=cell.engine, world=cell.setting.world, progress=False, **keys)
         if not run.finished:
             return False
         found["history"] = run.history.to_dict("list")

@@ -18,6 +18,7 @@ from benchmarks.claims import runner
 from benchmarks.claims.__main__ import measure
 from benchmarks.claims.claim import Candidate, Claim, Judgement, Measure, Setting, Size, last
 from server_app.census import RunError
+from simulation import laboratory
 from simulation.laboratory import Run
 from tests.conftest import ROOT
 
@@ -80,13 +81,12 @@ def test_page_says_what_the_numbers_say(done: Path) -> None:
     assert len(numbers) == 2 * 2 * 2 * 2  # settings, candidates, seeds, measures
     chosen = numbers.query("setting == 'unlike' and candidate == 'fast' and measure == 'accuracy'")
     mean, error = chosen["value"].mean(), chosen["value"].sem()
-    assert f"| unlike | fast | 2 | {mean:.3f} ± {error:.3f} |" in page
+    assert f"| unlike | fast | 2 | {float(mean):.3f} ± {float(error):.3f} |" in page
     both = numbers.query("setting == 'alike' and measure == 'loss'")
     wide = both.pivot(index="seed", columns="candidate", values="value")
     apart = wide["fast"] - wide["slow"]
-    assert re.search(
-        rf"\| alike \| fast \| 2 \|[^|]*\| {apart.mean():.3f} ± {apart.sem():.3f} \|", page
-    )
+    shown = f"{float(apart.mean()):.3f} ± {float(apart.sem()):.3f}"
+    assert re.search(rf"\| alike \| fast \| 2 \|[^|]*\| {shown} \|", page)
     verdicts = [line for line in page.splitlines() if line.startswith("    * fast against slow")]
     assert len(verdicts) == 2
     assert "does not hold" in verdicts[1]
@@ -148,7 +148,7 @@ def test_another_claim_shares_runs_and_adds_its_own(done: Path) -> None:
 def test_a_run_that_fails_is_kept_with_its_reason_and_decides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulate = runner.simulate
+    simulate = laboratory.simulate
 
     def failing(**keys: Any) -> Run:
         if keys["training.lr"] > 0.02 and keys["seed"] == 2:
@@ -177,7 +177,7 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_the_page_of_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulate = runner.simulate
+    simulate = laboratory.simulate
 
     def interrupted(**keys: Any) -> Run:
         if keys["seed"] == 2:
@@ -216,5 +216,5 @@ def test_a_claim_that_is_killed_goes_on_where_it_was(tmp_path: Path, done: Path)
     after = records(tmp_path)
     assert len(after) == 8
     assert before.items() <= after.items()
-    numbers = [pd.read_csv(each / "pages/claim-tiny.csv") for each in (tmp_path, done)]
-    pd.testing.assert_frame_equal(*numbers)
+    numbers, undisturbed = (pd.read_csv(each / "pages/claim-tiny.csv") for each in (tmp_path, done))
+    pd.testing.assert_frame_equal(numbers, undisturbed)

@@ -146,7 +146,10 @@ def test_the_interval_is_that_of_the_paired_t_test() -> None:
     assert found.error == pytest.approx(np.std(a - b, ddof=1) / 2)
 
 
-def results(values: "Values") -> pd.DataFrame:
+Values = dict[tuple[str, str], list[float]]
+
+
+def results(values: Values) -> pd.DataFrame:
     rows = [
         (setting, candidate, seed, "m", value)
         for (setting, candidate), runs in values.items()

@@ -349,14 +349,13 @@ def _verdict(
     sign: float,
 ) -> Verdict:
     if judgement.relative:
-        ratio = np.log(better.clip(lower=TINY)) - np.log(than.clip(lower=TINY))
-        there = ratio.dropna()
+        ratio = better.clip(lower=TINY) / than.clip(lower=TINY)
+        there = ratio.dropna().map(math.log)
         # A ratio's logarithm is what errors are symmetric in; it is told as a share: exp - 1.
         found = interval(there)
-        ends = sorted(sign * math.expm1(each) for each in (found.low, found.high))
-        by = Interval(
-            sign * math.expm1(found.mean), math.exp(found.mean) * found.error, *ends, found.seeds
-        )
+        low, high = sorted(sign * math.expm1(each) for each in (found.low, found.high))
+        error = math.exp(found.mean) * found.error
+        by = Interval(sign * math.expm1(found.mean), error, low, high, found.seeds)
     else:
         there = (sign * (better - than)).dropna()
         by = interval(there)

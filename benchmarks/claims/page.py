@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -183,9 +184,9 @@ def _mean(values: "pd.Series[float]", measure: Measure, sign: str = "") -> str:
     known = values.dropna()
     if known.empty:
         return "-"
-    shown = f"{float(known.mean()):{sign}{measure.format}}"
+    shown = f"{np.mean(known):{sign}{measure.format}}"
     if len(known) > 1:
-        shown += f" ± {float(known.sem()):{measure.format}}"
+        shown += f" ± {known.sem():{measure.format}}"
     return shown + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 

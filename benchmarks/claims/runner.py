@@ -90,9 +90,8 @@ def check(cells: Sequence[Cell], seeds: int) -> None:
         ConfigError: names the cell, the key, its value and what is allowed.
     """
     for cell in cells:
-        points = [{}] + [
-            {key: value} for key, values in cell.candidate.space.items() for value in values
-        ]
+        points: list[dict[str, Any]] = [{}]
+        points += [{key: value} for key, values in cell.candidate.space.items() for value in values]
         for point in points:
             try:
                 for seed in range(1, seeds + 1):
@@ -114,7 +113,7 @@ def run_cells(
     Raises:
         KeyboardInterrupt: what was finished is kept.
     """
-    jobs = []
+    jobs: list[tuple[Path, Cell, int]] = []
     for seed in range(1, seeds + 1):
         for cell in cells:
             file = place(folder, cell, seed, claim.final)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
@@ -50,7 +51,7 @@ CLAIM = Claim(
     ),
     judgements=(
         Judgement("More accurate", "accuracy", "fast", "slow"),
-        Judgement("More accurate by all there is", "accuracy", "fast", "slow", 1.0),
+        Judgement("More accurate by more than there is", "accuracy", "fast", "slow", 5.0),
     ),
     final=last_loss,
 )
@@ -80,12 +81,12 @@ def test_page_says_what_the_numbers_say(done: Path) -> None:
     numbers = pd.read_csv(done / "pages/claim-tiny.csv")
     assert len(numbers) == 2 * 2 * 2 * 2  # settings, candidates, seeds, measures
     chosen = numbers.query("setting == 'unlike' and candidate == 'fast' and measure == 'accuracy'")
-    mean, error = chosen["value"].mean(), chosen["value"].sem()
-    assert f"| unlike | fast | 2 | {float(mean):.3f} ± {float(error):.3f} |" in page
+    mean, error = np.mean(chosen["value"]), chosen["value"].sem()
+    assert f"| unlike | fast | 2 | {mean:.3f} ± {error:.3f} |" in page
     both = numbers.query("setting == 'alike' and measure == 'loss'")
     wide = both.pivot(index="seed", columns="candidate", values="value")
     apart = wide["fast"] - wide["slow"]
-    shown = f"{float(apart.mean()):.3f} ± {float(apart.sem()):.3f}"
+    shown = f"{np.mean(apart):.3f} ± {apart.sem():.3f}"
     assert re.search(rf"\| alike \| fast \| 2 \|[^|]*\| {shown} \|", page)
     verdicts = [line for line in page.splitlines() if line.startswith("    * fast against slow")]
     assert len(verdicts) == 2

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -370,11 +371,15 @@ def _finished(config: Config, folder: Path) -> Run | None:
         return None
     known = Config.read(tomllib.loads((folder / "config.toml").read_text()))
     checkpoint.check(config, identity(known.flat()), folder)
-    return (
-        None
-        if (folder / checkpoint.FOLDER).exists() or not (run := Run.load(folder)).finished
-        else run
-    )
+    return _over(folder)
+
+
+def _over(folder: Path) -> Run | None:
+    """The run in a folder, if all epochs were run."""
+    if (folder / checkpoint.FOLDER).exists() or not (folder / "metrics.csv").exists():
+        return None
+    run = Run.load(folder)
+    return run if run.finished else None
 
 
 def _simulate(
@@ -425,9 +430,11 @@ class Comparison:
 
     Attributes:
         runs: of each strategy, one a seed.
+        missing: what there is not: strategy, seed, and why.
     """
 
     runs: dict[str, list[Run]]
+    missing: tuple[str, ...] = ()
 
     def table(self, target: float | None = None) -> pd.DataFrame:
         """A row a strategy: mean and standard error over seeds.
@@ -475,11 +482,44 @@ class Comparison:
             shown[name] = [_plus_minus(mean, error) for mean, error in numbers[name].to_numpy()]
         return pd.DataFrame(shown, index=numbers.index)
 
+    def latex(self, target: float | None = None) -> str:
+        """The table for a paper: mean and standard error, the best mean of each column in bold.
+
+        It needs the package ``booktabs``; the caption says which seeds. More is better of
+        "reached" and, where it is so in the run's task, of the headline; of all else, less is.
+        """
+        numbers, cells = self.table(target), self.text(target)
+        for name in map(str, cells):
+            means = numbers[name, "mean"]
+            more = name.startswith("reached") or (
+                name == self._some.headline and self._some.config.task.larger
+            )
+            best = means.max() if more else means.min()
+            cells[name] = [
+                _latex(cell, bold=mean == best and means.nunique() > 1)
+                for cell, mean in zip(cells[name], means, strict=True)
+            ]
+        seeds = {name: [run.config.seed for run in runs] for name, runs in self.runs.items()}
+        common = max(seeds.values(), key=len)
+        fewer = "".join(f"; of {name} {_list(own)}" for name, own in seeds.items() if own != common)
+        said = f"Mean and standard error over seeds {_list(common)}{fewer}. Best in bold."
+        style = cells.style.format_index(escape="latex").format_index(escape="latex", axis=1)
+        return str(
+            style.to_latex(
+                hrules=True,
+                position_float="centering",
+                column_format="l" + "r" * cells.shape[1],
+                caption=_escaped(said),
+            )
+        )
+
     def _repr_html_(self) -> str:
-        return str(self.text().to_html())
+        missing = "".join(f"<br>missing: {escape(each)}" for each in self.missing)
+        return f"{self.text().to_html() if self.runs else ''}{missing}"
 
     def __repr__(self) -> str:
-        return str(self.text().to_string())
+        missing = "".join(f"\nmissing: {each}" for each in self.missing)
+        return f"{self.text().to_string() if self.runs else ''}{missing}"
 
     def plot(self, metric: str | None = None) -> Figure:
         """Plot the metric, by default the headline, by round, by hour and by megabyte.
@@ -506,22 +546,44 @@ class Comparison:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Comparison":
-        """Read what :meth:`save` wrote; strategies come in alphabetic order.
+        """Read what :meth:`save` or :func:`compare` wrote; strategies come in alphabetic order.
+
+        Runs that are not over are missing.
 
         Raises:
-            FileNotFoundError: there is no run in the folder.
+            FileNotFoundError: no run in the folder is over.
         """
         found: dict[str, list[Run]] = {}
+        missing = []
         for file in sorted(Path(folder).glob("*/*/config.toml")):
-            found.setdefault(file.parent.parent.name, []).append(Run.load(file.parent))
+            place = file.parent
+            if (run := _over(place)) is not None:
+                found.setdefault(place.parent.name, []).append(run)
+            else:
+                missing.append(f"{place.parent.name}, {place.name}: it is not over")
         if not found:
-            raise FileNotFoundError(f"{folder}: no STRATEGY/RUN/config.toml in it")
-        return cls(found)
+            raise FileNotFoundError(f"{folder}: no STRATEGY/RUN/config.toml of a finished run")
+        return cls(found, tuple(missing))
 
 
 def _place(folder: Path, name: str, seed: int) -> Path:
     """A run's folder in that of a comparison."""
     return folder / name.replace("/", "_") / f"seed-{seed}"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(f"\\{each}" if each in "&%$#_{}" else each for each in text)
+
+
+def _latex(cell: str, *, bold: bool) -> str:
+    """A cell of the table for people, for LaTeX."""
+    mean, sign, error = cell.partition(" ± ")
+    return (f"\\textbf{{{mean}}}" if bold else mean) + (f" $\\pm$ {error}" if sign else "")
 
 
 def _plus_minus(mean: float, error: float) -> str:
@@ -549,7 +611,9 @@ def compare(
 ) -> Comparison:
     """Run several strategies with several seeds, in several processes, which changes no result.
 
-    Interrupted, it returns the runs that were finished.
+    Interrupted, it returns the runs that were finished, and says which are missing. A process that
+    is killed, perhaps for want of memory, takes no finished run with it: what was going on in it is
+    tried once more, alone, and then left out.
 
     Args:
         strategies: for each name, what its run configuration differs in; ``conf="conf/krum.toml"``
@@ -598,7 +662,7 @@ def compare(
 
     runs: dict[str, dict[int, Run]] = {name: {} for name in strategies}
     total = sum(config.epochs for _, config, _ in jobs)
-    failures: list[str] = []
+    failures: dict[tuple[str, int], str] = {}
     calls = [
         partial(run_one, f"{name}, seed {config.seed}", config, world or World(), engine, place)
         for name, config, place in jobs
@@ -608,8 +672,10 @@ def compare(
             for index, run in in_processes(calls, processes, bar):
                 name, config, _ = jobs[index]
                 if not isinstance(run, Run):
-                    failures.append(f"{name}, seed {config.seed}: {run or KILLED}")
-                    warnings.warn(f"{failures[-1]}; left out", stacklevel=2)
+                    failures[name, config.seed] = run or KILLED
+                    warnings.warn(
+                        f"{name}, seed {config.seed}: {run or KILLED}; left out", stacklevel=2
+                    )
                     continue
                 if not run.finished:
                     raise KeyboardInterrupt
@@ -617,14 +683,21 @@ def compare(
         except KeyboardInterrupt:
             done = sum(map(len, runs.values()))
             warnings.warn(f"interrupted: {done} of {len(jobs)} runs are finished", stacklevel=2)
+    missing = tuple(
+        f"{name}, seed {seed}: {failures.get((name, seed), 'interrupted')}"
+        for name, found in runs.items()
+        for seed in chosen
+        if seed not in found
+    )
     if len(failures) == len(jobs):
-        raise RunError("\n".join(failures))
+        raise RunError("\n".join(missing))
     return Comparison(
         {
             name: [found[seed] for seed in chosen if seed in found]
             for name, found in runs.items()
             if found
-        }
+        },
+        missing,
     )
 
 

@@ -38,7 +38,7 @@ from simulation.world import World
 from strategies.randomness import derive
 
 Value = bool | int | float | str
-Space = Mapping[str, Sequence[Any]]
+Space = Mapping[str, Any]  # of each key a list, or a tuple for a range
 VALIDATION = 0.2  # of the training examples, where data.validation does not say
 # Trials that begin together, whatever the number of processes, which must change no result: the
 # first are random, the others follow from all before them.

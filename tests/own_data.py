@@ -4,10 +4,13 @@ A module of its own, so that processes that read them import little.
 """
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +114,19 @@ def read_ahead(pipe: Connection) -> None:
     next(batches)
     pipe.send([process.pid for process in multiprocessing.active_children()])
     pipe.recv()
+
+
+def deadly(path: str) -> Examples:
+    """As many bytes as a file has, so often it kills the process that reads it; then few examples.
+
+    Without one: always.
+    """
+    file = Path(path)
+    if not file.exists() or file.stat().st_size:
+        if file.exists():
+            file.write_bytes(file.read_bytes()[1:])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return few(path)
 
 
 def few(path: str) -> Examples:

@@ -216,6 +216,61 @@ def test_run_that_fails_is_left_out_of_a_comparison_by_name() -> None:
         compare({"lost": strategies["lost"]}, seeds=1, processes=1, **SMALL)
 
 
+FEW = SMALL | {"data.source": "tests.own_data:few", "epochs": 1}
+
+
+@pytest.mark.slow
+def test_process_that_is_killed_takes_no_other_run_with_it(tmp_path: Path) -> None:
+    """By signal 9, as for want of memory: always, and once."""
+    deadly = {"data.source": "tests.own_data:deadly", "data.path": str(tmp_path / "none")}
+    strategies = {"fine": {}, "lost": deadly, "sites alone": {"strategy": "local"}}
+    keys = {key: value for key, value in FEW.items() if "co-learning" not in key}
+    with pytest.warns(UserWarning, match=r"lost, seed 1: its process was killed, twice.*left out"):
+        found = compare(strategies, seeds=1, processes=2, folder=tmp_path / "runs", **keys)
+    assert list(found.runs) == ["fine", "sites alone"]
+    assert [each.partition(": its")[0] for each in found.missing] == ["lost, seed 1"]
+    assert "missing: lost, seed 1: its process was killed" in repr(found)
+    assert "missing: lost, seed 1" in found._repr_html_()
+    (tmp_path / "times").write_text("1")
+    once = compare(
+        {"fine": {}, "lost": deadly | {"data.path": str(tmp_path / "times")}},
+        seeds=1,
+        processes=2,
+        **keys,
+    )
+    assert once.missing == ()
+    assert same(once.runs["fine"][0], found.runs["fine"][0])
+    assert same(once.runs["lost"][0], found.runs["fine"][0])
+    assert (tmp_path / "times").read_text() == ""
+
+
+def test_interrupted_comparison_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client_app import training
+
+    calls, train = iter(range(1000)), training.train
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == 4:  # in the second run of three sites
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    keys = {key: value for key, value in FEW.items() if "co-learning" not in key}
+    keys |= {"strategy": "fedavg", "fedavg.local-epochs": 1, "folder": tmp_path, "processes": 1}
+    monkeypatch.setattr(training, "train", interrupted)
+    with pytest.warns(UserWarning, match="interrupted: 1 of 3 runs are finished"):
+        part = compare({"a": {}}, seeds=3, **keys)
+    assert part.missing == ("a, seed 2: interrupted", "a, seed 3: interrupted")
+    loaded = Comparison.load(tmp_path)
+    assert [run.config.seed for run in loaded.runs["a"]] == [1]
+    assert loaded.missing == ("a, seed-2: it is not over",)
+    whole = compare({"a": {}}, seeds=3, **keys)
+    assert whole.missing == ()
+    assert Comparison.load(tmp_path).missing == ()
+    assert same(whole.runs["a"][0], part.runs["a"][0])
+
+
 def test_run_that_diverges_does_not_spoil_the_table() -> None:
     diverging = {"strategy": "FedAdam", "flower.arguments": "eta=1e38"}
     with pytest.warns(UserWarning, match="diverging, seed 1: round 1: FedAdam: the model diverged"):
@@ -280,6 +335,30 @@ def test_table_by_hand() -> None:
     text = Comparison({"a": runs}).text(target=0.7).loc["a"]
     assert text["accuracy"] == "0.70 ± 0.10"
     assert text["rounds"] == "4"
+
+
+def test_table_for_a_paper() -> None:
+    runs = {
+        "a_1": [artificial(1, [0.5, 0.8], 1800, 3), artificial(2, [0.2, 0.6], 3600, 3)],
+        "b & c": [artificial(1, [0.5, 0.9], 3600, 3)],
+    }
+    said = Comparison(runs).latex(target=0.7)
+    lines = [line.strip() for line in said.splitlines()]
+    assert r"\begin{tabular}{lrrrrrrrrrrr}" in lines
+    assert {r"\toprule", r"\midrule", r"\bottomrule"} <= set(lines)
+    assert "over seeds 1, 2; of b \\& c 1. Best in bold." in said
+    names, first, second = (
+        [cell.strip() for cell in line.removesuffix(r"\\").split("&")]
+        for line in (each.replace(r"b \& c", "b") for each in lines)
+        if line.endswith(r"\\")
+    )
+    table = {name: cells for name, *cells in zip(names[1:], first[1:], second[1:], strict=True)}
+    assert [first[0], second[0]] == [r"a\_1", "b"]
+    assert table["accuracy"] == [r"0.70 $\pm$ 0.10", r"\textbf{0.9}"]
+    assert table["loss"] == [r"0.30 $\pm$ 0.10", r"\textbf{0.1}"]
+    assert table["hours"] == [r"\textbf{1.50} $\pm$ 0.50", "2"]
+    assert table["rounds"] == ["2", "2"]
+    assert table["reached 0.7"] == [r"0.50 $\pm$ 0.50", r"\textbf{1}"]
 
 
 def test_target_nobody_names_is_95_percent_of_the_best() -> None:

@@ -13,7 +13,15 @@ from benchmarks.claims.claim import (
     steps,
     until,
 )
-from benchmarks.claims.data import CIFAR, FASHION, FASHION_SMALL
+from benchmarks.claims.data import (
+    CIFAR,
+    DIGITS,
+    FASHION,
+    FASHION_SMALL,
+    HEART,
+    NEWS,
+    SPEECH,
+)
 
 DECAY = "training.lr-ratio"
 OURS = "Co-learning"
@@ -56,7 +64,6 @@ def setting(
     return Setting(name, data | own, target=target, tuned_in=tuned_in)
 
 
-DIGITS = {"data.source": "digits", "data.test-part": "pooled", "model.name": "cnn", "epochs": 16}
 SKEWED = {"kind": "dirichlet", "alpha": 0.3}
 FIVE, TEN = "Fashion-MNIST, 5 sites", "Fashion-MNIST, 10 sites"
 LARGE = FASHION | {"epochs": 24}
@@ -71,7 +78,7 @@ first round. The reconstruction is ours
 ([what is known](../explanation/reconstructions.md)).""",
     quick=Size(
         settings=(
-            setting("digits, 5 sites", DIGITS, 0.95),
+            setting("digits, 5 sites", DIGITS | {"epochs": 16}, 0.95),
             setting(FIVE, FASHION_SMALL | {"epochs": 8}, 0.84),
             setting(f"{FIVE}, Dirichlet 0.3", FASHION_SMALL | {"epochs": 8}, 0.84, FIVE, **SKEWED),
         ),
@@ -89,41 +96,12 @@ first round. The reconstruction is ours
             setting(TEN, LARGE, 0.87, FIVE, sites=10),
             setting("CIFAR-10, 5 sites", CIFAR | {"epochs": 12}, 0.6),
             setting(
-                "spoken digits, 6 speakers",
-                {
-                    "data.source": "audio-folder",
-                    "data.path": "fsdd.zip/train",
-                    "data.group": "_([a-z]+)_",
-                    "data.test-part": "pooled",
-                    "model.name": "cnn",
-                    "epochs": 24,
-                },
-                0.9,
-                sites=6,
-                kind="natural",
+                "spoken digits, 6 speakers", SPEECH | {"epochs": 24}, 0.9, sites=6, kind="natural"
             ),
-            setting(
-                "AG news, 5 sites",
-                {
-                    "data.source": "text-csv",
-                    "data.path": "ag_news_small.zip/train.csv",
-                    "data.test-part": "pooled",
-                    "model.name": "mlp",
-                    "epochs": 12,
-                },
-                0.8,
-            ),
+            setting("AG news, 5 sites", NEWS | {"epochs": 12}, 0.8),
             setting(
                 "heart disease, 4 hospitals",
-                {
-                    "data.source": "csv",
-                    "data.path": "heart_disease.zip/",
-                    "data.label": "target > 0",
-                    "data.test-part": "pooled",
-                    "model.name": "mlp",
-                    "training.batch-size": 16,
-                    "epochs": 24,
-                },
+                HEART | {"training.batch-size": 16, "epochs": 24},
                 0.8,
                 sites=4,
                 kind="natural",

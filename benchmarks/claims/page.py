@@ -24,6 +24,7 @@ from benchmarks.claims.claim import (
 )
 from benchmarks.claims.tuning import Choice
 
+SEEN = " (these may be in the test part of another seed)"
 WORDS = ("holds", "does not hold", "undecided")
 Records = Mapping[tuple[str, str, int], Record]
 Choices = Mapping[tuple[str, str], Choice]
@@ -203,14 +204,15 @@ def _tuning(size: Size, choices: Choices) -> str:
         found = "every trial failed" if math.isnan(choice.value) else f"{choice.value:.3f}"
         border = ", ".join(f"`{key}`" for key in choice.border)
         rows.append([setting, candidate, grid, str(choice.trials), best, found, border])
+    unseen = all(each.keys.get("data.test-part") == "official" for each in size.settings)
     elsewhere = [
         f"{setting.name}: as {setting.tuned_in}" for setting in size.settings if setting.tuned_in
     ]
     note = (
-        f"For each {size.trials} trials on a grid, each of {size.tuning_seeds} run "
-        "with a seed of its own, judged on a fifth of the training examples that trials do not "
-        "train on; the test part is not seen. A best value at the border of its grid got values "
-        "beyond it, which are further trials; where it still is at the border is said."
+        f"For each {size.trials} trials on a grid (seeds of each: {size.tuning_seeds}, other than "
+        "those of the runs), judged by the end of a run on a fifth of the training "
+        f"examples, on which trials do not train{'' if unseen else SEEN}. A best value at the "
+        "border of its grid got one beyond it, in further trials, where that is allowed."
     )
     head = ["", "", "grid", "trials", "best", "validation", "at the border"]
     return "\n\n".join([note, markdown(head, rows), *(f"{each}." for each in elsewhere)])

@@ -276,6 +276,7 @@ def test_a_path_in_a_zip_file_is_unpacked_once(
     assert path.read_text() == "label,text\n"
     (tmp_path / "texts.zip").unlink()
     data.unpack(str(tmp_path), "texts.zip/train.csv")  # nothing is read again
+    assert Path(data.located("", "texts.zip/")) == path.parent  # the whole of it
     assert data.located(str(tmp_path), ".") == str(tmp_path)
 
 

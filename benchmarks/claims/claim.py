@@ -258,7 +258,8 @@ def until(column: str) -> Callable[[Record, Setting], float]:
     def of(record: Record, setting: Setting) -> float:
         values = record.history[record.headline]
         reached = values >= setting.target if record.larger else values <= setting.target
-        return float(record.history.loc[reached, column].iloc[0]) if reached.any() else math.nan
+        there = record.history.loc[reached, column].to_numpy(float)
+        return float(there[0]) if len(there) else math.nan
 
     return of
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.claims.claim import Claim, Record, Size
@@ -19,7 +20,8 @@ MARKERS = "osD^vP*X"
 LINES = ("-", "--", ":")
 ACROSS = 3  # panels in a row
 LABELS = {"round": "rounds, updates or exchanges", "megabytes": "sent and received (MB)"}
-POINTS = 120
+POINTS = 60
+SPAN = 20  # a larger ratio is shown on a log scale
 
 
 def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
@@ -32,19 +34,21 @@ def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
         chosen = results[results["measure"] == measure.name]
         groups = chosen.groupby(["candidate", "setting"])["value"]
         mean, error = groups.mean(), groups.sem()
-        for number, (name, look) in enumerate(looks.items()):
-            there = [place for place, each in enumerate(settings) if (name, each) in mean.index]
-            beside = (number - (len(looks) - 1) / 2) * 0.7 / len(looks)
-            values = [mean[name, settings[place]] for place in there]
-            bars = [error[name, settings[place]] for place in there]
-            x = [place + beside for place in there]
-            axes.errorbar(x, values, np.nan_to_num(bars), lw=0, elinewidth=1.2, ms=5, **look)
+        for place, setting in enumerate(settings):
+            there = [name for name in looks if (name, setting) in mean.index]
+            for number, name in enumerate(there):
+                x = place + (number - (len(there) - 1) / 2) * 0.75 / len(there)
+                bar = np.nan_to_num(error[name, setting])
+                look = looks[name] | {"ls": ""}
+                axes.errorbar(x, mean[name, setting], bar, elinewidth=1.2, ms=5, **look)
+        if 0 < SPAN * mean.min() < mean.max():
+            axes.set_yscale("log")
         style(axes, "", f"{measure.name} ({'more' if measure.larger else 'less'} is better)")
         axes.set_xticks(range(len(settings)), settings, rotation=35, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(settings) - 0.4)
         for border in range(1, len(settings)):
             axes.axvline(border - 0.5, color="#dddddd", lw=0.8, zorder=0)
-    _legend(figure, grid[0])
+    _legend(figure, looks)
     return figure
 
 
@@ -77,7 +81,7 @@ def curves(
             room = 0.08 * (high - low) or 0.01
             axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(6))
-    _legend(figure, grid[0])
+    _legend(figure, looks)
     return figure
 
 
@@ -100,13 +104,13 @@ def _measured(results: pd.DataFrame) -> set[str]:
 
 
 def _looks(size: Size) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each candidate."""
+    """Colour, marker and line of each candidate: hollow where colours begin again."""
     return {
         candidate.name: {
             "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
             "ls": LINES[number // len(COLOURS) % len(LINES)],
-            "label": candidate.name,
+            "mfc": "none" if number >= len(COLOURS) else COLOURS[number],
         }
         for number, candidate in enumerate(size.candidates)
     }
@@ -122,15 +126,16 @@ def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
     return figure, grid
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """One for all panels."""
+    handles = [Line2D([], [], ms=5, label=name, **look) for name, look in looks.items()]
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize="small"
+        handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small"
     )
 
 
 def save(figure: Figure, file: Path) -> None:
     """As PNG, and as SVG that is the same for the same numbers."""
-    figure.savefig(file.with_suffix(".png"), dpi=110)
+    figure.savefig(file.with_suffix(".png"), dpi=90)
     with matplotlib.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})

@@ -4,10 +4,9 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -20,6 +19,7 @@ from benchmarks.claims.claim import (
     Record,
     Size,
     Verdict,
+    interval,
     judge,
 )
 from benchmarks.claims.tuning import Choice
@@ -72,8 +72,7 @@ def write(
         claim.about.strip(),
         *([f"**Not finished: {missing} runs are missing.**"] if missing else []),
         "## Verdict",
-        _in_words(claim.judgements, verdicts),
-        _verdict_table(verdicts),
+        *_verdicts(claim.judgements, verdicts),
         *([claim.reading.strip()] if claim.reading else []),
         "## Numbers",
         "Mean ± standard error over seeds. " + " ".join(_explained(claim.measures)),
@@ -93,55 +92,38 @@ def _measure(claim: Claim, judgement: Judgement) -> Measure:
     return next(measure for measure in claim.measures if measure.name == judgement.measure)
 
 
-def _in_words(judgements: Sequence[Judgement], verdicts: Sequence[Verdict]) -> str:
-    """A line a statement, below it one for each pair that it is said of."""
-    lines = []
-    for says in dict.fromkeys(judgement.says for judgement in judgements):
-        lines.append(f"* {says}:")
-        for judgement in judgements:
-            if judgement.says != says:
-                continue
-            own = [verdict for verdict in verdicts if verdict.judgement is judgement]
-            said = []
-            for word in WORDS:
-                where = [verdict.where for verdict in own if verdict.word == word]
-                if len(where) == len(own) > 1:
-                    said.append(f"**{word}** everywhere")
-                elif where:
-                    said.append(f"**{word}** ({'; '.join(where)})")
-            pair = f"{judgement.better} against {judgement.than}"
-            lines.append(f"    * {pair}: {', '.join(said) or 'not measured'}")
-    return "\n".join(lines)
-
-
-def _verdict_table(verdicts: Sequence[Verdict]) -> str:
-    rows = []
-    for verdict in verdicts:
-        judgement, by = verdict.judgement, verdict.by
-        show = _share if judgement.relative else _signed
-        away = abs(by.mean - judgement.by) / by.error if by.error else math.inf
-        rows.append(
-            [
-                f"{judgement.better} against {judgement.than}",
-                judgement.measure,
-                verdict.where,
-                show(judgement.by),
-                f"{show(by.mean)} ({show(by.low)} to {show(by.high)})",
-                f"{away:.1f}" if math.isfinite(away) else "-",
-                f"{by.seeds}" + (f", {verdict.missing} without a number" * bool(verdict.missing)),
-                verdict.word,
-            ]
-        )
-    head = ["", "measure", "where", "at least", "found", "standard errors from it", "seeds", ""]
-    note = (
-        f"Found: how far the first is ahead, paired over seeds, with its {CONFIDENCE:.0%} interval "
-        "(Student's t): it holds, or does not, where the interval is wholly on one side. "
-        "Shares are of geometric means. "
+def _verdicts(judgements: Sequence[Judgement], verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Of each statement how often it holds, and a table: a row a pair, a column a setting."""
+    yield (
+        "In a cell is how far the first is ahead of the second, paired over seeds, with the "
+        f"{CONFIDENCE:.0%} interval (Student's t). A statement holds, or does not, where the "
+        "interval is wholly on one side of what is stated; else it is undecided, and in brackets "
+        "is how many standard errors there are between. Shares are of geometric means."
     )
-    if len(verdicts) > 1:
-        wrong = len(verdicts) * (1 - CONFIDENCE)
-        note += f"Of {len(verdicts)} intervals {wrong:.1f} are expected to miss the true value."
-    return f"{markdown(head, rows)}\n\n{note.strip()}"
+    for says in dict.fromkeys(judgement.says for judgement in judgements):
+        pairs = [judgement for judgement in judgements if judgement.says == says]
+        own = [verdict for verdict in verdicts if verdict.judgement in pairs]
+        count = Counter(verdict.word for verdict in own)
+        said = ", ".join(f"{word} in {count[word]}" for word in WORDS if count[word])
+        yield f"**{says}**: {f'{said} of {len(own)}' if own else 'not measured'}."
+        columns = list(dict.fromkeys(verdict.where for verdict in own))
+        rows = []
+        for judgement in pairs:
+            cells = {each.where: _cell(each) for each in own if each.judgement is judgement}
+            if cells:
+                pair = f"{judgement.better} against {judgement.than}"
+                rows.append([pair, *(cells.get(where, "") for where in columns)])
+        if rows:
+            yield markdown([pairs[0].measure, *columns], rows)
+
+
+def _cell(verdict: Verdict) -> str:
+    by, judgement = verdict.by, verdict.judgement
+    kind = "+.0%" if judgement.relative else "+.3f"
+    shown = f"**{verdict.word}**: {by.mean:{kind}} ({by.low:{kind}} to {by.high:{kind}})"
+    if verdict.word == "undecided" and by.error > 0:
+        shown += f" [{abs(by.mean - judgement.by) / by.error:.1f}]"
+    return shown + (f"; {verdict.missing} pairs lack a number" if verdict.missing else "")
 
 
 def _explained(measures: Iterable[Measure]) -> list[str]:
@@ -185,9 +167,10 @@ def _mean(values: "pd.Series[float]", measure: Measure, sign: str = "") -> str:
     known = values.dropna()
     if known.empty:
         return "-"
-    shown = f"{np.mean(known):{sign}{measure.format}}"
+    found = interval(known)
+    shown = f"{found.mean:{sign}{measure.format}}"
     if len(known) > 1:
-        shown += f" ± {known.sem():{measure.format}}"
+        shown += f" ± {found.error:{measure.format}}"
     return shown + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
@@ -256,14 +239,6 @@ def _caption(claim: Claim, each: str, stem: str) -> str:
     if not axis:
         return "The same numbers: a column a setting, means and standard errors over seeds."
     return f"Test results of a run against {figures.LABELS.get(axis, axis)}, a panel a setting."
-
-
-def _share(value: float) -> str:
-    return f"{value:+.0%}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

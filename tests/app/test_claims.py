@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from numpy.typing import NDArray
 
 from benchmarks.claims import runner
 from benchmarks.claims.__main__ import measure
@@ -76,21 +77,31 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def shown(values: NDArray[np.float64]) -> str:
+    """Mean and standard error."""
+    return f"{values.mean():.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}"
+
+
 def test_page_says_what_the_numbers_say(done: Path) -> None:
     page = (done / "pages/claim-tiny.md").read_text()
     numbers = pd.read_csv(done / "pages/claim-tiny.csv")
     assert len(numbers) == 2 * 2 * 2 * 2  # settings, candidates, seeds, measures
     chosen = numbers.query("setting == 'unlike' and candidate == 'fast' and measure == 'accuracy'")
-    mean, error = np.mean(chosen["value"]), chosen["value"].sem()
-    assert f"| unlike | fast | 2 | {mean:.3f} ± {error:.3f} |" in page
+    assert f"| unlike | fast | 2 | {shown(chosen['value'].to_numpy(float))} |" in page
     both = numbers.query("setting == 'alike' and measure == 'loss'")
     wide = both.pivot(index="seed", columns="candidate", values="value")
     apart = wide["fast"] - wide["slow"]
-    shown = f"{np.mean(apart):.3f} ± {apart.sem():.3f}"
-    assert re.search(rf"\| alike \| fast \| 2 \|[^|]*\| {shown} \|", page)
-    verdicts = [line for line in page.splitlines() if line.startswith("    * fast against slow")]
-    assert len(verdicts) == 2
-    assert "does not hold" in verdicts[1]
+    pattern = rf"\| alike \| fast \| 2 \|[^|]*\| {shown(apart.to_numpy(float))} \|"
+    assert re.search(pattern, page)
+    gain = numbers.query("measure == 'accuracy'").pivot_table(
+        "value", ["setting", "seed"], "candidate"
+    )
+    ahead = (gain["fast"] - gain["slow"]).groupby("setting").mean()
+    cells = [f"**does not hold**: {ahead[name]:+.3f} (" for name in ("alike", "unlike")]
+    row = next(line for line in page.splitlines() if cells[0] in line)
+    assert row.startswith("| fast against slow |")
+    assert cells[1] in row
+    assert "**More accurate by more than there is**: does not hold in 2 of 2." in page
     assert "the command" in page
     assert runner.commit() in page
     assert "4 runs" not in page
@@ -164,8 +175,8 @@ def test_a_run_that_fails_is_kept_with_its_reason_and_decides_nothing(
     page = tell(tmp_path, size=Size(SETTINGS[:1], untuned, 2, 1)).read_text()
     assert "alike, fast, 2: sites are gone" in page
     assert "Nothing was tuned." in page
-    assert "fast against slow: **undecided** (alike)" in page
-    assert "1, 1 without a number" in page
+    assert "**More accurate**: undecided in 1 of 1." in page
+    assert "; 1 pairs lack a number" in page
 
 
 def test_a_report_of_nothing_says_that_all_is_missing(tmp_path: Path) -> None:
@@ -189,7 +200,7 @@ def test_ctrl_c_leaves_the_page_of_what_is_finished(
     untuned = tuple(Candidate(each.name, each.keys, {}) for each in SIZE.candidates)
     page = tell(tmp_path, size=Size(SETTINGS, untuned, 2, 1)).read_text()
     assert "**Not finished: 4 runs are missing.**" in page
-    assert "undecided** everywhere" in page  # one seed
+    assert "**More accurate**: undecided in 2 of 2." in page  # one seed
 
 
 KILLED = """

@@ -96,7 +96,7 @@ bipartite graph with `topology.lazy`. The reconstruction is ours
             for than in (OWN, "D-PSGD", "CDSGD", "CDMSGD", "DSGDm")
         ),
         *(
-            Judgement("And a better worst peer", "worst peer", FULL, than)
+            Judgement("And the worst peer is better", "worst peer", FULL, than)
             for than in (OWN, "CDMSGD")
         ),
         Judgement("Sharing half of it is better than none", "accuracy", "DMSGD, omega 0.5", OWN),

@@ -204,14 +204,13 @@ def _tuning(size: Size, choices: Choices) -> str:
 def _conditions(size: Size, records: Records, command: str) -> str:
     made = Counter(record.commit for record in records.values())
     failed = [key for key, record in records.items() if record.failure]
+    commits = ", ".join(f"{commit} ({count})" for commit, count in made.items())
     seconds = sum(record.seconds for record in records.values())
     lines = [
         f"* `{command}`",
         f"* {len(records)} runs, seeds 1 to {size.seeds}; runs of the same seed meet the same "
         "split, the same start and the same world.",
-        "* Commit: "
-        + ", ".join(f"{commit} ({count} runs)" for commit, count in made.items())
-        + " (+: with changes that were not committed).",
+        f"* Commits of the runs: {commits or '-'} (+: with changes that were not committed).",
         f"* {hardware()}; one thread a run, {seconds / 3600:.2f} hours of a core for the runs "
         "(the searches are not in it).",
     ]

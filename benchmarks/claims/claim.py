@@ -230,7 +230,9 @@ def cells(size: Size, data: str) -> list[Cell]:
 
 def last(column: str = "", tests: int = 1) -> Callable[[Record, Setting], float]:
     """The mean of a column of the history, by default the headline, over the last tests."""
-    return lambda record, _: float(record.history[column or record.headline].tail(tests).mean())
+    return lambda record, _: float(
+        record.history[column or record.headline].to_numpy(float)[-tests:].mean()
+    )
 
 
 def final(name: str) -> Callable[[Record, Setting], float]:

@@ -74,8 +74,8 @@ CLAIM = Claim(
 Claimed by the abstract of arXiv 1810.06877: sites that average models train a model about as good
 as one trained on all data in one place; a cyclical rate is better than that of vanilla averaging,
 and local epochs that grow save communication. Compared at equal epochs, with one local epoch in the
-first round; rounds double where the averaged model changes by a tenth or less. The reconstruction is ours
-([what is known](../explanation/reconstructions.md)).""",
+first round; local epochs double where the averaged model changes by a tenth or less. The
+reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
     quick=Size(
         settings=(
             setting("digits, 5 sites", DIGITS | {"epochs": 16}, 0.95),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.datasets import FashionMNIST
 
 from benchmarks import cifar10_jpeg
 from configuration.config import ROOT
@@ -24,8 +25,6 @@ from datasets.tables import csv
 
 UNPACKED = ROOT / "runs/claims/data"
 _KEPT = joblib.Memory(ROOT / "runs/claims/decoded", verbose=0)
-NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat")
-NAMES = (*NAMES, "Sandal", "Shirt", "Sneaker", "Bag", "Boot")  # in this order
 TESTED = 4000  # pictures of the official test part
 
 # Test parts are the same for all seeds: no trial with one sees a test example of another's.
@@ -87,7 +86,7 @@ def _fashion(path: str, count: int) -> Examples:
         pixels = _read(raw / f"{part}-images-idx3-ubyte", 16, number * 28 * 28)
         x.append(_halved(pixels.view(-1, 1, 28, 28)))
         y.append(_read(raw / f"{part}-labels-idx1-ubyte", 8, number).long())
-    return _with_test_part(x, y, NAMES)
+    return _with_test_part(x, y, tuple(FashionMNIST.classes))
 
 
 def cifar(path: str) -> Examples:

@@ -3,6 +3,7 @@
 import gzip
 import math
 import zipfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.claims import data
+from benchmarks.claims import data, tuning
 from benchmarks.claims.__main__ import CLAIMS, claim_of
 from benchmarks.claims.claim import (
     Candidate,
@@ -33,6 +34,7 @@ from benchmarks.claims.claim import (
 )
 from benchmarks.claims.runner import check, identity
 from configuration.errors import ConfigError
+from server_app.census import RunError
 
 SIZES = [(name, size) for name in CLAIMS for size in ("quick", "full")]
 
@@ -237,6 +239,96 @@ def test_settings_that_a_judgement_names_are_the_only_ones() -> None:
     judgement = Judgement("", "m", "a", "b", settings=("u", "s", "nowhere"))
     measure = Measure("m", "", lambda *_: 0.0)
     assert [each.where for each in judge(judgement, measure, results(values))] == ["u", "s"]
+
+
+# Tuning.
+
+
+class Searched:
+    """Stands in for a search: what a peak of the headline at ``peak`` would give."""
+
+    def __init__(self, space: dict[str, list[Any]], peak: dict[str, float], done: int) -> None:
+        points = [dict(zip(space, each, strict=True)) for each in product(*space.values())][:done]
+        values = [-sum(abs(math.log(each[key] / peak[key])) for key in peak) for each in points]
+        self._found = sorted(zip(values, range(len(points)), points, strict=True), reverse=True)
+        self.headline = "accuracy"
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame({"accuracy": [value for value, *_ in self._found]})
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return self._found[0][2]
+
+
+TUNED = Candidate(
+    "CDMSGD", {"strategy": "cdmsgd"}, {"training.lr": [0.01, 0.02], "cdmsgd.momentum": [0.5, 0.9]}
+)
+PLAN = Size((Setting("here", {}),), (TUNED,), 1, 4)
+
+
+def searching(
+    monkeypatch: pytest.MonkeyPatch, peak: dict[str, float], done: int = 100
+) -> list[dict[str, Any]]:
+    """The searches that are called for."""
+    calls: list[dict[str, Any]] = []
+
+    def search(**keys: Any) -> Searched:
+        calls.append(keys)
+        return Searched(keys["space"], peak, done)
+
+    monkeypatch.setattr(tuning, "search", search)
+    return calls
+
+
+def test_a_grid_gets_wider_until_its_best_is_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells(PLAN, "")
+    calls = searching(monkeypatch, {"training.lr": 0.045, "cdmsgd.momentum": 0.95})
+    choice = tuning.tuned(cell, PLAN, tmp_path, 1)
+    # A momentum of 0.9 * 0.9 / 0.5 is not allowed: there it stays at the border, which is said.
+    assert choice.grid == {"training.lr": [0.01, 0.02, 0.04, 0.08], "cdmsgd.momentum": [0.5, 0.9]}
+    assert choice.keys == {"training.lr": 0.04, "cdmsgd.momentum": 0.9}
+    assert choice.border == ["cdmsgd.momentum"]
+    assert choice.trials == 8
+    assert [call["space"]["training.lr"] for call in calls] == [[0.01, 0.02], [0.04], [0.08]]
+    assert all(min(call["seeds"]) > 100 for call in calls)
+    assert tuning.tuned(cell, PLAN, tmp_path, 1) == choice  # it is kept
+    assert len(calls) == 3
+
+
+def test_a_grid_does_not_get_wider_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells(PLAN, "")
+    searching(monkeypatch, {"training.lr": 1000.0, "cdmsgd.momentum": 0.5})
+    choice = tuning.tuned(cell, PLAN, tmp_path, 1)
+    assert choice.keys["training.lr"] == 0.02 * 2**tuning.WIDER
+    assert set(choice.border) == {"training.lr", "cdmsgd.momentum"}
+
+
+def test_a_search_that_was_interrupted_chooses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells(PLAN, "")
+    searching(monkeypatch, {"training.lr": 0.01}, done=3)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tuned(cell, PLAN, tmp_path, 1)
+    assert tuning.known(cell, PLAN, tmp_path) is None
+
+
+def test_where_every_trial_fails_the_claim_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(**_: Any) -> None:
+        raise RunError("all trials failed")
+
+    monkeypatch.setattr(tuning, "search", search)
+    (cell,) = cells(PLAN, "")
+    choice = tuning.tuned(cell, PLAN, tmp_path, 1)
+    assert math.isnan(choice.value)
+    assert choice.keys == {"training.lr": 0.01, "cdmsgd.momentum": 0.5}
 
 
 # Data.

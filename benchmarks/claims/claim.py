@@ -289,7 +289,7 @@ def interval(values: "pd.Series[float]") -> Interval:
     n, mean = len(values), float(values.mean())
     if n < 2:
         return Interval(mean, math.nan, math.nan, math.nan, n)
-    error = float(values.sem())
+    error = float(stats.sem(values))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return Interval(mean, error, mean - reach, mean + reach, n)
 

@@ -2,7 +2,8 @@
 
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from datasets.sources import SourceError
 from models.flat import FlatModel
 from models.pretrained import digest
 from strategies.gradients import Diverged
-from strategies.method import PeerPlan, RoundPlan
+from strategies.method import Local, PeerPlan, RoundPlan
 from strategies.peer.channel import channel
 from strategies.protocol import (
     CODED,
@@ -173,30 +174,16 @@ def train(message: Message, context: Context) -> Message:
     tested = _tested(vectors, data, network) if order.test else None
     model.load(vectors[X], vectors[STATS])
     an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
-    steps = local.steps or local.epochs * an_epoch
-
-    cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
-    rate = rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
+    steps, rate = _schedule(config, local, an_epoch)
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
     memory = remembered(context, RULE, rule.init(model.x), deal) if rule else None
     gradient = training.proximal(network.sharp, sent[X], local.proximal)
     if rule:
         gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
-    optimizers = training.optimizers(
-        "sgd" if local.plain else keys.optimizer,
-        model,
-        local.lr,
-        0.0 if local.plain else keys.momentum,
-        keys.nesterov and not local.plain,
-        keys.weight_decay,
-    )
+    optimizers = _optimizers(config, model, local)
     if local.keep_moments:
         recall_moments(context, optimizers, deal)
-    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, order.number))
-    augment = training.flip_crop if config.data.augment == "flip-crop" else None
-    epochs = (training.batches(data.train, keys.batch_size, shuffle, augment) for _ in count())
-    with seeded(model.x.device, derive(config.seed, "layers", site.number, order.number)):
-        batches = islice(chain.from_iterable(epochs), steps)
+    with _batches(config, site, data, model, order.number, steps) as batches:
         mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
     # With noise nobody may learn this: it depends on each example.
     if not math.isfinite(mean_loss) and noise is None:
@@ -236,6 +223,38 @@ def train(message: Message, context: Context) -> Message:
         )
         del made[X]
     return Message(write_trained(made, metrics, tested), reply_to=message)
+
+
+def _schedule(config: Config, local: Local, an_epoch: int) -> tuple[int, Callable[[int], float]]:
+    """How many batches an order is, and the learning rate of each."""
+    keys, steps = config.training, local.steps or local.epochs * an_epoch
+    cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
+    return steps, rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
+
+
+def _optimizers(config: Config, model: FlatModel, local: Local) -> list[torch.optim.Optimizer]:
+    keys = config.training
+    return training.optimizers(
+        "sgd" if local.plain else keys.optimizer,
+        model,
+        local.lr,
+        0.0 if local.plain else keys.momentum,
+        keys.nesterov and not local.plain,
+        keys.weight_decay,
+    )
+
+
+@contextmanager
+def _batches(
+    config: Config, site: SiteId, data: SiteData, model: FlatModel, number: int, steps: int
+) -> Iterator[Iterator[training.Batch]]:
+    """So many batches of the training part, in a round's own order; dropout follows it, too."""
+    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, number))
+    augment = training.flip_crop if config.data.augment == "flip-crop" else None
+    size = config.training.batch_size
+    epochs = (training.batches(data.train, size, shuffle, augment) for _ in count())
+    with seeded(model.x.device, derive(config.seed, "layers", site.number, number)):
+        yield islice(chain.from_iterable(epochs), steps)
 
 
 class _Lost(NamedTuple):
@@ -279,13 +298,32 @@ def cross(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test the message's model, or the mean prediction of several, on this site's test part."""
-    config, _, data, network = open_site(message, context)
+    """Test the message's model, or the mean prediction of several, on this site's test part.
+
+    With an order to train, what this site makes of the model is tested, and stays here.
+    """
+    config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(
             f"sealing = {config.wire.sealing!r}: a sealed peer tests no model but its own"
         )
     vectors = network.model.deal(partial(_vectors, message, config))
+    order = read_order(config_of(message))
+    if order.local:
+        if private(context, network):
+            raise ConfigError(
+                f"results.personalise-epochs = {order.local.epochs}: what a test of a model says "
+                "that was trained without noise has none, either; allowed at this site: 0"
+            )
+        model = network.model
+        model.load(vectors[X], vectors[STATS])
+        an_epoch = training.num_batches(len(data.train.y), config.training.batch_size)
+        steps, rate = _schedule(config, order.local, an_epoch)
+        optimizers = _optimizers(config, model, order.local)
+        with _batches(config, site, data, model, order.number + 1, steps) as batches:
+            clip = config.training.clip_norm
+            training.train(model, network.sharp, optimizers, batches, rate, clip)
+        vectors = {X: model.x.clone(), STATS: model.stats.clone()}
     return Message(write_tested(_tested(vectors, data, network)), reply_to=message)
 
 

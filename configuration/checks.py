@@ -39,13 +39,15 @@ ROUNDS = (RoundPlan, AlonePlan, ForeignPlan)
 # Keys of the sections of every run that have no effect with a kind of plan; a section's name
 # stands for all of its keys.
 BETWEEN_PEERS = {"topology", "wire.cross-codec", "wire.sealing", "wire.collect-models"}
+OF_ROUNDS = {"sampling", "results.personalise-epochs"}
 UNUSED: dict[type, set[str]] = {
     **{kind: {*BETWEEN_PEERS, "results.evaluate-every"} for kind in ROUNDS},
-    AlonePlan: {"topology", "wire", "robust", "results.evaluate-every"},
-    ArrivalPlan: {*BETWEEN_PEERS, "robust.max-share", "training.lr-steps"},
+    AlonePlan: {"topology", "wire", "robust", *OF_ROUNDS, "results.evaluate-every"},
+    ArrivalPlan: {*BETWEEN_PEERS, *OF_ROUNDS, "robust.max-share", "training.lr-steps"},
     PeerPlan: {
         "wire.down-codec",
         "robust.max-share",
+        *OF_ROUNDS,
         *(f"training.{key}" for key in ("lr-steps", "optimizer", "momentum", "nesterov")),
     },
 }
@@ -308,8 +310,8 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
     said, allowed, rows, what = (
         f"robust.mean = {robust.mean!r}",
         ("median", "trimmed-mean", "krum"),
-        config.num_sites,
-        "num-sites",
+        config.sampled(config.num_sites),
+        "num-sites" if config.sampling.fraction == 1 else "sites in a round",
     )
     match plan:
         case ArrivalPlan(window=0):

@@ -26,6 +26,7 @@ from configuration.sections import (
     Partition,
     Results,
     RobustKeys,
+    Sampling,
     TopologyKeys,
     Training,
     Wire,
@@ -84,6 +85,7 @@ class Config(BaseModel):
     model: Model = Model()
     data: Data = Data()
     partition: Partition = Partition()
+    sampling: Sampling = Sampling()
     topology: TopologyKeys = TopologyKeys()
     wire: Wire = Wire()
     robust: RobustKeys = RobustKeys()
@@ -190,6 +192,10 @@ class Config(BaseModel):
     def flat(self) -> dict[str, bool | int | float | str]:
         """The configuration as ``--run-config`` takes it, without other methods' sections."""
         return flatten_dict(self.tables())
+
+    def sampled(self, there: int) -> int:
+        """How many of the sites that are there take part in a round."""
+        return max(min(self.min_sites, there), round(self.sampling.fraction * there))
 
     @property
     def unit(self) -> str:

@@ -214,6 +214,15 @@ class Partition(Section):
     """so much of the data is spread by chance, the rest as kind says"""
 
 
+class Sampling(Section):
+    """Who takes part in a round."""
+
+    fraction: Share = 1.0
+    """of the sites that are there so many train, and test, in a round: drawn by chance, at least
+    min-sites; after the last round all test
+    """
+
+
 class TopologyKeys(Section):
     """Who exchanges with whom, of peers."""
 
@@ -291,6 +300,10 @@ class Results(Section):
     """tests also tell the metrics of each class and, of a classification, how well probabilities
     are calibrated
     """
+    personalise_epochs: Annotated[int, Field(ge=0, le=10**6)] = 0
+    """after the last round each site trains the model by itself for so many local epochs, and tests
+    what it has then, which stays there; 0: none
+    """
     evaluate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """updates or exchanges from test to test; 0: one pass over the data"""
     checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 10.0
@@ -337,6 +350,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": Model,
     "data": Data,
     "partition": Partition,
+    "sampling": Sampling,
     "topology": TopologyKeys,
     "wire": Wire,
     "robust": RobustKeys,

@@ -233,7 +233,11 @@ class Report:
             self.emit(Reported(number, seconds, EVERYBODY, split, together, up, down))
 
     def test(
-        self, number: int, found: Mapping[int, Mapping[str, float | list[float]]], moment: Moment
+        self,
+        number: int,
+        found: Mapping[int, Mapping[str, float | list[float]]],
+        moment: Moment,
+        split: str = "test",
     ) -> dict[str, float]:
         """Emit what each site found in a test, by node, and what all found together.
 
@@ -255,7 +259,7 @@ class Report:
         together = self.measure.together([found[node] for node in self._sites if node in of_sites])
         if isinstance(self._config.plan, PeerPlan):
             together |= self.measure.extremes(list(of_sites.values()))
-        self.write(number, "test", of_sites, together or None, moment)
+        self.write(number, split, of_sites, together or None, moment)
         return together
 
     def progress(

@@ -46,6 +46,7 @@ from strategies.protocol import (
     write_model,
     write_order,
 )
+from strategies.randomness import derive
 from strategies.records import ARRAYS, STATS, X, arrays_of, config_of, pack, unpack
 from strategies.schedules import rates
 
@@ -217,6 +218,10 @@ class Rounds:
             self._report.emit(Checkpoint(self._checkpoint))
         if not self._tested:
             raise RunError(f"round {self._number}: no site could test the model: it is of no use")
+        if epochs := self._config.results.personalise_epochs:
+            local = Local(self._config.training.rate, (0.0, 1.0), epochs=epochs)
+            tested = self._test(self._number, arrays, local)
+            self._report_test(self._number, tested, self._report.moment(), "personal")
         return arrays
 
     def _wait_for_more(self, number: int, usable: int, since: float) -> str | None:
@@ -304,20 +309,24 @@ class Rounds:
             self._report.refuse(answer.node, number, "test", str(refusal))
         answer.reply.content.pop(TEST, None)
 
-    def _test(self, number: int, arrays: ArrayRecord) -> dict[int, TestMetrics]:
-        """Test everywhere."""
-        messages = self._messages(self._strategy.configure_evaluate, number, arrays, None)
+    def _test(
+        self, number: int, arrays: ArrayRecord, personal: Local | None = None
+    ) -> dict[int, TestMetrics]:
+        """Test everywhere the model, or what each site makes of it by itself."""
+        messages = self._messages(
+            self._strategy.configure_evaluate, number, arrays, None, personal=personal
+        )
         return {
             answer.node: answer.found
             for answer in self._answers(number, "test", messages, self._read_tested)
         }
 
     def _report_test(
-        self, number: int, tested: dict[int, TestMetrics], reached: Reached
+        self, number: int, tested: dict[int, TestMetrics], reached: Reached, split: str = "test"
     ) -> dict[str, float]:
         """Report a test as of a moment; what all sites found together, {} where nobody could."""
         return self._report.test(
-            number, {node: found.named() for node, found in tested.items()}, reached
+            number, {node: found.named() for node, found in tested.items()}, reached, split
         )
 
     def _messages(
@@ -327,19 +336,18 @@ class Rounds:
         arrays: ArrayRecord,
         local: Local | None,
         test: bool = False,
+        personal: Local | None = None,
     ) -> list[Message]:
-        """The messages of a phase."""
+        """The messages of a phase; ``personal`` is what sites do before a test."""
         self._wait_for_enough(number)
-        messages = configure(
-            number,
-            arrays,
-            write_order(Order(number, self._federation.agreed(), local, test)),
-            self._grid,
-        )
+        order = Order(number, self._federation.agreed(), local or personal, test)
+        messages = configure(number, arrays, write_order(order), self._grid)
         # Flower's strategies shuffle their sites; in the order of the sites, a run in virtual time
         # repeats itself exactly.
         known = [message for message in messages if message.metadata.dst_node_id in self._sites]
         if local:
+            chosen = self._sample(number, {message.metadata.dst_node_id for message in known})
+            known = [message for message in known if message.metadata.dst_node_id in chosen]
             self._sent = {message.metadata.dst_node_id: _model(message) for message in known}
             if self._down:
                 for message in {
@@ -347,6 +355,17 @@ class Rounds:
                 }.values():  # most share one content
                     _replace(message, write_model(arrays_of(message), self._down))
         return sorted(known, key=lambda message: self._sites[message.metadata.dst_node_id].number)
+
+    def _sample(self, number: int, nodes: set[int]) -> set[int]:
+        """Those of the nodes that take part in a round: of who is here the first in its order.
+
+        Who is away is called as ever, and comes back so.
+        """
+        here = sorted(
+            nodes.intersection(self._roster.here()),
+            key=lambda node: derive(self._config.seed, "sample", number, self._sites[node].number),
+        )
+        return nodes.difference(here[self._config.sampled(len(here)) :])
 
     def _wait_for_enough(self, number: int) -> None:
         """A round that cannot succeed is not begun: sites that went may come back."""

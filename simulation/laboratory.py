@@ -136,9 +136,10 @@ class Run:
     def summary(self) -> "pd.Series[float]":
         """Final headline and loss, rounds, hours, megabytes; sigma and jump.
 
-        The last two say how stable the second half of the run was: ``sigma`` is the standard
-        deviation of its headlines, ``jump`` their mean step. Both are reconstructed readings of the
-        "training stability" of GSGM's authors, who could not be read.
+        With ``results.personalise-epochs`` also the headline of the sites' own models. ``sigma``
+        and ``jump`` say how stable the second half of the run was: the standard deviation of its
+        headlines, and their mean step. Both are reconstructed readings of the "training stability"
+        of GSGM's authors, who could not be read.
         """
         table = self.history
         if table.empty:
@@ -154,7 +155,14 @@ class Run:
                 "sigma": half.std(ddof=0),
                 "jump": half.diff().abs().mean(),
             }
+            | self._personal()
         )
+
+    def _personal(self) -> dict[str, float]:
+        found = self.metrics.query(
+            "split == 'personal' and site == @EVERYBODY and metric == @self.headline"
+        )
+        return {f"personal {self.headline}": value for value in found["value"]}
 
     def until(self, target: float) -> "pd.Series[float]":
         """Rounds, hours and megabytes to the first test with a headline of ``target`` or better.
@@ -492,7 +500,8 @@ class Comparison:
         for name in map(str, cells):
             means = numbers[name, "mean"]
             more = name.startswith("reached") or (
-                name == self._some.headline and self._some.config.task.larger
+                name.removeprefix("personal ") == self._some.headline
+                and self._some.config.task.larger
             )
             best = means.max() if more else means.min()
             cells[name] = [

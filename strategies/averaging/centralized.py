@@ -21,4 +21,6 @@ def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
     return fedavg.plan(fedavg.Keys(local_epochs=keys.local_epochs), run, pooled=True)
 
 
-METHOD = Method("centralized", Keys, plan)
+METHOD = Method(
+    "centralized", Keys, plan, frozenset({"sampling.fraction", "results.personalise-epochs"})
+)

@@ -6,8 +6,8 @@ over the sites k that answered.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 AISTATS 2017, algorithm 1.
-Differs: every site takes part in every round; equal shares are offered; the learning rate decays
-once over the whole run.
+Differs: equal shares are offered; the learning rate decays once over the whole run. The paper's
+``C`` is ``sampling.fraction``, and its sample the same whatever the machine.
 Special cases: one site keeps what it returns; the mean of K identical models is that model (to
 2^-40 K).
 """

@@ -295,6 +295,39 @@ def test_saved_comparison_loads_as_it_was(comparison: Comparison, tmp_path: Path
         Comparison.load(tmp_path)
 
 
+def personal(run: Run) -> pd.DataFrame:
+    return run.metrics.query("split == 'personal'").pivot_table(
+        index="site", columns="metric", values="value"
+    )
+
+
+def test_personal_model_of_one_site_is_that_of_a_round_more() -> None:
+    keys = FEW | {"strategy": "fedavg", "num_sites": 1, "min_sites": 1, "fedavg.local-epochs": 1}
+    keys = {key: value for key, value in keys.items() if "co-learning" not in key}
+    keys |= {"training.lr-ratio": 1.0, "model.name": "cnn", "model.norm": "batch"}
+    run = simulate(**keys, results={"personalise_epochs": 1})
+    more = simulate(**keys | {"epochs": 2})
+    assert personal(run).loc["all", "loss"] == more.summary["loss"]
+    assert personal(run).loc["0", "accuracy"] == more.summary["accuracy"]
+    assert run.summary["loss"] == more.history["loss"].iloc[0] != more.summary["loss"]
+
+
+def test_personal_models_know_their_sites_better_and_the_common_one_stays_as_it_is(
+    tmp_path: Path,
+) -> None:
+    keys = SMALL | {"partition.kind": "classes", "partition.classes-per-site": 4}
+    common = simulate(**keys)
+    found = compare({"personal": {"results.personalise-epochs": 2}}, seeds=1, processes=1, **keys)
+    (run,) = found.runs["personal"]
+    assert all(torch.equal(run.model[name], value) for name, value in common.model.items())
+    assert common.metrics.equals(run.metrics.query("split != 'personal'"))
+    own, of_common = personal(run)["accuracy"], run.summary["accuracy"]
+    assert own["all"] > of_common + 0.05
+    assert own["all"] == pytest.approx(own.drop("all").mean(), abs=0.01)
+    assert found.table()["personal accuracy", "mean"].item() == own["all"]
+    assert Run.load(run.save(tmp_path)).summary.equals(run.summary)
+
+
 def artificial(seed: int, accuracies: list[float], seconds: float, megabytes: float) -> Run:
     """A run with one row a round."""
     rows = [

@@ -8,10 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from flwr.app import Message, RecordDict
 
 from configuration.config import Config, configuration
+from configuration.errors import ConfigError
 from server_app.app import run
 from server_app.census import RunError
 from server_app.results import Folder
@@ -62,6 +65,90 @@ def test_others_wait_once_for_a_site_that_never_answers_too(strategy: str) -> No
     found = outcome(configuration(strategy=strategy, num_sites=4, epochs=8, **small), mute)
     assert found.error is None
     assert 3600 < found.seconds < 3600 + 60
+
+
+def sample(found: Outcome, number: int) -> set[int]:
+    return {site for site in range(found.config.num_sites) if number in took_part(found, site)}
+
+
+def test_sample_of_the_sites_takes_part_in_a_round() -> None:
+    """Two of five, which follow from seed and round; after the last round all test."""
+    half: dict[str, Any] = {"num_sites": 5, "sampling.fraction": 0.5}
+    found = outcome(rounds(60, **half))
+    again, other = (outcome(rounds(10, **half, seed=seed)) for seed in (1, 2))
+    samples = [sample(found, number) for number in range(1, 61)]
+    assert {len(each) for each in samples} == {2}
+    assert samples[:10] == [sample(again, number) for number in range(1, 11)]
+    assert samples[:10] != [sample(other, number) for number in range(1, 11)]
+    # A round is tested by those who train next.
+    tested = [
+        {site for site in range(5) if number in took_part(found, site, "test")}
+        for number in range(1, 61)
+    ]
+    assert tested == [*samples[1:], set(range(5))]
+    # Each site, and each pair of them, equally often: a sample's mean is unbiased.
+    values = np.array([3.0, 1.0, 4.0, 1.0, 5.0])
+    means = np.array([values[list(each)].mean() for each in samples])
+    error = means.std(ddof=1) / len(means) ** 0.5
+    assert abs(means.mean() - values.mean()) < 2 * error
+    counts = np.array([sum(site in each for each in samples) for site in range(5)])
+    assert np.abs(counts - 24).max() < 3 * (60 * 0.4 * 0.6) ** 0.5
+    assert len({tuple(each) for each in samples}) == 10
+    whole = outcome(rounds(60, num_sites=5))
+    up, down = (
+        found.metrics[way].iloc[-1] / whole.metrics[way].iloc[-1]
+        for way in ("bytes_up", "bytes_down")
+    )
+    assert 0.4 < up < 0.45
+    assert 0.4 < down < 0.45
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "co-learning", "FedAvg", "diloco"])
+def test_model_of_a_sample_is_the_mean_of_those_in_it(strategy: str) -> None:
+    """As if the others had been lost."""
+    keys: dict[str, Any] = {"strategy": strategy, "num_sites": 4}
+    if strategy in ("fedavg", "co-learning"):
+        keys[f"{strategy}.weighting"] = "samples"
+    found = outcome(rounds(1, **keys, **{"sampling.fraction": 0.6}))
+    others = set(range(4)) - sample(found, 1)
+    assert len(others) == 2
+
+    def lost(site: int, message: Message, content: RecordDict) -> Answer:
+        return None if site in others and message.metadata.message_type == "train" else content
+
+    expected = outcome(rounds(1, **keys), lost)
+    assert sample(expected, 1) == sample(found, 1)
+    for name, value in expected.models["model"].items():
+        assert torch.equal(found.models["model"][name], value)
+
+
+def test_sample_is_of_the_sites_that_are_there_and_never_too_small() -> None:
+    half: dict[str, Any] = {"num_sites": 4, "sampling.fraction": 0.5, "min_sites": 1}
+    whole = outcome(rounds(30, **half))
+    without = outcome(rounds(30, **half), silent(2, range(1, 99)))
+    (first, *later) = (number for number in range(1, 31) if 2 in sample(whole, number))
+    for number in range(1, 31):
+        there, before = sample(without, number), sample(whole, number)
+        assert there.isdisjoint({2})
+        if number == first:  # lost, and not yet known to be away
+            assert there == before - {2}
+        else:
+            assert len(there) == 2
+            assert there >= before - {2}
+    assert len(later) > 5
+    few = outcome(rounds(5, num_sites=4, **{"sampling.fraction": 0.01, "min_sites": 3}))
+    assert {len(sample(few, number)) for number in range(1, 6)} == {3}
+    one = outcome(rounds(5, num_sites=4, **{"sampling.fraction": 0.01, "min_sites": 1}))
+    assert {len(sample(one, number)) for number in range(1, 6)} == {1}
+
+
+@pytest.mark.parametrize("strategy", ["gsgm", "dmsgd", "local", "ensemble", "centralized"])
+def test_method_without_rounds_of_many_refuses_a_sample(strategy: str) -> None:
+    said = rf"sampling.fraction = 0.5: has no effect with strategy = '{strategy}'; taken by co-l"
+    with pytest.raises(ConfigError, match=said):
+        configuration(strategy=strategy, sampling={"fraction": 0.5})
+    with pytest.raises(ConfigError, match=r"sites in a round = 2: .*median.* needs at least 3"):
+        configuration(sampling={"fraction": 0.4}, robust={"mean": "median"})
 
 
 def test_silent_site_is_waited_for_again_after_its_answer(caplog: pytest.LogCaptureFixture) -> None:

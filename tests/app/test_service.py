@@ -504,6 +504,16 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     found.end()
 
 
+def test_model_that_was_trained_without_noise_is_not_tested(private: Service) -> None:
+    """Its test would tell of each training example."""
+    told = order({}, 4810, **{"local-epochs": 3})
+    reply = answer_to(private, flat(), "evaluate", told)
+    assert "personalise-epochs = 3: " in said(reply)
+    assert "allowed at this site: 0" in said(reply)
+    told["config"].pop("lr")
+    assert not said(answer_to(private, flat(), "evaluate", told))
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_that_a_loss_is_not_finite_does_not_leave(bad: float, private: Service) -> None:
     """An error would tell the server whether an example has a value above one of its choice.

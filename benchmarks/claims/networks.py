@@ -63,16 +63,17 @@ def candidates(rates: int, values: int) -> tuple[Candidate, ...]:
         "wire.error-feedback": "choco",
         "topology.averaging-rate": 0.9,
     }
-    on_ring = work | {"results.evaluate-every": 10}
+    on_ring = work | {"results.evaluate-every": 5}
     in_pairs = on_ring | {"topology.name": "matching"}
-    arrivals = {"results.evaluate-every": 10 * SITES}
+    arrivals = {"results.evaluate-every": 3 * SITES}
+    rate = (0.3, 0.1, 1.0)  # of 20 steps that one site made: not all of them
     return (
         of("FedAvg", "fedavg", ratio, (0.1, 0.32, 0.03), **{"local-epochs": 1}),
         of("Co-learning", "co-learning", ratio, (0.1, 0.32, 0.03), **{"local-epochs": 1}),
         of(SGD_INSIDE, "diloco", "diloco.outer-lr", (0.7, 0.4, 1.0), **work),
-        of("ASGD", "asgd", ratio, (0.1, 0.32, 0.03), **work, **arrivals),
+        of("ASGD", "asgd", "asgd.server-lr", rate, **work, **arrivals),
         of("FedBuff", "fedbuff", "fedbuff.buffer-size", (3, 6, 12), **work, **arrivals),
-        of("GSGM", "gsgm", "gsgm.momentum", momentum, schedule="refill", **work, **arrivals),
+        of("GSGM", "gsgm", "gsgm.server-lr", rate, schedule="refill", **work, **arrivals),
         of("DMSGD", "dmsgd", "dmsgd.momentum", momentum, **on_ring),
         of("Q-SADDLe, 8 bits", "q-saddle", "q-saddle.rho", (0.02, 0.1, 0.05), **on_ring, **coded),
         of("NoLoCo", "noloco", "noloco.alpha", (0.5, 0.3, 0.7), **in_pairs),

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from server_app.plots import COLOURS, Picture, style
@@ -91,6 +91,7 @@ def search(table: pd.DataFrame, space: Mapping[str, Sequence[Any]], metric: str)
             not (named or ranged) and min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
         ):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         style(axes, key, f"validation {metric}" if axes is panels[0] else "")
     return figure
 

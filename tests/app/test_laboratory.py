@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from configuration.config import configuration, flatten
 from configuration.errors import ConfigError
@@ -326,6 +327,24 @@ def test_personal_models_know_their_sites_better_and_the_common_one_stays_as_it_
     assert own["all"] == pytest.approx(own.drop("all").mean(), abs=0.01)
     assert found.table()["personal accuracy", "mean"].item() == own["all"]
     assert Run.load(run.save(tmp_path)).summary.equals(run.summary)
+
+
+def test_a_folder_a_user_is_a_site_each_and_a_sample_of_them_trains(tmp_path: Path) -> None:
+    for user in range(6):
+        for number in range(4 + user):
+            folder = tmp_path / f"f{user // 3}{user}" / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 255 * (number % 2)).save(folder / f"{number}.png")
+    keys = FEW | {"data.source": "image-folder", "data.path": str(tmp_path), "epochs": 4}
+    keys |= {"partition.kind": "natural", "data.image-size": 8}
+    run = simulate(**keys | {"num_sites": 6, "sampling.fraction": 0.5})
+    assert list(run.sites["name"]) == ["f00", "f01", "f02", "f13", "f14", "f15"]
+    assert list(run.sites["train"] + run.sites["test"]) == [4, 5, 6, 7, 8, 9]
+    trained = run.metrics.query("split == 'train' and metric == 'loss' and site != 'all'")
+    assert set(trained.groupby("round").size()) == {3}
+    together = simulate(**keys | {"num_sites": 2, "data.group": "^(f.)"})
+    assert list(together.sites["name"]) == ["f0", "f1"]
+    assert list(together.sites["train"] + together.sites["test"]) == [15, 24]
 
 
 def artificial(seed: int, accuracies: list[float], seconds: float, megabytes: float) -> Run:

@@ -84,6 +84,42 @@ def test_grid_is_tried_one_by_one_on_validation_examples_and_the_best_is_ready_t
     assert simulate(**found.best, progress=False).config.data.validation == 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "d-psgd", "engine": "batched"},
+        {"strategy": "d-psgd"},
+        {"strategy": "centralized"},
+        {"data.source": "csv", "data.path": "table.csv"},
+        {"data.source": "text-bytes", "data.path": "texts", "training.task": "language"},
+        {"data.source": "tests.own_data:labelled"},
+        {"data.test-part": "pooled"},
+    ],
+    ids=lambda changes: " ".join(changes.values()),
+)
+def test_all_kinds_of_data_and_methods_validate_on_training_examples(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"{row % 7},{row * row % 11},{row % 2}" for row in range(80)]
+    (tmp_path / "table.csv").write_text("\n".join(["a,b,label", *rows]))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("how much wood would a woodchuck chuck " * 40)
+    monkeypatch.chdir(tmp_path)
+    language = {"model.name": "gpt", "model.width": 8, "model.layers": 1, "data.context": 16}
+    keys = {key: value for key, value in SMALL.items() if key != "processes"} | changes
+    keys |= language if "training.task" in changes else {}
+    if changes.get("strategy"):
+        del keys["fedavg.local-epochs"]
+    if changes.get("strategy") == "d-psgd":
+        del keys["training.momentum"]
+    plain, chosen = (simulate(**keys, data={"validation": share}) for share in (0.0, 0.25))
+    held = sum(chosen.sites["test"])
+    assert sum(chosen.sites["train"]) + held == sum(plain.sites["train"])
+    assert 0.2 < held / sum(plain.sites["train"]) < 0.3
+    tested = chosen.metrics.query("split == 'test' and metric == 'loss' and site == 'all'")
+    assert tested["value"].map(math.isfinite).all()
+
+
 def test_sampler_finds_what_is_best_and_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = made_up(monkeypatch)
     found = search(space=RANGES, trials=40, **SMALL)

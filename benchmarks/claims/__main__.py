@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.claims import page, runner
 from benchmarks.claims.claim import Cell, Claim, Size, cells
-from benchmarks.claims.data import unpack
+from benchmarks.claims.data import make_ready
 from benchmarks.claims.tuning import Choice, known, tuned
 from configuration.config import ROOT
 
@@ -94,13 +94,19 @@ def measure(
 
     Raises:
         ConfigError: before anything runs.
+        SourceError: before anything runs.
     """
     plan = cells(size, data)
     runner.check(plan, size.seeds)
     choices: dict[tuple[str, str], Choice] = {}
     chosen: list[Cell] = []
-    for setting in size.settings if not report else ():
-        unpack(data, setting.keys.get("data.path", ""))
+    needed = {
+        (each.keys["data.source"], each.keys["data.path"])
+        for each in size.settings
+        if "data.path" in each.keys
+    }
+    for source, path in needed if not report else ():
+        make_ready(data, source, path)
     try:
         for cell in plan if not report else []:
             if not cell.setting.tuned_in:

@@ -20,6 +20,9 @@ from torchvision.datasets import FashionMNIST
 from benchmarks import cifar10_jpeg
 from configuration.config import ROOT
 from datasets import sources
+from datasets.errors import SourceError
+from datasets.files import existing
+from datasets.names import called
 from datasets.sources import Examples
 from datasets.tables import csv
 
@@ -57,8 +60,26 @@ def located(data: str, path: str) -> str:
     return str(UNPACKED / archive / inside if zipped else Path(data) / path)
 
 
+def make_ready(data: str, source: str, path: str) -> None:
+    """Unpack the zip file in which a claim's ``data.path`` lies, once, and read what it needs.
+
+    Raises:
+        SourceError: it cannot be read: better now than as the failure of every run.
+        FileNotFoundError: there is no such zip file.
+    """
+    unpack(data, path)
+    if ":" in source:
+        called("data.source", source, SourceError, located(data, path))
+    else:
+        existing(located(data, path))
+
+
 def unpack(data: str, path: str) -> None:
-    """Unpack the zip file in which a claim's ``data.path`` lies, once."""
+    """Unpack the zip file in which a claim's ``data.path`` lies, once.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     archive, zipped, _ = path.partition(".zip/")
     if not zipped or (folder := UNPACKED / archive).exists():
         return

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from benchmarks.claims import runner
 from benchmarks.claims.__main__ import measure
 from benchmarks.claims.claim import Candidate, Claim, Judgement, Measure, Setting, Size, last
+from benchmarks.claims.data import FASHION
+from datasets.errors import SourceError
 from server_app.census import RunError
 from simulation import laboratory
 from simulation.laboratory import Run
@@ -184,6 +186,13 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path: Path) -> None:
     assert "**Not finished: 8 runs are missing.**" in page
     assert page.count("not measured") == 2
     assert not list(tmp_path.glob("runs/**/*.json"))
+
+
+def test_data_that_cannot_be_read_are_no_failures_of_runs(tmp_path: Path) -> None:
+    size = Size((Setting("here", KEYS | FASHION),), (SLOW,), 1, 1)
+    with pytest.raises(SourceError, match="ubyte"):
+        tell(tmp_path, size=size, data=str(tmp_path))
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_ctrl_c_leaves_the_page_of_what_is_finished(

@@ -365,10 +365,11 @@ def test_rest_of_the_guide(deployed: Deployment) -> None:
         if "dmsgd" in text:
             assert "dmsgd after" in output
     # The nodes of the database that came back.
-    nodes = deployed.server.shell.type(
-        """until nodes=$(flwr supernode list --format json) && grep -q '"success": true' <<< "$nodes"
-        do sleep 1; done; echo "$nodes""""
+    listed = "flwr supernode list --format json"
+    deployed.server.shell.type(
+        f"until {listed} | grep --quiet '\"success\": true'; do sleep 1; done"
     )
+    nodes = deployed.server.shell.type(listed)
     for site in range(2):
         (node,) = re.findall(
             r"\d{9,}", (deployed.server.etc / f"sites/site-{site}.json").read_text()

@@ -1,0 +1,1 @@
+"""What the papers claim, measured: see ``python -m benchmarks.claims --help``."""

@@ -1,0 +1,370 @@
+"""What a claim declares: who is compared, in what, what is measured, and how that is judged.
+
+A claim is a module beside this one with a value ``CLAIM``; :mod:`benchmarks.claims.runner` runs
+it, :mod:`benchmarks.claims.page` writes what came out.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from benchmarks.claims.data import located
+from configuration.checks import unused
+from configuration.config import Config, configuration, flatten
+from simulation.laboratory import Run
+from simulation.world import World
+from strategies.method import PeerPlan
+
+Keys = Mapping[str, Any]
+CONFIDENCE = 0.95
+TINY = 1e-12  # what a relative difference takes a 0 for
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train.
+
+    Attributes:
+        name: in tables and pictures.
+        keys: of the run configuration.
+        space: of each key that is tuned, the values that are tried.
+    """
+
+    name: str
+    keys: Keys
+    space: Mapping[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What candidates are compared in.
+
+    Attributes:
+        name: in tables and pictures.
+        keys: of the run configuration: data, sites, partition, budget, with dots; a candidate's
+            come after, and what has no effect with its method is left out.
+        world: of the sites; peers without one run in the batched engine.
+        target: of the task's headline, where something is measured until it is reached.
+        tuned_in: another setting whose tuned keys are taken; empty: tuned here.
+        candidates: their names; empty: all.
+    """
+
+    name: str
+    keys: Keys
+    world: World | None = None
+    target: float = math.nan
+    tuned_in: str = ""
+    candidates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a claim is run.
+
+    Attributes:
+        settings: in the order of tables and pictures.
+        candidates: the first is the one that the others' differences are taken from.
+        seeds: runs of each candidate in each setting, with the seeds 1, 2, ...
+        trials: of the search for each candidate's keys, before a grid is widened.
+        tuning_seeds: runs of each trial, with seeds that are not those of the runs.
+    """
+
+    settings: tuple[Setting, ...]
+    candidates: tuple[Candidate, ...]
+    seeds: int
+    trials: int
+    tuning_seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a run.
+
+    Attributes:
+        history: :attr:`simulation.laboratory.Run.history`.
+        final: what the claim measured on the last models.
+        headline: the task's, a column of the history.
+        larger: whether more of it is better.
+        failure: why there is no history; empty where there is one.
+        commit: of the code that ran.
+        seconds: that the run took.
+    """
+
+    history: pd.DataFrame
+    final: Mapping[str, float]
+    headline: str
+    larger: bool
+    failure: str
+    commit: str
+    seconds: float
+
+
+class Measure(NamedTuple):
+    """A number of a run.
+
+    Attributes:
+        name: in tables.
+        what: it is, in words.
+        of: a run in a setting; NaN where there is none.
+        larger: whether more is better.
+        format: of a mean.
+    """
+
+    name: str
+    what: str
+    of: Callable[[Record, Setting], float]
+    larger: bool = True
+    format: str = ".3f"
+
+
+class Judgement(NamedTuple):
+    """A statement that numbers decide: ``better`` is ahead of ``than`` by at least ``by``.
+
+    Attributes:
+        says: it in words.
+        measure: name of what is compared.
+        better, than: candidates.
+        by: the least difference; negative: it may be so much worse. A share of ``than``'s value
+            where ``relative``.
+        relative: whether ratios are compared (of geometric means) and not differences.
+        settings: where; empty: everywhere where both are.
+        over: each: a verdict a setting; mean: one, of the mean over these settings; range: one, of
+            the difference between the largest and the smallest, of which less is better.
+    """
+
+    says: str
+    measure: str
+    better: str
+    than: str
+    by: float = 0.0
+    relative: bool = False
+    settings: tuple[str, ...] = ()
+    over: Literal["each", "mean", "range"] = "each"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A question, and what answers it.
+
+    Attributes:
+        question: of the page's title.
+        about: what is claimed, by whom, and what is ours.
+        quick, full: what is run.
+        measures: columns of the tables; the first is also drawn over time.
+        judgements: see :class:`Judgement`.
+        axes: columns of a run's history over which the headline is drawn.
+        final: measures the last models of a run; its numbers are :attr:`Record.final`.
+        reading: what a person makes of the numbers; without numbers.
+    """
+
+    question: str
+    about: str
+    quick: Size
+    full: Size
+    measures: tuple[Measure, ...]
+    judgements: tuple[Judgement, ...]
+    axes: tuple[str, ...] = ("round",)
+    final: Callable[[Run], dict[str, float]] | None = None
+    reading: str = ""
+
+    def size(self, name: str) -> Size:
+        """By name: quick or full."""
+        return {"quick": self.quick, "full": self.full}[name]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A candidate in a setting: a run for each seed.
+
+    Attributes:
+        keys: of the run configuration, the tuned ones too.
+    """
+
+    setting: Setting
+    candidate: Candidate
+    keys: Keys
+
+    def config(self, seed: int) -> Config:
+        """Of the run with this seed.
+
+        Raises:
+            ConfigError: what is wrong with it.
+        """
+        return configuration(**self.keys, seed=seed)
+
+    @property
+    def engine(self) -> str:
+        """Of the laboratory."""
+        peers = isinstance(self.config(1).plan, PeerPlan)
+        return "batched" if peers and self.setting.world is None else "app"
+
+
+def cells(size: Size, data: str) -> list[Cell]:
+    """Every candidate in every setting that has it, with nothing tuned yet.
+
+    Args:
+        size: of the claim.
+        data: folder of the data sets.
+    """
+    found = []
+    for setting in size.settings:
+        for candidate in size.candidates:
+            if setting.candidates and candidate.name not in setting.candidates:
+                continue
+            own = flatten(candidate.keys)
+            without = unused(own["strategy"])
+            shared = {k: v for k, v in flatten(setting.keys).items() if k not in without}
+            if "data.path" in shared:
+                shared["data.path"] = located(data, shared["data.path"])
+            found.append(Cell(setting, candidate, shared | own))
+    return found
+
+
+# Measures that several claims have.
+
+
+def last(column: str = "", tests: int = 1) -> Callable[[Record, Setting], float]:
+    """The mean of a column of the history, by default the headline, over the last tests."""
+    return lambda record, _: float(
+        record.history[column or record.headline].to_numpy(float)[-tests:].mean()
+    )
+
+
+def final(name: str) -> Callable[[Record, Setting], float]:
+    """What the claim measured on the last models."""
+    return lambda record, _: record.final[name]
+
+
+def sigma(record: Record, _: Setting) -> float:
+    """The standard deviation of the headline over the second half of a run."""
+    return float(_second_half(record).std(ddof=0))
+
+
+def jump(record: Record, _: Setting) -> float:
+    """The mean step of the headline from test to test over the second half of a run."""
+    return float(_second_half(record).diff().abs().mean())
+
+
+def _second_half(record: Record) -> "pd.Series[float]":
+    return record.history[record.headline].iloc[len(record.history) // 2 :]
+
+
+def until(column: str) -> Callable[[Record, Setting], float]:
+    """A column of the history at the first test that reaches the setting's target, or NaN."""
+
+    def of(record: Record, setting: Setting) -> float:
+        values = record.history[record.headline]
+        reached = values >= setting.target if record.larger else values <= setting.target
+        there = record.history.loc[reached, column].to_numpy(float)
+        return float(there[0]) if len(there) else math.nan
+
+    return of
+
+
+def steps(low: float, high: float, count: int) -> list[float]:
+    """A grid of so many values from ``low`` to ``high``, evenly on a log scale, two digits each."""
+    return [float(f"{value:.2g}") for value in np.geomspace(low, high, count)]
+
+
+# Statistics.
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, its standard error, and where the true one is with ``CONFIDENCE``."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+    seeds: int
+
+
+def interval(values: "pd.Series[float]") -> Interval:
+    """By Student's t, of independent values; NaN where there are fewer than two."""
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, math.nan, n)
+    error = float(stats.sem(values))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    return Interval(mean, error, mean - reach, mean + reach, n)
+
+
+class Verdict(NamedTuple):
+    """Of a judgement in a setting.
+
+    Attributes:
+        where: the setting, or all of them.
+        by: how far ``better`` is ahead, paired over seeds: a share where the judgement is relative.
+        word: holds, does not hold, undecided.
+        missing: pairs of runs of which one has no such number.
+    """
+
+    judgement: Judgement
+    where: str
+    by: Interval
+    word: str
+    missing: int
+
+
+def judge(judgement: Judgement, measure: Measure, results: pd.DataFrame) -> Iterator[Verdict]:
+    """The verdicts that the numbers give.
+
+    Args:
+        judgement: what is to be decided.
+        measure: of the judgement's name.
+        results: tidy, with the columns setting, candidate, seed, measure and value, NaN where a run
+            failed.
+    """
+    chosen = results[results["measure"] == judgement.measure]
+    names = [judgement.better, judgement.than]
+    if not set(names) <= set(chosen["candidate"]):
+        return
+    chosen = chosen[chosen["candidate"].isin(names)]
+    twice = chosen.groupby(["setting", "seed"])["value"].transform("size") == len(names)
+    table = chosen[twice].pivot(index=["setting", "seed"], columns="candidate", values="value")
+    both = {setting: group.droplevel(0) for setting, group in table.groupby(level=0)}
+    order = [name for name in judgement.settings or chosen["setting"].unique() if name in both]
+    if judgement.over == "each":
+        parts = {name: both[name] for name in order}
+    elif order:
+        stack = pd.concat({name: both[name] for name in order}).groupby(level=1)
+        whole = stack.apply(lambda g: g.mean(skipna=False))
+        if judgement.over == "range":
+            whole = stack.apply(lambda g: g.max(skipna=False) - g.min(skipna=False))
+        parts = {f"{judgement.over} of {len(order)} settings": whole}
+    else:
+        parts = {}
+    sign = 1.0 if measure.larger and judgement.over != "range" else -1.0
+    for where, pair in parts.items():
+        yield _verdict(judgement, where, pair[judgement.better], pair[judgement.than], sign)
+
+
+def _verdict(
+    judgement: Judgement,
+    where: str,
+    better: "pd.Series[float]",
+    than: "pd.Series[float]",
+    sign: float,
+) -> Verdict:
+    if judgement.relative:
+        ratio = better.clip(lower=TINY) / than.clip(lower=TINY)
+        there = ratio.dropna().map(math.log)
+        # A ratio's logarithm is what errors are symmetric in; it is told as a share: exp - 1.
+        found = interval(there)
+        low, high = sorted(sign * math.expm1(each) for each in (found.low, found.high))
+        error = math.exp(found.mean) * found.error
+        by = Interval(sign * math.expm1(found.mean), error, low, high, found.seeds)
+    else:
+        there = (sign * (better - than)).dropna()
+        by = interval(there)
+    missing = len(better) - len(there)
+    if missing or math.isnan(by.low) or by.low < judgement.by <= by.high:
+        word = "undecided"
+    else:
+        word = "holds" if by.low >= judgement.by else "does not hold"
+    return Verdict(judgement, where, by, word, missing)

@@ -1,0 +1,138 @@
+"""Which method for which network: hours and bytes to a target in three worlds."""
+
+from typing import Any
+
+from benchmarks.claims.claim import (
+    Candidate,
+    Claim,
+    Judgement,
+    Measure,
+    Record,
+    Setting,
+    Size,
+    last,
+    steps,
+    until,
+)
+from benchmarks.claims.data import FASHION, FASHION_SMALL
+from models.networks import num_parameters
+from simulation.world import Lognormal, World
+
+# What is trained is small; its links are slower by as much as a large model is larger.
+AS_LARGE_AS = 100_000_000
+SCALE = AS_LARGE_AS / num_parameters("mlp", (1, 14, 14), 10)
+SITES = 8
+SGD_INSIDE = "DiLoCo, SGD inside"
+
+
+def world(mbps: float, latency_ms: float, **keys: Any) -> World:
+    """Links that carry the small model as fast as links of ``mbps`` carry the large one."""
+    speed = {"samples_per_s": 2000.0} | keys
+    return World(bandwidth_mbps=mbps / SCALE, latency_ms=latency_ms, **speed)
+
+
+WORLDS = {
+    "metro": world(10_000, 2),
+    "continental": world(1_000, 40),
+    "poor": world(
+        50,
+        150,
+        samples_per_s=Lognormal(median=2000, sigma=0.7),
+        jitter=0.3,
+        mean_up_s=7200.0,
+        mean_down_s=600.0,
+    ),
+}
+
+
+def candidates(rates: int, values: int) -> tuple[Candidate, ...]:
+    """Each with so many learning rates, and ``values`` of its one most important key."""
+
+    def of(name: str, strategy: str, key: str, some: tuple[Any, ...], **keys: Any) -> Candidate:
+        own = {"strategy": strategy} | {
+            each if "." in each else f"{strategy}.{each}": value for each, value in keys.items()
+        }
+        space = {"training.lr": steps(0.01, 0.16, rates), key: list(some[:values])}
+        return Candidate(name, own, space)
+
+    ratio, momentum = "training.lr-ratio", (0.9, 0.6, 0.3)
+    work = {"local-steps": 20}
+    coded = {
+        "wire.codec": "qsgd",
+        "wire.bits": 8,
+        "wire.error-feedback": "choco",
+        "topology.averaging-rate": 0.9,
+    }
+    on_ring = work | {"results.evaluate-every": 5}
+    in_pairs = on_ring | {"topology.name": "matching"}
+    arrivals = {"results.evaluate-every": 3 * SITES}
+    rate = (0.3, 0.1, 1.0)  # of 20 steps that one site made: not all of them
+    return (
+        of("FedAvg", "fedavg", ratio, (0.1, 0.32, 0.03), **{"local-epochs": 1}),
+        of("Co-learning", "co-learning", ratio, (0.1, 0.32, 0.03), **{"local-epochs": 1}),
+        of(SGD_INSIDE, "diloco", "diloco.outer-lr", (0.7, 0.4, 1.0), **work),
+        of("ASGD", "asgd", "asgd.server-lr", rate, **work, **arrivals),
+        of("FedBuff", "fedbuff", "fedbuff.buffer-size", (3, 6, 12), **work, **arrivals),
+        of("GSGM", "gsgm", "gsgm.server-lr", rate, schedule="refill", **work, **arrivals),
+        of("DMSGD", "dmsgd", "dmsgd.momentum", momentum, **on_ring),
+        of("Q-SADDLe, 8 bits", "q-saddle", "q-saddle.rho", (0.02, 0.1, 0.05), **on_ring, **coded),
+        of("NoLoCo", "noloco", "noloco.alpha", (0.5, 0.3, 0.7), **in_pairs),
+    )
+
+
+def setting(world: str, data: dict[str, Any], target: float, tuned_in: str = "") -> Setting:
+    """In a world of this name."""
+    keys = {"num-sites": SITES, "partition.kind": "dirichlet", "partition.alpha": 0.5}
+    return Setting(world, data | keys, WORLDS[world], target, tuned_in)
+
+
+def gigabytes(record: Record, setting: Setting) -> float:
+    """To the target, as if the model were large."""
+    return until("megabytes")(record, setting) * SCALE / 1000
+
+
+SMALL, LARGE = FASHION_SMALL | {"epochs": 12}, FASHION | {"epochs": 24}
+
+CLAIM = Claim(
+    question="Which method for which network?",
+    about=f"""
+Hours of virtual time and gigabytes to a target accuracy, {SITES} sites, in three worlds: metro
+(10 Gbit/s, 2 ms), continental (1 Gbit/s, 40 ms), and a poor one (50 Mbit/s, 150 ms, transfers that
+differ, sites whose speeds differ, and that are away for ten minutes in two hours). What is
+trained is a small network; its links are slower by the ratio of the sizes, and its bytes are
+multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million parameters.
+GSGM's schedule is refill; DMSGD and Q-SADDLe run on a ring.
+Keys are tuned for accuracy at the end, in the first world.""",
+    quick=Size(
+        settings=(
+            setting("metro", SMALL, 0.8),
+            setting("continental", SMALL, 0.8, "metro"),
+            setting("poor", SMALL, 0.8, "metro"),
+        ),
+        candidates=candidates(3, 2),
+        seeds=3,
+        trials=6,
+    ),
+    full=Size(
+        settings=(
+            setting("metro", LARGE, 0.85),
+            setting("continental", LARGE, 0.85, "metro"),
+            setting("poor", LARGE, 0.85, "metro"),
+        ),
+        candidates=candidates(4, 3),
+        seeds=5,
+        trials=12,
+    ),
+    measures=(
+        Measure("hours to", "hours to the target", until("hours"), False, ".2f"),
+        Measure("GB to", "gigabytes to it, of all sites, both ways", gigabytes, False, ".0f"),
+        Measure("accuracy", "test accuracy at the end", last()),
+        Measure("hours", "in the whole run", last("hours"), False, ".2f"),
+    ),
+    judgements=tuple(
+        Judgement(f"{said} than FedAvg", measure, better, "FedAvg", 0.0, relative=True)
+        for said, measure in (("Sooner", "hours to"), ("Fewer bytes", "GB to"))
+        for better in ("Co-learning", SGD_INSIDE, "FedBuff", "GSGM", "DMSGD", "Q-SADDLe, 8 bits")
+    ),
+    axes=("hours", "megabytes"),
+)

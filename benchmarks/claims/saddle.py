@@ -1,0 +1,143 @@
+"""SADDLe: sharpness-aware peers against the methods that they stand on, and compression."""
+
+from typing import Any
+
+from benchmarks.claims.claim import (
+    Candidate,
+    Claim,
+    Judgement,
+    Measure,
+    Setting,
+    Size,
+    final,
+    last,
+    steps,
+)
+from benchmarks.claims.data import FASHION, FASHION_SMALL
+from benchmarks.claims.flatness import largest_eigenvalue
+from simulation.laboratory import Run
+
+STRATEGIES = {"QGM": "qgm", "Q-SADDLe": "q-saddle", "NGM": "ngm", "N-SADDLe": "n-saddle"}
+PAIRS = (("Q-SADDLe", "QGM"), ("N-SADDLe", "NGM"))
+
+
+def flatness(run: Run) -> dict[str, float]:
+    """See :mod:`benchmarks.claims.flatness`."""
+    return {"lambda": largest_eigenvalue(run)}
+
+
+def candidates(
+    rates: int, rhos: tuple[float, ...], momenta: tuple[float, ...], bits: tuple[int, ...]
+) -> tuple[Candidate, ...]:
+    """Each with so many learning rates, and its radius, or where it has none its momentum."""
+
+    def of(name: str, bits: int) -> Candidate:
+        strategy = STRATEGIES[name]
+        keys: dict[str, Any] = {"strategy": strategy}
+        if bits:
+            keys |= {
+                "wire.codec": "qsgd",
+                "wire.bits": bits,
+                "wire.error-feedback": "choco",
+                "topology.averaging-rate": 0.9 if bits > 4 else 0.5,
+            }
+            if strategy in ("ngm", "n-saddle"):
+                keys["wire.cross-codec"] = "qsgd"
+        key, values = ("rho", rhos) if strategy.endswith("saddle") else ("momentum", momenta)
+        space = {"training.lr": steps(0.005, 0.05, rates), f"{strategy}.{key}": list(values)}
+        return Candidate(f"{name}, {bits} bits" if bits else name, keys, space)
+
+    return tuple(of(name, each) for each in (0, *bits) for name in STRATEGIES)
+
+
+def setting(
+    name: str,
+    data: dict[str, Any],
+    sites: int,
+    alpha: float = 0.0,
+    tuned_in: str = "",
+    coded: bool = False,
+) -> Setting:
+    """On a graph of this name; with a Dirichlet of ``alpha``, or one class each."""
+    keys: dict[str, Any] = {"num-sites": sites, "topology.name": name.split()[0]}
+    keys["partition.kind"] = "dirichlet-equal" if alpha else "classes"
+    keys |= {"partition.alpha": alpha} if alpha else {"partition.classes-per-site": 1}
+    shown = () if coded else tuple(STRATEGIES)
+    return Setting(name, data | keys, tuned_in=tuned_in, candidates=shown)
+
+
+SMALL = FASHION_SMALL | {"epochs": 5, "results.evaluate-every": 100}
+LARGE = FASHION | {"epochs": 10, "results.evaluate-every": 500}
+CODED, SKEWED = "ring of 5, Dirichlet 0.1", "ring of 5, Dirichlet 0.01"
+RING, TORUS = "ring of 10, 1 class", "torus of 16, Dirichlet 0.1"
+
+CLAIM = Claim(
+    question="Are sharpness-aware peers better on unlike data, and cheaper to compress?",
+    about="""
+Claimed by the abstract of arXiv 2405.13961: SADDLe's peers are 1 to 20 points more accurate than
+existing ones on unlike data, and lose about 1 point when they send a quarter of the bytes. Against
+what each stands on: Q-SADDLe against QGM, N-SADDLe against NGM; an exchange a mini-batch of 32.
+8 and 4 bits: QSGD with CHOCO, also of cross-gradients. Lambda is the largest eigenvalue of the
+Hessian of the training loss at the mean model (power iteration on 2,000 examples). The
+reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
+    quick=Size(
+        settings=(
+            setting(CODED, SMALL, 5, 0.1, coded=True),
+            setting(SKEWED, SMALL, 5, 0.01, CODED),
+            setting(RING, SMALL, 10, tuned_in=CODED),
+        ),
+        candidates=candidates(3, (0.02, 0.1), (0.9, 0.6), (8,)),
+        seeds=3,
+        trials=6,
+    ),
+    full=Size(
+        settings=(
+            setting("ring of 5, Dirichlet 1", LARGE, 5, 1.0),
+            setting(CODED, LARGE, 5, 0.1, coded=True),
+            setting(SKEWED, LARGE, 5, 0.01),
+            setting("ring of 5, Dirichlet 0.001", LARGE, 5, 0.001, SKEWED),
+            setting(RING, LARGE, 10),
+            setting("ring of 20, 1 class", LARGE, 20, tuned_in=RING),
+            setting("ring of 40, 1 class", LARGE, 40, tuned_in=RING),
+            setting(TORUS, LARGE, 16, 0.1),
+            setting("torus of 16, 1 class", LARGE, 16, tuned_in=TORUS),
+        ),
+        candidates=candidates(4, (0.01, 0.05, 0.2), (0.95, 0.9, 0.6), (8, 4)),
+        seeds=5,
+        trials=12,
+    ),
+    measures=(
+        Measure("accuracy", "test accuracy, mean of the peers' own models", last()),
+        Measure("worst peer", "the worst peer's", last("accuracy-worst")),
+        Measure("mean model", "that of the mean of all models", last("accuracy-of-mean")),
+        Measure("lambda", "see above", final("lambda"), False, ".1f"),
+        Measure("MB", "sent and received", last("megabytes"), False, ".0f"),
+    ),
+    judgements=(
+        *(
+            Judgement("At least 1 point more accurate", "accuracy", better, than, 0.01)
+            for better, than in PAIRS
+        ),
+        *(
+            Judgement("Better models also where they are averaged", "mean model", better, than)
+            for better, than in PAIRS
+        ),
+        *(
+            Judgement("At least twice as flat", "lambda", better, than, 0.5, relative=True)
+            for better, than in PAIRS
+        ),
+        *(
+            Judgement(
+                "Compressed, less accurate by 1 point at most",
+                "accuracy",
+                f"{name}, {bits} bits",
+                name,
+                -0.01,
+            )
+            for bits in (8, 4)
+            for name in STRATEGIES
+        ),
+    ),
+    axes=("round", "megabytes"),
+    final=flatness,
+)

@@ -101,7 +101,7 @@ class Source(NamedTuple):
         official_test: whether they have an official test part, or may have one: files or folders
             named so.
         folder: of a data set of torchvision, below the root.
-        kept: whether what was decoded is kept on disk.
+        cached: whether what was decoded stays on disk.
         targets: what y can be (:data:`datasets.examples.TARGETS`).
     """
 

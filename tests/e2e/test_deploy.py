@@ -318,13 +318,6 @@ def test_run_goes_on_when_the_superlink_and_then_its_serverapp_are_killed(
     assert log.endswith("exit code 0\n")
 
 
-def test_run_is_stopped(deployed: Deployment) -> None:
-    with closing(deployed.start(GOING)) as run:
-        (number,) = re.findall(r"Successfully started run (\d+)", run.wait("round   1"))
-        deployed.server.shell.type(f"flwr stop {number}")
-        assert run.wait().endswith("the run was stopped\nexit code 5\n")
-
-
 @pytest.mark.parametrize(
     ("settings", "expected", "code"),
     [

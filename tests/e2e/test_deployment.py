@@ -12,26 +12,58 @@ import pytest
 
 from benchmarks.deployment import FREE
 from benchmarks.faults import Link
+from deploy.run import Exit
 from simulation.laboratory import Run
 from tests.e2e.processes import SITES, Deployment, Services, wait_for
 
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture
-def services(tmp_path: Path) -> Iterator[Services]:
-    found = Services(tmp_path, policy=FREE, data={"source": "digits"})
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    folder = tmp_path_factory.mktemp("services")
+    found = Services(folder, policy=FREE, data={"source": "digits"})
     yield found
     found.end()
 
 
-@pytest.fixture
-def deployment(tmp_path: Path, services: Services) -> Iterator[Deployment]:
-    found = Deployment(tmp_path)
+@pytest.fixture(scope="module")
+def deployment(
+    tmp_path_factory: pytest.TempPathFactory, services: Services
+) -> Iterator[Deployment]:
+    found = Deployment(tmp_path_factory.mktemp("flower"))
     for site in range(SITES):
         found.join(site, f'service="{services.socket(site)}"')
     yield found
     found.end()
+
+
+def test_run_that_is_stopped_stops_at_its_sites(
+    deployment: Deployment, services: Services, tmp_path: Path
+) -> None:
+    """Its sites would be training for days; they answer the next run."""
+
+    def last(site: int) -> dict[str, Any]:
+        return (services.requests(site) or [{}])[-1]
+
+    settings = 'strategy="fedavg" fedavg.local-epochs=100000 epochs=100000 timeout-s=1000000.0'
+    settings += f' num-sites={SITES} results.folder="{tmp_path / "stopped"}"'
+    with deployment.run(settings, followed=True) as process:
+        assert process.stdout is not None
+        start = next(line for line in process.stdout if "Successfully started run" in line)
+        wait_for(lambda: all(last(site).get("kind") == "train" for site in range(SITES)), 300)
+        assert all(last(site)["way"] == "in" for site in range(SITES))
+        deployment.stop(start.split()[-1])
+        assert process.stdout.read().endswith("the run was stopped\n")
+    assert process.returncode == Exit.STOPPED
+    wait_for(lambda: all(last(site)["way"] == "out" for site in range(SITES)), 300)
+    assert all("nobody waits for the answer" in last(site)["problem"] for site in range(SITES))
+    results = tmp_path / "next"
+    settings = f'strategy="fedavg" model.name="mlp" epochs=1 results.folder="{results}"'
+    with deployment.run(f"{settings} num-sites={SITES}") as process:
+        log = process.communicate()[0]
+    (folder,) = results.iterdir()
+    assert Run.load(folder).finished, log
 
 
 def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Path) -> None:
@@ -61,32 +93,6 @@ def test_gsgm_goes_on_when_a_site_is_killed(deployment: Deployment, tmp_path: Pa
     assert updates["2"].iloc[-1] == 0
     assert updates["all"].sum() == 3 * 3 * 45 / 15
     assert run.history["accuracy"].iloc[-1] > 0.5
-
-
-def test_run_that_is_stopped_stops_at_its_sites(
-    deployment: Deployment, services: Services, tmp_path: Path
-) -> None:
-    """Its sites would be training for days; they answer the next run."""
-
-    def last(site: int) -> dict[str, Any]:
-        return (services.requests(site) or [{}])[-1]
-
-    settings = 'strategy="fedavg" fedavg.local-epochs=100000 epochs=100000 timeout-s=1000000.0'
-    with deployment.run(f"{settings} num-sites={SITES}") as process:
-        assert process.stdout is not None
-        start = next(line for line in process.stdout if "Successfully started run" in line)
-        wait_for(lambda: all(last(site).get("kind") == "train" for site in range(SITES)), 300)
-        assert all(last(site)["way"] == "in" for site in range(SITES))
-        deployment.stop(start.split()[-1])
-        process.stdout.read()
-    wait_for(lambda: all(last(site)["way"] == "out" for site in range(SITES)), 300)
-    assert all("nobody waits for the answer" in last(site)["problem"] for site in range(SITES))
-    results = tmp_path / "next"
-    settings = f'strategy="fedavg" model.name="mlp" epochs=1 results.folder="{results}"'
-    with deployment.run(f"{settings} num-sites={SITES}") as process:
-        log = process.communicate()[0]
-    (folder,) = results.iterdir()
-    assert Run.load(folder).finished, log
 
 
 def test_supernode_that_gives_up_ends(tmp_path: Path) -> None:

@@ -38,13 +38,15 @@ def end_clientapps_with_their_runs() -> None:
     if not {"state", "get_run"} <= signature(pull).parameters.keys():
         raise TypeError(f"{pull.__name__} takes other arguments")
 
+    awaited: list[int] = []  # the run whose message the SuperNode pulled, and waits to be answered
+
     def ask(state: Any, get_run: Any) -> None:
         while True:
             time.sleep(ASK_EVERY_S)
             for process, token in _clientapps():
                 try:
                     if task := state.get_task_by_token(token):
-                        _end_with_run(process, task, state, get_run)
+                        _end_with_run(process, task, state, get_run, awaited)
                 except Exception as error:  # as long as nobody can be asked, it may go on
                     print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
@@ -53,12 +55,15 @@ def end_clientapps_with_their_runs() -> None:
             started.set()
             given = signature(pull).bind(*values, **named).arguments
             Thread(target=ask, args=[given["state"], given["get_run"]], daemon=True).start()
-        return pull(*values, **named)
+        awaited.clear()
+        run = pull(*values, **named)
+        awaited.extend([] if run is None else [run])
+        return run
 
     supernode._pull_and_store_message = start_and_pull  # the first that is called with both
 
 
-def _end_with_run(process: int, task: Any, state: Any, get_run: Any) -> None:
+def _end_with_run(process: int, task: Any, state: Any, get_run: Any, awaited: list[int]) -> None:
     from flwr.supercore.run import RunNotRunningException
 
     try:
@@ -68,7 +73,10 @@ def _end_with_run(process: int, task: Any, state: Any, get_run: Any) -> None:
         # one. One that crashed is given one, here at once instead of after a minute.
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        state._on_task_tokens_expired([task])
+        # But not where it waits for that of another run: it would take the one for the other, and
+        # not send that.
+        if task.run_id in awaited:
+            state._on_task_tokens_expired([task])
         state.finish_task(task.task_id, "stopped", "its run is over")
 
 

@@ -46,7 +46,7 @@ def end_clientapps_with_their_runs() -> None:
             for process, token in _clientapps():
                 try:
                     if task := state.get_task_by_token(token):
-                        _end_with_run(process, task, state, get_run, awaited)
+                        end_with_run(process, task, state, get_run, awaited)
                 except Exception as error:  # as long as nobody can be asked, it may go on
                     print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
@@ -63,7 +63,16 @@ def end_clientapps_with_their_runs() -> None:
     supernode._pull_and_store_message = start_and_pull  # the first that is called with both
 
 
-def _end_with_run(process: int, task: Any, state: Any, get_run: Any, awaited: list[int]) -> None:
+def end_with_run(process: int, task: Any, state: Any, get_run: Any, awaited: list[int]) -> None:
+    """End the process of a ClientApp if the run of its task is over.
+
+    Args:
+        process: its number.
+        task: Flower's, of the ClientApp.
+        state: the SuperNode's.
+        get_run: asks the SuperLink for a run.
+        awaited: the run whose message the SuperNode waits to be answered; or none.
+    """
     from flwr.supercore.run import RunNotRunningException
 
     try:

@@ -15,10 +15,13 @@ cores for either of the larger two.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks.claims.data import labelled_by_speaker
+from datasets.sources import Examples, audio_folder
 from simulation.laboratory import Comparison, compare
 from simulation.world import Lognormal, World
 
@@ -35,7 +38,7 @@ DATA_SETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"data.source": "fashion-mnist", **PICTURES},
     "cifar10": {"data.source": "benchmarks.cifar10_jpeg:load", **PICTURES},
     "speakers": {
-        "data.source": "benchmarks.claims.data:speakers",
+        "data.source": "benchmarks.gsgm:speakers",
         "training.lr": 0.05,
         "training.clip-norm": 1.0,
         "epochs": 30,
@@ -46,6 +49,11 @@ ASGD, GSGM = {"strategy": "asgd"}, {"strategy": "gsgm"}
 AGED = {"strategy": "gsgm", "gsgm.staleness": "polynomial"}  # with the exponent 1/2
 CLASSES = {1: [10, 20, 30], 2: [10, 20, 30]}  # a site: numbers of sites
 IID_FRACTIONS = (0.2, 0.5, 1.0)
+
+
+def speakers(path: str) -> Examples:
+    """Spoken digits, labelled by speaker and digit: 60 classes."""
+    return labelled_by_speaker(audio_folder(Path(path), "_([a-z]+)_", 1.0))
 
 
 def experiments(data: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

@@ -98,6 +98,14 @@ def write_model(file: Path, state: Mapping[str, Tensor], description: Descriptio
     os.replace(partial, file)
 
 
+def write_models(
+    folder: Path, models: Mapping[str, Mapping[str, Tensor]], description: Description | None
+) -> None:
+    """Write each of the models, by its name, as :func:`write_model` does."""
+    for name, state in models.items():
+        write_model(folder / f"{name}.safetensors", state, description)
+
+
 def is_described(file: Path) -> bool:
     """Whether a file with a model says what it is: those of older runs do not."""
     return KEY in _metadata(file)

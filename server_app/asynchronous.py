@@ -20,9 +20,9 @@ from torch import Tensor
 from configuration.config import Config
 from configuration.network import down_codec_of
 from server_app.bound import Bound, Change
-from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch, budget
+from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import Checkpoint, NewModel, Sink
-from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
+from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone, wait_as_long_again
 from server_app.period import PendingTest, Period
 from server_app.report import Report, Snapshot
 from server_app.roster import Roster
@@ -126,8 +126,8 @@ class Asynchronous:
         self._period = Period(0.0)
         self._tests: dict[int, PendingTest] = {}
         self._later: dict[int, float] = {}  # when sites whose service is away are called again
-        # Whether nobody could take the newest test, and since when the last one is tried.
-        self._blind, self._ended_at = False, math.inf
+        # Whether nobody could take the newest test, and when it was first sent.
+        self._blind, self._test_since = False, 0.0
         # The last checkpoint, and whether there was a test since.
         self._saved, self._tested_since = self._clock.now(), False
         self._resumed: Mapping[str, Any] = {}
@@ -408,7 +408,7 @@ class Asynchronous:
         """Have all sites test the newest model; who failed may train again."""
         self._tested += 1
         self._report.emit(NewModel(self._model()))
-        self._ended_at = self._clock.now()
+        self._test_since = self._clock.now()
         messages = self._test_messages()
         of_sites, train = self._period.means(list(self._sites))
         train["local-epochs"] = (
@@ -423,15 +423,18 @@ class Asynchronous:
 
         The last model waits for some to be, as long as ``patience-s`` says.
         """
+        is_last = self._done >= self._total
         while True:
-            connected = set(self._grid.get_node_ids())
-            self._report.update_connected(connected)
+            self._report.update_connected(connected := set(self._grid.get_node_ids()))
             there = [node for node in self._sites if node in connected]
-            here = [node for node in there if not self._roster.silent(node)]
-            left = self._ended_at + self._config.patience_s - self._clock.now()
-            if self._done < self._total or here or there or left <= 0:
-                return here or (there if self._done >= self._total else [])
+            if there or not is_last or (left := self._patience_left_s()) <= 0:
+                break
             self._clock.wait(LONGEST_WAIT_S, left)
+        here = [node for node in there if not self._roster.silent(node)]
+        return here or (there if is_last else [])
+
+    def _patience_left_s(self) -> float:
+        return self._test_since + self._config.patience_s - self._clock.now()
 
     def _test_messages(self) -> list[Message]:
         model = self._model()
@@ -471,13 +474,13 @@ class Asynchronous:
         if test.waiting:
             return
         del self._tests[number]
-        self._blind = not test.answers
-        left = self._ended_at + self._config.patience_s - self._clock.now()
-        if self._blind and test.lost and self._done >= self._total and left > 0:
-            waited = self._config.patience_s - left
-            self._clock.wait(min(max(LONGEST_WAIT_S, waited), LOG_EVERY_S), left)
-            self._send_test(self._test_messages(), test.train)
-            return
+        if number == self._updates:  # an older one may end after it
+            self._blind = not test.answers
+            left = self._patience_left_s() if self._blind and test.lost else 0.0
+            if self._done >= self._total and left > 0:
+                wait_as_long_again(self._clock, self._test_since, left)
+                self._send_test(self._test_messages(), test.train)
+                return
         self._tested_since = True
         mean = self._report.test(number, test.answers, test.snapshot)
         self._report.progress(

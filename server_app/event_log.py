@@ -161,21 +161,20 @@ class EventLog:
             self._path.read_text().splitlines(keepends=True) if self._path.exists() else list[str]()
         )
         self._written, self._size = len(self._lines), sum(map(len, self._lines))
-        self._newest: Event | None = None
+        self._ended = False
 
     def __call__(self, event: Event) -> None:
         """Append a line; all of them where the file is gone.
 
-        Called again with the same event, as the end of a run is where there was no space, write
-        what is missing.
+        The end of a run comes again where there was no space for it.
         """
-        if event is not self._newest and (line := self._formatter.format(event)):
+        if not self._ended and (line := self._formatter.format(event)):
             self._lines.append(as_json(line) + "\n")
             self._size += len(self._lines[-1])
             if self._size > MOST:
                 del self._lines[1 : len(self._lines) // 2]
                 self._size, self._written = sum(map(len, self._lines)), 0
-        self._newest = event
+        self._ended = isinstance(event, Ended)
         if not self._path.exists():
             self._written = 0
         if self._written < len(self._lines):

@@ -21,6 +21,7 @@ PATIENCE_S = 0.5
 BYTES_A_S = 10e6
 MOST_PULLS = 8  # replies that come: as many models may be in memory
 LOOK_EVERY_S = 10.0
+LONGEST_RETRY_S = 60.0  # from one attempt to the next, where too few sites are here
 TOO_LATE = -1  # an error code of ours, beside Flower's, which count from 0
 # Errors of a site that is silent or gone and may be back any time: ours, and Flower's for a message
 # that is over, a site that is not connected, a ClientApp that stopped. Other errors would come
@@ -53,6 +54,11 @@ class _WallClock:
 
     def wait(self, poll_s: float, limit_s: float) -> None:
         time.sleep(max(0.0, min(poll_s, limit_s)))
+
+
+def wait_as_long_again(clock: Clock, since: float, limit_s: float) -> None:
+    """Wait for sites as long as it lasts already: each attempt is work for those that are here."""
+    clock.wait(min(max(LONGEST_WAIT_S, clock.now() - since), LONGEST_RETRY_S), limit_s)
 
 
 def clock_of(grid: Grid) -> Clock:

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from configuration.config import Config, identity
-from configuration.description import Description, write_model
+from configuration.description import Description, write_models
 from configuration.errors import ConfigError
 from configuration.files import SITES, append, write_whole
 from configuration.flower import log
@@ -33,7 +33,7 @@ from models.flat import FlatModel
 from page import document
 from server_app import plots
 from server_app.checkpoint import Saved, Writer
-from server_app.discovery import Federation, RunError
+from server_app.discovery import LOG_EVERY_S, Federation, RunError
 from server_app.event_log import EventLog, JsonConsole
 from server_app.events import (
     EVERYBODY,
@@ -58,7 +58,7 @@ MOST_REFUSED, MOST_REFUSED_IN_ALL = (
     1000,
     100_000,
 )  # rows of a site, or of a pair of peers, and of all
-DRAW_EVERY_S, TRY_EVERY_S, LOG_EVERY_S = 15.0, 5.0, 60.0
+DRAW_EVERY_S, TRY_EVERY_S = 15.0, 5.0
 
 
 class History:
@@ -313,9 +313,7 @@ class Models:
         """Write the newest model."""
         self._outdated = self._outdated or isinstance(event, NewModel)
         if self._outdated and isinstance(event, NewModel | Ended):
-            for name, state in self._history.models.items():
-                file = self._folder / f"{name}.safetensors"
-                write_model(file, state, self._history.description)
+            write_models(self._folder, self._history.models, self._history.description)
             self._outdated = False
 
 
@@ -602,8 +600,10 @@ class Folder(History):
             self._console = self._json_console or TextConsole(self, self.path)
         if not self._sinks:
             return
-        failed = self._end(event) if isinstance(event, Ended) else None
-        if not isinstance(event, Ended):
+        failed = None
+        if isinstance(event, Ended):
+            failed = self._end(event)
+        else:
             self._write(event)
         if error := _failure(self._console, event):
             log(WARNING, "nothing can be printed: %s", error)

@@ -24,7 +24,7 @@ from configuration.network import down_codec_of
 from server_app.bound import FEW, Bound, Change
 from server_app.discovery import LOG_EVERY_S, Federation, RunError, an_epoch
 from server_app.events import Checkpoint, NewModel, Sink
-from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone
+from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone, wait_as_long_again
 from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from server_app.spool import Spool
@@ -232,8 +232,7 @@ class Rounds:
         left = since + self._config.patience_s - self._clock.now()
         if usable + len(away) < self._roster.least or left <= 0:
             return f"stopped. {self._report.refused_in(number)}"
-        # As long as it lasts already: whoever is here would train the same round again and again.
-        self._clock.wait(min(max(LONGEST_WAIT_S, self._clock.now() - since), LOG_EVERY_S), left)
+        wait_as_long_again(self._clock, since, left)
         return None
 
     def _aggregate(

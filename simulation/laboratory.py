@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from client_app.app import app as client_app
 from configuration.config import Config, configuration, flatten, identity
-from configuration.description import Description, is_described, write_model
+from configuration.description import Description, is_described, write_models
 from configuration.errors import ConfigError
 from configuration.files import SITES
 from datasets import lazy
@@ -202,8 +202,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_description(folder, self.config, self.sites)
         self.metrics.to_csv(folder / "metrics.csv", index=False)
-        for name, state in self.models.items():
-            write_model(folder / f"{name}.safetensors", state, self.description)
+        write_models(folder, self.models, self.description)
         return folder
 
     @classmethod

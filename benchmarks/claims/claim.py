@@ -271,6 +271,13 @@ def steps(low: float, high: float, count: int) -> list[float]:
     return [float(f"{value:.2g}") for value in np.geomspace(low, high, count)]
 
 
+OF_PEERS = (
+    Measure("accuracy", "test accuracy, mean of the peers' own models", last()),
+    Measure("worst peer", "the worst peer's", last("accuracy-worst")),
+    Measure("mean model", "that of the mean of all models", last("accuracy-of-mean")),
+)
+
+
 # Statistics.
 
 

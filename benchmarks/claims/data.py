@@ -137,7 +137,11 @@ def speech(path: str) -> Examples:
 
 def speakers(path: str) -> Examples:
     """Spoken digits by speaker and digit: 60 classes of some 45 clips."""
-    clips = speech(path)
+    return labelled_by_speaker(speech(path))
+
+
+def labelled_by_speaker(clips: Examples) -> Examples:
+    """Clips whose class is who says what."""
     assert isinstance(clips.group, Tensor)
     names = tuple(f"{speaker} {digit}" for speaker in clips.groups for digit in clips.classes)
     return Examples(clips.x, clips.group * len(clips.classes) + clips.y, names, test=clips.test)

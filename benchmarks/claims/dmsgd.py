@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from benchmarks.claims.claim import Candidate, Claim, Judgement, Measure, Setting, Size, last, steps
+from benchmarks.claims.claim import (
+    OF_PEERS,
+    Candidate,
+    Claim,
+    Judgement,
+    Measure,
+    Setting,
+    Size,
+    last,
+    steps,
+)
 from benchmarks.claims.data import FASHION, FASHION_SMALL
 
 
@@ -85,9 +95,7 @@ bipartite graph with `topology.lazy`. The reconstruction is ours
         trials=12,
     ),
     measures=(
-        Measure("accuracy", "test accuracy, mean of the peers' own models", last()),
-        Measure("worst peer", "the worst peer's", last("accuracy-worst")),
-        Measure("mean model", "that of the mean of all models", last("accuracy-of-mean")),
+        *OF_PEERS,
         Measure("MB", "sent and received", last("megabytes"), False, ".0f"),
     ),
     judgements=(

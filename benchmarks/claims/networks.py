@@ -80,10 +80,14 @@ def candidates(rates: int, values: int) -> tuple[Candidate, ...]:
     )
 
 
-def setting(world: str, data: dict[str, Any], target: float, tuned_in: str = "") -> Setting:
-    """In a world of this name."""
-    keys = {"num-sites": SITES, "partition.kind": "dirichlet", "partition.alpha": 0.5}
-    return Setting(world, data | keys, WORLDS[world], target, tuned_in)
+def settings(data: dict[str, Any], target: float) -> tuple[Setting, ...]:
+    """The three worlds; keys are tuned in the first."""
+    keys = data | {"num-sites": SITES, "partition.kind": "dirichlet", "partition.alpha": 0.5}
+    first = next(iter(WORLDS))
+    return tuple(
+        Setting(name, keys, links, target, "" if name == first else first)
+        for name, links in WORLDS.items()
+    )
 
 
 def gigabytes(record: Record, setting: Setting) -> float:
@@ -104,21 +108,13 @@ multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} mi
 GSGM's schedule is refill; DMSGD and Q-SADDLe run on a ring.
 Keys are tuned for accuracy at the end, in the first world.""",
     quick=Size(
-        settings=(
-            setting("metro", SMALL, 0.8),
-            setting("continental", SMALL, 0.8, "metro"),
-            setting("poor", SMALL, 0.8, "metro"),
-        ),
+        settings=settings(SMALL, 0.8),
         candidates=candidates(3, 2),
         seeds=3,
         trials=6,
     ),
     full=Size(
-        settings=(
-            setting("metro", LARGE, 0.85),
-            setting("continental", LARGE, 0.85, "metro"),
-            setting("poor", LARGE, 0.85, "metro"),
-        ),
+        settings=settings(LARGE, 0.85),
         candidates=candidates(4, 3),
         seeds=5,
         trials=12,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.claims.claim import (
+    OF_PEERS,
     Candidate,
     Claim,
     Judgement,
@@ -107,9 +108,7 @@ reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
         trials=12,
     ),
     measures=(
-        Measure("accuracy", "test accuracy, mean of the peers' own models", last()),
-        Measure("worst peer", "the worst peer's", last("accuracy-worst")),
-        Measure("mean model", "that of the mean of all models", last("accuracy-of-mean")),
+        *OF_PEERS,
         Measure("lambda", "see above", final("lambda"), False, ".1f"),
         Measure("MB", "sent and received", last("megabytes"), False, ".0f"),
     ),

@@ -6,6 +6,7 @@ Runs that end without anything of use say so.
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from configuration.config import Config, configuration
 from configuration.errors import ConfigError
 from server_app.app import run
 from server_app.discovery import RunError
-from server_app.events import Checkpoint, Event
+from server_app.events import Checkpoint, Event, NewModel
 from server_app.results import Folder
 from strategies.averaging import fedavg
 from strategies.method import Mean, Method, RoundPlan, Run
@@ -286,6 +287,49 @@ def test_last_test_has_an_end(strategy: str) -> None:
         run(grid, config, sink)
     assert 10_000 < grid.now() < 20_000
     assert not checkpoints
+
+
+def test_last_model_is_not_tested_again_for_an_older_test() -> None:
+    """Nobody answered the first test, which is known only when all is over."""
+    first = set[int]()
+
+    def spoil(site: int, message: Message, content: RecordDict) -> Answer:
+        new = message.metadata.message_type == "evaluate" and site not in first
+        first.update([site] if new else [])
+        return None if new else content
+
+    found = outcome(rounds(2, strategy="gsgm"), spoil)
+    assert found.error is None
+    tests = [took_part(found, site, "test") for site in range(4)]
+    assert [len(each) for each in tests] == [1] * 4
+    assert found.seconds > 3600
+
+
+def test_last_model_waits_for_somebody_to_test_it() -> None:
+    """Nobody is connected when the last update is made."""
+
+    class Grid(Sites):
+        away = False
+
+        def get_node_ids(self) -> Iterable[int]:
+            return [] if self.away else super().get_node_ids()
+
+        def wait(self, poll_s: float, limit_s: float) -> None:
+            self.away = False
+            super().wait(poll_s, limit_s)
+
+    found = Outcome(config := rounds(1, strategy="gsgm"))
+    grid, waited = Grid(config), list[Event]()
+
+    def sink(event: Event) -> None:
+        found(event)
+        if isinstance(event, NewModel):
+            grid.away = True
+            waited.append(event)
+
+    run(grid, config, sink)
+    assert len(waited) == 1
+    assert [took_part(found, site, "test") != [] for site in range(4)] == [True] * 4
 
 
 def test_one_test_that_can_be_used_is_enough() -> None:

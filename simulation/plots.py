@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from server_app.plots import COLOURS, Picture, style
 
 AXES = {"round": "round", "seconds": "time", "megabytes": "sent and received (MB)"}
+MOST_TICKS = 8
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 POINTS = 200
 LABEL_GAP = 0.045  # between two direct labels, as a share of the height
@@ -92,6 +93,8 @@ def search(table: pd.DataFrame, space: Mapping[str, Sequence[Any]], metric: str)
         ):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
+        if not (named or ranged) and len(numbers) <= MOST_TICKS:  # what was tried, nothing between
+            axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
         style(axes, key, f"validation {metric}" if axes is panels[0] else "")
     return figure
 

@@ -32,6 +32,7 @@ from strategies.topology import TOPOLOGIES
 if TYPE_CHECKING:
     from configuration.config import Config
 
+RADIUS = 0.0123  # of sharpness-aware training, by which plans that take one are told from others
 MOST_PEERS = 1000  # the mixing matrix, and the check that it connects them, grow with the square
 DIRECTED = "gradients go back where models came from, against its links; or gradients = 'model'"
 VARYING = "neighbours change, it needs them to hear everything; allowed: 'none', 'deep-squeeze'"
@@ -57,6 +58,7 @@ def mistakes(config: "Config", method: Method[Any]) -> Iterator[str]:
     """The mistakes of keys that do not fit together, a line each."""
     try:
         plan = config.plan
+        probe = method.plan(config.keys, config.run._replace(sam_radius=RADIUS))
     except ValueError as error:
         yield str(error)
         return
@@ -71,7 +73,7 @@ def mistakes(config: "Config", method: Method[Any]) -> Iterator[str]:
             "a RoundPlan, ArrivalPlan, ... is expected"
         )
         return
-    yield from _without_effect(config, method)
+    yield from _without_effect(config, method, probe)
     yield from _run(config)
     yield from _data(config)
     yield from _codecs(config)
@@ -88,7 +90,7 @@ def unused(name: str) -> frozenset[str]:
 
 def _plan(method: Method[Any]) -> Plan | None:
     try:
-        return method.plan(method.keys(), Run(1.0, 0.0))
+        return method.plan(method.keys(), Run(1.0, RADIUS))
     except ValueError:  # an argument that has no default
         return None
 
@@ -109,7 +111,10 @@ def kind_of(method: Method[Any]) -> str:
 
 
 def _unused(method: Method[Any], plan: Plan | None) -> frozenset[str]:
+    """With a plan for :data:`RADIUS`."""
     sections = UNUSED[type(plan) if plan else ForeignPlan]
+    if isinstance(plan, PeerPlan) and plan.gradient.rho != RADIUS:  # its own, or none
+        sections = sections | {"training.sam-radius"}
     whole = {
         f"{name}.{field.alias}"
         for name in sections & SECTIONS.keys()
@@ -118,9 +123,9 @@ def _unused(method: Method[Any], plan: Plan | None) -> frozenset[str]:
     return method.unused | (sections - SECTIONS.keys()) | whole
 
 
-def _without_effect(config: "Config", method: Method[Any]) -> Iterator[str]:
+def _without_effect(config: "Config", method: Method[Any], probe: Plan) -> Iterator[str]:
     """Keys that are not as shipped and that nobody would read."""
-    none = _unused(method, config.plan)
+    none = _unused(method, probe)
     for name in SECTIONS:
         for key, value in changed(getattr(config, name)).items():
             if (whole := f"{name}.{key}") in none:

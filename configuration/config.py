@@ -179,10 +179,13 @@ class Config(BaseModel):
     @cached_property
     def plan(self) -> Plan:
         """The plan that the method makes of its keys."""
-        return self.method.plan(
-            self.keys,
-            Run(self.training.rate, self.training.sam_radius, self.num_sites, self.robust.rule),
-        )
+        return self.method.plan(self.keys, self.run)
+
+    @property
+    def run(self) -> Run:
+        """What a plan may depend on beside the method's keys."""
+        training = self.training
+        return Run(training.rate, training.sam_radius, self.num_sites, self.robust.rule)
 
     def tables(self) -> dict[str, Any]:
         """The configuration as nested tables, without other methods' sections."""

@@ -14,7 +14,6 @@ Above0 = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-SAM = frozenset({"training.sam-radius"})  # unused by methods with a radius of their own
 
 
 class Only:

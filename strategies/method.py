@@ -304,7 +304,8 @@ class Method(NamedTuple, Generic[K]):
         name: as in the configuration.
         keys: what it takes.
         plan: what its keys and the run make of it.
-        unused: keys of other sections that have no effect with it, such as ``training.sam-radius``.
+        unused: keys of other sections that have no effect with it and that nothing else tells, such
+            as ``topology.averaging-rate``.
         section: where its keys stand, by default under its name.
     """
 

@@ -1,8 +1,9 @@
-"""A method as somebody's own."""
+"""Methods as somebody's own."""
 
 from strategies.averaging import fedavg
-from strategies.keys import Above0
-from strategies.method import Method, RoundPlan, Run, Section
+from strategies.keys import Above0, PeerKeys
+from strategies.method import Method, Neighbourhood, PeerPlan, RoundPlan, Run, Section
+from strategies.peer.dsgd import dsgd
 
 
 class Keys(Section):
@@ -21,3 +22,7 @@ def plan(keys: Keys, run: Run) -> RoundPlan[fedavg.Average]:
 
 
 MINE = Method("mine", Keys, plan)
+
+PLAIN = dsgd(beta=0.0, nesterov=False, adapt_first=True)
+HEARS = Method("hears", PeerKeys, lambda _, run: PeerPlan(PLAIN, Neighbourhood(rho=run.sam_radius)))
+DEAF = Method("deaf", PeerKeys, lambda _keys, _run: PeerPlan(PLAIN))

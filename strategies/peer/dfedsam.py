@@ -10,7 +10,7 @@ along :func:`client_app.training.sharpness_aware` gradients.
 Special case: rho -> 0 is DSGDm.
 """
 
-from strategies.keys import SAM, MomentumKeys, PeerKeys, SharpKeys
+from strategies.keys import MomentumKeys, PeerKeys, SharpKeys
 from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.dsgd import dsgd
 
@@ -25,4 +25,4 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
     return PeerPlan(algorithm, Neighbourhood(rho=keys.rho), keys.local_steps)
 
 
-METHOD = Method("dfedsam", Keys, plan, SAM)
+METHOD = Method("dfedsam", Keys, plan)

@@ -10,7 +10,7 @@ claimed. Special case: rho -> 0 is NGM.
 
 from typing import Literal
 
-from strategies.keys import SAM, SharpKeys
+from strategies.keys import SharpKeys
 from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer import ngm
 from strategies.peer.dsgd import dsgd
@@ -36,4 +36,4 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
     return PeerPlan(algorithm, Neighbourhood(keys.gradients, keys.rho, keys.perturbed_by))
 
 
-METHOD = Method("n-saddle", Keys, plan, SAM)
+METHOD = Method("n-saddle", Keys, plan)

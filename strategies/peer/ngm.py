@@ -14,7 +14,7 @@ Special case: W = I is CDMSGD.
 
 from typing import Literal
 
-from strategies.keys import SAM, MomentumKeys
+from strategies.keys import MomentumKeys
 from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer.dsgd import dsgd
 
@@ -32,4 +32,4 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
     return PeerPlan(algorithm, Neighbourhood(keys.gradients))
 
 
-METHOD = Method("ngm", Keys, plan, SAM)
+METHOD = Method("ngm", Keys, plan)

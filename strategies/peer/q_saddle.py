@@ -8,7 +8,7 @@ by the peer's own gradient at its own model, and changes nothing else. No number
 reproduced or claimed. Special case: rho -> 0 is QGM.
 """
 
-from strategies.keys import SAM, SharpKeys
+from strategies.keys import SharpKeys
 from strategies.method import Method, Neighbourhood, PeerPlan, Run
 from strategies.peer import qgm
 
@@ -22,4 +22,4 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
     return qgm.plan(keys, run)._replace(gradient=Neighbourhood(rho=keys.rho))
 
 
-METHOD = Method("q-saddle", Keys, plan, SAM)
+METHOD = Method("q-saddle", Keys, plan)

@@ -8,9 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
+from configuration.checks import kind_of
+from configuration.config import configuration
 from configuration.errors import ConfigError
 from server_app.discovery import RunError
 from simulation.world import World
+from strategies.methods import METHODS
 from tests.app.peers import run
 
 NOLOCO = "strategies.peer.noloco:METHOD"
@@ -93,6 +96,12 @@ JUMPING: list[dict[str, Any]] = [
     {"strategy": "d-psgd"},
     {"strategy": "d-psgd", "model.name": "cnn"},
 ]
+
+
+def test_every_method_of_peers_is_compared() -> None:
+    peers = {name for name in METHODS if kind_of(METHODS[name]) == "peers"}
+    linked = {"relaysgd"}  # the batched engine refuses it
+    assert {configuration(**row).method.name for row in ALIKE} == peers - linked
 
 
 @pytest.mark.parametrize("changes", ALIKE, ids=lambda changes: "-".join(map(str, changes.values())))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configuration.checks import kind_of
+from configuration.checks import kind_of, unused
 from configuration.config import Config, configuration
 from strategies.asynchronous.rule import Update
 from strategies.keys import Only
@@ -192,7 +192,7 @@ def cases() -> dict[str, Values]:
     for name, method in METHODS.items():
         needed = NEEDED.get(name, {})
         found[name] = {"strategy": name, **needed}
-        if kind_of(method) == "peers" and "training.sam-radius" not in method.unused:
+        if kind_of(method) == "peers" and "training.sam-radius" not in unused(name):
             found[f"{name}, sharpness-aware"] = {
                 "strategy": name,
                 "training.sam-radius": 0.1,

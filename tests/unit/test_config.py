@@ -390,6 +390,16 @@ def test_method_of_ones_own_has_its_section() -> None:
         configuration(strategy=path, mine={"strenth": 1})
 
 
+def test_sharpness_aware_training_that_a_plan_of_ones_own_leaves_out_is_refused() -> None:
+    deaf, path = {"strategy": "tests.own_method:DEAF"}, {"strategy": "tests.own_method:HEARS"}
+    assert configuration(**path, **{"training.sam-radius": 0.1}).plan.gradient.rho == 0.1
+    assert configuration(**deaf).plan.gradient.rho == 0
+    with pytest.raises(
+        ConfigError, match=r"training.sam-radius = 0.1: has no effect with strategy = 'deaf'; taken"
+    ):
+        configuration(**deaf, **{"training.sam-radius": 0.1})
+
+
 def test_strategies_of_flower_are_found_without_trees_and_wrappers() -> None:
     names = {name for name, method in METHODS.items() if kind_of(method) == "rounds, by Flower"}
     assert {
@@ -417,18 +427,10 @@ def test_every_name_that_the_configuration_allows_is_known() -> None:
             name, ((3, 32, 32), None)
         )
         build(name, shape, 10, 1, output=output, tokens=name == "gpt", **Model().options)
-    for name in SOURCES:
-        if name not in (
-            "mnist",
-            "fashion-mnist",
-            "cifar10",
-            "cifar100",
-        ):  # these would ask the network
-            with (
-                pytest.raises(ValueError, match=r"data\.path")
-                if name != "digits"
-                else nullcontext()
-            ):
+    for name, source in SOURCES.items():
+        if not source.folder:  # torchvision's would ask the network
+            needs_path = pytest.raises(ValueError, match=r"data\.path")
+            with needs_path if "path" in source.keys else nullcontext():
                 load(
                     name,
                     "",

@@ -50,7 +50,7 @@ from datasets.sources import SourceError
 from models.flat import FlatModel
 from models.pretrained import digest
 from strategies.gradients import Diverged
-from strategies.method import Local, PeerPlan, RoundPlan
+from strategies.method import LocalTraining, PeerPlan, RoundPlan
 from strategies.peer.channel import channel
 from strategies.protocol import (
     CODED,
@@ -229,14 +229,18 @@ def train(message: Message, context: Context) -> Message:
     return Message(write_trained(made, metrics, tested), reply_to=message)
 
 
-def _schedule(config: Config, local: Local, an_epoch: int) -> tuple[int, Callable[[int], float]]:
+def _schedule(
+    config: Config, local: LocalTraining, an_epoch: int
+) -> tuple[int, Callable[[int], float]]:
     """How many batches an order is, and the learning rate of each."""
     keys, steps = config.training, local.steps or local.epochs * an_epoch
     cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
     return steps, rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
 
 
-def _optimizers(config: Config, model: FlatModel, local: Local) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    config: Config, model: FlatModel, local: LocalTraining
+) -> list[torch.optim.Optimizer]:
     keys = config.training
     return training.optimizers(
         "sgd" if local.plain else keys.optimizer,

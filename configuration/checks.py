@@ -328,7 +328,7 @@ def _robust(config: "Config", plan: Plan) -> Iterator[str]:
         case ForeignPlan(averages=False):
             yield f"{setting}: {name} is no mean of models; allowed: 'mean'"
             return
-        case PeerPlan(algorithm=LinkAlgorithm()) | PeerPlan(exact=True):
+        case PeerPlan(algorithm=LinkAlgorithm()) | PeerPlan(accumulates_errors=True):
             yield f"{setting}: {name} needs the sum of all that is sent; allowed: 'mean'"
             return
         case ArrivalPlan():
@@ -389,7 +389,7 @@ def _peers(config: "Config", plan: PeerPlan) -> Iterator[str]:
             f"wire.cross-codec = {wire.cross_codec!r}: has no effect where no gradients are sent; "
             "with ngm and n-saddle they are"
         )
-    if plan.exact and not (wire.codec in CODECS and CODECS[wire.codec].rounds):
+    if plan.accumulates_errors and not (wire.codec in CODECS and CODECS[wire.codec].rounds):
         allowed = ", ".join(repr(each) for each, kind in CODECS.items() if kind.rounds)
         yield f"wire.codec = {wire.codec!r}: {name} would carry on every error; allowed: {allowed}"
     if topology in TOPOLOGIES and TOPOLOGIES[topology].directed and plan.gradient.messages > 1:

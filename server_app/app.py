@@ -30,9 +30,9 @@ from strategies.method import (
     AlonePlan,
     ArrivalPlan,
     ForeignPlan,
-    Local,
-    Moment,
+    LocalTraining,
     PeerPlan,
+    Progress,
     RoundPlan,
 )
 from strategies.protocol import Layout
@@ -118,7 +118,7 @@ def _drive(
             saved.forget()
         return arrays
 
-    def rounds(strategy: Strategy, instruct: Callable[[Moment, Tensor], Local]) -> Rounds:
+    def rounds(strategy: Strategy, instruct: Callable[[Progress, Tensor], LocalTraining]) -> Rounds:
         driver = Rounds(grid, strategy, instruct, federation, config, layout, emit)
         if saved:
             driver.resume(saved.driver)
@@ -143,12 +143,12 @@ def _drive(
             alone = Alone(
                 {site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble
             )
-            rounds(alone, lambda moment, _: by_itself(moment)).run(initial())
+            rounds(alone, lambda progress, _: by_itself(progress)).run(initial())
         case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
             shipped = Shipped(
                 make(), shares(weighting), config.robust.max_share, config.robust.rule
             )
-            rounds(shipped, lambda moment, _: foreign(moment)).run(initial())
+            rounds(shipped, lambda progress, _: foreign(progress)).run(initial())
 
 
 def _shares(federation: Federation, config: Config, weighting: str) -> dict[int, float]:

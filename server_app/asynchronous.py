@@ -29,7 +29,7 @@ from server_app.roster import Roster
 from strategies.asynchronous.rule import Update
 from strategies.asynchronous.white_list import WhiteList
 from strategies.averaging.mean import LARGEST, extent, magnitude
-from strategies.method import ArrivalPlan, Local
+from strategies.method import ArrivalPlan, LocalTraining
 from strategies.protocol import (
     InvalidReply,
     Layout,
@@ -59,7 +59,7 @@ class _Flight(NamedTuple):
     sent: dict[str, Tensor]
     norms: dict[str, float]
     version: int
-    local: Local
+    local: LocalTraining
     at: float
 
 
@@ -238,7 +238,7 @@ class Asynchronous:
         self._report.sent(messages)
         self._mailbox.send(messages)
 
-    def _local(self, node: int) -> Local:
+    def _local(self, node: int) -> LocalTraining:
         """The instruction for a site.
 
         With ``by_speed``, so many batches that all sites take equally long (DyLU).
@@ -250,7 +250,7 @@ class Asynchronous:
             # 1e-6: clocks round.
             steps = max(1, math.floor(steps * min(1.0, self._speeds[node] / fastest) + 1e-6))
         cycle = self._done / self._total, min(1.0, (self._done + steps / plan.steps) / self._total)
-        return Local(
+        return LocalTraining(
             self._config.training.rate, cycle, steps=steps, proximal=plan.proximal, delta=True
         )
 

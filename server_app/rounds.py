@@ -29,7 +29,7 @@ from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from server_app.spool import Spool
 from strategies.averaging.mean import extent, magnitude, too_large
-from strategies.method import AlonePlan, ForeignPlan, Local, Moment
+from strategies.method import AlonePlan, ForeignPlan, LocalTraining, Progress
 from strategies.protocol import (
     TEST,
     InvalidReply,
@@ -100,7 +100,7 @@ class Rounds:
         self,
         grid: Grid,
         strategy: Strategy,
-        instruct: Callable[[Moment, Tensor], Local],
+        instruct: Callable[[Progress, Tensor], LocalTraining],
         federation: Federation,
         config: Config,
         layout: Layout,
@@ -172,7 +172,7 @@ class Rounds:
         while self._done < total - 1e-9:
             number = self._number + 1
             local = self._instruct(
-                Moment(number, self._done, total, self._an_epoch), unpack(arrays[X])
+                Progress(number, self._done, total, self._an_epoch), unpack(arrays[X])
             )
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}
@@ -216,7 +216,7 @@ class Rounds:
                 raise RunError(f"round {number}: no site could test the model: it is of no use")
             self._report.emit(Checkpoint(self._checkpoint))
         if epochs := self._config.results.personalise_epochs:
-            local = Local(self._config.training.rate, (0.0, 1.0), epochs=epochs)
+            local = LocalTraining(self._config.training.rate, (0.0, 1.0), epochs=epochs)
             tested = self._test(self._number, arrays, local)
             self._report_test(self._number, tested, self._report.snapshot(), "personal")
         return arrays
@@ -239,7 +239,7 @@ class Rounds:
         self,
         number: int,
         arrays: ArrayRecord,
-        local: Local,
+        local: LocalTraining,
         trained: dict[int, TrainMetrics],
         tested: dict[int, TestMetrics] | None,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -306,7 +306,7 @@ class Rounds:
         answer.reply.content.pop(TEST, None)
 
     def _test(
-        self, number: int, arrays: ArrayRecord, personal: Local | None = None
+        self, number: int, arrays: ArrayRecord, personal: LocalTraining | None = None
     ) -> dict[int, TestMetrics]:
         """Test everywhere the model, or what each site makes of it by itself.
 
@@ -338,9 +338,9 @@ class Rounds:
         configure: Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]],
         number: int,
         arrays: ArrayRecord,
-        local: Local | None,
+        local: LocalTraining | None,
         test: bool = False,
-        personal: Local | None = None,
+        personal: LocalTraining | None = None,
     ) -> list[Message]:
         """The messages of a phase; ``personal`` is what sites do before a test."""
         self._wait_for_enough(number)
@@ -480,7 +480,7 @@ class Rounds:
         )
 
     def _bounded(
-        self, number: int, answers: Iterator[Answer[Trained]], local: Local
+        self, number: int, answers: Iterator[Answer[Trained]], local: LocalTraining
     ) -> Iterator[Answer[Trained]]:
         """The answers that do not move the model further than others do.
 
@@ -516,7 +516,7 @@ class Rounds:
         self,
         answers: Iterator[Answer[Trained]],
         spool: Spool,
-        local: Local,
+        local: LocalTraining,
         changes: dict[int, dict[str, Change]],
     ) -> Iterator[Answer[Trained]]:
         """The answers, once all have arrived and each site's changes are in ``changes``."""
@@ -534,7 +534,7 @@ class Rounds:
             yield Answer(node, message, reply, self._read_trained(node, message, reply))
             del reply
 
-    def _changes(self, answer: Answer[Trained], local: Local) -> dict[str, Change]:
+    def _changes(self, answer: Answer[Trained], local: LocalTraining) -> dict[str, Change]:
         """How far a site moved each vector, and by which learning rates."""
         keys = self._config.training
         epoch = self._sites[answer.node].batches(keys.batch_size)

@@ -48,7 +48,7 @@ class Run(NamedTuple):
     robust: Robust = Robust()
 
 
-class Local(NamedTuple):
+class LocalTraining(NamedTuple):
     """An order to a site: what it does with the model that comes with it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Local(NamedTuple):
 # Synchronous rounds.
 
 
-class Moment(NamedTuple):
+class Progress(NamedTuple):
     """Where a run in rounds stands when a round begins.
 
     Attributes:
@@ -147,7 +147,7 @@ class RoundPlan(NamedTuple, Generic[S]):
     """
 
     init: Callable[[Tensor], S]
-    instruct: Callable[[S, Moment], Local]
+    instruct: Callable[[S, Progress], LocalTraining]
     absorb: Callable[[S, Mean], S]
     beside: Callable[[S], Vectors] = lambda state: {}
     site: SiteRule[Any] | None = None
@@ -163,7 +163,7 @@ class AlonePlan(NamedTuple):
         ensemble: test the mean prediction of all models instead of each site's own.
     """
 
-    instruct: Callable[[Moment], Local]
+    instruct: Callable[[Progress], LocalTraining]
     ensemble: bool
 
 
@@ -180,7 +180,7 @@ class ForeignPlan(NamedTuple):
     """
 
     build: Callable[[], Any]
-    instruct: Callable[[Moment], Local]
+    instruct: Callable[[Progress], LocalTraining]
     weighting: Literal["equal", "samples"] = "equal"
     by_loss: bool = False
     averages: bool = False
@@ -259,14 +259,15 @@ class PeerPlan(NamedTuple):
         steps: batches between two exchanges.
         check: a topology and the averaging rate with which the method works; raises TopologyError
             for others.
-        exact: whether its vectors bear no lossy codec, whose errors it would carry on.
+        accumulates_errors: whether it would carry on what a codec loses, and what a robust mean
+            leaves out.
     """
 
     algorithm: PeerAlgorithm[Any] | LinkAlgorithm[Any]
     gradient: Neighbourhood = Neighbourhood()
     steps: int = 1
     check: Callable[[Topology, float], None] = lambda topology, rate: None
-    exact: bool = False
+    accumulates_errors: bool = False
 
     def exchange(self, step: int) -> int:
         """The exchange, counted from 0, whose offers are delivered in a step."""

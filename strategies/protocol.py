@@ -21,7 +21,7 @@ from torch import Tensor
 
 from strategies.averaging.mean import extent, too_large
 from strategies.codecs import Codec
-from strategies.method import Local
+from strategies.method import LocalTraining
 from strategies.records import ARRAYS, CONFIG, METRICS, OFFER, STATS, TO, X, header, pack, unpack
 
 MODEL = "model"  # the record with a peer's last model
@@ -312,7 +312,7 @@ class Order(NamedTuple):
 
     number: int
     agreed: Agreed
-    local: Local | None = None
+    local: LocalTraining | None = None
     test: bool = False
 
 
@@ -323,7 +323,7 @@ def write_order(order: Order) -> ConfigRecord:
     return ConfigRecord({"server-round": order.number, **order.agreed.config(), **local, **test})
 
 
-def write_local(local: Local) -> dict[str, bool | int | float | str]:
+def write_local(local: LocalTraining) -> dict[str, bool | int | float | str]:
     """The keys of an order that say what a site is to do, where they differ from the default."""
     found: dict[str, bool | int | float | str] = (
         {"local-steps": local.steps} if local.steps else {"local-epochs": local.epochs}
@@ -342,7 +342,7 @@ def read_order(record: ConfigRecord) -> Order:
     config: dict[str, Any] = dict(record)
     local = None
     if "lr" in config:
-        local = Local(
+        local = LocalTraining(
             float(config["lr"]),
             (float(config["cycle-from"]), float(config["cycle-to"])),
             epochs=int(config.get("local-epochs", 0)),

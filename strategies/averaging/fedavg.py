@@ -38,7 +38,11 @@ def plan(keys: RoundKeys, run: Run, *, pooled: bool = False) -> RoundPlan[Averag
         return Average(mean.x)
 
     return RoundPlan(
-        Average, lambda _, moment: instruct(moment), absorb, weighting=keys.weighting, pooled=pooled
+        Average,
+        lambda _, progress: instruct(progress),
+        absorb,
+        weighting=keys.weighting,
+        pooled=pooled,
     )
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from strategies.keys import Above0, Positive, decaying
 from strategies.method import (
-    Local,
+    LocalTraining,
     Mean,
     Method,
-    Moment,
+    Progress,
     RoundPlan,
     Run,
     Section,
@@ -75,8 +75,8 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Server]:
     """Average models and control variates."""
     decay = decaying(keys.local_epochs, run)
 
-    def instruct(_: Server, moment: Moment) -> Local:
-        return decay(moment)._replace(plain=True)
+    def instruct(_: Server, progress: Progress) -> LocalTraining:
+        return decay(progress)._replace(plain=True)
 
     def absorb(state: Server, mean: Mean) -> Server:
         x = torch.lerp(state.x, mean.x, keys.server_lr)

@@ -69,7 +69,9 @@ class Keys(PeerKeys):
 def plan(keys: Keys, run: Run) -> PeerPlan:
     """Adapt, then combine; trackers would carry on every error of a codec."""
     algorithm = gradient_tracking(adapt_first=True)
-    return PeerPlan(algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, exact=True)
+    return PeerPlan(
+        algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, accumulates_errors=True
+    )
 
 
 METHOD = Method("gradient-tracking", Keys, plan)

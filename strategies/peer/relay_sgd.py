@@ -104,7 +104,11 @@ def plan(keys: Keys, run: Run) -> PeerPlan:
     """Adapt, then relay."""
     algorithm = relay_sgd(n=run.num_sites, beta=keys.momentum)
     return PeerPlan(
-        algorithm, Neighbourhood(rho=run.sam_radius), keys.local_steps, check, exact=True
+        algorithm,
+        Neighbourhood(rho=run.sam_radius),
+        keys.local_steps,
+        check,
+        accumulates_errors=True,
     )
 
 

@@ -23,11 +23,11 @@ from strategies.method import (
     AlonePlan,
     ArrivalPlan,
     ForeignPlan,
-    Local,
+    LocalTraining,
     Mean,
     Method,
-    Moment,
     PeerPlan,
+    Progress,
     RoundPlan,
 )
 from strategies.methods import METHODS
@@ -48,7 +48,7 @@ PATH = topology(
 REQUIRES: dict[str, Values] = {"co-learning.max-local-epochs": {"co-learning.epsilon": 1e5}}
 
 
-def of_local(local: Local) -> list[float]:
+def of_local(local: LocalTraining) -> list[float]:
     return [float(value) for value in (*local[:1], *local.cycle, *local[2:])]
 
 
@@ -58,7 +58,7 @@ def of_rounds(plan: RoundPlan[Any]) -> Values:
     memories = [plan.site.init(state.x) if plan.site else None for _ in range(N)]
     traced = []
     for number in range(1, 4):
-        local = plan.instruct(state, Moment(number, done, EPOCHS, AN_EPOCH))
+        local = plan.instruct(state, Progress(number, done, EPOCHS, AN_EPOCH))
         orders.append(of_local(local))
         steps = local.steps or local.epochs * AN_EPOCH
         done += steps / AN_EPOCH
@@ -109,7 +109,7 @@ def of_peers(plan: PeerPlan) -> Values:
     """Three exchanges on the ring, or on a path what needs a tree."""
     mixing = RING if isinstance(plan.algorithm, PeerAlgorithm) else PATH
     found = models(lockstep(plan._replace(steps=min(plan.steps, 3)), 3, mixing))
-    return {"plan": [*plan.gradient, plan.steps, plan.exact], "values": rounded(found)}
+    return {"plan": [*plan.gradient, plan.steps, plan.accumulates_errors], "values": rounded(found)}
 
 
 def of(config: Config) -> Values:
@@ -123,7 +123,7 @@ def of(config: Config) -> Values:
             return of_peers(plan)
         case AlonePlan(instruct, ensemble):
             return {
-                "orders": of_local(instruct(Moment(2, 2.0, EPOCHS, AN_EPOCH))),
+                "orders": of_local(instruct(Progress(2, 2.0, EPOCHS, AN_EPOCH))),
                 "ensemble": ensemble,
             }
         case ForeignPlan(build, instruct, weighting):
@@ -133,7 +133,7 @@ def of(config: Config) -> Values:
                 for key, value in sorted(vars(strategy).items())
                 if isinstance(value, int | float)
             }
-            order = of_local(instruct(Moment(2, 2.0, EPOCHS, AN_EPOCH)))
+            order = of_local(instruct(Progress(2, 2.0, EPOCHS, AN_EPOCH)))
             return {
                 "class": type(strategy).__name__,
                 "orders": order,

@@ -20,6 +20,7 @@ from configuration.sections import Model
 from datasets.sources import SOURCES, load
 from models.networks import NETWORKS, build
 from strategies.averaging.flower import arguments_of
+from strategies.method import PeerPlan
 from strategies.methods import METHODS
 from tests.conftest import ROOT, default_config
 
@@ -391,13 +392,15 @@ def test_method_of_ones_own_has_its_section() -> None:
 
 
 def test_sharpness_aware_training_that_a_plan_of_ones_own_leaves_out_is_refused() -> None:
-    deaf, path = {"strategy": "tests.own_method:DEAF"}, {"strategy": "tests.own_method:HEARS"}
-    assert configuration(**path, **{"training.sam-radius": 0.1}).plan.gradient.rho == 0.1
-    assert configuration(**deaf).plan.gradient.rho == 0
+    deaf = "tests.own_method:DEAF"
+    heard = configuration(strategy="tests.own_method:HEARS", training={"sam_radius": 0.1}).plan
+    assert isinstance(heard, PeerPlan)
+    assert heard.gradient.rho == 0.1
+    assert configuration(strategy=deaf).strategy == deaf
     with pytest.raises(
         ConfigError, match=r"training.sam-radius = 0.1: has no effect with strategy = 'deaf'; taken"
     ):
-        configuration(**deaf, **{"training.sam-radius": 0.1})
+        configuration(strategy=deaf, training={"sam_radius": 0.1})
 
 
 def test_strategies_of_flower_are_found_without_trees_and_wrappers() -> None:

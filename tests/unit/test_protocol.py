@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configuration.flower import TaskIdentity
-from strategies.method import Local
+from strategies.method import LocalTraining
 from strategies.protocol import (
     Agreed,
     InvalidReply,
@@ -137,7 +137,7 @@ agreed = st.builds(
     st.none() | st.builds(Started, st.integers(0, 2**64 - 1), st.integers(0, 99)),
 )
 locals_ = st.builds(
-    lambda lr, cycle, amount, proximal, *switches: Local(
+    lambda lr, cycle, amount, proximal, *switches: LocalTraining(
         lr, cycle, amount.get("epochs", 0), amount.get("steps", 0), proximal, *switches
     ),
     numbers,

@@ -3,9 +3,10 @@
 Axes have labels and units; colour-blind people can tell the colours apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -13,13 +14,16 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from strategies.schedules import decay
 from strategies.topology import Topology, spectral_gap
 
 # Okabe and Ito.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+MARKERS, LINES = "osD^vP*X", ("-", "--", ":")
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 
 
@@ -46,6 +50,43 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(alpha=0.25)
+
+
+def looks_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each; hollow where colours begin again."""
+    return {
+        name: {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "ls": LINES[number // len(COLOURS) % len(LINES)],
+            "mfc": "none" if number >= len(COLOURS) else COLOURS[number],
+        }
+        for number, name in enumerate(names)
+    }
+
+
+def legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]], columns: int = 1) -> None:
+    """One for all panels: at their right, or in some columns below."""
+    handles = [Line2D([], [], ms=5, label=name, **look) for name, look in looks.items()]
+    figure.legend(
+        handles=handles,
+        loc="outside right center" if columns == 1 else "outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
+    )
+
+
+def show_differences(axes: Axes, lines: Sequence[NDArray[np.float64]]) -> None:
+    """A scale for the later three quarters of lines: what is before may lie outside of it."""
+    late = [line[len(line) // 4 :] for line in lines]
+    if known := [line for line in late if np.isfinite(line).all()]:
+        ends = [line[-1] for line in known]
+        low, high = np.quantile(np.concatenate(known), [0.02, 0.98])  # without single spikes
+        low, high = min(low, *ends), max(high, *ends)
+        room = 0.08 * (high - low) or 0.01
+        axes.set_ylim(low - room, high + room)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
 
 
 def curves(metrics: pd.DataFrame, title: str, unit: str, headline: str = "accuracy") -> Figure:

@@ -544,6 +544,14 @@ class Comparison:
             histories, metric or self._some.headline, " or ".join(sorted(units))
         )
 
+    def plot_cost(self, target: float | None = None) -> Figure:
+        """Plot megabytes against hours to ``target``, as in :meth:`table`: a point a strategy.
+
+        Those that never get there are not in it.
+        """
+        target = self._target() if target is None else target
+        return plots.cost(self.table(target), f"hours to {target:g}", f"megabytes to {target:g}")
+
     def save(self, folder: str | Path) -> Path:
         """Write a folder a strategy, with one for each run in it, as :meth:`Run.save` does."""
         folder = Path(folder)

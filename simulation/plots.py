@@ -10,19 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from server_app.plots import COLOURS, Picture, style
+from server_app.plots import COLOURS, GREY, Picture, legend, looks_of, show_differences, style
 
 AXES = {"round": "round", "seconds": "time", "megabytes": "sent and received (MB)"}
 MOST_TICKS = 8
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 POINTS = 200
-LABEL_GAP = 0.045  # between two direct labels, as a share of the height
+SPAN = 10  # a larger ratio is shown on a log scale
 
 
 def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, step: str) -> Figure:
     """The metric by round, by hour and by megabyte.
 
-    A line a strategy, labelled at its end, with a band of one standard error.
+    A line a strategy, with a band of one standard error; one legend, in the order of the lines'
+    ends. The scale is that of the later three quarters: what is before may lie outside of it.
 
     Args:
         histories: of each strategy, one table a seed, with the columns round, seconds, megabytes
@@ -46,27 +47,78 @@ def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, ste
     )
     unit = next(unit for unit, length in UNITS.items() if longest >= 2 * length or length == 1)
     labels = AXES | {"round": step, "seconds": f"time ({unit})"}
+    looks = looks_of(list(histories))
+    ends: dict[str, float] = {}
+    lines = []
     for axes, (column, label) in zip(
         figure.subplots(1, len(AXES), sharey=True), labels.items(), strict=True
     ):
-        ends = []
-        for (name, tables), colour in zip(
-            histories.items(), COLOURS * (1 + len(histories) // len(COLOURS)), strict=False
-        ):
+        for name, tables in histories.items():
             used = [table for table in tables if metric in table and len(table)]
             if not used:
                 continue
             x, mean, error = _mean_curve(used, column, metric)
             x = x / UNITS[unit] if column == "seconds" else x
-            # One test is no line.
-            axes.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) == 1 else "")
-            axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-            ends.append((float(mean[-1]), name, colour))
+            axes.plot(x, mean, lw=1.8, ms=5, markevery=max(1, len(x) // 6), **looks[name])
+            axes.fill_between(
+                x, mean - error, mean + error, color=looks[name]["color"], alpha=0.15, lw=0
+            )
+            ends[name] = float(mean[-1])
+            lines += [mean - error, mean + error]
         style(axes, label, f"test {metric}" if column == "round" else "")
         if column == "round":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label_ends(axes, ends)
+    show_differences(axes, lines)
+    ordered = sorted(ends, key=lambda name: -ends[name])
+    legend(figure, {name: looks[name] for name in ordered})
     return figure
+
+
+def cost(table: pd.DataFrame, x: str, y: str) -> Figure:
+    """What it takes on two scales, a point a strategy: see :func:`draw_cost`."""
+    figure = Picture(figsize=(7.5, 5), layout="constrained")
+    looks = looks_of(list(map(str, table.index)))
+    draw_cost(figure.subplots(), table, x, y, looks)
+    there = table[[(x, "mean"), (y, "mean")]].notna().all(axis=1)
+    legend(figure, {name: looks[name] for name in map(str, table.index[there])})
+    return figure
+
+
+def draw_cost(
+    axes: Axes, table: pd.DataFrame, x: str, y: str, looks: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Draw what it takes on two scales: less is better on both.
+
+    Bars are one standard error; a line joins those than which no other one is better on both (the
+    Pareto front).
+
+    Args:
+        axes: to draw in.
+        table: a row a strategy, with the columns (x, "mean"), (x, "s.e.") and so for y; NaN where
+            it never got there.
+        x: a column, and the label of its axis.
+        y: the other one.
+        looks: of each strategy.
+    """
+    there = table[table[x, "mean"].notna() & table[y, "mean"].notna()]
+    means = there[[(x, "mean"), (y, "mean")]].to_numpy(float)
+    better = (means[:, None] <= means).all(-1) & (means[:, None] < means).any(-1)
+    front = means[~better.any(0)]
+    axes.plot(*front[front[:, 0].argsort()].T, color=GREY, lw=1, ls="--", zorder=0)
+    for name, row in there.iterrows():
+        axes.errorbar(
+            row[x, "mean"],
+            row[y, "mean"],
+            xerr=np.nan_to_num(row[x, "s.e."]),
+            yerr=np.nan_to_num(row[y, "s.e."]),
+            ms=8,
+            elinewidth=1.2,
+            **{**looks[str(name)], "ls": ""},
+        )
+    style(axes, x, y)
+    for scale, values in ((axes.set_xscale, means[:, 0]), (axes.set_yscale, means[:, 1])):
+        if len(values) and 0 < SPAN * values.min() < values.max():
+            scale("log")
 
 
 def search(table: pd.DataFrame, space: Mapping[str, Sequence[Any]], metric: str) -> Figure:
@@ -114,26 +166,3 @@ def _mean_curve(
     values = np.stack([np.interp(x, table[column], table[metric]) for table in tables])
     error = values.std(0, ddof=1) / np.sqrt(len(tables)) if len(tables) > 1 else np.zeros_like(x)
     return x, values.mean(0), error
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write each line's name to the right of the axes, as near to its end as there is room."""
-    low, high = axes.get_ylim()
-    ordered = sorted(ends)
-    places: list[float] = []
-    for value, *_ in ordered:
-        places.append(max((value - low) / (high - low), places[-1] + LABEL_GAP if places else 0.0))
-    limit = 1.0
-    for index in reversed(range(len(places))):  # not above the axes: the names below make room
-        places[index] = min(places[index], limit)
-        limit = places[index] - LABEL_GAP
-    for place, (_, name, colour) in zip(places, ordered, strict=True):
-        axes.annotate(
-            name,
-            (1.01, place),
-            xycoords="axes fraction",
-            color=colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )

@@ -158,6 +158,7 @@ class Claim:
         measures: columns of the tables; the first is also drawn over time.
         judgements: see :class:`Judgement`.
         axes: columns of a run's history over which the headline is drawn.
+        costs: two measures of which less is better, drawn against each other.
         final: measures the last models of a run; its numbers are :attr:`Record.final`.
         reading: what a person makes of the numbers; without numbers.
     """
@@ -169,6 +170,7 @@ class Claim:
     measures: tuple[Measure, ...]
     judgements: tuple[Judgement, ...]
     axes: tuple[str, ...] = ("round",)
+    costs: tuple[str, str] | None = None
     final: Callable[[Run], dict[str, float]] | None = None
     reading: str = ""
 

@@ -10,16 +10,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from benchmarks.claims.claim import Claim, Record, Size
-from server_app.plots import COLOURS, Picture, style
+from server_app.plots import Picture, legend, looks_of, show_differences, style
+from simulation.plots import draw_cost
 
-MARKERS = "osD^vP*X"
-LINES = ("-", "--", ":")
 ACROSS = 3  # panels in a row
+# Black and white change places; colours stay.
+DARK = """@media (prefers-color-scheme: dark) {
+ text { fill: #e9eff5 }
+ [style*="stroke: #000000"] { stroke: #e9eff5 !important }
+ [style*="fill: #000000"] { fill: #e9eff5 !important }
+ [style*="fill: #ffffff"] { fill: #151c24 !important }
+}"""
 LABELS = {"round": "rounds, updates or exchanges", "megabytes": "sent and received (MB)"}
+COLUMNS = 5  # of the legend
 POINTS = 60
 SPAN = 20  # a larger ratio is shown on a log scale
 
@@ -28,7 +34,7 @@ def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
     """A panel a measure, a column in it a setting: means over seeds, bars of one standard error."""
     panels = [measure for measure in claim.measures if measure.name in _measured(results)]
     settings = [each.name for each in size.settings if each.name in set(results["setting"])]
-    looks = _looks(size)
+    looks = looks_of([candidate.name for candidate in size.candidates])
     figure, grid = _panels(len(panels), len(settings) * 0.55 + 2.2)
     for axes, measure in zip(grid, panels, strict=False):
         chosen = results[results["measure"] == measure.name]
@@ -48,7 +54,7 @@ def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
         axes.set_xlim(-0.6, len(settings) - 0.4)
         for border in range(1, len(settings)):
             axes.axvline(border - 0.5, color="#dddddd", lw=0.8, zorder=0)
-    _legend(figure, looks)
+    legend(figure, looks, COLUMNS)
     return figure
 
 
@@ -61,10 +67,10 @@ def curves(
         for setting in size.settings
         if any(key[0] == setting.name and not each.failure for key, each in records.items())
     ]
-    looks = _looks(size)
+    looks = looks_of([candidate.name for candidate in size.candidates])
     figure, grid = _panels(len(there), 4.2)
     for axes, setting in zip(grid, there, strict=False):
-        late: list[float] = []
+        lines: list[NDArray[np.float64]] = []
         for name, look in looks.items():
             runs = [
                 (each.history[axis].to_numpy(float), each.history[each.headline].to_numpy(float))
@@ -72,23 +78,37 @@ def curves(
                 if key[:2] == (setting, name) and not each.failure and len(each.history)
             ]
             if runs:
-                late += _curve(axes, runs, look)
+                lines.append(_curve(axes, runs, look))
         headline = next(each.headline for key, each in records.items() if key[0] == setting)
         style(axes, LABELS.get(axis, axis), f"test {headline}")
         axes.set_title(setting, fontsize=9)
-        if known := [value for value in late if math.isfinite(value)]:
-            low, high = np.quantile(known, [0.02, 1.0])
-            room = 0.08 * (high - low) or 0.01
-            axes.set_ylim(low - room, high + room)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-    _legend(figure, looks)
+        show_differences(axes, lines)
+    legend(figure, looks, COLUMNS)
+    return figure
+
+
+def costs(size: Size, results: pd.DataFrame, x: str, y: str) -> Figure:
+    """A panel a setting: two measures of which less is better, and who is best in them."""
+    there = [each.name for each in size.settings if each.name in set(results["setting"])]
+    looks = looks_of([candidate.name for candidate in size.candidates])
+    figure, grid = _panels(len(there), 4.2)
+    for axes, setting in zip(grid, there, strict=False):
+        own = results[(results["setting"] == setting) & results["measure"].isin((x, y))]
+        table = own.pivot_table(
+            index="candidate", columns="measure", values="value", aggfunc=["mean", "sem"]
+        )
+        table = table.rename(columns={"sem": "s.e."}, level=0).swaplevel(axis=1)
+        if {(x, "mean"), (y, "mean")} <= set(table):
+            draw_cost(axes, table, x, y, looks)
+        axes.set_title(setting, fontsize=9)
+    legend(figure, looks, COLUMNS)
     return figure
 
 
 def _curve(
     axes: Axes, runs: Sequence[tuple[np.ndarray, np.ndarray]], look: Mapping[str, Any]
-) -> list[float]:
-    """Draw it; the values of its later three quarters, by which the scale is chosen."""
+) -> NDArray[np.float64]:
+    """Draw it; the means."""
     start, stop = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
     x = np.linspace(start, stop, POINTS) if stop > start else np.array([stop])
     values = np.stack([np.interp(x, *run) for run in runs])
@@ -96,24 +116,11 @@ def _curve(
     error = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0.0 * mean
     axes.plot(x, mean, lw=1.6, markevery=max(1, len(x) // 6), ms=4, **look)
     axes.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
-    return [float(value) for value in mean[len(mean) // 4 :]]
+    return np.asarray(mean)
 
 
 def _measured(results: pd.DataFrame) -> set[str]:
     return set(results.dropna()["measure"])
-
-
-def _looks(size: Size) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each candidate: hollow where colours begin again."""
-    return {
-        candidate.name: {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "ls": LINES[number // len(COLOURS) % len(LINES)],
-            "mfc": "none" if number >= len(COLOURS) else COLOURS[number],
-        }
-        for number, candidate in enumerate(size.candidates)
-    }
 
 
 def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
@@ -126,16 +133,15 @@ def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
     return figure, grid
 
 
-def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """One for all panels."""
-    handles = [Line2D([], [], ms=5, label=name, **look) for name, look in looks.items()]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small"
-    )
-
-
 def save(figure: Figure, file: Path) -> None:
-    """As PNG, and as SVG that is the same for the same numbers."""
+    """As PNG, and as SVG, the same for the same numbers, that goes dark where its reader's page is.
+
+    The suffix is put behind the file's name.
+    """
     figure.savefig(file.with_suffix(".png"), dpi=90)
     with matplotlib.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    drawn = file.with_suffix(".svg").read_text()
+    file.with_suffix(".svg").write_text(
+        drawn.replace("<defs>", f"<style>{DARK}</style>\n <defs>", 1)
+    )

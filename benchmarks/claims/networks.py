@@ -131,4 +131,5 @@ Keys are tuned for accuracy at the end, in the first world.""",
         for better in ("Co-learning", SGD_INSIDE, "FedBuff", "GSGM", "DMSGD", "Q-SADDLe, 8 bits")
     ),
     axes=("hours", "megabytes"),
+    costs=("hours to", "GB to"),
 )

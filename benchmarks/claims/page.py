@@ -60,6 +60,8 @@ def write(
     drawn = {stem: figures.points(claim, size, results)}
     for axis in claim.axes:
         drawn[f"{stem}-{axis}"] = figures.curves(claim, size, records, axis)
+    if claim.costs:
+        drawn[f"{stem}-costs"] = figures.costs(size, results, *claim.costs)
     for each, figure in drawn.items():
         figures.save(figure, folder / each)
     verdicts = [
@@ -237,6 +239,8 @@ def _caption(claim: Claim, each: str, stem: str) -> str:
     axis = each.removeprefix(stem).lstrip("-")
     if not axis:
         return "The same numbers: a column a setting, means and standard errors over seeds."
+    if axis == "costs" and claim.costs:
+        return f"{' and '.join(claim.costs)}; the dashed line: nobody is better in both."
     return f"Test results of a run against {figures.LABELS.get(axis, axis)}, a panel a setting."
 
 

@@ -21,9 +21,19 @@ def _wide(parameters: int, shape: tuple[int, ...], num_classes: int) -> nn.Modul
     )
 
 
+def ten_thousand(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A network of ten thousand parameters."""
+    return _wide(10**4, shape, num_classes)
+
+
 def million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """A network of one million parameters."""
     return _wide(10**6, shape, num_classes)
+
+
+def ten_million(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A network of ten million parameters."""
+    return _wide(10**7, shape, num_classes)
 
 
 def hundred_million(shape: tuple[int, ...], num_classes: int) -> nn.Module:

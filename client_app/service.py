@@ -565,10 +565,10 @@ def _listening(site: SiteFile) -> Iterator[socket.socket]:
             listener.bind(str(path))
         finally:
             os.umask(before)
+        listener.listen(WAITING)  # at once: who sees the file may connect
         if site.group:
             shutil.chown(path, group=site.group)
             path.chmod(0o660)
-        listener.listen(WAITING)
         try:
             yield listener
         finally:

@@ -1,5 +1,6 @@
 """Site services in processes of their own, and who sends them requests."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from strategies.records import pack
 from tests.conftest import ROOT
 
 SITES = 3
+PATIENCE_S = 5
 RUN_IDS = iter(range(100, 10**6))
 
 # Processes that have imported all this are forked: a service starts in a moment.
@@ -115,10 +117,11 @@ class Service:
         )
 
     def end(self) -> None:
-        if self._processes == 1:
-            self.process.kill()
-        else:  # torchrun ends its processes
-            self.process.terminate()
+        """As an operator does, who has patience where torchrun ends processes of its own."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE_S if self._processes == 1 else None)
+        self.process.kill()  # one that hangs, as some tests want it
         self.process.wait()
 
 

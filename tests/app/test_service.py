@@ -301,12 +301,11 @@ def test_server_hears_that_a_service_is_busy_dies_or_is_away(tmp_path: Path) -> 
             True,
             True,
         ]
-        service.end()
+        service.process.kill()
         messages = [fault(found.result()) for found in waiting]
         assert len([each for each in messages if "died at work or was restarted" in each]) == 17
     assert "is away: nobody listens at" in fault(answer_to(service, flat()))
 
-    Path(service.socket).unlink()
     service.start()
     assert not answer_to(service, flat()).has_error()
     service.end()

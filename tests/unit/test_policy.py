@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from flwr.app import MetricRecord
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -31,6 +32,8 @@ from client_app.ranks import Ranks
 from client_app.site import SiteId, raw_data
 from configuration.config import Config, configuration
 from tests.data import write_numbers
+
+PRIVACY = {"clip-norm": 1.0, "noise-multiplier": 8.0, "epsilon": 8.0, "delta": 0.001}
 
 
 def site(folder: Path, **keys: Any) -> SiteFile:
@@ -78,6 +81,56 @@ def test_what_is_not_there_is_named_with_its_key(
         check_machine(site(tmp_path, **here))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"policy": {"strategies": ["fedvag"]}}, "policy.strategies: 'fedvag' is no method; allow"),
+        ({"policy": {"tasks": ["guess"]}}, "policy.tasks: 'guess' is no task; allowed: classifi"),
+        ({"private-key": "key"}, "private-key and peer-keys belong together"),
+        ({"name": "a" * 100}, "name: "),
+        ({"page": "nowhere"}, "page: "),
+        ({"privacy": PRIVACY}, "privacy needs state, a folder in which"),
+        ({"privacy": PRIVACY, "state": "s"}, "privacy: metrics leave without noise"),
+        ({"policy": {"sealing": "keys"}}, "policy.sealing = 'keys' needs private-key and peer-"),
+        ({"polici": {}}, "polici: {}: unknown key"),
+        ({"site": "one"}, "site: 'one': "),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_in_the_file_is_named(
+    keys: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "site.toml"
+    right = {"site": 0, "socket": "s", "data": {"source": "digits"}}
+    file.write_text(tomli_w.dumps(right))
+    assert read_site(file).site == 0
+    file.write_text(tomli_w.dumps(right | keys))
+    with pytest.raises(PolicyError) as error:
+        read_site(file)
+    assert str(error.value).startswith(f"{file}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("rules", "asked", "refused"),
+    [
+        ({"strategies": ["fedavg"]}, {"strategy": "gsgm"}, "strategy = 'gsgm'"),
+        ({"models": ["mlp"]}, {"model.name": "cnn"}, "model.name = 'cnn'"),
+        ({"tasks": ["language"]}, {}, "training.task = 'classification'"),
+        ({"sealing": "keys"}, {"strategy": "dmsgd"}, "wire.sealing = 'off'"),
+        ({"smallest-batch": 33}, {}, "training.batch-size = 32"),
+    ],
+    ids=str,
+)
+def test_a_run_that_breaks_a_rule_is_refused_with_the_rule(
+    rules: dict[str, Any], asked: dict[str, Any], refused: str, tmp_path: Path
+) -> None:
+    check_run(site(tmp_path).policy, configuration(**asked))
+    with pytest.raises(PolicyError) as error:
+        check_run(site(tmp_path, policy=rules).policy, configuration(**asked))
+    assert refused in str(error.value)
+    assert next(iter(rules)) in str(error.value)
 
 
 def test_shards_need_processes(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def setting(name: str, data: dict[str, Any], tuned_in: str = "", iid: float = 0.
     return Setting(name, data | keys, tuned_in=tuned_in)
 
 
-SMALL = FASHION_SMALL | {"epochs": 8, "results.evaluate-every": 40}
+SMALL = FASHION_SMALL | {"epochs": 20, "results.evaluate-every": 90}
 LARGE = FASHION | {"epochs": 20, "results.evaluate-every": 250}
 GRAPHS = ("ring", "torus", "bipartite", "complete")
 RING = "ring, 1 class"

@@ -83,7 +83,7 @@ gradients for the same updates).""",
         settings=(
             setting(ONE, 10, SMALL),
             setting(IID, 10, SMALL, iid=1.0, tuned_in=ONE),
-            setting(MANY, 30, SMALL),
+            setting(MANY, 30, SMALL, candidates=("ASGD", "DC-ASGD-a", *READINGS)),
         ),
         candidates=tuple(each for each in candidates(3, 2) if each.name != "DC-ASGD-c"),
         seeds=3,

@@ -429,12 +429,40 @@ def test_plots_show_every_strategy_by_round_hour_and_megabyte(comparison: Compar
     assert labels[2] == "sent and received (MB)"
     for axes in figure.axes:
         assert len(axes.lines) == 2
-        assert {text.get_text() for text in axes.texts} == set(STRATEGIES)
     end = comparison.table()["accuracy", "mean"].to_list()
     assert [line.get_ydata()[-1] for line in figure.axes[0].lines] == pytest.approx(end)  # type: ignore[index]
+    best_first = [name for _, name in sorted(zip(end, STRATEGIES, strict=True), reverse=True)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == best_first
     with pytest.raises(ValueError, match=r"metric = 'nothing': measured were accuracy, .*loss"):
         comparison.plot("nothing")
     assert comparison.runs["Co-learning"][0].plot_sites().axes
+
+
+def test_scale_is_that_of_the_later_part_of_all_lines() -> None:
+    runs = {"a": [0.1, 0.8, 0.82, 0.84, 0.86], "b": [0.1, 0.5, 0.9, 0.89, 0.88]}
+    figure = Comparison({k: [artificial(1, v, 1, 1)] for k, v in runs.items()}).plot()
+    low, high = figure.axes[0].get_ylim()
+    assert 0.5 < low < 0.6
+    assert 0.9 < high < 0.95
+
+
+def test_costs_to_a_target_and_who_is_best_in_both() -> None:
+    """In time and bytes a, b, d need (1, 3), (2, 1), (2, 3); c does not get there."""
+    found = Comparison(
+        {
+            "a": [artificial(1, [0.9], 3600, 3)],
+            "b": [artificial(1, [0.9], 7200, 1)],
+            "c": [artificial(1, [0.3], 1, 1)],
+            "d": [artificial(1, [0.9], 7200, 3)],
+        }
+    ).plot_cost(target=0.9)
+    (axes,) = found.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("hours to 0.9", "megabytes to 0.9")
+    front, *points = (line.get_xydata().tolist() for line in axes.lines)  # type: ignore[union-attr]
+    unit = front[0][0]
+    assert [[x / unit, y / front[1][1]] for x, y in front] == [[1, 3], [2, 1]]
+    assert len(points) == 3
+    assert [text.get_text() for text in found.legends[0].get_texts()] == ["a", "b", "d"]
 
 
 def test_progress_shows_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:

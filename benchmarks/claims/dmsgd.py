@@ -38,6 +38,7 @@ def candidates(rates: int, momenta: tuple[float, ...]) -> tuple[Candidate, ...]:
             of(f"DMSGD, omega {omega:g}", "dmsgd", **{"consensus-weight": omega})
             for omega in (0.0, 0.5, 1.0)
         ),
+        of(VELOCITY, "dmsgd", **{"consensus-weight": 1.0, "form": "velocity"}),
     )
 
 
@@ -62,6 +63,7 @@ LARGE = FASHION | {"epochs": 20, "results.evaluate-every": 250}
 GRAPHS = ("ring", "torus", "bipartite", "complete")
 RING = "ring, 1 class"
 FULL, OWN = "DMSGD, omega 1", "DMSGD, omega 0"
+VELOCITY = f"{FULL}, velocity"
 
 CLAIM = Claim(
     question="Does consensus on the momentum, too, help peers?",
@@ -108,6 +110,7 @@ bipartite graph with `topology.lazy`. The reconstruction is ours
             for than in (OWN, "CDMSGD")
         ),
         Judgement("Sharing half of it is better than none", "accuracy", "DMSGD, omega 0.5", OWN),
+        Judgement("Momentum of positions is better than of gradients", "accuracy", FULL, VELOCITY),
     ),
     axes=("round", "megabytes"),
 )

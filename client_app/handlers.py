@@ -2,15 +2,14 @@
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from functools import partial
-from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from client_app import training
@@ -37,8 +36,8 @@ from client_app.site import (
     open_site,
     private,
     raw_data,
-    seeded,
 )
+from client_app.work import Steps, Test, Training, Work, alone
 from configuration.config import Config
 from configuration.errors import ConfigError
 from configuration.flower import ClientAppCallable
@@ -50,7 +49,7 @@ from datasets.sources import SourceError
 from models.flat import FlatModel
 from models.pretrained import digest
 from strategies.gradients import Diverged
-from strategies.method import LocalTraining, PeerPlan, RoundPlan
+from strategies.method import PeerPlan, RoundPlan
 from strategies.peer.channel import channel
 from strategies.protocol import (
     CODED,
@@ -65,7 +64,6 @@ from strategies.protocol import (
 )
 from strategies.randomness import derive
 from strategies.records import STATS, X, arrays_of, code_version, config_of
-from strategies.schedules import rates
 
 # Their own words say all there is to say: no traceback is printed.
 KNOWN = SourceError | PartitionError | ConfigError | Diverged | BudgetError
@@ -88,7 +86,8 @@ def answer_always(message: Message, context: Context, call_next: ClientAppCallab
         return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-app = ClientApp(mods=[answer_always, restore_run_id, save_to_disk])
+MODS: list[Mod] = [answer_always, restore_run_id, save_to_disk]
+app = ClientApp(mods=MODS)
 
 
 @app.query("site")
@@ -160,6 +159,11 @@ def train(message: Message, context: Context) -> Message:
 
     The model is tested before, if the message asks for it.
     """
+    return alone(training_of(message, context))
+
+
+def training_of(message: Message, context: Context) -> Steps:
+    """The steps of :func:`train`."""
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan):
         raise ValueError(
@@ -175,34 +179,44 @@ def train(message: Message, context: Context) -> Message:
     keys, model, noise = config.training, network.model, private(context, network)
     vectors = scatter(partial(_vectors, message, config))
     sent = {name: vector.to(model.x.device) for name, vector in vectors.items()}
-    tested = _tested(vectors, data, network) if order.test else None
-    model.load(vectors[X], vectors[STATS])
-    an_epoch = training.num_batches(len(data.train.y), keys.batch_size)
-    steps, rate = _schedule(config, local, an_epoch)
+    tested = (yield from _tested(config, vectors, data, network)) if order.test else None
     rule = config.plan.site if isinstance(config.plan, RoundPlan) else None
-    memory = load(context, RULE, rule.init(model.x), scatter) if rule else None
-    gradient = training.proximal(network.sharp, sent[X], local.proximal)
-    if rule:
-        gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
-    optimizers = _optimizers(config, model, local)
-    if local.keep_moments:
-        load_moments(context, optimizers, scatter)
-    with _batches(config, site, data, model, order.number, steps) as batches:
-        mean_loss, _ = training.train(model, gradient, optimizers, batches, rate, keys.clip_norm)
+    memory = load(context, RULE, rule.init(sent[X]), scatter) if rule else None
+
+    def correct(gradient: training.Gradient) -> training.Gradient:
+        gradient = training.proximal(gradient, sent[X], local.proximal)
+        if rule:
+            gradient = training.corrected(gradient, lambda g: rule.correct(memory, sent, g))
+        return gradient
+
+    work = Training(
+        config,
+        site.number,
+        data.train,
+        network,
+        vectors[X],
+        vectors[STATS],
+        order.number,
+        local,
+        correct if rule or local.proximal else None,
+        partial(load_moments, context, scatter=scatter) if local.keep_moments else None,
+    )
+    x, stats, mean_loss, optimizers = yield work
     # With noise nobody may learn this: it depends on each example.
     if not math.isfinite(mean_loss) and noise is None:
         raise Diverged(f"in round {order.number} this site's loss is {mean_loss}")
+    steps, rate = work.steps, work.rates()
     metrics = TrainMetrics.model_construct(
         loss=mean_loss,
         lr_first=rate(0),
         lr_last=rate(steps - 1),
         num_examples=len(data.train.y),
         # Gradients computed, one an example.
-        samples=round(steps / an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
+        samples=round(steps / work.an_epoch * len(data.train.y)) * (2 if keys.sam_radius else 1),
     )
-    made = {X: sent[X] - model.x if local.delta else model.x, STATS: model.stats}
+    made = {X: sent[X] - x if local.delta else x, STATS: stats}
     if rule:
-        memory, beside = rule.finish(memory, sent, model.x, sum(map(rate, range(steps))))
+        memory, beside = rule.finish(memory, sent, x, sum(map(rate, range(steps))))
         store(context, RULE, memory, gather)
         made |= beside
     if local.keep_moments:
@@ -227,42 +241,6 @@ def train(message: Message, context: Context) -> Message:
         )
         del made[X]
     return Message(write_trained(made, metrics, tested), reply_to=message)
-
-
-def _schedule(
-    config: Config, local: LocalTraining, an_epoch: int
-) -> tuple[int, Callable[[int], float]]:
-    """How many batches an order is, and the learning rate of each."""
-    keys, steps = config.training, local.steps or local.epochs * an_epoch
-    cycle = (keys.lr_shape, keys.lr_ratio, keys.lr_steps, local.cycle)
-    return steps, rates(local.lr, *cycle, steps=steps, epoch=an_epoch, warmup=keys.lr_warmup)
-
-
-def _optimizers(
-    config: Config, model: FlatModel, local: LocalTraining
-) -> list[torch.optim.Optimizer]:
-    keys = config.training
-    return training.optimizers(
-        "sgd" if local.plain else keys.optimizer,
-        model,
-        local.lr,
-        0.0 if local.plain else keys.momentum,
-        keys.nesterov and not local.plain,
-        keys.weight_decay,
-    )
-
-
-@contextmanager
-def _batches(
-    config: Config, site: SiteId, data: SiteData, model: FlatModel, number: int, steps: int
-) -> Iterator[Iterator[training.Batch]]:
-    """So many batches of the training part, in a round's own order; dropout follows it, too."""
-    shuffle = torch.Generator().manual_seed(derive(config.seed, "order", site.number, number))
-    augment = training.flip_crop if config.data.augment == "flip-crop" else None
-    size = config.training.batch_size
-    epochs = (training.batches(data.train, size, shuffle, augment) for _ in count())
-    with seeded(model.x.device, derive(config.seed, "layers", site.number, number)):
-        yield islice(chain.from_iterable(epochs), steps)
 
 
 class _Lost(NamedTuple):
@@ -310,6 +288,11 @@ def evaluate(message: Message, context: Context) -> Message:
 
     With an order to train, what this site makes of the model is tested, and stays here.
     """
+    return alone(test_of(message, context))
+
+
+def test_of(message: Message, context: Context) -> Steps:
+    """The steps of :func:`evaluate`."""
     config, site, data, network = open_site(message, context)
     if isinstance(config.plan, PeerPlan) and config.wire.sealing != "off":
         raise ValueError(
@@ -323,20 +306,19 @@ def evaluate(message: Message, context: Context) -> Message:
                 f"results.personalise-epochs = {order.local.epochs}: what a test of a model says "
                 "that was trained without noise has none, either; allowed at this site: 0"
             )
-        model = network.model
-        model.load(vectors[X], vectors[STATS])
-        an_epoch = training.num_batches(len(data.train.y), config.training.batch_size)
-        steps, rate = _schedule(config, order.local, an_epoch)
-        optimizers = _optimizers(config, model, order.local)
-        with _batches(config, site, data, model, order.number + 1, steps) as batches:
-            clip = config.training.clip_norm
-            training.train(model, network.sharp, optimizers, batches, rate, clip)
-        vectors = {X: model.x.clone(), STATS: model.stats.clone()}
-    return Message(write_tested(_tested(vectors, data, network)), reply_to=message)
+        x, stats = vectors[X], vectors[STATS]
+        trained = yield Training(
+            config, site.number, data.train, network, x, stats, order.number + 1, order.local
+        )
+        vectors = {X: trained.x.clone(), STATS: trained.stats.clone()}
+    tested = yield from _tested(config, vectors, data, network)
+    return Message(write_tested(tested), reply_to=message)
 
 
-def _tested(vectors: Mapping[str, Tensor], data: SiteData, network: Network) -> TestMetrics:
+def _tested(
+    config: Config, vectors: Mapping[str, Tensor], data: SiteData, network: Network
+) -> Generator[Work, Any, TestMetrics]:
     xs = vectors[X].reshape(-1, network.model.x.numel())
-    result = network.test(xs, vectors[STATS].reshape(len(xs), -1), data.test)
+    result = yield Test(config, network, xs, vectors[STATS].reshape(len(xs), -1), data.test)
     found: dict[str, Any] = {key.replace("-", "_"): value for key, value in result.items()}
     return TestMetrics.model_construct(**found, num_examples=len(data.test.y))

@@ -36,6 +36,22 @@ class Gradient(Protocol):
         """The loss and the gradient at ``x`` on a batch."""
 
 
+class Model(Protocol):
+    """What optimizers need of a :class:`FlatModel`, or of several models as rows [n, d]."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The module."""
+
+    @property
+    def x(self) -> Tensor:
+        """The parameters."""
+
+    @property
+    def grad(self) -> Tensor:
+        """Their gradients."""
+
+
 def plain(model: FlatModel, loss: Callable[[Batch], Tensor]) -> Gradient:
     """The gradient by backpropagation.
 
@@ -216,7 +232,7 @@ def chunks(part: Part, at_once: int = EVALUATION_BATCH) -> Iterator[Batch]:
 
 
 def optimizers(
-    name: str, model: FlatModel, lr: float, momentum: float, nesterov: bool, weight_decay: float
+    name: str, model: Model, lr: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Torch's own optimizer over the one vector of the model; ``momentum`` is AdamW's beta1.
 

@@ -23,7 +23,7 @@ from server_app.discovery import Federation, RunError, an_epoch, budget
 from server_app.events import EVERYBODY, Progress
 from server_app.report import Measure
 from server_app.results import History
-from simulation.vectorised import Batch, Networks
+from simulation.vectorised import Batch, Networks, PeerBatches, check_network
 from strategies.averaging.average import NUM_EXAMPLES
 from strategies.codecs import num_bytes
 from strategies.gradients import MEND
@@ -56,11 +56,7 @@ class Peers:
         self._network = network_of(config, federation.shape, len(federation.classes))
         self._measure = Measure.of(config, federation)
         model = self._network.model
-        if model.num_stats:
-            raise ConfigError(
-                f"model.norm = {config.model.norm!r}: engine = 'batched' takes no BatchNorm; "
-                "allowed: 'group', 'evonorm'"
-            )
+        check_network(config, model)
         history.begin(federation, model)
         self._peer = peer_of(config, 0, model.sizes)
         if not isinstance(algorithm := self._peer.plan.algorithm, PeerAlgorithm):
@@ -74,7 +70,8 @@ class Peers:
         self._device = device_of(config.computing.device)
         self._memories: list[Vectors] = [()] * self._n
         self._gradient_memories: dict[tuple[int, int], Tensor] = {}
-        self._networks = Networks(config, model, [data.train for data in self._data])
+        self._networks = Networks(config, model, federation.shape)
+        self._batches = PeerBatches(config, [data.train for data in self._data], self._device)
         self._losses: list[Tensor] = []
         # Bytes up to the relay and down from it.
         self._traffic = torch.zeros(self._n, 2, dtype=torch.int64)
@@ -111,7 +108,7 @@ class Peers:
 
     def _own_gradients(self) -> Tensor:
         """The gradients of all peers at their own models, [n, d]."""
-        batch, peer = self._networks.next_batch(), self._peer
+        batch, peer = self._batches.next(), self._peer
         own = torch.ones(self._n, dtype=torch.bool, device=self._device)
 
         def pair(x: Tensor, _: Tensor | None) -> Gradients:
@@ -126,7 +123,7 @@ class Peers:
 
         ``received`` [n, d] are the models as neighbours have them.
         """
-        gradient, batch = self._peer.plan.gradient, self._networks.next_batch()
+        gradient, batch = self._peer.plan.gradient, self._batches.next()
         weights = [self._topology.neighbours(number, peer) for peer in range(self._n)]
         links = [(i, j) for i in range(self._n) for j in (i, *weights[i])]
         readers, others = torch.tensor(links, device=self._device).T

@@ -1,27 +1,31 @@
-"""The networks of all peers at once, in one vectorised pass.
+"""The networks of several sites at once, in one vectorised pass.
 
 It computes the gradients of many models, each on its own batch.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from client_app import training
 from client_app.oracle import nth_batch, order_of
 from configuration.config import Config
+from configuration.errors import ConfigError
 from datasets.lazy import Lazy
 from datasets.site import Part
 from models.flat import FlatModel
+from simulation import layers
+from simulation.layers import channels_last, layers_of
 from strategies.peer.neighbourhood import Gradients
 
 
 class Batch(NamedTuple):
-    """Every peer's batch: inputs [n, b, ...], labels [n, b] and weights [n, b].
+    """Every site's batch: inputs [n, b, ...], labels [n, b, ...] and weights [n, b].
 
     A weight is 0 where a smaller batch is padded.
     """
@@ -31,65 +35,60 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-class Networks:
-    """One network for all peers, and the batches of each.
+def stacked(batches: Sequence[training.Batch]) -> Batch:
+    """The batches of several sites as one."""
+    counts = [len(y) for _, y in batches]
+    longest = max(counts)
+
+    def together(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(
+            [F.pad(part, (0, 0) * (part.dim() - 1) + (0, longest - len(part))) for part in parts]
+        )
+
+    inputs, labels = map(together, zip(*batches, strict=True))
+    return Batch(inputs, labels, _weights(counts, longest).to(inputs.device))
+
+
+def check_network(config: Config, model: FlatModel) -> None:
+    """Make sure that one pass can compute several networks.
+
+    Raises:
+        ConfigError: it has BatchNorm statistics.
+    """
+    if model.num_stats:
+        raise ConfigError(
+            f"model.norm = {config.model.norm!r}: engine = 'batched' takes no BatchNorm; "
+            "allowed: 'group', 'evonorm'"
+        )
+
+
+class PeerBatches:
+    """The batches of all peers.
 
     Args:
         config: the run.
-        model: the bound network, without BatchNorm statistics.
         parts: the training parts of the peers, in the order of their numbers.
+        device: where batches go.
     """
 
-    def __init__(self, config: Config, model: FlatModel, parts: list[Part]) -> None:
-        self._config, self._model, self._parts = config, model, parts
-        self._device = model.x.device
-        self._batches = 0
-        self._stacked = config.data.augment == "none" and not isinstance(parts[0].x, Lazy)
-        if self._stacked:
+    def __init__(self, config: Config, parts: list[Part], device: torch.device) -> None:
+        self._config, self._parts, self._device = config, parts, device
+        self._count = 0
+        self._pooled = config.data.augment == "none" and not isinstance(parts[0].x, Lazy)
+        if self._pooled:
             self._pool = (
                 torch.cat([part.x for part in parts]),
                 torch.cat([part.y for part in parts]),
             )
         self._starts = [0, *torch.tensor([len(part.y) for part in parts]).cumsum(0).tolist()]
-        # On a CPU, the convolutions of many networks at once are slower than one after the other,
-        # but for small pictures.
-        convolutional = any(
-            isinstance(module, torch.nn.Conv2d) for module in model.network.modules()
-        )
-        self._one_by_one = (
-            self._device.type == "cpu" and convolutional and parts[0].x.shape[-1] > 16
-        )
-        self._all_at_once = vmap(grad_and_value(self._loss), randomness="different")
 
-    def _loss(self, x: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """One peer's mean loss [] at ``x`` [d]."""
-        network, model = self._model.network, self._model
-        names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-        shapes = [parameter.shape for parameter in network.parameters() if parameter.requires_grad]
-        parts = {
-            name: part.view(shape)
-            for name, part, shape in zip(names, x.split(model.sizes), shapes, strict=True)
-        }
-        each = self._config.task.losses(functional_call(network, parts, (inputs,)).float(), labels)
-        return (each * weights).sum()
-
-    def next_batch(self) -> Batch:
+    def next(self) -> Batch:
         """The next batch of each peer."""
-        config, number = self._config, self._batches
-        self._batches += 1
-        if not self._stacked:
-            batches = [
-                nth_batch(config, peer, part, number) for peer, part in enumerate(self._parts)
-            ]
-            longest = max(len(y) for _, y in batches)
-            inputs = torch.stack(
-                [F.pad(x, (0, 0) * (x.dim() - 1) + (0, longest - len(x))) for x, _ in batches]
-            )
-            labels = torch.stack(
-                [F.pad(y, (0, 0) * (y.dim() - 1) + (0, longest - len(y))) for _, y in batches]
-            )
-            return Batch(
-                inputs, labels, _weights([len(y) for _, y in batches], longest).to(inputs.device)
+        config, number = self._config, self._count
+        self._count += 1
+        if not self._pooled:
+            return stacked(
+                [nth_batch(config, peer, part, number) for peer, part in enumerate(self._parts)]
             )
         chosen = []
         for peer, part in enumerate(self._parts):
@@ -104,16 +103,87 @@ class Networks:
             _weights([len(each) for each in chosen], rows.shape[1]).to(self._device),
         )
 
+
+class Networks:
+    """One network with the parameters of several sites.
+
+    Args:
+        config: the run.
+        model: the bound network, without BatchNorm statistics.
+        shape: of an example.
+    """
+
+    def __init__(self, config: Config, model: FlatModel, shape: Sequence[int]) -> None:
+        self._config, self._model = config, model
+        self._device = model.x.device
+        self._layers = layers_of(model.network) if len(shape) in (1, 3) else []
+        widths = [
+            module.out_channels
+            for module in model.network.modules()
+            if isinstance(module, nn.Conv2d)
+        ]
+        self._on_cpu = self._device.type == "cpu" and bool(widths)
+        # There, the convolutions of many networks at once are slower than one after the other, but
+        # for small pictures or few channels.
+        few = bool(self._layers) and max(widths, default=0) <= 16
+        self.one_by_one = self._on_cpu and shape[-1] > 16 and not few
+        self._trained = {
+            name: parameter
+            for name, parameter in model.network.named_parameters()
+            if parameter.requires_grad
+        }
+        if self._on_cpu:
+            # The C library then no longer hands the memory of each step back to the system.
+            torch.empty(31 << 20, dtype=torch.uint8)
+        self._vmapped = vmap(self._of_one, randomness="different")
+
+    def _parts(self, x: Tensor) -> Iterator[Tensor]:
+        """The parameters [..., *shape] that ``x`` [..., d] holds."""
+        for part, own in zip(x.split(self._model.sizes, -1), self._trained.values(), strict=True):
+            yield part.view(*x.shape[:-1], *own.shape)
+
+    def _of_one(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """One site's outputs [b, ...] at ``x`` [d]."""
+        parts = dict(zip(self._trained, self._parts(x), strict=True))
+        found: Tensor = functional_call(self._model.network, parts, (inputs,))
+        return found
+
+    def _of_all(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Every site's outputs [n, b, ...] at ``x`` [n, d]."""
+        if not self._layers:
+            outputs: Tensor = self._vmapped(x, inputs)
+            return outputs
+        own = dict(zip(map(id, self._trained.values()), self._parts(x), strict=True))
+        if self._on_cpu:
+            inputs = channels_last(inputs)
+        return layers.outputs(
+            self._layers, lambda each: own.get(id(each), each.expand(len(x), *each.shape)), inputs
+        )
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the bound model itself makes of examples [b, ...] in a test."""
+        network = self._model.network
+        if self._on_cpu and not self.one_by_one:
+            inputs = channels_last(inputs[None])[0]
+        network.eval()
+        with torch.no_grad(), self._precision():
+            outputs: Tensor = network(inputs)
+        return outputs
+
+    def _precision(self) -> torch.autocast:
+        enabled = self._config.computing.precision == "bfloat16"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled)
+
     def gradients(self, x: Tensor, batch: Batch) -> Gradients:
         """The gradients of models ``x`` [m, d], each on its batch."""
-        with torch.autocast(
-            self._device.type,
-            torch.bfloat16,
-            enabled=self._config.computing.precision == "bfloat16",
-        ):
-            if not self._one_by_one:
-                gradients, losses = self._all_at_once(x, *batch)
-                return Gradients(losses, gradients, x.new_empty(len(x), 0))
+        with self._precision():
+            if not self.one_by_one:
+                x = x.detach().requires_grad_()
+                outputs = self._of_all(x, batch.inputs).float().flatten(0, 1)
+                each = self._config.task.losses(outputs, batch.labels.flatten(0, 1))
+                losses = (each.view(batch.weights.shape) * batch.weights).sum(1)
+                [gradients] = torch.autograd.grad(losses.sum(), x)
+                return Gradients(losses.detach(), gradients, x.new_empty(len(x), 0))
             model = self._model
             found = []
             for row, inputs, labels, weights in zip(x, *batch, strict=True):

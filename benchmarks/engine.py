@@ -1,6 +1,6 @@
-"""The laboratory: wall time a round, beside a plain PyTorch loop and Flower's Ray engine.
+"""The laboratory's engines: wall time a round, beside a plain PyTorch loop and Flower's Ray engine.
 
-    python -m benchmarks.engine
+    python -m benchmarks.engine [--engines plain ours batched flower]
 
 Digits, ten sites, FedAvg, 20 rounds of one local epoch in batches of 32, small CNN, each site
 tested after each round; a process each, one after the other, twice. Flower's part is a plain Flower
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from server_app.app import run as run_server
 from server_app.events import Progress
 from server_app.results import History
 from simulation.grid import VirtualGrid
+from simulation.together import Together
 from simulation.world import World
 
 SITES, ROUNDS, BATCH, LR, MOMENTUM = 10, 20, 32, 0.05, 0.9
@@ -121,9 +122,9 @@ class _Ends(History):
         """Note the time."""
         self.ends.append(time.time())
 
-    def run(self) -> "_Ends":
+    def run(self, kind: type[VirtualGrid] = VirtualGrid) -> "_Ends":
         """Run the app in this process."""
-        grid = VirtualGrid(our_client, World().sites(SITES, 1), self.config.flat())
+        grid = kind(our_client, World().sites(SITES, 1), self.config.flat())
         run_server(grid, self.config, self)
         return self
 
@@ -131,6 +132,11 @@ class _Ends(History):
 def ours() -> list[float]:
     """The times at which the rounds of our engine end."""
     return _Ends().run().ends
+
+
+def batched() -> list[float]:
+    """The times at which the rounds of our batched engine end."""
+    return _Ends().run(Together).ends
 
 
 flower_client = ClientApp()
@@ -250,19 +256,28 @@ def measure(part: str) -> dict[str, float]:
     }
 
 
+ENGINES: dict[str, tuple[str, Callable[[], list[float]]]] = {
+    "plain": ("plain loop", plain),
+    "ours": ("laboratory", ours),
+    "batched": ("its batched engine", batched),
+    "flower": ("Flower (Ray)", flower),
+}
+
+
 def main() -> None:
     """Print the table and the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["plain", "ours", "flower", "overhead"])
+    parser.add_argument("--part", choices=[*ENGINES, "overhead"])
+    parser.add_argument("--engines", nargs="+", choices=[*ENGINES], default=[*ENGINES])
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "overhead":
         print(overhead())
     elif arguments.part:
-        ends = {"plain": plain, "ours": ours, "flower": flower}[arguments.part]()
+        ends = ENGINES[arguments.part][1]()
         print(json.dumps({"born": BORN, "ends": ends}))
         sys.stdout.flush()
         os._exit(0)  # Ray takes seconds to shut down
@@ -271,7 +286,7 @@ def main() -> None:
             [
                 {"engine": part, **measure(part)}
                 for _ in range(arguments.repeats)
-                for part in ("plain", "ours", "flower")
+                for part in arguments.engines
             ]
         )
         table = found.groupby("engine", sort=False).median()
@@ -280,13 +295,16 @@ def main() -> None:
         print(
             table.rename(
                 columns=heads,
-                index={"plain": "plain loop", "ours": "laboratory", "flower": "Flower (Ray)"},
-            ).round(2)
+                index={part: name for part, (name, _) in ENGINES.items()},
+            )
+            .round(2)
+            .to_string()
         )
-        print(
-            f"Flower's engine takes {table['ms']['flower'] / table['ms']['ours']:.1f} "
-            "times the laboratory's time"
-        )
+        if {"flower", "ours"} <= {*arguments.engines}:
+            print(
+                f"Flower's engine takes {table['ms']['flower'] / table['ms']['ours']:.1f} "
+                "times the laboratory's time"
+            )
         own = subprocess.run(
             [sys.executable, "-m", "benchmarks.engine", "--part", "overhead"],
             capture_output=True,

@@ -34,13 +34,45 @@ TEST_COST = 1 / 3  # of a forward pass, in forward and backward passes
 Tamper = Callable[[int, Message, Message], Message | None]
 
 
+class Call(NamedTuple):
+    """A message that a site answers.
+
+    Attributes:
+        message: that it got.
+        number: counts messages.
+        node: the site's.
+        start: when it begins.
+        outage: when it next goes off, and is back.
+    """
+
+    message: Message
+    number: int
+    node: int
+    start: float
+    outage: tuple[float, float] | None
+
+
+class Fate(NamedTuple):
+    """What becomes of an answer.
+
+    Attributes:
+        kept: whether the site remembers what it did.
+        time: when the server gets it, or hears that the site is gone; None for never.
+        lost: whether it is lost.
+    """
+
+    kept: bool
+    time: float | None
+    lost: bool
+
+
 class _Event(NamedTuple):
     """A reply that arrives at ``time``; events of the same time keep their order."""
 
     time: float
     number: int
     identity: str
-    reply: Message
+    reply: Callable[[], Message]
 
 
 class VirtualGrid(Grid):
@@ -145,56 +177,86 @@ class VirtualGrid(Grid):
 
     def _send(self, message: Message) -> str:
         identity = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        self._count += 1
         node = message.metadata.dst_node_id
-        absent = self._missed(self._sites[node])
-        time, reply = (
-            (self._now, self._unavailable(message)) if absent else self._work(message, node)
-        )
-        if self._tamper and reply is not None:
-            reply = self._tamper(node - FIRST_NODE, message, reply)
-        if reply is not None and time <= self._now + message.metadata.ttl:
-            self._count += 1
-            heapq.heappush(self._arriving, _Event(time, self._count, identity, reply))
+        site, start = self._sites[node], max(self._now, self._busy_until[node])
+        outage, noticed = site.next_outage(self._now), math.inf
+        if self._missed(site):
+            noticed = self._now
+        elif start == math.inf:  # it died at work, and nobody knows yet
+            assert outage is not None
+            noticed = outage[0] + NOTICED_AFTER_S
+        else:
+            while (outage := site.next_outage(start)) and outage[0] <= start:  # off, unnoticed
+                if outage[1] - outage[0] > NOTICED_AFTER_S:
+                    noticed = max(start, outage[0] + NOTICED_AFTER_S)
+                    break
+                start = outage[1]
+        call = Call(message, self._count, node, start, outage)
+        if noticed < math.inf:
+            self._deliver(call, noticed, self._unavailable(message))
+        else:
+            self._work(call)
         return identity
 
-    def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
-        """When the reply arrives, and the reply; None where it never does."""
-        site = self._sites[node]
-        start = max(self._now, self._busy_until[node])
-        if start == math.inf:  # it died at work, and nobody knows yet
-            outage = site.next_outage(self._now)
-            assert outage is not None
-            return outage[0] + NOTICED_AFTER_S, self._unavailable(message)
-        while (outage := site.next_outage(start)) and outage[
-            0
-        ] <= start:  # off, and nobody knows yet
-            if outage[1] - outage[0] > NOTICED_AFTER_S:
-                return max(start, outage[0] + NOTICED_AFTER_S), self._unavailable(message)
-            start = outage[1]
+    def _work(self, call: Call) -> None:
+        """A site answers."""
+        context = self._context(call.node)
+        try:
+            reply = self._client_app(message=call.message, context=context)
+        except Exception as error:  # as Flower does for an app that raises
+            reply = Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=call.message)
+        self._answered(call, context, reply)
+
+    def _context(self, node: int) -> Context:
+        """A copy of what the site is configured with and remembers."""
         known = self.contexts[node]
-        context = Context(
+        return Context(
             known.run_id,
             known.node_id,
             known.node_config,
             RecordDict(dict(known.state)),
             known.run_config,
         )
-        try:
-            reply = self._client_app(message=message, context=context)
-        except Exception as error:  # as Flower does for an app that raises
-            reply = Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
-        done = start + site.travel_s(num_bytes(message)) + self._samples(reply) / site.samples_per_s
-        arrival = done + site.travel_s(num_bytes(reply))
+
+    def _answered(self, call: Call, context: Context, reply: Message) -> None:
+        """A site has its reply, and sends it, if it is not off by then."""
+        fate = self._fate(call, self._samples(reply), num_bytes(reply))
+        if fate.kept:
+            self.contexts[call.node] = context
+        if fate.time is not None:
+            self._deliver(call, fate.time, self._unavailable(call.message) if fate.lost else reply)
+
+    def _fate(self, call: Call, samples: float, size: int) -> Fate:
+        """What becomes of an answer of ``size`` bytes, after work on so many ``samples``."""
+        site, outage = self._sites[call.node], call.outage
+        done = call.start + site.travel_s(num_bytes(call.message)) + samples / site.samples_per_s
+        arrival = done + site.travel_s(size)
         if (
             outage and outage[0] < arrival
         ):  # it goes off on the way: what it did is lost, unless it was done and only the reply is
-            self._busy_until[node] = outage[1]
-            if outage[0] >= done:
-                self.contexts[node] = context
+            self._busy_until[call.node] = outage[1]
             noticed = outage[1] - outage[0] > NOTICED_AFTER_S
-            return outage[0] + NOTICED_AFTER_S, self._unavailable(message) if noticed else None
-        self.contexts[node], self._busy_until[node] = context, arrival
-        return arrival, reply
+            return Fate(outage[0] >= done, outage[0] + NOTICED_AFTER_S if noticed else None, True)
+        self._busy_until[call.node] = arrival
+        return Fate(True, arrival, False)
+
+    def _deliver(self, call: Call, time: float, reply: Message) -> None:
+        """Store a reply until it arrives."""
+        if self._tamper:
+            passed = self._tamper(call.node - FIRST_NODE, call.message, reply)
+            if passed is None:
+                return
+            reply = passed
+        self._store(call, time, lambda: reply)
+
+    def _store(self, call: Call, time: float, reply: Callable[[], Message]) -> bool:
+        """Store who knows a reply, if it will arrive in time; say whether it will."""
+        metadata = call.message.metadata
+        if in_time := time <= self._now + metadata.ttl:
+            event = _Event(time, call.number, metadata.message_id, reply)
+            heapq.heappush(self._arriving, event)
+        return in_time
 
     @staticmethod
     def _samples(reply: Message) -> float:
@@ -216,7 +278,7 @@ class VirtualGrid(Grid):
         """The replies that have arrived."""
         while self._arriving and self._arriving[0].time <= self._now:
             event = heapq.heappop(self._arriving)
-            self._arrived[event.identity] = event.reply
+            self._arrived[event.identity] = event.reply()
         return [
             self._arrived.pop(identity) for identity in message_ids if identity in self._arrived
         ]

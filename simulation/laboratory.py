@@ -53,6 +53,8 @@ from simulation import plots
 from simulation.batched import Peers
 from simulation.grid import VirtualGrid
 from simulation.pool import KILLED, in_processes
+from simulation.together import Together
+from simulation.vectorised import check_network
 from simulation.world import World
 from strategies.method import PeerPlan
 from strategies.methods import METHODS, find
@@ -230,15 +232,18 @@ class _Watched(History):
         self,
         config: Config,
         watch: Callable[[Progress], None],
-        folder: Path | None = None,
-        saved: Saved | None = None,
+        engine: str,
+        folder: Path | None,
+        saved: Saved | None,
     ) -> None:
         super().__init__(config)
-        self._watch, self._folder, self._saved = watch, folder, saved
+        self._watch, self._engine, self._folder, self._saved = watch, engine, folder, saved
 
     def __call__(self, event: Event) -> None:
         """Take in an event, and write it where there is a folder."""
         super().__call__(event)
+        if isinstance(event, Began) and self._engine == "batched":
+            check_network(self.config, event.model)
         if isinstance(event, Began) and self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._saved:
@@ -285,11 +290,12 @@ def simulate(
 
     Args:
         conf: a file of ``conf/``.
-        engine: ``app``; or ``batched``, for peers: all of them in one vectorised pass, without
-            messages and without a world.
+        engine: ``app``; or ``batched``: the sites' local training is one vectorised pass. Methods
+            with a server run as in ``app`` otherwise (:mod:`simulation.together`); peers do
+            without messages and without a world.
         world: speed, links and presence of the sites; by default all alike.
         folder: of this run, saved as it goes: called again after it was interrupted or killed, the
-            run goes on, and a finished run is only read. The batched engine begins again.
+            run goes on, and a finished run is only read. Of peers, the batched engine begins again.
         progress: show a bar.
         threads: of torch; ``flwr run`` gives each site one.
         **changes: the run configuration, such as ``strategy="fedavg"``, ``num_sites=10``,
@@ -340,29 +346,45 @@ def check_engine(engine: str, config: Config, world: World | None) -> None:
     (world or World()).sites(config.num_sites, config.seed)
     if engine not in ("app", "batched"):
         raise ConfigError(f"engine = {engine!r}: allowed: 'app', 'batched'")
-    if engine == "batched" and not isinstance(config.plan, PeerPlan):
-        raise ConfigError(f"engine = 'batched': runs peers, not strategy = {config.strategy!r}")
-    if engine == "batched" and config.computing.checkpointing:
-        raise ConfigError(
-            "computing.checkpointing = True: not with engine = 'batched'; "
-            "allowed: False, or engine = 'app'"
-        )
-    if engine == "batched" and (size := config.computing.micro_batch):
+    if engine == "batched":
+        _check_batched(config, world)
+
+
+def _check_batched(config: Config, world: World | None) -> None:
+    """Make sure that the batched engine can run a configuration.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    for key in ("checkpointing", "compile", "channels_last"):
+        if getattr(config.computing, key):
+            raise ConfigError(
+                f"computing.{key.replace('_', '-')} = True: not with engine = 'batched'; "
+                "allowed: False, or engine = 'app'"
+            )
+    if size := config.computing.micro_batch:
         raise ConfigError(
             f"computing.micro-batch = {size}: has no effect with engine = 'batched'; "
             "allowed: 0, or engine = 'app'"
         )
-    if engine == "batched" and config.max_change != (most := Config().max_change):
+    if config.training.optimizer == "muon":
+        raise ConfigError(
+            "training.optimizer = 'muon': not with engine = 'batched'; "
+            "allowed: 'sgd', 'adamw', or engine = 'app'"
+        )
+    if not isinstance(config.plan, PeerPlan):
+        return
+    if config.max_change != (most := Config().max_change):
         raise ConfigError(
             f"max-change = {config.max_change:g}: has no effect with engine = 'batched'; "
             f"allowed: {most:g}"
         )
-    if engine == "batched" and config.robust.mean != "mean":
+    if config.robust.mean != "mean":
         raise ConfigError(
             f"robust.mean = {config.robust.mean!r}: not with engine = 'batched'; "
             "allowed: 'mean', or engine = 'app'"
         )
-    if engine == "batched" and world is not None:
+    if world is not None:
         raise ConfigError(
             "engine = 'batched': knows no world; leave it out, or take engine = 'app'"
         )
@@ -402,18 +424,20 @@ def _simulate(
         folder and not saved
     ):  # what sites remember of a run that was killed before its first checkpoint
         shutil.rmtree(folder / SITES, ignore_errors=True)
-    grid = VirtualGrid(
+    peers = isinstance(config.plan, PeerPlan)
+    kind = Together if engine == "batched" and not peers else VirtualGrid
+    grid = kind(
         client_app,
         world.sites(config.num_sites, config.seed),
         config.flat(),
         state=folder and folder / SITES,
         start_s=saved.driver["now"][0] if saved else 0.0,
     )
-    history = _Watched(config, watch, folder, saved)
+    history = _Watched(config, watch, engine, folder, saved)
     finished = True
     try:
         with _threads(threads):
-            if engine == "batched":
+            if engine == "batched" and peers:
                 Peers(config, discover(grid, config), history).run(history.show_progress)
             else:
                 run_server(grid, config, history, saved)

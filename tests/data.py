@@ -97,3 +97,10 @@ def few(path: str) -> Examples:
     """A tenth of the digits."""
     examples = digits()
     return examples._replace(x=examples.x[:180], y=examples.y[:180])
+
+
+def large(path: str) -> Examples:
+    """A few digits of 24 x 24 pixels."""
+    examples = few(path)
+    x = examples.x[:60].repeat_interleave(3, -1).repeat_interleave(3, -2)
+    return examples._replace(x=x, y=examples.y[:60])

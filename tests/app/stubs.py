@@ -15,7 +15,7 @@ from configuration.network import codec_of, down_codec_of, sends_updates
 from server_app.app import run
 from server_app.events import Event, NewModel, Refused
 from server_app.results import Folder, History
-from simulation.grid import FIRST_NODE, Tamper, VirtualGrid
+from simulation.grid import FIRST_NODE, Call, Tamper, VirtualGrid
 from simulation.world import World
 from strategies.protocol import (
     CODED,
@@ -71,11 +71,12 @@ class Sites(VirtualGrid):
         super().__init__(ClientApp(), World().sites(config.num_sites, 1), {}, tamper)
         self._config, self._spoil, self._seconds = config, spoil, seconds
 
-    def _work(self, message: Message, node: int) -> tuple[float, Message | None]:
-        site = node - FIRST_NODE
+    def _work(self, call: Call) -> None:
+        site, message = call.node - FIRST_NODE, call.message
         answer = self._spoil(site, message, honest(self._config, site, message))
-        reply = None if answer is None else Message(answer, reply_to=message)
-        return self.now() + self._seconds(site, message), reply
+        time = self.now() + self._seconds(site, message)
+        if answer is not None:
+            self._deliver(call, time, Message(answer, reply_to=message))
 
 
 def honest(config: Config, site: int, message: Message) -> RecordDict:

@@ -89,7 +89,9 @@ def test_model_is_the_same_streamed_and_with_any_number_of_workers(folder: Path)
     }
     in_memory = vectors(**keys)
     for workers in (0, 1, 3):
-        assert torch.equal(vectors(**keys | STREAMED | {"computing.workers": workers}), in_memory)
+        streamed = keys | STREAMED | {"computing.workers": workers}
+        assert torch.equal(vectors(**streamed), in_memory)
+    torch.testing.assert_close(vectors(**streamed, engine="batched"), in_memory)
 
 
 def test_peers_have_the_same_model_streamed_and_in_one_pass(folder: Path) -> None:

@@ -193,8 +193,6 @@ def test_batched_run_that_diverges_says_so() -> None:
 
 
 def test_engine_of_the_laboratory_is_checked() -> None:
-    with pytest.raises(ConfigError, match="engine = 'batched': runs peers"):
-        run(strategy="fedavg", engine="batched")
     with pytest.raises(ConfigError, match="engine = 'batched': knows no world"):
         run(World(), strategy="dmsgd", engine="batched")
     with pytest.raises(ConfigError, match="engine = 'ray': allowed: 'app', 'batched'"):

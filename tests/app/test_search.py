@@ -283,7 +283,7 @@ def test_whole_bounds_of_a_key_that_is_no_whole_number(monkeypatch: pytest.Monke
         ({"space": {"seed": [1, 2]}}, "seed: the same for all trials"),
         ({"space": GRID, "seed": 3}, r"seed = 3: a search has seeds = 3"),
         ({"space": GRID, "trials": 0}, "trials = 0: at least one"),
-        ({"space": GRID, "engine": "batched"}, "runs peers, not strategy = 'fedavg'"),
+        ({"space": GRID, "engine": "ray"}, "engine = 'ray': allowed: 'app', 'batched'"),
         (
             {"space": {"training.nesterov": [True], "training.momentum": [0.0, 0.9]}},
             "training.nesterov = True: needs training.momentum above 0",

@@ -48,7 +48,7 @@ class Setting:
         name: in tables and pictures.
         keys: of the run configuration: data, sites, partition, budget, with dots; a candidate's
             come after, and what has no effect with its method is left out.
-        world: of the sites; peers without one run in the batched engine.
+        world: of the sites; all but peers in one run in the batched engine.
         target: of the task's headline, where something is measured until it is reached.
         tuned_in: another setting whose tuned keys are taken; empty: tuned here.
         candidates: their names; empty: all.
@@ -203,7 +203,7 @@ class Cell:
     def engine(self) -> str:
         """Of the laboratory."""
         peers = isinstance(self.config(1).plan, PeerPlan)
-        return "batched" if peers and self.setting.world is None else "app"
+        return "app" if peers and self.setting.world else "batched"
 
 
 def cells(size: Size, data: str) -> list[Cell]:

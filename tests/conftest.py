@@ -3,6 +3,7 @@
 The default configuration, and a run of the real ServerApp and ClientApp in this process.
 """
 
+import logging
 import multiprocessing
 import os
 import re
@@ -48,6 +49,9 @@ class EndToEndTogether(LoadScopeScheduling):  # type: ignore[misc]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EndToEndTogether:
     """What ``--numprocesses`` distributes tests with."""
     return EndToEndTogether(config, log)
+
+
+logging.getLogger("flwr").propagate = True  # for caplog, which would hear it twice if this changed
 
 
 def pytest_sessionfinish() -> None:

@@ -139,9 +139,7 @@ def test_compiled_network_learns_the_same(run_app: RunApp) -> None:
 def test_table_with_natural_sites_is_named_after_its_files(
     run_app: RunApp, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import logging
 
-    logging.getLogger("flwr").propagate = True
     folder = tmp_path / "hospitals"
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)

@@ -3,7 +3,6 @@
 Sites are slow, fail, die and come back.
 """
 
-import logging
 import math
 from collections import Counter
 from itertools import pairwise
@@ -158,7 +157,6 @@ def spoil(site: int) -> Any:
 def test_site_that_sends_nan_is_left_out_by_name(
     run_app: RunApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     found = run_app(spoil(1), strategy="gsgm", num_sites=3, epochs=3)
     assert (
         "update 1: site 1 (site 1) is left out of the training: loss is nan: "

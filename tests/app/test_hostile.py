@@ -3,7 +3,6 @@
 In the real server and at real peers.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,6 @@ def test_site_that_claims_most_examples_does_not_decide_alone(strategy: str) -> 
     ],
 )
 def test_change_reversed_tenfold_destroys_nothing(method: str, mean: str) -> None:
-    logging.getLogger("flwr").propagate = False
     common: dict[str, Any] = {
         "strategy": method,
         "num_sites": 5,

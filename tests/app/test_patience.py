@@ -1,6 +1,5 @@
 """All sites go and come back after hours: a run waits for them, and says so."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ def gone(from_s: float, **keys: Any) -> Run:
 def test_run_goes_on_when_all_sites_are_back(
     method: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     undisturbed = simulate(**COMMON, **method, world=World(samples_per_s=SLOW))
     found = gone(4.0, **method)
     assert found.finished

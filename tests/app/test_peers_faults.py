@@ -1,6 +1,5 @@
 """Peers that come late, go, forget, fail or die, and what becomes of the others."""
 
-import logging
 import math
 from collections.abc import Iterable
 from itertools import count
@@ -88,7 +87,6 @@ def test_state_on_disk_survives_the_supernode(tmp_path: Path) -> None:
 def test_state_that_cannot_be_used_is_named_before_any_work(
     wrong: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     folder = tmp_path / "state"
     if wrong == "a file":
         folder.write_bytes(b"")
@@ -107,7 +105,6 @@ def test_state_that_cannot_be_used_is_named_before_any_work(
 
 
 def test_peer_that_remembers_nothing_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("flwr").propagate = True
 
     def forget(number: int, message: Message, reply: Message) -> Message:
         if number == 1 and config_of(message).get("server-round") == 5:
@@ -146,7 +143,6 @@ def test_peer_that_dies_is_not_waited_for(strategy: str) -> None:
 def test_peer_that_comes_back_rejoins_with_its_state(
     changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     found = run(World(samples_per_s=100, offline={2: [(6.0, 68.0)]}), epochs=16, **changes)
     assert found.finished
     assert "site 2 is back" in caplog.text
@@ -182,7 +178,6 @@ def test_peers_that_are_all_away_for_a_while_go_on(sealing: str, lost_at: float)
 def test_peer_that_fails_every_time_costs_the_others_little(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    logging.getLogger("flwr").propagate = True
 
     def fail(number: int, message: Message, reply: Message) -> Message:
         if number == 1 and message.metadata.message_type == "train.peer":

@@ -1,6 +1,5 @@
 """What peers make of payloads and weights that were changed, repeated or made up."""
 
-import logging
 import math
 import re
 from typing import Any
@@ -61,7 +60,6 @@ def spoil(what: str) -> Tamper:
 def test_what_cannot_be_used_is_refused_by_name(
     what: str, settings: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     _, history = watched(spoil(what), strategy="d-psgd", epochs=2, **settings)
     assert re.search(message, caplog.text)
     assert "site 0 refuses what came from site 1" in caplog.text
@@ -99,7 +97,6 @@ def test_refused_difference_is_made_good_by_a_reset(caplog: pytest.LogCaptureFix
 
     From then on they use its messages again.
     """
-    logging.getLogger("flwr").propagate = True
 
     def spoil_once(number: int, message: Message, reply: Message) -> Message:
         arrays = reply.content.get("arrays") if not reply.has_error() else None
@@ -159,7 +156,6 @@ def test_refused_difference_is_made_good_by_a_reset(caplog: pytest.LogCaptureFix
 def test_malformed_payload_costs_its_sender_not_the_readers(
     settings: dict[str, Any], part: str, wrong: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
 
     def spoil_part(number: int, message: Message, reply: Message) -> Message:
         arrays = reply.content.get("arrays") if not reply.has_error() else None

@@ -86,7 +86,6 @@ def block(folder: Path) -> None:
 def test_run_whose_results_cannot_be_written_goes_on_in_memory_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     config = config_of_run(tmp_path, patience_s=0)
     found = Folder(config)
     with pytest.raises(RunError, match="the results cannot be written: "):
@@ -167,7 +166,6 @@ def test_what_stopped_a_run_is_not_hidden_by_what_cannot_be_written(tmp_path: Pa
 def test_error_in_a_sink_at_the_end_does_not_hide_the_first(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     config = config_of_run(tmp_path)
 
     def sink(event: Event) -> None:

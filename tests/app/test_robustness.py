@@ -157,7 +157,6 @@ def test_reply_that_cannot_be_used_is_left_out_with_its_reason(
     case: str, strategy: str, run_app: RunApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoiled, reason = SPOILED[case]
-    logging.getLogger("flwr").propagate = True
     with caplog.at_level(logging.WARNING, "flwr"):
         run = run_app(spoil(1, spoiled), strategy=strategy, epochs=1)
     (warning,) = [
@@ -189,7 +188,6 @@ def test_round_without_a_site_is_the_mean_of_the_others(run_app: RunApp) -> None
 def test_site_that_fails_the_test_only_is_left_out_of_the_test(
     run_app: RunApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     run = run_app(spoil(0, SPOILED["raises"][0], "evaluate"), epochs=1)
     assert "round 1: site 0 (site 0) is left out of the test: ValueError: boom" in caplog.text
     tested = run.metrics[(run.metrics["split"] == "test") & (run.metrics["metric"] == "accuracy")]
@@ -364,7 +362,6 @@ def test_names_with_commas_and_moments_beyond_bounds_end_no_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One site that tells them would, as no run can be made of what all tell together."""
-    logging.getLogger("flwr").propagate = True
     keys = {
         "training.task": "regression",
         "data.source": "csv",

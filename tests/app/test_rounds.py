@@ -3,7 +3,6 @@
 Runs that end without anything of use say so.
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -156,7 +155,6 @@ def test_method_without_rounds_of_many_refuses_a_sample(strategy: str) -> None:
 
 def test_silent_site_is_waited_for_again_after_its_answer(caplog: pytest.LogCaptureFixture) -> None:
     """Its training is lost in round 1; from round 2 on it is slow: its answer comes in round 5."""
-    logging.getLogger("flwr").propagate = True
 
     def slow(site: int, message: Message) -> float:
         return 3.5 if site == 2 else 1.0

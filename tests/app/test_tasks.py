@@ -1,6 +1,5 @@
 """Every task in runs of the app, from files to a model that is used."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,6 @@ def test_several_numbers_and_several_labels(file: Path, tmp_path: Path) -> None:
 def test_one_class_is_said_to_be_nothing_to_learn(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     simulate(epochs=1, **table(file, "age > 0", "classification"))
     assert "all examples are of the class True: there is nothing to tell apart" in caplog.text
 

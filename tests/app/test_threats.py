@@ -3,7 +3,6 @@
 And what a server of sealed peers does when a site forgets or tells nothing.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,6 @@ def test_a_site_that_lost_its_memory_goes_on(
 
     Neither side misses more than the exchanges that were under way.
     """
-    logging.getLogger("flwr").propagate = True
     choco: dict[str, Any] = (
         {"codec": "qsgd", "error_feedback": "choco"} if strategy == "qgm" else {}
     )

@@ -100,7 +100,7 @@ def test_keys_that_have_no_effect_with_a_method_are_left_out_of_its_cell() -> No
     server, peers = cells(Size((setting,), both, 1, 1), "")
     assert server.keys == {"strategy": "fedavg", "num-sites": 9}
     assert peers.config(1).topology.name == "torus"
-    assert (server.engine, peers.engine) == ("app", "batched")
+    assert (server.engine, peers.engine) == ("batched", "batched")
 
 
 def test_where_data_lie_makes_no_other_run_and_every_other_key_does() -> None:

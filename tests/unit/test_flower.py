@@ -67,7 +67,6 @@ def test_tables_are_flattened_by_dots() -> None:
 def test_flowers_logger_is_the_one_whose_lines_a_run_streams(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    logging.getLogger("flwr").propagate = True
     log(logging.WARNING, "%s of %d", "one", 2)
     assert ("flwr", logging.WARNING, "one of 2") in caplog.record_tuples, "log goes elsewhere"
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from client_app import training
@@ -40,7 +39,7 @@ from client_app.site import (
 from client_app.work import Steps, Test, Training, Work, alone
 from configuration.config import Config
 from configuration.errors import ConfigError
-from configuration.flower import ClientAppCallable
+from configuration.flower import ClientAppCallable, Mod
 from configuration.graph import graph_of
 from configuration.network import codec_of, down_codec_of, sends_updates
 from datasets.partitions import PartitionError

@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
     "ClientAppCallable",
+    "Mod",
     "Run",
     "TaskIdentity",
     "flatten_dict",

@@ -3,7 +3,7 @@
 They are imported here only, and ``tests/unit/test_flower.py`` says in words which of them changed.
 """
 
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.config import flatten_dict, parse_config_args
 from flwr.common.logger import log
 from flwr.supercore.run import Run

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from configuration.errors import changed, shown
 from configuration.sections import SECTIONS
 from datasets.partitions import PARTITIONS
@@ -182,11 +180,6 @@ def _run(config: "Config") -> Iterator[str]:
         yield (
             f"training.momentum = {training.momentum:g}: "
             f"has no effect with {table}.local-steps = 1, where it is reset each time"
-        )
-    if training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        yield (
-            f"training.optimizer = 'muon': needs torch 2.9 or newer, here is {torch.__version__}; "
-            "allowed: 'sgd', 'adamw'"
         )
     if training.lr_ratio == 1:
         for key in ("lr-shape", "lr-steps"):

@@ -54,10 +54,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EndToEndToge
 logging.getLogger("flwr").propagate = True  # for caplog, which would hear it twice if this changed
 
 
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch is older than 2.9")
-MUON = pytest.param("muon", marks=needs_muon)
-
-
 def pytest_sessionfinish() -> None:
     """Python would wait for the processes that a test which failed has left."""
     for process in multiprocessing.active_children():

@@ -22,7 +22,6 @@ from simulation.layers import layers_of
 from simulation.vectorised import Networks, stacked
 from simulation.world import Lognormal, World
 from tests.app.peers import run
-from tests.conftest import needs_muon
 
 
 class Bent(nn.Module):
@@ -162,11 +161,7 @@ def test_wide_convolutions_on_large_pictures_are_computed_a_site_at_a_time(
     ("changes", "message"),
     [
         ({"model.name": "resnet20"}, r"norm = 'batch': engine = 'batched' takes no BatchNorm"),
-        pytest.param(
-            {"training.optimizer": "muon"},
-            "training.optimizer = 'muon': not with engine",
-            marks=needs_muon,
-        ),
+        ({"training.optimizer": "muon"}, "training.optimizer = 'muon': not with engine"),
         ({"computing.checkpointing": True}, "checkpointing = True: not with engine = 'batched'"),
         ({"computing.compile": True}, "computing.compile = True: not with engine = 'batched'"),
         ({"computing.micro-batch": 8}, "micro-batch = 8: has no effect with engine = 'batched'"),

@@ -9,7 +9,6 @@ from torch import Tensor
 from configuration.config import configuration
 from simulation.laboratory import Run, simulate
 from strategies.method import Mean, Progress, RoundPlan
-from tests.conftest import MUON
 
 SMALL: dict[str, Any] = {"num_sites": 3, "epochs": 3, "model": {"name": "mlp"}, "progress": False}
 
@@ -69,7 +68,7 @@ def test_without_an_outer_optimizer_it_is_fedavg() -> None:
     assert float((faster - fedavg).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", MUON])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_moments_stay_at_the_site(optimizer: str) -> None:
     """One site, no outer optimizer, a constant rate: two rounds are one twice as long.
 

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 
 from client_app import training
 from client_app.site import SiteId, site_data
-from configuration.config import Config, configuration
+from configuration.config import configuration
 from configuration.errors import ConfigError
 from configuration.network import network_of
 from models.flat import FlatModel
 from models.networks import build, hidden_matrices
 from simulation.laboratory import simulate
 from strategies.randomness import derive
-from tests.conftest import MUON, needs_muon
 from tests.networks import language
 
 ONE: dict[str, Any] = {
@@ -56,7 +55,7 @@ def plain_optimizers(name: str, network: nn.Module) -> list[torch.optim.Optimize
     ]
 
 
-@pytest.mark.parametrize("name", ["adamw", MUON])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("shape", ["exponential", "cosine"])
 def test_a_run_of_one_site_is_a_plain_loop(name: str, shape: str) -> None:
     keys = {
@@ -104,7 +103,6 @@ def test_a_run_of_one_site_is_a_plain_loop(name: str, shape: str) -> None:
         torch.testing.assert_close(run.model[key], value, rtol=1e-3, atol=1e-4)
 
 
-@needs_muon
 def test_muon_gets_hidden_matrices_and_kernels_and_adamw_the_rest() -> None:
     gpt = language()
     names = {id(parameter): name for name, parameter in gpt.named_parameters()}
@@ -133,7 +131,6 @@ def test_muon_gets_hidden_matrices_and_kernels_and_adamw_the_rest() -> None:
     assert (model.x != before).all()  # all of them are views into the model
 
 
-@needs_muon
 @pytest.mark.parametrize(
     "changes",
     [
@@ -157,7 +154,6 @@ def test_muon_goes_with(changes: dict[str, Any]) -> None:
     assert run.history["accuracy"].iloc[-1] > 0.4
 
 
-@needs_muon
 def test_muon_where_it_would_change_nothing_is_refused() -> None:
     for strategy in ("dmsgd", "scaffold"):
         with pytest.raises(ConfigError, match=r"training.optimizer = 'muon': has no effect"):
@@ -168,14 +164,6 @@ def test_muon_where_it_would_change_nothing_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="no hidden matrix of this network is trained"):
         network_of(config, (8,), 3)
-
-
-def test_muon_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(
-        ConfigError, match=r"training.optimizer = 'muon': needs torch 2.9 or newer, here is 2\."
-    ):
-        Config.read({"training.optimizer": "muon"})
 
 
 def test_peers_warm_up_as_their_batched_twins() -> None:

@@ -16,7 +16,6 @@ from models.checkpointing import blocks, checkpoint_blocks
 from models.flat import FlatModel
 from models.networks import build
 from simulation.laboratory import simulate
-from tests.conftest import MUON
 from tests.networks import language
 
 PICTURES: dict[str, dict[str, Any]] = {
@@ -146,7 +145,7 @@ def test_where_it_cannot_be_it_is_refused() -> None:
         simulate(strategy="dmsgd", computing={"checkpointing": True}, engine="batched")
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", MUON])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_bfloat16_is_of_operators_and_weights_of_gpt_stay_float32(
     name: str, checkpointed: bool

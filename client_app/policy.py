@@ -27,6 +27,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, NoReturn
 
+import torch
 from flwr.app import MetricRecord
 from pydantic import Field, ValidationError
 
@@ -54,6 +55,8 @@ IMPORTABLE = (
     "data.source",
 )
 OF_TORCHVISION = "torchvision:"
+# Before, FSDP2 keeps what client_app.sharded takes from it in another way.
+SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 ELEMENTWISE = ("sgd", "adamw")  # optimizers that need no whole matrix
 DAY_S = 86_400
 LONGEST_SOCKET = 107  # bytes of a path, on Linux
@@ -286,8 +289,11 @@ def check_processes(site: SiteFile, count: int) -> None:
     """Whether there are processes to share what the file has them share.
 
     Raises:
-        PolicyError: there is but one.
+        PolicyError: there is but one, or torch is too old.
     """
+    if site.sharding and not SHARDS:
+        reason = f"torch 2.15 or newer is needed, here is {torch.__version__}; allowed: false"
+        _wrong("sharding", True, reason)
     if site.sharding and count == 1:
         _wrong(
             "sharding",

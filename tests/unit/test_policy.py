@@ -15,7 +15,7 @@ import tomli_w
 from flwr.app import MetricRecord
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from client_app import framing, service
+from client_app import framing, policy, service
 from client_app.framing import FrameError
 from client_app.policy import (
     PolicyError,
@@ -133,7 +133,11 @@ def test_a_run_that_breaks_a_rule_is_refused_with_the_rule(
     assert next(iter(rules)) in str(error.value)
 
 
-def test_shards_need_processes(tmp_path: Path) -> None:
+def test_shards_need_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "SHARDS", False)
+    with pytest.raises(PolicyError, match=r"sharding = True: torch 2.15 or newer is needed, here"):
+        check_processes(site(tmp_path, sharding=True), 2)
+    monkeypatch.setattr(policy, "SHARDS", True)
     check_processes(site(tmp_path), 1)
     check_processes(site(tmp_path, sharding=True), 2)
     with pytest.raises(

@@ -13,11 +13,15 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from client_app import sharded, training
+from client_app.policy import SHARDS
 from client_app.sharded import ShardedModel
 from models.flat import FlatModel
 from models.pretrained import freeze
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not SHARDS, reason="torch is older than 2.15"),
+]
 GENERATOR = torch.Generator().manual_seed(1)
 BATCHES = [
     (torch.randn(n, 7, generator=GENERATOR), torch.randint(0, 3, (n,), generator=GENERATOR))

@@ -419,7 +419,9 @@ def _simulate(
     watch: Callable[[Progress], None],
     folder: Path | None = None,
 ) -> Run:
-    saved = checkpoint.read(folder) if folder and (folder / checkpoint.FOLDER).exists() else None
+    # Killed before the first one was whole, a run begins again.
+    some = folder and any((folder / checkpoint.FOLDER).glob("*.pt"))
+    saved = checkpoint.read(folder) if folder and some else None
     if (
         folder and not saved
     ):  # what sites remember of a run that was killed before its first checkpoint

@@ -82,11 +82,11 @@ gradients for the same updates).""",
     quick=Size(
         settings=(
             setting(ONE, 10, SMALL),
-            setting(IID, 10, SMALL, iid=1.0, candidates=("ASGD", "DC-ASGD-a", *READINGS)),
+            setting(IID, 10, SMALL, iid=1.0, tuned_in=ONE),
             setting(MANY, 30, SMALL, candidates=("ASGD", "DC-ASGD-a", *READINGS)),
         ),
         candidates=tuple(each for each in candidates(3, 2) if each.name != "DC-ASGD-c"),
-        seeds=5,
+        seeds=3,
         trials=6,
     ),
     full=Size(
@@ -171,4 +171,15 @@ gradients for the same updates).""",
         ),
     ),
     axes=("round", "hours"),
+    reading="""
+With one class a site GSGM is by far the most accurate after as many updates, in all three readings,
+at 10 sites and, less surely, at 30. Waiting costs time (hours); at 10 sites refill is ahead even
+after as much time as its rivals took. **That it is steadier is not shown**: only refill has a
+smaller sigma than every rival where a site has one class, and three seeds leave wide intervals.
+Refill is the best reading throughout.
+
+**The rate that is best on unlike data is too large on alike data**: on iid data, with the keys that
+were tuned on one class a site, GSGM learns badly, while its rivals, ASGD with its smaller rate
+above all, do not mind. So flatness over degrees of non-IID does not hold for keys tuned at one
+degree; with one small rate for all it did ([asynchronous](asynchronous.md), untuned).""",
 )

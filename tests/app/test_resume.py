@@ -279,6 +279,8 @@ def test_simulation_that_was_killed_while_it_began_begins_again(tmp_path: Path) 
     }
     simulate(**keys, folder=tmp_path)
     (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "checkpoints").mkdir()  # the first one was not whole
+    (tmp_path / "checkpoints" / "x.partial").touch()
     assert simulate(**keys, folder=tmp_path).finished
 
 

@@ -98,7 +98,7 @@ def test_shipped_code_reads_nothing_and_sealed_peers_go_on_when_a_service_is_kil
             deployment.join(site, f'service="{services.socket(site)}"', user=CARRIER)
         settings = (
             f'results.folder="{tmp_path}" strategy="dmsgd" wire.sealing="keys" num-sites=3 '
-            "min-sites=3 epochs=4 dmsgd.local-steps=5"
+            "min-sites=3 epochs=7 dmsgd.local-steps=5"
         )
         with deployment.run(f'{settings} model.name="mlp"') as process:
             wait_for(lambda: len(services.requests(2)) >= 6, 600)

@@ -142,7 +142,7 @@ reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
     reading="""
 Tuned alike, sharpness-aware peers are ahead everywhere; three seeds leave it undecided whether by a
 whole point, but for one gap. Q-SADDLe gains most, with each peer's own model; N-SADDLe's lead over
-NGM is sure only for the mean model. The models are far flatter, and 8 bits, a quarter of the bytes,
+NGM is clearest for the mean model. The models are far flatter, and 8 bits, a quarter of the bytes,
 cost nothing. An earlier, untuned comparison ([peers](peers.md)) had SADDLe behind where runs were
 short: its one rate for all was far below those that are best here.""",
 )

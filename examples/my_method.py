@@ -29,7 +29,7 @@ def plan(keys: Keys, run: Run) -> RoundPlan[State]:
     instruct = decaying(keys.local_epochs, run)
     return RoundPlan(
         init=State,
-        instruct=lambda state, progress: instruct(progress),
+        instruct=lambda state, start: instruct(start),
         absorb=lambda state, mean: State(state.x.lerp(mean.x, keys.step)),
         weighting=keys.weighting,
     )

@@ -32,8 +32,8 @@ from strategies.method import (
     ForeignPlan,
     LocalTraining,
     PeerPlan,
-    Progress,
     RoundPlan,
+    RoundStart,
 )
 from strategies.protocol import Layout
 from strategies.records import STATS, X, pack
@@ -118,7 +118,9 @@ def _drive(
             saved.forget()
         return arrays
 
-    def rounds(strategy: Strategy, instruct: Callable[[Progress, Tensor], LocalTraining]) -> Rounds:
+    def rounds(
+        strategy: Strategy, instruct: Callable[[RoundStart, Tensor], LocalTraining]
+    ) -> Rounds:
         driver = Rounds(grid, strategy, instruct, federation, config, layout, emit)
         if saved:
             driver.resume(saved.driver)
@@ -143,12 +145,12 @@ def _drive(
             alone = Alone(
                 {site.node: row for row, site in enumerate(federation.sites)}, ensemble=ensemble
             )
-            rounds(alone, lambda progress, _: by_itself(progress)).run(initial())
+            rounds(alone, lambda start, _: by_itself(start)).run(initial())
         case ForeignPlan(build=make, instruct=foreign, weighting=weighting):
             shipped = Shipped(
                 make(), shares(weighting), config.robust.max_share, config.robust.rule
             )
-            rounds(shipped, lambda progress, _: foreign(progress)).run(initial())
+            rounds(shipped, lambda start, _: foreign(start)).run(initial())
 
 
 def _shares(federation: Federation, config: Config, weighting: str) -> dict[int, float]:

@@ -29,7 +29,7 @@ from server_app.report import Report, Snapshot
 from server_app.roster import Roster
 from server_app.spool import Spool
 from strategies.averaging.mean import extent, magnitude, too_large
-from strategies.method import AlonePlan, ForeignPlan, LocalTraining, Progress
+from strategies.method import AlonePlan, ForeignPlan, LocalTraining, RoundStart
 from strategies.protocol import (
     TEST,
     InvalidReply,
@@ -100,7 +100,7 @@ class Rounds:
         self,
         grid: Grid,
         strategy: Strategy,
-        instruct: Callable[[Progress, Tensor], LocalTraining],
+        instruct: Callable[[RoundStart, Tensor], LocalTraining],
         federation: Federation,
         config: Config,
         layout: Layout,
@@ -172,7 +172,7 @@ class Rounds:
         while self._done < total - 1e-9:
             number = self._number + 1
             local = self._instruct(
-                Progress(number, self._done, total, self._an_epoch), unpack(arrays[X])
+                RoundStart(number, self._done, total, self._an_epoch), unpack(arrays[X])
             )
             epochs = local.epochs or local.steps / self._an_epoch
             trained: dict[int, TrainMetrics] = {}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from strategies.asynchronous.rule import Weight, constant, hinge, polynomial
-from strategies.method import LocalTraining, Progress, Run, Section
+from strategies.method import LocalTraining, RoundStart, Run, Section
 
 # Larger numbers are slips: they would end in an overflow, or never.
 Positive = Annotated[int, Field(ge=1, le=10**6)]
@@ -40,13 +40,13 @@ class RoundKeys(Section):
     """equal, or samples: sites count by their training examples"""
 
 
-def decaying(local_epochs: int, run: Run) -> Callable[[Progress], LocalTraining]:
+def decaying(local_epochs: int, run: Run) -> Callable[[RoundStart], LocalTraining]:
     """So many epochs a round, and one decay of the learning rate over the whole run."""
 
-    def instruct(progress: Progress) -> LocalTraining:
-        epochs = min(local_epochs, round(progress.total - progress.done))
-        end = (progress.done + epochs) / progress.total
-        return LocalTraining(run.lr, (progress.done / progress.total, end), epochs=epochs)
+    def instruct(start: RoundStart) -> LocalTraining:
+        epochs = min(local_epochs, round(start.total - start.done))
+        end = (start.done + epochs) / start.total
+        return LocalTraining(run.lr, (start.done / start.total, end), epochs=epochs)
 
     return instruct
 

@@ -76,7 +76,7 @@ class LocalTraining(NamedTuple):
 # Synchronous rounds.
 
 
-class Progress(NamedTuple):
+class RoundStart(NamedTuple):
     """Where a run in rounds stands when a round begins.
 
     Attributes:
@@ -147,7 +147,7 @@ class RoundPlan(NamedTuple, Generic[S]):
     """
 
     init: Callable[[Tensor], S]
-    instruct: Callable[[S, Progress], LocalTraining]
+    instruct: Callable[[S, RoundStart], LocalTraining]
     absorb: Callable[[S, Mean], S]
     beside: Callable[[S], Vectors] = lambda state: {}
     site: SiteRule[Any] | None = None
@@ -163,7 +163,7 @@ class AlonePlan(NamedTuple):
         ensemble: test the mean prediction of all models instead of each site's own.
     """
 
-    instruct: Callable[[Progress], LocalTraining]
+    instruct: Callable[[RoundStart], LocalTraining]
     ensemble: bool
 
 
@@ -180,7 +180,7 @@ class ForeignPlan(NamedTuple):
     """
 
     build: Callable[[], Any]
-    instruct: Callable[[Progress], LocalTraining]
+    instruct: Callable[[RoundStart], LocalTraining]
     weighting: Literal["equal", "samples"] = "equal"
     by_loss: bool = False
     averages: bool = False

@@ -27,7 +27,7 @@ from torch import Tensor
 from strategies.averaging.average import CHANGE, NUM_EXAMPLES, weighted_metrics
 from strategies.averaging.collected import Collected
 from strategies.averaging.mean import StreamingMean, relative_change
-from strategies.method import LocalTraining, Mean, Progress, RoundPlan
+from strategies.method import LocalTraining, Mean, RoundPlan, RoundStart
 from strategies.protocol import write_local
 from strategies.records import METRICS, STATS, X, arrays_of, metrics_of, pack, unpack
 from strategies.robust import PLAIN, Robust
@@ -72,13 +72,13 @@ class Planned(FedAvg):
         self._sent: Mapping[str, Tensor] = {}
         self._equal = 1.0
 
-    def instruct(self, progress: Progress, x: Tensor) -> LocalTraining:
+    def instruct(self, start: RoundStart, x: Tensor) -> LocalTraining:
         """What sites do in a round that begins with the model ``x`` [d]."""
         if self.state is None:
             self.state = self._plan.init(x)
         elif not self.state.x.numel():  # of a checkpoint
             self.state = self.state._replace(x=x)
-        return self._plan.instruct(self.state, progress)
+        return self._plan.instruct(self.state, start)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan's state without the model, which whoever saves it has."""
@@ -94,8 +94,8 @@ class Planned(FedAvg):
         """The same model, what the plan sends beside it and the same order for every site."""
         vectors = {name: unpack(array) for name, array in arrays.items()}
         if "lr" not in config:  # nobody has told what to do
-            progress = Progress(server_round, self._done, self._total, self._an_epoch)
-            local = self.instruct(progress, vectors[X])
+            start = RoundStart(server_round, self._done, self._total, self._an_epoch)
+            local = self.instruct(start, vectors[X])
             self._done += local.epochs or local.steps / self._an_epoch
             config = ConfigRecord({**config, **write_local(local)})
         if self.state is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from strategies.averaging.mean import relative_change
 from strategies.keys import Above0, NotNegative, Positive, RoundKeys
-from strategies.method import LocalTraining, Mean, Method, Progress, RoundPlan, Run
+from strategies.method import LocalTraining, Mean, Method, RoundPlan, RoundStart, Run
 
 
 class Keys(RoundKeys):
@@ -73,10 +73,10 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Cycle]:
     Where the mean hardly moved, local epochs double from the next round on.
     """
 
-    def instruct(state: Cycle, progress: Progress) -> LocalTraining:
-        epochs = min(state.local_epochs, round(progress.total - progress.done))
+    def instruct(state: Cycle, start: RoundStart) -> LocalTraining:
+        epochs = min(state.local_epochs, round(start.total - start.done))
         return LocalTraining(
-            run.lr * keys.lr_envelope ** (progress.round_number - 1), (0.0, 1.0), epochs=epochs
+            run.lr * keys.lr_envelope ** (start.round_number - 1), (0.0, 1.0), epochs=epochs
         )
 
     def absorb(state: Cycle, mean: Mean) -> Cycle:

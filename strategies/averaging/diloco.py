@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from strategies.keys import Above0, Decay, Positive
-from strategies.method import LocalTraining, Mean, Method, Progress, RoundPlan, Run, Section
+from strategies.method import LocalTraining, Mean, Method, RoundPlan, RoundStart, Run, Section
 
 
 class Keys(Section):
@@ -47,12 +47,12 @@ class Outer(NamedTuple):
 def plan(keys: Keys, run: Run) -> RoundPlan[Outer]:
     """Local steps, then the outer step on their mean."""
 
-    def instruct(_: Outer, progress: Progress) -> LocalTraining:
-        left = math.ceil((progress.total - progress.done) * progress.an_epoch - 1e-6)
+    def instruct(_: Outer, start: RoundStart) -> LocalTraining:
+        left = math.ceil((start.total - start.done) * start.an_epoch - 1e-6)
         steps = min(keys.local_steps, left)
-        end = min(1.0, (progress.done + steps / progress.an_epoch) / progress.total)
+        end = min(1.0, (start.done + steps / start.an_epoch) / start.total)
         return LocalTraining(
-            run.lr, (progress.done / progress.total, end), steps=steps, keep_moments=True
+            run.lr, (start.done / start.total, end), steps=steps, keep_moments=True
         )
 
     def absorb(state: Outer, mean: Mean) -> Outer:

@@ -39,7 +39,7 @@ def plan(keys: RoundKeys, run: Run, *, pooled: bool = False) -> RoundPlan[Averag
 
     return RoundPlan(
         Average,
-        lambda _, progress: instruct(progress),
+        lambda _, start: instruct(start),
         absorb,
         weighting=keys.weighting,
         pooled=pooled,

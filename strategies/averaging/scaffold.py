@@ -25,8 +25,8 @@ from strategies.method import (
     LocalTraining,
     Mean,
     Method,
-    Progress,
     RoundPlan,
+    RoundStart,
     Run,
     Section,
     SiteRule,
@@ -75,8 +75,8 @@ def plan(keys: Keys, run: Run) -> RoundPlan[Server]:
     """Average models and control variates."""
     decay = decaying(keys.local_epochs, run)
 
-    def instruct(_: Server, progress: Progress) -> LocalTraining:
-        return decay(progress)._replace(plain=True)
+    def instruct(_: Server, start: RoundStart) -> LocalTraining:
+        return decay(start)._replace(plain=True)
 
     def absorb(state: Server, mean: Mean) -> Server:
         x = torch.lerp(state.x, mean.x, keys.server_lr)

@@ -347,10 +347,10 @@ def test_co_learning_cycles_from_its_envelope_and_takes_no_more_epochs_than_are_
     keys = co_learning.Keys(local_epochs=2, max_local_epochs=4, epsilon=0.1, lr_envelope=0.5)
     plan = co_learning.plan(keys, method.Run(0.1, 0.0))
     state = plan.init(torch.ones(3))
-    assert plan.instruct(state, method.Progress(3, 4.0, 32, 10.0)) == method.LocalTraining(
+    assert plan.instruct(state, method.RoundStart(3, 4.0, 32, 10.0)) == method.LocalTraining(
         0.025, (0.0, 1.0), epochs=2
     )
-    assert plan.instruct(state, method.Progress(1, 31.0, 32, 10.0)).epochs == 1
+    assert plan.instruct(state, method.RoundStart(1, 31.0, 32, 10.0)).epochs == 1
     still, moved = (
         plan.absorb(state, method.Mean({"x": torch.full((3,), value)}, 1.0))
         for value in (1.05, 1.2)

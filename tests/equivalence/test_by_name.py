@@ -27,8 +27,8 @@ from strategies.method import (
     Mean,
     Method,
     PeerPlan,
-    Progress,
     RoundPlan,
+    RoundStart,
 )
 from strategies.methods import METHODS
 from strategies.peer.algorithm import PeerAlgorithm
@@ -58,7 +58,7 @@ def of_rounds(plan: RoundPlan[Any]) -> Values:
     memories = [plan.site.init(state.x) if plan.site else None for _ in range(N)]
     traced = []
     for number in range(1, 4):
-        local = plan.instruct(state, Progress(number, done, EPOCHS, AN_EPOCH))
+        local = plan.instruct(state, RoundStart(number, done, EPOCHS, AN_EPOCH))
         orders.append(of_local(local))
         steps = local.steps or local.epochs * AN_EPOCH
         done += steps / AN_EPOCH
@@ -123,7 +123,7 @@ def of(config: Config) -> Values:
             return of_peers(plan)
         case AlonePlan(instruct, ensemble):
             return {
-                "orders": of_local(instruct(Progress(2, 2.0, EPOCHS, AN_EPOCH))),
+                "orders": of_local(instruct(RoundStart(2, 2.0, EPOCHS, AN_EPOCH))),
                 "ensemble": ensemble,
             }
         case ForeignPlan(build, instruct, weighting):
@@ -133,7 +133,7 @@ def of(config: Config) -> Values:
                 for key, value in sorted(vars(strategy).items())
                 if isinstance(value, int | float)
             }
-            order = of_local(instruct(Progress(2, 2.0, EPOCHS, AN_EPOCH)))
+            order = of_local(instruct(RoundStart(2, 2.0, EPOCHS, AN_EPOCH)))
             return {
                 "class": type(strategy).__name__,
                 "orders": order,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configuration.config import configuration
 from simulation.laboratory import Run, simulate
-from strategies.method import Mean, Progress, RoundPlan
+from strategies.method import Mean, RoundPlan, RoundStart
 
 SMALL: dict[str, Any] = {"num_sites": 3, "epochs": 3, "model": {"name": "mlp"}, "progress": False}
 
@@ -38,7 +38,7 @@ def test_rounds_are_local_steps_and_the_last_takes_what_is_left() -> None:
     steps: list[int] = []
     state = plan.init(torch.zeros(1))
     while done < 8 - 1e-9:
-        local = plan.instruct(state, Progress(len(steps) + 1, done, 8, 9.0))
+        local = plan.instruct(state, RoundStart(len(steps) + 1, done, 8, 9.0))
         assert local.cycle == pytest.approx((done / 8, min(1, (done + local.steps / 9) / 8)))
         steps.append(local.steps)
         done += local.steps / 9

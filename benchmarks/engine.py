@@ -29,18 +29,13 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client_app.app import app as our_client
+from benchmarks import timing
 from client_app.training import prepare
 from configuration.config import configuration
 from datasets.site import SiteData, select, simulated_splits
 from datasets.sources import digits
 from models.networks import build
-from server_app.app import run as run_server
-from server_app.events import Progress
-from server_app.results import History
-from simulation.grid import VirtualGrid
 from simulation.together import Together
-from simulation.world import World
 
 SITES, ROUNDS, BATCH, LR, MOMENTUM = 10, 20, 32, 0.05, 0.9
 SETTINGS: dict[str, Any] = {
@@ -111,32 +106,14 @@ def plain() -> list[float]:
     return ends
 
 
-class _Ends(History):
-    """A history that notes when each round ended."""
-
-    def __init__(self, **changes: Any) -> None:
-        super().__init__(configuration(**(SETTINGS | changes)))
-        self.ends: list[float] = []
-
-    def show_progress(self, progress: Progress) -> None:
-        """Note the time."""
-        self.ends.append(time.time())
-
-    def run(self, kind: type[VirtualGrid] = VirtualGrid) -> "_Ends":
-        """Run the app in this process."""
-        grid = kind(our_client, World().sites(SITES, 1), self.config.flat())
-        run_server(grid, self.config, self)
-        return self
-
-
 def ours() -> list[float]:
     """The times at which the rounds of our engine end."""
-    return _Ends().run().ends
+    return timing.ends(configuration(**SETTINGS))
 
 
 def batched() -> list[float]:
     """The times at which the rounds of our batched engine end."""
-    return _Ends().run(Together).ends
+    return timing.ends(configuration(**SETTINGS), Together)
 
 
 flower_client = ClientApp()
@@ -209,10 +186,10 @@ def overhead() -> float:
     inside = 0.0
 
     def timed(function: Any) -> Any:
-        def run(*arguments: Any) -> Any:
+        def run(*values: Any, **named: Any) -> Any:
             nonlocal inside
             start = time.perf_counter()
-            result = function(*arguments)
+            result = function(*values, **named)
             inside += time.perf_counter() - start
             return result
 
@@ -222,7 +199,7 @@ def overhead() -> float:
     seconds = []
     for _ in range(2):  # the first one warms up
         inside, start = 0.0, time.perf_counter()
-        _Ends(model="benchmarks.engine:wide").run()
+        timing.ends(configuration(**SETTINGS | {"model.name": "benchmarks.engine:wide"}))
         seconds.append(time.perf_counter() - start - inside)
     return 1000 * seconds[-1] / (SITES * (2 * ROUNDS + 1))
 

@@ -12,20 +12,14 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import psutil
 import torch
 
-from client_app.app import app as client
+from benchmarks import timing
 from configuration.config import configuration
 from datasets.sources import Examples
-from server_app.app import run
-from server_app.events import Progress
-from server_app.results import History
-from simulation.grid import VirtualGrid
-from simulation.world import World
 
 BATCH, ROUNDS, SHAPE = 64, 3, (1, 8, 8)
 NETWORKS = {10**4: "ten_thousand", 10**6: "million", 10**7: "ten_million", 10**8: "hundred_million"}
@@ -42,16 +36,6 @@ def examples(path: str) -> Examples:
     count = int(path) * (BATCH + 1)
     x = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(1))
     return Examples(x, torch.arange(count) % 10, tuple("0123456789"))
-
-
-class Ends(History):
-    """A history that notes when each round ended."""
-
-    ends: list[float]
-
-    def show_progress(self, progress: Progress) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
 
 
 def measured(sites: int, parameters: int, share: float) -> dict[str, float]:
@@ -85,10 +69,7 @@ def _ends(sites: int, parameters: int, share: float) -> tuple[list[float], int]:
             "test_fraction": 1 / (BATCH + 1),
         },
     )
-    history = Ends(config)
-    history.ends = []
-    run(VirtualGrid(client, World().sites(sites, 1), config.flat()), config, history)
-    return history.ends, config.sampled(sites)
+    return timing.ends(config), config.sampled(sites)
 
 
 def main() -> None:

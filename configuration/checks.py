@@ -109,7 +109,7 @@ def kind_of(method: Method[Any]) -> str:
 
 
 def _unused(method: Method[Any], plan: Plan | None) -> frozenset[str]:
-    """With a plan for :data:`RADIUS`."""
+    """The keys without effect, given the method's plan for a radius of :data:`RADIUS`."""
     sections = UNUSED[type(plan) if plan else ForeignPlan]
     if isinstance(plan, PeerPlan) and plan.gradient.rho != RADIUS:  # its own, or none
         sections = sections | {"training.sam-radius"}

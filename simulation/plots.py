@@ -16,7 +16,7 @@ AXES = {"round": "round", "seconds": "time", "megabytes": "sent and received (MB
 MOST_TICKS = 8
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 POINTS = 200
-SPAN = 10  # a larger ratio is shown on a log scale
+SPAN = 20  # a larger ratio is shown on a log scale
 
 
 def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, step: str) -> Figure:
@@ -78,15 +78,14 @@ def cost(table: pd.DataFrame, x: str, y: str) -> Figure:
     """What it takes on two scales, a point a strategy: see :func:`draw_cost`."""
     figure = Picture(figsize=(7.5, 5), layout="constrained")
     looks = looks_of(list(map(str, table.index)))
-    draw_cost(figure.subplots(), table, x, y, looks)
-    there = table[[(x, "mean"), (y, "mean")]].notna().all(axis=1)
-    legend(figure, {name: looks[name] for name in map(str, table.index[there])})
+    there = draw_cost(figure.subplots(), table, x, y, looks)
+    legend(figure, {name: looks[name] for name in there})
     return figure
 
 
 def draw_cost(
     axes: Axes, table: pd.DataFrame, x: str, y: str, looks: Mapping[str, Mapping[str, Any]]
-) -> None:
+) -> list[str]:
     """Draw what it takes on two scales: less is better on both.
 
     Bars are one standard error; a line joins those than which no other one is better on both (the
@@ -99,6 +98,9 @@ def draw_cost(
         x: a column, and the label of its axis.
         y: the other one.
         looks: of each strategy.
+
+    Returns:
+        the strategies that got there.
     """
     there = table[table[x, "mean"].notna() & table[y, "mean"].notna()]
     means = there[[(x, "mean"), (y, "mean")]].to_numpy(float)
@@ -119,6 +121,7 @@ def draw_cost(
     for scale, values in ((axes.set_xscale, means[:, 0]), (axes.set_yscale, means[:, 1])):
         if len(values) and 0 < SPAN * values.min() < values.max():
             scale("log")
+    return list(map(str, there.index))
 
 
 def search(table: pd.DataFrame, space: Mapping[str, Sequence[Any]], metric: str) -> Figure:

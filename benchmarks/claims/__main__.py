@@ -1,8 +1,10 @@
 """What the papers claim, measured: a claim runs, is judged, and gets its page.
 
-    python -m benchmarks.claims gsgm --data FOLDER                 15 minutes on two cores
-    python -m benchmarks.claims gsgm --data FOLDER --size full     a night
-    python -m benchmarks.claims gsgm --report                      the page of what is finished
+    python -m benchmarks.claims saddle --data FOLDER                a quarter of an hour, two cores
+    python -m benchmarks.claims saddle --data FOLDER --size full    a night
+    python -m benchmarks.claims saddle --report                     the page of what is finished
+
+(gsgm takes more than half an hour: its updates come one after the other.)
 
 FOLDER holds the data sets as docs/results/defaults.md says. A claim that was killed goes on with
 the same command; what is finished is kept in ``runs/claims/``.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.claims.claim import Claim, Record, Size
 from server_app.plots import Picture, legend, looks_of, show_differences, style
-from simulation.plots import draw_cost
+from simulation.plots import SPAN, draw_cost
 
 ACROSS = 3  # panels in a row
 # Black and white change places; colours stay.
@@ -27,7 +27,6 @@ DARK = """@media (prefers-color-scheme: dark) {
 LABELS = {"round": "rounds, updates or exchanges", "megabytes": "sent and received (MB)"}
 COLUMNS = 5  # of the legend
 POINTS = 60
-SPAN = 20  # a larger ratio is shown on a log scale
 
 
 def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:

@@ -16,6 +16,9 @@ from benchmarks.claims.claim import (
 from benchmarks.claims.data import FASHION, FASHION_SMALL
 
 
+VELOCITY = "DMSGD, omega 1, velocity"
+
+
 def candidates(rates: int, momenta: tuple[float, ...]) -> tuple[Candidate, ...]:
     """Each with so many learning rates, and momenta where it has one."""
 
@@ -38,6 +41,7 @@ def candidates(rates: int, momenta: tuple[float, ...]) -> tuple[Candidate, ...]:
             of(f"DMSGD, omega {omega:g}", "dmsgd", **{"consensus-weight": omega})
             for omega in (0.0, 0.5, 1.0)
         ),
+        of(VELOCITY, "dmsgd", **{"consensus-weight": 1.0, "form": "velocity"}),
     )
 
 
@@ -57,7 +61,7 @@ def setting(name: str, data: dict[str, Any], tuned_in: str = "", iid: float = 0.
     return Setting(name, data | keys, tuned_in=tuned_in)
 
 
-SMALL = FASHION_SMALL | {"epochs": 8, "results.evaluate-every": 40}
+SMALL = FASHION_SMALL | {"epochs": 20, "results.evaluate-every": 94}
 LARGE = FASHION | {"epochs": 20, "results.evaluate-every": 250}
 GRAPHS = ("ring", "torus", "bipartite", "complete")
 RING = "ring, 1 class"
@@ -108,6 +112,8 @@ bipartite graph with `topology.lazy`. The reconstruction is ours
             for than in (OWN, "CDMSGD")
         ),
         Judgement("Sharing half of it is better than none", "accuracy", "DMSGD, omega 0.5", OWN),
+        Judgement("In the velocity form, too", "accuracy", VELOCITY, "CDMSGD"),
+        Judgement("Momentum of positions is better than of gradients", "accuracy", FULL, VELOCITY),
     ),
     axes=("round", "megabytes"),
     reading="""

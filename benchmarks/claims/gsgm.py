@@ -82,11 +82,11 @@ gradients for the same updates).""",
     quick=Size(
         settings=(
             setting(ONE, 10, SMALL),
-            setting(IID, 10, SMALL, iid=1.0, tuned_in=ONE),
+            setting(IID, 10, SMALL, iid=1.0, candidates=("ASGD", "DC-ASGD-a", *READINGS)),
             setting(MANY, 30, SMALL, candidates=("ASGD", "DC-ASGD-a", *READINGS)),
         ),
         candidates=tuple(each for each in candidates(3, 2) if each.name != "DC-ASGD-c"),
-        seeds=3,
+        seeds=5,
         trials=6,
     ),
     full=Size(

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,8 @@ def tuned(cell: Cell, size: Size, folder: Path, processes: int | None) -> Choice
     """Search a candidate's keys in a setting; what is finished is only read.
 
     A number whose best value is the smallest or the largest that was tried gets one beyond it, as
-    far away as its neighbour on the other side, until it is not, or that is not allowed.
+    far away as its neighbour on the other side (:func:`_beyond`), until it is not, or that is not
+    allowed.
 
     Raises:
         KeyboardInterrupt: finished trials are kept.
@@ -118,15 +119,22 @@ def _wider(cell: Cell, grid: Grid, best: Mapping[str, Any]) -> Grid | None:
         beside = {values[0]: values[1], values[-1]: values[-2]}.get(best[key])
         if not beside:
             continue
-        beyond = best[key] * best[key] / beside
-        beyond = round(beyond) if isinstance(best[key], int) else float(f"{beyond:.2g}")
-        try:
-            configuration(**{**cell.keys, **best, key: beyond})
-        except ConfigError:
-            continue
-        if beyond not in values:
-            return {**grid, key: [beyond]}
+        for beyond in _beyond(best[key], beside):
+            try:
+                configuration(**{**cell.keys, **best, key: beyond})
+            except ConfigError:
+                continue
+            if beyond not in values:
+                return {**grid, key: [beyond]}
     return None
+
+
+def _beyond(best: float, beside: float) -> Iterator[float]:
+    """The next value on a log grid; then, for decays below 1, on one of their distance from 1."""
+    following = best * best / beside
+    yield round(following) if isinstance(best, int) else float(f"{following:.2g}")
+    if best < 1 and beside < 1:
+        yield round(1 - float(f"{(1 - best) ** 2 / (1 - beside):.2g}"), 9)
 
 
 def _digest(cell: Cell, size: Size, space: Grid) -> str:

@@ -287,15 +287,16 @@ def test_a_grid_gets_wider_until_its_best_is_inside(
     (cell,) = cells(PLAN, "")
     calls = searching(monkeypatch, {"training.lr": 0.045, "cdmsgd.momentum": 0.95})
     choice = tuning.tuned(cell, PLAN, tmp_path, 1)
-    # A momentum of 0.9 * 0.9 / 0.5 is not allowed: there it stays at the border, which is said.
-    assert choice.grid == {"training.lr": [0.01, 0.02, 0.04, 0.08], "cdmsgd.momentum": [0.5, 0.9]}
-    assert choice.keys == {"training.lr": 0.04, "cdmsgd.momentum": 0.9}
-    assert choice.border == ["cdmsgd.momentum"]
-    assert choice.trials == 8
-    assert [call["space"]["training.lr"] for call in calls] == [[0.01, 0.02], [0.04], [0.08]]
+    # A momentum of 0.9 * 0.9 / 0.5 is not allowed: the next is 1 - 0.1 * 0.1 / 0.5.
+    momenta = [0.5, 0.9, 0.98]
+    assert choice.grid == {"training.lr": [0.01, 0.02, 0.04, 0.08], "cdmsgd.momentum": momenta}
+    assert choice.keys == {"training.lr": 0.04, "cdmsgd.momentum": 0.98}
+    assert choice.border == ["cdmsgd.momentum"]  # it got wider often enough; which is said
+    assert choice.trials == 4 + 2 + 2 + 4
+    assert [call["space"]["training.lr"] for call in calls][:3] == [[0.01, 0.02], [0.04], [0.08]]
     assert all(min(call["seeds"]) > 100 for call in calls)
     assert tuning.tuned(cell, PLAN, tmp_path, 1) == choice  # it is kept
-    assert len(calls) == 3
+    assert len(calls) == 1 + tuning.WIDER
 
 
 def test_a_grid_does_not_get_wider_for_ever(

@@ -15,7 +15,6 @@ from benchmarks.claims.claim import (
 )
 from benchmarks.claims.data import FASHION, FASHION_SMALL
 
-
 VELOCITY = "DMSGD, omega 1, velocity"
 
 

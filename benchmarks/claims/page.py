@@ -122,7 +122,9 @@ def _verdicts(judgements: Sequence[Judgement], verdicts: Sequence[Verdict]) -> I
 def _cell(verdict: Verdict) -> str:
     by, judgement = verdict.by, verdict.judgement
     kind = "+.0%" if judgement.relative else "+.3f"
-    shown = f"**{verdict.word}**: {by.mean:{kind}} ({by.low:{kind}} to {by.high:{kind}})"
+    shown = f"**{verdict.word}**"
+    if by.seeds:
+        shown += f": {by.mean:{kind}} ({by.low:{kind}} to {by.high:{kind}})"
     if verdict.word == "undecided" and by.error > 0:
         shown += f" [{abs(by.mean - judgement.by) / by.error:.1f}]"
     return shown + (f"; {verdict.missing} pairs lack a number" if verdict.missing else "")

@@ -1,10 +1,10 @@
-"""What the papers claim, measured: a claim runs, is judged, and gets its page.
+r"""What the papers claim, measured: a claim runs, is judged, and gets its page.
 
     python -m benchmarks.claims saddle --data FOLDER                a quarter of an hour, two cores
     python -m benchmarks.claims saddle --data FOLDER --size full    a night
     python -m benchmarks.claims saddle --report                     the page of what is finished
-
-(gsgm takes more than half an hour: its updates come one after the other.)
+    python -m benchmarks.claims co-learning --only "digits, 5 sites" \\
+        --change Co-learning "co-learning.epsilon=0.3"              a row of one's own, a minute
 
 FOLDER holds the data sets as docs/results/defaults.md says. A claim that was killed goes on with
 the same command; what is finished is kept in ``runs/claims/``.
@@ -14,14 +14,20 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from click import ClickException
+
 from benchmarks.claims import page, runner
-from benchmarks.claims.claim import Cell, Claim, Size, cells
+from benchmarks.claims.claim import Candidate, Cell, Claim, Size, cells
 from benchmarks.claims.data import make_ready
 from benchmarks.claims.tuning import Choice, known, tuned
-from configuration.config import ROOT
+from configuration.__main__ import parsed
+from configuration.config import ROOT, flatten
+from configuration.errors import ConfigError
+from datasets.errors import SourceError
 
 CLAIMS = ("gsgm", "co-learning", "dmsgd", "saddle", "networks", "language")
 
@@ -45,28 +51,88 @@ def main() -> None:
     parser.add_argument("--size", choices=("quick", "full"), default="quick")
     parser.add_argument("--seeds", type=int, help="by default those of the size")
     parser.add_argument("--jobs", type=int, help="processes; by default one a core")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results", help="for the page")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SETTING")
+    parser.add_argument(
+        "--change",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("CANDIDATE", "KEYS"),
+        help="one more candidate: this one with other keys, KEY=VALUE ..., tuned as it is",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="for the page: docs/results, of a part of a claim or with a change runs/claims",
+    )
     parser.add_argument("--runs", type=Path, default=runner.FOLDER, help="what is finished")
     parser.add_argument("--report", action="store_true", help="run nothing, write the page")
     arguments = parser.parse_args()
     said = f"python -m benchmarks.claims {arguments.name} --size {arguments.size}"
     if arguments.seeds:
         said += f" --seeds {arguments.seeds}"
+    if arguments.only:
+        said += f" --only {shlex.join(arguments.only)}"
+    for change in arguments.change:
+        said += f" --change {shlex.join(change)}"
     claim = claim_of(arguments.name)
-    size = claim.size(arguments.size)
-    size = dataclasses.replace(size, seeds=arguments.seeds or size.seeds)
-    written = measure(
-        arguments.name,
-        claim,
-        size,
-        data=arguments.data,
-        jobs=arguments.jobs,
-        out=arguments.out,
-        runs=arguments.runs,
-        report=arguments.report,
-        command=said,
-    )
+    try:
+        size = part(claim.size(arguments.size), arguments.only)
+        for name, text in arguments.change:
+            size = changed(size, name, text)
+        whole = not (arguments.only or arguments.change)
+        written = measure(
+            arguments.name,
+            claim,
+            dataclasses.replace(size, seeds=arguments.seeds or size.seeds),
+            data=arguments.data,
+            jobs=arguments.jobs,
+            out=arguments.out or (ROOT / "docs/results" if whole else arguments.runs),
+            runs=arguments.runs,
+            report=arguments.report,
+            command=said,
+        )
+    except (ConfigError, SourceError, FileNotFoundError, ClickException) as wrong:
+        parser.error(str(wrong))
     print(written)
+
+
+def part(size: Size, only: Sequence[str]) -> Size:
+    """The settings of these names; all where there are none.
+
+    Raises:
+        ConfigError: there is no such setting, or one is tuned in another that is left out.
+    """
+    if not only:
+        return size
+    named = {setting.name: setting for setting in size.settings}
+    for name in only:
+        if name not in named:
+            raise ConfigError(f"--only: {name!r}: allowed: {', '.join(map(repr, named))}")
+        if (where := named[name].tuned_in) and where not in only:
+            raise ConfigError(f"--only: {name!r} is tuned in {where!r}: name that, too")
+    return dataclasses.replace(size, settings=tuple(named[name] for name in only))
+
+
+def changed(size: Size, name: str, text: str) -> Size:
+    """With one more candidate: that of this name, with the keys of a text.
+
+    Raises:
+        ConfigError: there is no such candidate, or the text is none of ``key=value``.
+    """
+    named = {candidate.name: candidate for candidate in size.candidates}
+    if name not in named:
+        raise ConfigError(f"--change: {name!r}: allowed: {', '.join(map(repr, named))}")
+    old, keys = named[name], parsed(text)
+    space = {key: values for key, values in old.space.items() if key not in keys}
+    own = Candidate(f"{name}, {text}", {**flatten(old.keys), **keys}, space)
+    settings = tuple(
+        dataclasses.replace(setting, candidates=(*setting.candidates, own.name))
+        if name in setting.candidates
+        else setting
+        for setting in size.settings
+    )
+    return dataclasses.replace(size, settings=settings, candidates=(*size.candidates, own))
 
 
 def measure(

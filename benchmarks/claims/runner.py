@@ -162,11 +162,12 @@ def results(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str, int], Record]]:
     """The measures of all finished runs, tidy, and their records.
 
-    The table has the columns setting, candidate, seed, measure, value; a value is NaN where the run
-    failed, or has none.
+    The table has the columns setting, candidate, seed, measure, value and tuned (keys and what the
+    search found); a value is NaN where the run failed, or has none.
     """
     rows, records = [], {}
     for cell in cells:
+        tuned = " ".join(f"{key}={cell.keys[key]}" for key in cell.candidate.space)
         for seed in range(1, seeds + 1):
             record = read(place(folder, cell, seed, claim.final))
             if record is None:
@@ -175,6 +176,6 @@ def results(
             records[key] = record
             for measure in claim.measures:
                 value = float("nan") if record.failure else measure.of(record, cell.setting)
-                rows.append((*key, measure.name, value))
-    columns = ["setting", "candidate", "seed", "measure", "value"]
+                rows.append((*key, measure.name, value, tuned))
+    columns = ["setting", "candidate", "seed", "measure", "value", "tuned"]
     return pd.DataFrame(rows, columns=columns), records

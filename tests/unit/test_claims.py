@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from benchmarks.claims import data, tuning
-from benchmarks.claims.__main__ import CLAIMS, claim_of
+from benchmarks.claims.__main__ import CLAIMS, changed, claim_of, part
 from benchmarks.claims.claim import (
     Candidate,
     Claim,
@@ -342,18 +342,18 @@ def test_fashion_is_halved_and_its_test_part_marked(
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     generator = np.random.default_rng(1)
-    pixels = {part: generator.integers(0, 256, (4, 28, 28), np.uint8) for part in ("train", "t10k")}
-    for part, of in pixels.items():
-        with gzip.open(raw / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+    pixels = {name: generator.integers(0, 256, (4, 28, 28), np.uint8) for name in ("train", "t10k")}
+    for name, of in pixels.items():
+        with gzip.open(raw / f"{name}-images-idx3-ubyte.gz", "wb") as file:
             file.write(bytes(16) + of.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([3, 1, 4, 1]))  # unpacked
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([3, 1, 4, 1]))  # unpacked
     found = data._fashion(str(tmp_path), 3)
     assert isinstance(found.x, torch.Tensor)
     assert found.x.shape == (5, 1, 14, 14)
     assert found.test.tolist() == [False, False, False, True, True]
     assert found.y.tolist() == [3, 1, 4, 3, 1]
-    for picture, part, number in ((0, "train", 0), (4, "t10k", 1)):
-        mean = pixels[part][number, 2:4, 4:6].astype(float).mean()
+    for picture, name, number in ((0, "train", 0), (4, "t10k", 1)):
+        mean = pixels[name][number, 2:4, 4:6].astype(float).mean()
         assert int(found.x[picture, 0, 1, 2]) == pytest.approx(mean, abs=0.5)
 
 
@@ -377,3 +377,34 @@ def test_every_claim_is_listed_and_has_its_own_question() -> None:
     claims = [claim_of(name) for name in CLAIMS]
     assert all(isinstance(claim, Claim) for claim in claims)
     assert len({claim.question for claim in claims}) == len(CLAIMS)
+
+
+def test_a_part_of_a_claim_has_the_settings_that_are_named() -> None:
+    size = claim_of("co-learning").quick
+    chosen = part(size, ["digits, 5 sites"])
+    assert [setting.name for setting in chosen.settings] == ["digits, 5 sites"]
+    assert chosen.candidates == size.candidates
+    assert part(size, []) == size
+    with pytest.raises(ConfigError, match="'digits': allowed: 'digits, 5 sites', "):
+        part(size, ["digits"])
+    with pytest.raises(ConfigError, match="is tuned in 'Fashion-MNIST, 5 sites': name that, too"):
+        part(size, ["Fashion-MNIST, 10 sites"])
+
+
+def test_a_candidate_with_other_keys_stands_beside_those_that_are_there() -> None:
+    size = claim_of("gsgm").quick
+    more = changed(size, "GSGM, refill", "gsgm.momentum=0.5 gsgm.window=1")
+    assert more.candidates[:-1] == size.candidates
+    own = more.candidates[-1]
+    assert own.name == "GSGM, refill, gsgm.momentum=0.5 gsgm.window=1"
+    assert {"gsgm.momentum": 0.5, "gsgm.window": 1, "gsgm.schedule": "refill"}.items() <= dict(
+        own.keys
+    ).items()
+    assert set(own.space) == {"training.lr"}  # what it fixes is not tuned
+    for setting in more.settings:
+        assert own.name in (setting.candidates or [own.name])
+    check(cells(more, ""), seeds=1)
+    with pytest.raises(ConfigError, match="'GSGM': allowed: 'ASGD', "):
+        changed(size, "GSGM", "gsgm.momentum=0.5")
+    with pytest.raises(ConfigError, match="no key=value"):
+        changed(size, "ASGD", "faster")

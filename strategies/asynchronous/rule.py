@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 # Elements worked on at a time: what a rule computes on the way stays in the processor's cache.
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 
 
 class State(Protocol):

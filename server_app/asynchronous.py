@@ -226,7 +226,6 @@ class Asynchronous:
         connected = set(self._grid.get_node_ids())
         for node in nodes:
             if node not in connected:
-                self._lose(node, "not connected")
                 continue
             self._roster.call(node)
             local = self._local(node)
@@ -237,6 +236,10 @@ class Asynchronous:
             self._in_flight[node] = _Flight(sent, norms, self._state.version, local, now)
         self._report.sent(messages)
         self._mailbox.send(messages)
+        # Last: that others need not wait for one that is lost may send them the newest model.
+        for node in nodes:
+            if node not in connected and not self._roster.away(node):
+                self._lose(node, "not connected")
 
     def _local(self, node: int) -> LocalTraining:
         """The instruction for a site.

@@ -208,6 +208,24 @@ def test_site_that_is_back_is_sent_one_message_not_two() -> None:
     assert run(world, **AWAY, gsgm={"schedule": "local"}).finished
 
 
+@pytest.mark.parametrize("schedule", ["list", "refill"])
+@pytest.mark.parametrize("dead", [[0], [0, 1]])
+def test_sites_that_die_while_they_wait_for_the_others_do_not_stop_the_run(
+    schedule: str, dead: list[int]
+) -> None:
+    """Who is left goes on, and is sent each model once."""
+    world = World(
+        samples_per_s=[640, 640, 640, 0.5, 0.5],
+        offline={site: [(10.0 + site, math.inf)] for site in dead},
+    )
+    keys = AWAY | {"num_sites": 5, "epochs": 3}
+    found = run(world, **keys, gsgm={"schedule": schedule})
+    assert found.finished
+    for site in dead:
+        assert updates(found, str(site))[-1] == 0
+    assert min(sum(updates(found, str(site))) for site in (2, 3, 4)) > 0
+
+
 def test_site_that_died_at_work_is_missed_even_where_sites_come_and_go() -> None:
     world = World(offline={0: [(5, math.inf)]}, samples_per_s=50, mean_up_s=1000, mean_down_s=30)
     found = run(world, strategy="gsgm", epochs=2, results={"evaluate_every": 4})

@@ -92,7 +92,7 @@ notebook: .venv/installed
 	python -m uv pip install --quiet jupyterlab && jupyter lab notebooks/compare_strategies.ipynb
 
 bench: .venv/installed
-	python -m benchmarks.aggregation && python -m benchmarks.local_training && python -m benchmarks.engine && python -m benchmarks.asynchronous && python -m benchmarks.peers
+	python -m benchmarks.aggregation && python -m benchmarks.local_training && python -m benchmarks.speed && python -m benchmarks.asynchronous && python -m benchmarks.sealing
 
 stop:
 	-pkill -f "[f]lower-superlink.*--port $(PORT)"

@@ -69,7 +69,7 @@ def _ends(sites: int, parameters: int, share: float) -> tuple[list[float], int]:
             "test_fraction": 1 / (BATCH + 1),
         },
     )
-    return timing.ends(config), config.sampled(sites)
+    return timing.rounds(config).ends, config.sampled(sites)
 
 
 def main() -> None:

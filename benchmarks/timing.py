@@ -24,12 +24,12 @@ class Ends(History):
         self.ends.append(time.time())
 
 
-def ends(config: Config, kind: type[VirtualGrid] = VirtualGrid) -> list[float]:
-    """Run the app in this process; the times at which its rounds end."""
+def rounds(config: Config, kind: type[VirtualGrid] = VirtualGrid) -> Ends:
+    """Run the app in this process."""
     history = Ends(config)
     grid = kind(app, World().sites(config.num_sites, 1), config.flat())
     run_server(grid, config, history)
-    return history.ends
+    return history
 
 
 def in_turns(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

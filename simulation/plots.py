@@ -7,10 +7,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from server_app.plots import COLOURS, GREY, Picture, legend, looks_of, show_differences, style
+from server_app.plots import (
+    COLOURS,
+    GREY,
+    Picture,
+    legend,
+    log_scale,
+    looks_of,
+    show_differences,
+    style,
+)
 
 AXES = {"round": "round", "seconds": "time", "megabytes": "sent and received (MB)"}
 MOST_TICKS = 8
@@ -118,9 +127,9 @@ def draw_cost(
             **{**looks[str(name)], "ls": ""},
         )
     style(axes, x, y)
-    for scale, values in ((axes.set_xscale, means[:, 0]), (axes.set_yscale, means[:, 1])):
+    for axis, values in (("x", means[:, 0]), ("y", means[:, 1])):
         if len(values) and 0 < SPAN * values.min() < values.max():
-            scale("log")
+            log_scale(axes, axis)
     return list(map(str, there.index))
 
 
@@ -146,8 +155,7 @@ def search(table: pd.DataFrame, space: Mapping[str, Sequence[Any]], metric: str)
         if "log" in values or (
             not (named or ranged) and min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
         ):
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            log_scale(axes, "x")
         if not (named or ranged) and len(numbers) <= MOST_TICKS:  # what was tried, nothing between
             axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
         style(axes, key, f"validation {metric}" if axes is panels[0] else "")

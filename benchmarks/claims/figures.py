@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.claims.claim import Claim, Record, Size
-from server_app.plots import Picture, legend, looks_of, show_differences, style
+from server_app.plots import Picture, legend, log_scale, looks_of, show_differences, style
 from simulation.plots import SPAN, draw_cost
 
 ACROSS = 3  # panels in a row
@@ -47,7 +47,7 @@ def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
                 look = looks[name] | {"ls": ""}
                 axes.errorbar(x, mean[name, setting], bar, elinewidth=1.2, ms=5, **look)
         if 0 < SPAN * mean.min() < mean.max():
-            axes.set_yscale("log")
+            log_scale(axes, "y")
         style(axes, "", f"{measure.name} ({'more' if measure.larger else 'less'} is better)")
         axes.set_xticks(range(len(settings)), settings, rotation=35, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(settings) - 0.4)

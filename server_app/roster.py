@@ -29,6 +29,7 @@ class Standing:
         connected: whether the grid has it.
         call_from: the driver's count from which on it is called again.
         failures: and calls that nobody waited for since its last answer.
+        returned: whether the grid had it again since it went away.
     """
 
     state: Literal["here", "failed", "silent"] = "here"
@@ -38,6 +39,7 @@ class Standing:
     connected: bool = True
     call_from: int = 0
     failures: int = 0
+    returned: bool = False
 
     @property
     def will_fail(self) -> bool:
@@ -82,7 +84,7 @@ class Roster:
         """
         standing = self._sites[site]
         if standing.state == "here":
-            standing.since = now
+            standing.since, standing.returned = now, False
         standing.state, standing.called = "failed" if failed else "silent", False
         standing.reason, standing.call_from = reason, call_from
         standing.failures += 1
@@ -110,14 +112,19 @@ class Roster:
         return was_away
 
     def update_connected(self, connected: Collection[int], now: float) -> list[int]:
-        """Note which sites the grid has; return those that are back, whose time begins now."""
+        """Note which sites the grid has; return those that are back.
+
+        The time of one that was away begins now, but only once: a run in which sites come and go
+        and never answer ends.
+        """
         back = [
             site for site, each in self._sites.items() if site in connected and not each.connected
         ]
         for site, standing in self._sites.items():
             standing.connected = site in connected
         for site in back:
-            self._sites[site].since = now
+            if not self._sites[site].returned:
+                self._sites[site].since, self._sites[site].returned = now, True
         return back
 
     # Who takes part.

@@ -76,6 +76,13 @@ def test_site_that_is_connected_again_has_its_time_to_answer() -> None:
     assert known.left_s(40.0) == 30.0
     known.update_connected({0, 1, 2, 3}, 40.0)
     assert known.left_s(40.0) == 60.0
+    known.update_connected({1, 2, 3}, 70.0)  # it goes and comes, and never answers
+    known.lose(0, "not connected", 70.0)
+    known.update_connected({0, 1, 2, 3}, 80.0)
+    assert known.left_s(80.0) == 20.0
+    known.answer(0)
+    known.lose(0, "no answer", 90.0)
+    assert known.left_s(90.0) == 60.0
 
 
 def test_run_stops_at_once_where_nobody_can_help() -> None:

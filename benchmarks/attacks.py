@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"fedavg.local-epochs": 1},
     "co-learning": {"co-learning.local-epochs": 1, "co-learning.epsilon": 0.0},
     "FedAdam": {"flower.local-epochs": 1},
-    "gsgm": {"gsgm.local-steps": 3},
+    "gsgm": {"gsgm.local-steps": 3, "gsgm.schedule": "list"},
     "fedbuff": {"fedbuff.local-steps": 3},
     "asgd": {"asgd.local-steps": 3},
     "dmsgd": {"dmsgd.local-steps": 3, "topology.name": "complete"},

@@ -57,7 +57,7 @@ def pictures(folder: Path) -> dict[str, Any]:
 CASES = {
     "co-learning": f"strategy='co-learning' {CO_LEARNING}",
     "co-learning, without service": f"strategy='co-learning' {CO_LEARNING}",
-    "gsgm": "strategy='gsgm' epochs=4 gsgm.local-steps=15",
+    "gsgm": "strategy='gsgm' epochs=4 gsgm.local-steps=15 gsgm.schedule='list'",
     "dmsgd, sealed": "strategy='dmsgd' epochs=4 dmsgd.local-steps=15 wire.sealing='keys'",
     "q-saddle, sealed, compressed": "strategy='q-saddle' epochs=4 q-saddle.local-steps=15 "
     "q-saddle.rho=0.05 wire.sealing='keys' wire.codec='qsgd' "

@@ -45,8 +45,8 @@ DATA_SETS: dict[str, dict[str, Any]] = {
         "results.evaluate-every": 75,
     },
 }
-ASGD, GSGM = {"strategy": "asgd"}, {"strategy": "gsgm"}
-AGED = {"strategy": "gsgm", "gsgm.staleness": "polynomial"}  # with the exponent 1/2
+ASGD, GSGM = {"strategy": "asgd"}, {"strategy": "gsgm", "gsgm.schedule": "list"}
+AGED = GSGM | {"gsgm.staleness": "polynomial"}  # with the exponent 1/2
 CLASSES = {1: [10, 20, 30], 2: [10, 20, 30]}  # a site: numbers of sites
 IID_FRACTIONS = (0.2, 0.5, 1.0)
 

@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DiLoCo, H = 10": {"strategy": "diloco", "diloco.local-steps": 10},
     "DiLoCo, H = 50": {"strategy": "diloco", "diloco.local-steps": 50},
     "DiLoCo, H = 250": {"strategy": "diloco", "diloco.local-steps": 250},
-    "GSGM": {"strategy": "gsgm", "training.optimizer": "sgd"},
+    "GSGM": {"strategy": "gsgm", "gsgm.schedule": "list", "training.optimizer": "sgd"},
     "Delayed Nesterov, H = 10": {
         "strategy": "delayed-nesterov",
         "delayed-nesterov.local-steps": 10,

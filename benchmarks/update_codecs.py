@@ -14,7 +14,7 @@ from simulation.laboratory import simulate
 
 METHODS: dict[str, dict[str, Any]] = {
     "diloco": {"training": {"optimizer": "adamw", "lr": 0.003}, "diloco.local-steps": 10},
-    "gsgm": {},
+    "gsgm": {"gsgm.schedule": "list"},
 }
 FEEDBACK = {"error_feedback": "deep-squeeze"}
 WIRES: dict[str, dict[str, Any]] = {

@@ -73,7 +73,7 @@ def candidates(rates: int, values: int) -> tuple[Candidate, ...]:
         of(SGD_INSIDE, "diloco", "diloco.outer-lr", (0.7, 0.4, 1.0), **work),
         of("ASGD", "asgd", "asgd.server-lr", rate, **work, **arrivals),
         of("FedBuff", "fedbuff", "fedbuff.buffer-size", (3, 6, 12), **work, **arrivals),
-        of("GSGM", "gsgm", "gsgm.server-lr", rate, schedule="refill", **work, **arrivals),
+        of("GSGM", "gsgm", "gsgm.server-lr", rate, **work, **arrivals),
         of("DMSGD", "dmsgd", "dmsgd.momentum", momentum, **on_ring),
         of("Q-SADDLe, 8 bits", "q-saddle", "q-saddle.rho", (0.02, 0.1, 0.05), **on_ring, **coded),
         of("NoLoCo", "noloco", "noloco.alpha", (0.5, 0.3, 0.7), **in_pairs),
@@ -105,7 +105,7 @@ Hours of virtual time and gigabytes to a target accuracy, {SITES} sites, in thre
 differ, sites whose speeds differ, and that are away for ten minutes in two hours). What is
 trained is a small network; its links are slower by the ratio of the sizes, and its bytes are
 multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million parameters.
-GSGM's schedule is refill; DMSGD and Q-SADDLe run on a ring.
+DMSGD and Q-SADDLe run on a ring.
 Keys are tuned for accuracy at the end, in the first world.""",
     quick=Size(
         settings=settings(SMALL, 0.8),

@@ -27,10 +27,10 @@ from strategies.method import ArrivalPlan, Method, Run, Schedule
 class Keys(DescentKeys):
     """The keys of GSGM."""
 
-    schedule: Literal["list", "refill", "local"] = "list"
+    schedule: Literal["refill", "list", "local"] = "refill"
     (
-        "list: a site waits for its turn; refill: and all start again together; local: it goes on, "
-        "and what it made is averaged"
+        "refill: all start again together when each has contributed; list: a site waits for its "
+        "turn alone; local: it goes on, and what it made is averaged"
     )
     slack: Annotated[NotNegative, Only(schedule=("list", "local"))] = 0.0
     """contributions by which a site may be ahead of the slowest"""

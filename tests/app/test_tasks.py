@@ -126,7 +126,7 @@ def test_language_is_learnt_and_an_ensemble_is_better(tmp_path: Path) -> None:
     ],
 )
 def test_metrics_of_each_class_are_told_on_demand(strategy: str, engine: str) -> None:
-    run = simulate(strategy=strategy, engine=engine, epochs=2, results={"details": True}, **QUIET)
+    run = simulate(strategy=strategy, engine=engine, epochs=4, results={"details": True}, **QUIET)
     last = run.history.iloc[-1]
     assert 0 < last["calibration-error"] < 0.5
     mean_recall = np.average([last[f"recall/{digit}"] for digit in range(10)])

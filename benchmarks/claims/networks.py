@@ -120,16 +120,28 @@ Keys are tuned for accuracy at the end, in the first world.""",
         trials=12,
     ),
     measures=(
-        Measure("hours to", "hours to the target", until("hours"), False, ".2f"),
+        Measure("hours to", "hours to the target", until("hours"), False, ".3f"),
         Measure("GB to", "gigabytes to it, of all sites, both ways", gigabytes, False, ".0f"),
         Measure("accuracy", "test accuracy at the end", last()),
-        Measure("hours", "in the whole run", last("hours"), False, ".2f"),
+        Measure("hours", "in the whole run", last("hours"), False, ".3f"),
     ),
     judgements=tuple(
-        Judgement(f"{said} than FedAvg", measure, better, "FedAvg", 0.0, relative=True)
-        for said, measure in (("Sooner", "hours to"), ("Fewer bytes", "GB to"))
+        Judgement(
+            f"At least 10 % {said} than FedAvg", measure, better, "FedAvg", 0.1, relative=True
+        )
+        for said, measure in (("sooner", "hours to"), ("fewer bytes", "GB to"))
         for better in ("Co-learning", SGD_INSIDE, "FedBuff", "GSGM", "DMSGD", "Q-SADDLe, 8 bits")
     ),
     axes=("hours", "megabytes"),
     costs=("hours to", "GB to"),
+    reading="""
+**To this target rounds of an epoch are hard to beat**: FedAvg and Co-learning reach it after a few
+rounds, which are the same until Co-learning's grow, with the fewest bytes in every world, and first
+where links are slow. DiLoCo sends 2.5 times as much on the way there, since its rounds are shorter,
+and ends with the most accurate model in every world. Asynchronous methods, with 20 steps a
+contribution, pay for their bytes: they are behind even where sites differ, and come and go. Peers
+without compression send most; Q-SADDLe with 8 bits is the one that is near. DMSGD, an exchange
+every 20 steps at rates found in the first world, does not reach the target in the poor one. A
+target nearer to what each reaches in the end, or sites whose speeds differ more, may say
+otherwise.""",
 )

@@ -1,5 +1,6 @@
 """A claim is run, killed, run on, judged and written down."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,9 +18,19 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from benchmarks.claims import runner
-from benchmarks.claims.__main__ import measure
-from benchmarks.claims.claim import Candidate, Claim, Judgement, Measure, Setting, Size, last
+from benchmarks.claims.__main__ import claim_of, measure, part
+from benchmarks.claims.claim import (
+    Candidate,
+    Claim,
+    Judgement,
+    Measure,
+    Setting,
+    Size,
+    cells,
+    last,
+)
 from benchmarks.claims.data import FASHION
+from configuration.__main__ import parsed
 from datasets.errors import SourceError
 from server_app.discovery import RunError
 from simulation import laboratory
@@ -239,3 +250,27 @@ def test_a_claim_that_is_killed_goes_on_where_it_was(tmp_path: Path, done: Path)
     assert before.items() <= after.items()
     numbers, undisturbed = (pd.read_csv(each / "pages/claim-tiny.csv") for each in (tmp_path, done))
     pd.testing.assert_frame_equal(numbers, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FedAvg", "Co-learning", "centralized"])
+def test_committed_numbers_come_out_again(name: str, tmp_path: Path) -> None:
+    committed = pd.read_csv(ROOT / "docs/results/claim-co-learning.csv")
+    where = "digits, 5 sites"
+    committed = committed.query("setting == @where and candidate == @name")
+    claim = claim_of("co-learning")
+    size = part(claim.quick, [where])
+    (cell,) = [each for each in cells(size, "") if each.candidate.name == name]
+    (tuned,) = set(committed["tuned"])
+    cell = dataclasses.replace(cell, keys={**cell.keys, **parsed(tuned)})
+    runner.run_cells(claim, [cell], 2, tmp_path, 1)
+    again, _ = runner.results(claim, [cell], 2, tmp_path)
+    keys = ["measure", "seed"]
+    both = committed.merge(again, on=keys, suffixes=("", " again")).set_index("measure")
+    assert len(both) == 2 * len(claim.measures)
+    for exact in ("rounds", "MB"):
+        assert list(both["value"][exact]) == list(both["value again"][exact])
+    apart = abs(both["value"]["accuracy"] - both["value again"]["accuracy"])
+    # The same on the same kind of processor; elsewhere within four standard errors of a test part.
+    accuracy = both["value"]["accuracy"].mean()
+    assert apart.max() <= 4 * np.sqrt(2 * accuracy * (1 - accuracy) / 360)

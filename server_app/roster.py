@@ -71,7 +71,7 @@ class Roster:
     def load_state_dict(self, state: Mapping[int, Standing], now: float) -> None:
         """Go on from there; who is away has been for no time, and may be back."""
         for site, standing in state.items():
-            self._sites[site] = replace(standing, since=now, connected=True)
+            self._sites[site] = replace(standing, since=now, connected=True, returned=False)
 
     # What happened.
 

@@ -3,8 +3,10 @@ r"""What the papers claim, measured: a claim runs, is judged, and gets its page.
     python -m benchmarks.claims saddle --data FOLDER                a quarter of an hour, two cores
     python -m benchmarks.claims saddle --data FOLDER --size full    a night
     python -m benchmarks.claims saddle --report                     the page of what is finished
-    python -m benchmarks.claims co-learning --only "digits, 5 sites" \\
-        --change Co-learning "co-learning.epsilon=0.3"              a row of one's own, a minute
+    python -m benchmarks.claims co-learning --only "digits, 5 sites" \
+        --change Co-learning "co-learning.epsilon=0.3"              a row of one's own, some minutes
+
+(gsgm takes more than half an hour, networks half of one: updates come one after the other.)
 
 FOLDER holds the data sets as docs/results/defaults.md says. A claim that was killed goes on with
 the same command; what is finished is kept in ``runs/claims/``.
@@ -111,14 +113,15 @@ def part(size: Size, only: Sequence[str]) -> Size:
             raise ConfigError(f"--only: {name!r}: allowed: {', '.join(map(repr, named))}")
         if (where := named[name].tuned_in) and where not in only:
             raise ConfigError(f"--only: {name!r} is tuned in {where!r}: name that, too")
-    return dataclasses.replace(size, settings=tuple(named[name] for name in only))
+    return dataclasses.replace(size, settings=tuple(named[name] for name in dict.fromkeys(only)))
 
 
 def changed(size: Size, name: str, text: str) -> Size:
     """With one more candidate: that of this name, with the keys of a text.
 
     Raises:
-        ConfigError: there is no such candidate, or the text is none of ``key=value``.
+        ConfigError: there is no such candidate, the text is none of ``key=value``, or that
+            candidate is there already.
     """
     named = {candidate.name: candidate for candidate in size.candidates}
     if name not in named:
@@ -126,6 +129,8 @@ def changed(size: Size, name: str, text: str) -> Size:
     old, keys = named[name], parsed(text)
     space = {key: values for key, values in old.space.items() if key not in keys}
     own = Candidate(f"{name}, {text}", {**flatten(old.keys), **keys}, space)
+    if own.name in named:
+        raise ConfigError(f"--change: {own.name!r} is there already")
     settings = tuple(
         dataclasses.replace(setting, candidates=(*setting.candidates, own.name))
         if name in setting.candidates

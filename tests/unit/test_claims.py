@@ -385,6 +385,7 @@ def test_a_part_of_a_claim_has_the_settings_that_are_named() -> None:
     assert [setting.name for setting in chosen.settings] == ["digits, 5 sites"]
     assert chosen.candidates == size.candidates
     assert part(size, []) == size
+    assert part(size, 2 * ["digits, 5 sites"]) == chosen
     with pytest.raises(ConfigError, match="'digits': allowed: 'digits, 5 sites', "):
         part(size, ["digits"])
     with pytest.raises(ConfigError, match="is tuned in 'Fashion-MNIST, 5 sites': name that, too"):
@@ -404,6 +405,8 @@ def test_a_candidate_with_other_keys_stands_beside_those_that_are_there() -> Non
     for setting in more.settings:
         assert own.name in (setting.candidates or [own.name])
     check(cells(more, ""), seeds=1)
+    with pytest.raises(ConfigError, match="is there already"):
+        changed(more, "GSGM, refill", "gsgm.momentum=0.5 gsgm.window=1")
     with pytest.raises(ConfigError, match="'GSGM': allowed: 'ASGD', "):
         changed(size, "GSGM", "gsgm.momentum=0.5")
     with pytest.raises(ConfigError, match="no key=value"):

@@ -131,3 +131,15 @@ def test_shortage_of_many_is_a_short_line() -> None:
 
 def test_least_is_at_most_all() -> None:
     assert roster(least=9).least == 4
+
+
+def test_who_was_away_has_its_time_anew_after_the_server_was() -> None:
+    known, resumed = roster(least=4), roster(least=4)
+    known.update_connected({1, 2, 3}, 10.0)
+    known.lose(0, "not connected", 10.0)
+    known.update_connected({0, 1, 2, 3}, 20.0)  # back, and silent
+    resumed.load_state_dict(known.state_dict(), 100.0)
+    resumed.update_connected({1, 2, 3}, 110.0)
+    assert resumed.left_s(110.0) == 50.0
+    resumed.update_connected({0, 1, 2, 3}, 120.0)
+    assert resumed.left_s(120.0) == 60.0

@@ -1,5 +1,6 @@
 """Which method for which network: hours and bytes to a target in three worlds."""
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.claims.claim import (
@@ -14,7 +15,7 @@ from benchmarks.claims.claim import (
     steps,
     until,
 )
-from benchmarks.claims.data import FASHION, FASHION_SMALL
+from benchmarks.claims.data import FASHION_SMALL
 from models.networks import num_parameters
 from simulation.world import Lognormal, World
 
@@ -45,17 +46,17 @@ WORLDS = {
 }
 
 
-def candidates(rates: int, values: int) -> tuple[Candidate, ...]:
-    """Each with so many learning rates, and ``values`` of its one most important key."""
+def candidates() -> tuple[Candidate, ...]:
+    """Each with as many trials, of learning rates and of its one most important key."""
 
     def of(name: str, strategy: str, key: str, some: tuple[Any, ...], **keys: Any) -> Candidate:
         own = {"strategy": strategy} | {
             each if "." in each else f"{strategy}.{each}": value for each, value in keys.items()
         }
-        space = {"training.lr": steps(0.01, 0.16, rates), key: list(some[:values])}
+        space = {"training.lr": steps(0.01, 0.16, 3), key: list(some)}
         return Candidate(name, own, space)
 
-    ratio, momentum = "training.lr-ratio", (0.9, 0.6, 0.3)
+    ratio, momentum = "training.lr-ratio", (0.9, 0.6)
     work = {"local-steps": 20}
     coded = {
         "wire.codec": "qsgd",
@@ -66,17 +67,17 @@ def candidates(rates: int, values: int) -> tuple[Candidate, ...]:
     on_ring = work | {"results.evaluate-every": 5}
     in_pairs = on_ring | {"topology.name": "matching"}
     arrivals = {"results.evaluate-every": 3 * SITES}
-    rate = (0.3, 0.1, 1.0)  # of 20 steps that one site made: not all of them
+    rate = (0.3, 0.1)  # of 20 steps that one site made: not all of them
     return (
-        of("FedAvg", "fedavg", ratio, (0.1, 0.32, 0.03), **{"local-epochs": 1}),
-        of("Co-learning", "co-learning", ratio, (0.1, 0.32, 0.03), **{"local-epochs": 1}),
-        of(SGD_INSIDE, "diloco", "diloco.outer-lr", (0.7, 0.4, 1.0), **work),
+        of("FedAvg", "fedavg", ratio, (0.1, 0.32), **{"local-epochs": 1}),
+        of("Co-learning", "co-learning", ratio, (0.1, 0.32), **{"local-epochs": 1}),
+        of(SGD_INSIDE, "diloco", "diloco.outer-lr", (0.7, 0.4), **work),
         of("ASGD", "asgd", "asgd.server-lr", rate, **work, **arrivals),
-        of("FedBuff", "fedbuff", "fedbuff.buffer-size", (3, 6, 12), **work, **arrivals),
+        of("FedBuff", "fedbuff", "fedbuff.buffer-size", (3, 6), **work, **arrivals),
         of("GSGM", "gsgm", "gsgm.server-lr", rate, **work, **arrivals),
         of("DMSGD", "dmsgd", "dmsgd.momentum", momentum, **on_ring),
-        of("Q-SADDLe, 8 bits", "q-saddle", "q-saddle.rho", (0.02, 0.1, 0.05), **on_ring, **coded),
-        of("NoLoCo", "noloco", "noloco.alpha", (0.5, 0.3, 0.7), **in_pairs),
+        of("Q-SADDLe, 8 bits", "q-saddle", "q-saddle.rho", (0.02, 0.1), **on_ring, **coded),
+        of("NoLoCo", "noloco", "noloco.alpha", (0.5, 0.3), **in_pairs),
     )
 
 
@@ -95,7 +96,12 @@ def gigabytes(record: Record, setting: Setting) -> float:
     return until("megabytes")(record, setting) * SCALE / 1000
 
 
-SMALL, LARGE = FASHION_SMALL | {"epochs": 12}, FASHION | {"epochs": 24}
+QUICK = Size(
+    settings=settings(FASHION_SMALL | {"epochs": 12}, 0.8),
+    candidates=candidates(),
+    seeds=3,
+    trials=6,
+)
 
 CLAIM = Claim(
     question="Which method for which network?",
@@ -107,18 +113,8 @@ trained is a small network; its links are slower by the ratio of the sizes, and 
 multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million parameters.
 DMSGD and Q-SADDLe run on a ring.
 Keys are tuned for accuracy at the end, in the first world.""",
-    quick=Size(
-        settings=settings(SMALL, 0.8),
-        candidates=candidates(3, 2),
-        seeds=3,
-        trials=6,
-    ),
-    full=Size(
-        settings=settings(LARGE, 0.85),
-        candidates=candidates(4, 3),
-        seeds=5,
-        trials=12,
-    ),
+    quick=QUICK,
+    full=replace(QUICK, seeds=5),
     measures=(
         Measure("hours to", "hours to the target", until("hours"), False, ".3f"),
         Measure("GB to", "gigabytes to it, of all sites, both ways", gigabytes, False, ".0f"),

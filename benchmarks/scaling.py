@@ -27,7 +27,7 @@ ROWS = (  # sites, parameters, share of the sites that are drawn in a round
     *((sites, 10**4, 1.0) for sites in (5, 30, 100, 300, 1000)),
     *((1000, 10**4, share) for share in (0.1, 0.01)),
     *((5, parameters, 1.0) for parameters in (10**6, 10**7, 10**8)),
-    (30, 10**7, 1.0),
+    (100, 10**7, 1.0),
 )
 
 

@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from configuration.flower import Run, TaskIdentity
+from server_app.spool import Waiting
 from simulation.world import SiteWorld, World
 from strategies.protocol import TEST
 from strategies.records import metrics_of, num_bytes
@@ -109,8 +110,9 @@ class VirtualGrid(Grid):
         self._run = Run.create_empty(run_id=1)
         self._client_app, self._tamper = client_app, tamper
         self._now = start_s
+        self._replies = Waiting()
         self._arriving: list[_Event] = []
-        self._arrived: dict[str, Message] = {}
+        self._arrived: dict[str, Callable[[], Message]] = {}
         self._count = 0
         self._sites = {FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._busy_until = dict.fromkeys(self._sites, 0.0)
@@ -248,15 +250,16 @@ class VirtualGrid(Grid):
             if passed is None:
                 return
             reply = passed
-        self._store(call, time, lambda: reply)
+        if self._in_time(call, time):
+            self._store(call, time, self._replies.put(reply))
 
-    def _store(self, call: Call, time: float, reply: Callable[[], Message]) -> bool:
-        """Store who knows a reply, if it will arrive in time; say whether it will."""
-        metadata = call.message.metadata
-        if in_time := time <= self._now + metadata.ttl:
-            event = _Event(time, call.number, metadata.message_id, reply)
-            heapq.heappush(self._arriving, event)
-        return in_time
+    def _in_time(self, call: Call, time: float) -> bool:
+        return time <= self._now + call.message.metadata.ttl
+
+    def _store(self, call: Call, time: float, reply: Callable[[], Message]) -> None:
+        """Store who knows a reply."""
+        event = _Event(time, call.number, call.message.metadata.message_id, reply)
+        heapq.heappush(self._arriving, event)
 
     @staticmethod
     def _samples(reply: Message) -> float:
@@ -278,9 +281,9 @@ class VirtualGrid(Grid):
         """The replies that have arrived."""
         while self._arriving and self._arriving[0].time <= self._now:
             event = heapq.heappop(self._arriving)
-            self._arrived[event.identity] = event.reply()
+            self._arrived[event.identity] = event.reply
         return [
-            self._arrived.pop(identity) for identity in message_ids if identity in self._arrived
+            self._arrived.pop(identity)() for identity in message_ids if identity in self._arrived
         ]
 
     def send_and_receive(

@@ -63,7 +63,7 @@ class Together(VirtualGrid):
         super().__init__(client_app, sites, run_config, state=state, start_s=start_s)
         self._waiting: list[tuple[Call, Fate | None]] = []
         self._costs: dict[tuple[Any, ...], tuple[float, int]] = {}  # samples and bytes
-        self._made: dict[str, Message] = {}
+        self._made: dict[str, Callable[[], Message]] = {}
         # Of one's own, a codec may make answers of other sizes.
         self._fixed = run_config["wire.codec"] in CODECS
 
@@ -90,14 +90,16 @@ class Together(VirtualGrid):
             if fate.time is not None and fate.lost:
                 self._deliver(call, fate.time, self._unavailable(call.message))
             elif fate.time is not None:
-                late = partial(self._late, call.message.metadata.message_id)
-                fate = fate._replace(lost=not self._store(call, fate.time, late))
+                if in_time := self._in_time(call, fate.time):
+                    late = partial(self._late, call.message.metadata.message_id)
+                    self._store(call, fate.time, late)
+                fate = fate._replace(lost=not in_time)
         self._waiting.append((call, fate))
 
     def _late(self, identity: str) -> Message:
         if identity not in self._made:
             self._compute()
-        return self._made.pop(identity)
+        return self._made.pop(identity)()
 
     def _compute(self) -> None:
         """Compute the answers to all messages; a site does one after the other."""
@@ -122,7 +124,7 @@ class Together(VirtualGrid):
                 if fate.kept:
                     self.contexts[call.node] = context
                 if not fate.lost:
-                    self._made[call.message.metadata.message_id] = reply
+                    self._made[call.message.metadata.message_id] = self._replies.put(reply)
 
 
 def _kind(call: Call) -> tuple[Any, ...]:

@@ -111,14 +111,14 @@ bipartite graph with `topology.lazy`. The reconstruction is ours
     axes=("round", "megabytes"),
     reading="""
 **Consensus on the momentum helps where the momentum is of gradients** (the velocity form): with it
-fully shared DMSGD is well ahead of CDMSGD, which is the same without sharing, on every graph and
-data. A peer's own momentum points to its own classes, and the larger it is the farther it drives
-the peer away: rivals come out best with a momentum of 0.6, DMSGD with one close to 1, where its
-gain is from. **Where the momentum is of positions** (the default form) the difference of two
-positions holds the steps towards the neighbours already, and sharing it, too, adds nothing. With
-one class a peer on a ring the position form is the better one; on a complete graph both are the
-same. At the momentum that is best with one class, full sharing in the position form costs accuracy
-on iid data, half of it (the default) does not. DMSGD sends twice the bytes, also with omega 0,
-where nobody needs the second half. An earlier, untuned comparison with LeNet-5 on a ring of ten
-([peers](peers.md)) had omega 1 ahead of omega 0 in the position form, too.""",
+fully shared DMSGD is ahead of CDMSGD, which is the same without sharing, on all four graphs, on
+like and on unlike data. A peer's own momentum points to its own classes, and the larger it is the
+farther it drives the peer away: rivals come out best with a momentum of 0.6, DMSGD with one close
+to 1, where its gain is from. **Where the momentum is of positions** (the default form) the
+difference of two positions holds the steps towards the neighbours already, and sharing it, too,
+adds nothing with one class a peer, on any graph. There this form is far ahead of all rivals without
+shared momentum, and on a ring ahead of the velocity form, too; the more links, the less the forms
+differ. On a ring whose peers are alike, or half so, full sharing in the position form costs
+accuracy; half of it (the default) costs nothing, and where they are half alike it is the best.
+DMSGD sends twice the bytes, also with omega 0, where nobody needs the second half.""",
 )

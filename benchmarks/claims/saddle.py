@@ -20,6 +20,8 @@ from benchmarks.claims.flatness import largest_eigenvalue
 from simulation.laboratory import Run
 
 STRATEGIES = {"QGM": "qgm", "Q-SADDLe": "q-saddle", "NGM": "ngm", "N-SADDLe": "n-saddle"}
+EIGHT = tuple((name, 8) for name in STRATEGIES)
+FOUR = (("QGM", 4), ("Q-SADDLe", 4))
 PAIRS = (("Q-SADDLe", "QGM"), ("N-SADDLe", "NGM"))
 
 
@@ -66,7 +68,7 @@ QUICK = Size(
         setting(SKEWED, 5, 0.01, CODED),
         setting(RING, 10, tuned_in=CODED),
     ),
-    candidates=tuple(of(name, bits) for bits in (0, 8) for name in STRATEGIES),
+    candidates=(*map(of, STRATEGIES), *(of(*each) for each in EIGHT)),
     seeds=3,
     trials=6,
 )
@@ -91,7 +93,7 @@ reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
     full=replace(
         QUICK,
         settings=(*QUICK.settings, *MORE),
-        candidates=(*QUICK.candidates, of("QGM", 4), of("Q-SADDLe", 4)),
+        candidates=(*QUICK.candidates, *(of(*each) for each in FOUR)),
         seeds=5,
     ),
     measures=(
@@ -120,8 +122,7 @@ reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
                 name,
                 -0.01,
             )
-            for bits in (8, 4)
-            for name in STRATEGIES
+            for name, bits in (*EIGHT, *FOUR)
         ),
     ),
     axes=("round", "megabytes"),

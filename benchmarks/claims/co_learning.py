@@ -16,7 +16,7 @@ from benchmarks.claims.claim import (
 )
 from benchmarks.claims.data import (
     DIGITS,
-    FASHION_SMALL,
+    FASHION,
     HEART,
     NEWS,
     SPEECH,
@@ -65,7 +65,7 @@ def setting(
 
 SKEWED = {"kind": "dirichlet", "alpha": 0.3}
 FIVE, TEN = "Fashion-MNIST, 5 sites", "Fashion-MNIST, 10 sites"
-SMALL = FASHION_SMALL | {"epochs": 12}
+SMALL = FASHION | {"epochs": 12}
 
 
 def natural(name: str, data: dict[str, Any], sites: int, target: float) -> Setting:

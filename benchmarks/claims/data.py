@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
-from benchmarks import cifar10_jpeg
 from configuration.config import ROOT
 from datasets import sources
 from datasets.errors import SourceError
@@ -28,13 +27,11 @@ from datasets.tables import csv
 
 UNPACKED = ROOT / "runs/claims/data"
 _KEPT = joblib.Memory(ROOT / "runs/claims/decoded", verbose=0)
-TESTED = 4000  # pictures of the official test part
+TRAINED, TESTED = 24_000, 4_000  # pictures of the official parts
 
 # Test parts are the same for all seeds: no trial with one sees a test example of another's.
 OFFICIAL = {"data.path": ".", "data.test-part": "official"}
-FASHION = OFFICIAL | {"data.source": "benchmarks.claims.data:fashion", "model.name": "mlp"}
-FASHION_SMALL = FASHION | {"data.source": "benchmarks.claims.data:fashion_small"}
-CIFAR = FASHION | {"data.source": "benchmarks.claims.data:cifar", "model.name": "cnn"}
+FASHION = OFFICIAL | {"data.source": "benchmarks.claims.data:fashion_small", "model.name": "mlp"}
 DIGITS = OFFICIAL | {"data.source": "benchmarks.claims.data:digits", "model.name": "cnn"}
 SPEECH = OFFICIAL | {
     "data.source": "benchmarks.claims.data:speech",
@@ -90,38 +87,16 @@ def unpack(data: str, path: str) -> None:
         os.replace(f"{partial}/{archive}", folder)
 
 
-def fashion(path: str) -> Examples:
-    """Fashion-MNIST at 14 x 14 pixels: 60,000 pictures to train on, 4,000 to test."""
-    return _fashion(path, 60_000)
-
-
 def fashion_small(path: str) -> Examples:
-    """24,000 of them to train on."""
-    return _fashion(path, 24_000)
-
-
-def _fashion(path: str, count: int) -> Examples:
+    """Fashion-MNIST at 14 x 14 pixels: 24,000 pictures to train on, 4,000 to test."""
     raw = Path(path) / "FashionMNIST/raw"
     x, y = [], []
-    for part, number in (("train", count), ("t10k", TESTED)):  # they come in random order
-        pixels = _read(raw / f"{part}-images-idx3-ubyte", 16, number * 28 * 28)
-        x.append(_halved(pixels.view(-1, 1, 28, 28)))
-        y.append(_read(raw / f"{part}-labels-idx1-ubyte", 8, number).long())
-    return _with_test_part(x, y, tuple(FashionMNIST.classes))
-
-
-def cifar(path: str) -> Examples:
-    """CIFAR-10 at 16 x 16 pixels: 50,000 pictures to train on, 4,000 to test."""
-    whole = cifar10_jpeg.load(str(Path(path) / "cifar10.npz"))
-    assert isinstance(whole.x, Tensor)
-    assert isinstance(whole.y, Tensor)
-    chosen = torch.randperm(int(whole.test.sum()), generator=torch.Generator().manual_seed(1))
-    tested = whole.test.nonzero().squeeze(1)[chosen[:TESTED]]  # they come class by class
-    trained = (~whole.test).nonzero().squeeze(1)
-    x = [
-        F.avg_pool2d(whole.x[part].float(), 2).round().to(torch.uint8) for part in (trained, tested)
-    ]
-    return _with_test_part(x, [whole.y[part] for part in (trained, tested)], whole.classes)
+    for part, count in (("train", TRAINED), ("t10k", TESTED)):  # they come in random order
+        pixels = _read(raw / f"{part}-images-idx3-ubyte", 16, count * 28 * 28).view(-1, 1, 28, 28)
+        x.append(F.avg_pool2d(pixels.float(), 2).round().to(torch.uint8))
+        y.append(_read(raw / f"{part}-labels-idx1-ubyte", 8, count).long())
+    test = torch.arange(TRAINED + TESTED) >= TRAINED
+    return Examples(torch.cat(x), torch.cat(y), tuple(FashionMNIST.classes), test=test)
 
 
 def digits(path: str) -> Examples:
@@ -170,13 +145,3 @@ def _read(file: Path, header: int, count: int) -> Tensor:
         return torch.from_numpy(
             np.frombuffer(whole.read(header + count), np.uint8, offset=header).copy()
         )
-
-
-def _halved(pictures: Tensor) -> Tensor:
-    """Means of 2 x 2 pixels."""
-    return F.avg_pool2d(pictures.float(), 2).round().to(torch.uint8)
-
-
-def _with_test_part(x: list[Tensor], y: list[Tensor], classes: tuple[str, ...]) -> Examples:
-    test = torch.arange(sum(map(len, y))) >= len(y[0])
-    return Examples(torch.cat(x), torch.cat(y), classes, test=test)

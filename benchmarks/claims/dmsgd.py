@@ -14,7 +14,7 @@ from benchmarks.claims.claim import (
     last,
     steps,
 )
-from benchmarks.claims.data import FASHION_SMALL
+from benchmarks.claims.data import FASHION
 
 VELOCITY = "DMSGD, omega 1, velocity"
 
@@ -61,7 +61,7 @@ def setting(name: str, tuned_in: str = "", iid: float = 0.0) -> Setting:
     return Setting(name, SMALL | keys, tuned_in=tuned_in)
 
 
-SMALL = FASHION_SMALL | {"epochs": 20, "results.evaluate-every": 94}
+SMALL = FASHION | {"epochs": 20, "results.evaluate-every": 94}
 RING = "ring, 1 class"
 FULL, OWN = "DMSGD, omega 1", "DMSGD, omega 0"
 QUICK = Size(

@@ -15,7 +15,7 @@ from benchmarks.claims.claim import (
     sigma,
     steps,
 )
-from benchmarks.claims.data import FASHION_SMALL, SPEAKERS
+from benchmarks.claims.data import FASHION, SPEAKERS
 from simulation.world import Lognormal, World
 
 WORLD = World(samples_per_s=Lognormal(median=200, sigma=0.7))
@@ -63,7 +63,7 @@ def setting(name: str, sites: int, data: dict[str, Any], classes: int = 1, **mor
 
 
 # Batches of 64: an update costs as much as with 32, most of it is not computing.
-SMALL = FASHION_SMALL | {"epochs": 4, "training.batch-size": 64, "results.evaluate-every": 50}
+SMALL = FASHION | {"epochs": 4, "training.batch-size": 64, "results.evaluate-every": 50}
 DEGREES = (ONE, "10 sites, 1 class, 20 % iid", "10 sites, 1 class, 50 % iid", IID)
 MOST = (*RIVALS, *READINGS)
 QUICK = Size(

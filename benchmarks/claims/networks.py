@@ -15,7 +15,7 @@ from benchmarks.claims.claim import (
     steps,
     until,
 )
-from benchmarks.claims.data import FASHION_SMALL
+from benchmarks.claims.data import FASHION
 from models.networks import num_parameters
 from simulation.world import Lognormal, World
 
@@ -97,7 +97,7 @@ def gigabytes(record: Record, setting: Setting) -> float:
 
 
 QUICK = Size(
-    settings=settings(FASHION_SMALL | {"epochs": 12}, 0.8),
+    settings=settings(FASHION | {"epochs": 12}, 0.8),
     candidates=candidates(),
     seeds=3,
     trials=6,

@@ -15,7 +15,7 @@ from benchmarks.claims.claim import (
     last,
     steps,
 )
-from benchmarks.claims.data import FASHION_SMALL
+from benchmarks.claims.data import FASHION
 from benchmarks.claims.flatness import largest_eigenvalue
 from simulation.laboratory import Run
 
@@ -59,7 +59,7 @@ def setting(
     return Setting(name, SMALL | keys, tuned_in=tuned_in, candidates=shown)
 
 
-SMALL = FASHION_SMALL | {"epochs": 5, "results.evaluate-every": 100}
+SMALL = FASHION | {"epochs": 5, "results.evaluate-every": 100}
 CODED, SKEWED = "ring of 5, Dirichlet 0.1", "ring of 5, Dirichlet 0.01"
 RING = "ring of 10, 1 class"
 QUICK = Size(
@@ -131,6 +131,5 @@ reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
 Tuned alike, sharpness-aware peers are ahead everywhere; three seeds leave it undecided whether by a
 whole point, but for one gap. Q-SADDLe gains most, with each peer's own model; N-SADDLe's lead over
 NGM is clearest for the mean model. The models are far flatter, and 8 bits, a quarter of the bytes,
-cost nothing. An earlier, untuned comparison ([peers](peers.md)) had SADDLe behind where runs were
-short: its one rate for all was far below those that are best here.""",
+cost nothing.""",
 )

@@ -338,6 +338,7 @@ def test_where_every_trial_fails_the_claim_goes_on(
 def test_fashion_is_halved_and_its_test_part_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data, "TRAINED", 3)
     monkeypatch.setattr(data, "TESTED", 2)
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
@@ -347,7 +348,7 @@ def test_fashion_is_halved_and_its_test_part_marked(
         with gzip.open(raw / f"{name}-images-idx3-ubyte.gz", "wb") as file:
             file.write(bytes(16) + of.tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([3, 1, 4, 1]))  # unpacked
-    found = data._fashion(str(tmp_path), 3)
+    found = data.fashion_small(str(tmp_path))
     assert isinstance(found.x, torch.Tensor)
     assert found.x.shape == (5, 1, 14, 14)
     assert found.test.tolist() == [False, False, False, True, True]

@@ -59,7 +59,7 @@ run: .venv/installed
 		--federation-config "num-supernodes=$$SITES client-resources-num-cpus=1 client-resources-num-gpus=$$share"
 
 test: .venv/installed
-	python -m pytest --numprocesses 3
+	python -m pytest --numprocesses 4
 
 coverage: .venv/installed
 	python -m pytest --numprocesses 3 -m 'not e2e' --cov --cov-report=term-missing

@@ -120,5 +120,5 @@ adds nothing with one class a peer, on any graph. There this form is far ahead o
 shared momentum, and on a ring ahead of the velocity form, too; the more links, the less the forms
 differ. On a ring whose peers are alike, or half so, full sharing in the position form costs
 accuracy; half of it (the default) costs nothing, and where they are half alike it is the best.
-DMSGD sends twice the bytes, also with omega 0, where nobody needs the second half.""",
+Sharing sends twice the bytes: in the position form omega 0 is as good or nearly so for half.""",
 )

@@ -10,7 +10,7 @@ Source: Balu et al., "Decentralized Deep Learning using Momentum-Accelerated Con
 and momentum values) and from the code of the same group: which of the two forms is the paper's, and
 that omega weighs the neighbours and not the peer itself, is not known.
 Differs: with several local steps, momentum counts exchanges; both forms keep the learning rates of
-past steps.
+past steps. With omega = 0 momentum is not sent.
 Special cases: beta = 0 is CDSGD; velocity form, omega = 0 is CDMSGD; W = I is heavy ball, in both
 forms.
 Invariant: the mean of all peers moves the same whatever omega, W and the form.
@@ -55,10 +55,11 @@ def dmsgd(*, beta: float, omega: float, velocity: bool) -> PeerAlgorithm[HeavyBa
         return state._replace(x=torch.sub(state.x, gradient, alpha=lr))
 
     def outgoing(state: HeavyBall) -> Vectors:
-        return state.start, state.p
+        return (state.start, state.p) if omega else (state.start,)
 
     def mix(state: HeavyBall, sent: Vectors, mixed: Vectors) -> HeavyBall:
-        push = torch.add(state.p, mixed[1] - sent[1], alpha=omega).mul_(beta)
+        shared = torch.add(state.p, mixed[1] - sent[1], alpha=omega) if omega else state.p
+        push = beta * shared
         x = (state.x + push).add_(mixed[0] - sent[0])
         return HeavyBall(
             x, x, push.add_(state.x).sub_(state.start) if velocity else x - state.start

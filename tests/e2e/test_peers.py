@@ -20,12 +20,12 @@ def test_flwr_run_of_peers_is_what_the_laboratory_runs(
     make: Make,
     tmp_path: Path,
 ) -> None:
-    done = make("run", f"RESULTS={tmp_path}", f"CONF=conf/{name}.toml", "SET=epochs=2 num-sites=4")
+    done = make("run", f"RESULTS={tmp_path}", f"CONF=conf/{name}.toml", "SET=epochs=1 num-sites=4")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.iterdir()
     real, here = (
         Run.load(folder),
-        simulate(f"conf/{name}.toml", epochs=2, num_sites=4, progress=False),
+        simulate(f"conf/{name}.toml", epochs=1, num_sites=4, progress=False),
     )
     assert f"test accuracy {real.summary['accuracy']:.4f}" in done.stdout
     assert (folder / "topology.png").stat().st_size > 10_000

@@ -425,6 +425,12 @@ def test_dmsgd_in_velocity_form_without_omega_is_cdmsgd() -> None:
     same(dmsgd(beta=0.9, omega=0.0, velocity=True), ALGORITHMS["cdmsgd"])
 
 
+@pytest.mark.parametrize(("omega", "vectors"), [(0.0, 1), (0.5, 2)])
+def test_momentum_is_sent_only_where_it_is_shared(omega: float, vectors: int) -> None:
+    algorithm = dmsgd(beta=0.9, omega=omega, velocity=False)
+    assert len(algorithm.outgoing(algorithm.init(ORIGIN))) == vectors
+
+
 @pytest.mark.parametrize("omega", [0.0, 0.3, 1.0])
 def test_dmsgd_with_identity_matrix_is_heavy_ball_in_both_forms(omega: float) -> None:
     eye = torch.eye(N, dtype=torch.float64)

@@ -215,7 +215,7 @@ def search(
         known = [trial for trial in study.trials[:total] if _is_done(trial, chosen)]
     found = Search(_tidy(known, space, chosen, config), config, given, space)
     failures = found.trials["failure"]
-    if len(failures) and found.table()[found.headline].isna().all():
+    if over and len(failures) and found.table()[found.headline].isna().all():
         raise RunError(f"all {len(known)} trials failed: {failures[failures != ''].iloc[0]}")
     for key in found.at_border if over else ():
         warnings.warn(

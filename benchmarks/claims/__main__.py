@@ -13,7 +13,6 @@ the same command; what is finished is kept in ``runs/claims/``.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import shlex
@@ -82,14 +81,14 @@ def main() -> None:
         size = part(claim.size(arguments.size), arguments.only)
         for name, text in arguments.change:
             size = changed(size, name, text)
-        whole = not (arguments.only or arguments.change)
+        whole = not (arguments.only or arguments.change or arguments.seeds)
         written = measure(
             arguments.name,
             claim,
             dataclasses.replace(size, seeds=arguments.seeds or size.seeds),
             data=arguments.data,
             jobs=arguments.jobs,
-            out=arguments.out or (ROOT / "docs/results" if whole else arguments.runs),
+            out=arguments.out or (None if whole else arguments.runs),
             runs=arguments.runs,
             report=arguments.report,
             command=said,
@@ -147,12 +146,14 @@ def measure(
     *,
     data: str,
     jobs: int | None,
-    out: Path,
+    out: Path | None,
     runs: Path,
     report: bool,
     command: str,
 ) -> Path:
     """Tune, run what is not finished, write the page; interrupted, of what is finished.
+
+    So it does when a run raises what is no failure of its own, before it raises that.
 
     Args:
         name: of the claim.
@@ -160,7 +161,8 @@ def measure(
         size: what is run.
         data: folder of the data sets.
         jobs: processes; None: one a core.
-        out: folder of the page.
+        out: folder of the page; None: that of the documentation if everything is finished, else
+            ``runs``.
         runs: folder of what is finished.
         report: run nothing.
         command: that the page names.
@@ -193,12 +195,17 @@ def measure(
         chosen.append(Cell(cell.setting, cell.candidate, {**cell.keys, **choice.keys}))
         if not cell.setting.tuned_in:
             choices[cell.setting.name, cell.candidate.name] = choice
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         if not report:
             runner.run_cells(claim, chosen, size.seeds, runs, jobs)
-    results, records = runner.results(claim, chosen, size.seeds, runs)
-    missing = len(plan) * size.seeds - len(records)
-    return page.write(out, name, claim, size, results, records, choices, command, missing)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        results, records = runner.results(claim, chosen, size.seeds, runs)
+        missing = len(plan) * size.seeds - len(records)
+        folder = out or (runs if missing else ROOT / "docs/results")
+        file = page.write(folder, name, claim, size, results, records, choices, command, missing)
+    return file
 
 
 def _tuned_as(cell: Cell, plan: Sequence[Cell]) -> Cell:

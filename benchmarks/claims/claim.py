@@ -93,6 +93,7 @@ class Record:
         failure: why there is no history; empty where there is one.
         commit: of the code that ran.
         seconds: that the run took.
+        machine: on which it ran.
     """
 
     history: pd.DataFrame
@@ -102,6 +103,7 @@ class Record:
     failure: str
     commit: str
     seconds: float
+    machine: str = "unknown hardware"
 
 
 class Measure(NamedTuple):
@@ -110,7 +112,7 @@ class Measure(NamedTuple):
     Attributes:
         name: in tables.
         what: it is, in words.
-        of: a run in a setting; NaN where there is none.
+        of: a run in a setting; infinite where less is better and nothing came.
         larger: whether more is better.
         format: of a mean.
     """
@@ -133,8 +135,8 @@ class Judgement(NamedTuple):
             where ``relative``.
         relative: whether ratios are compared (of geometric means) and not differences.
         settings: where; empty: everywhere where both are.
-        over: each: a verdict a setting; mean: one, of the mean over these settings; range: one, of
-            the difference between the largest and the smallest, of which less is better.
+        over: each: a verdict a setting; range: one, of the difference between the largest and the
+            smallest over these settings, of which less is better.
     """
 
     says: str
@@ -144,7 +146,7 @@ class Judgement(NamedTuple):
     by: float = 0.0
     relative: bool = False
     settings: tuple[str, ...] = ()
-    over: Literal["each", "mean", "range"] = "each"
+    over: Literal["each", "range"] = "each"
 
 
 @dataclass(frozen=True)
@@ -257,13 +259,13 @@ def _second_half(record: Record) -> "pd.Series[float]":
 
 
 def until(column: str) -> Callable[[Record, Setting], float]:
-    """A column of the history at the first test that reaches the setting's target, or NaN."""
+    """A column of the history at the first test that reaches the setting's target, or infinity."""
 
     def of(record: Record, setting: Setting) -> float:
         values = record.history[record.headline]
         reached = values >= setting.target if record.larger else values <= setting.target
         there = record.history.loc[reached, column].to_numpy(float)
-        return float(there[0]) if len(there) else math.nan
+        return float(there[0]) if len(there) else math.inf
 
     return of
 
@@ -309,6 +311,8 @@ class Verdict(NamedTuple):
     Attributes:
         where: the setting, or all of them.
         by: how far ``better`` is ahead, paired over seeds: a share where the judgement is relative.
+        apart: standard errors between what was found and what is stated; of logarithms, where the
+            judgement is relative.
         word: holds, does not hold, undecided.
         missing: pairs of runs of which one has no such number.
     """
@@ -316,6 +320,7 @@ class Verdict(NamedTuple):
     judgement: Judgement
     where: str
     by: Interval
+    apart: float
     word: str
     missing: int
 
@@ -342,10 +347,9 @@ def judge(judgement: Judgement, measure: Measure, results: pd.DataFrame) -> Iter
         parts = {name: both[name] for name in order}
     elif order:
         stack = pd.concat({name: both[name] for name in order}).groupby(level=1)
-        whole = stack.apply(lambda g: g.mean(skipna=False))
-        if judgement.over == "range":
-            whole = stack.apply(lambda g: g.max(skipna=False) - g.min(skipna=False))
-        parts = {f"{judgement.over} of {len(order)} settings": whole}
+        whole = stack.apply(lambda g: g.max(skipna=False) - g.min(skipna=False))
+        whole[stack.size() < len(order)] = math.nan  # a seed that is not through with all settings
+        parts = {f"range over {'; '.join(order)}": whole}
     else:
         parts = {}
     sign = 1.0 if measure.larger and judgement.over != "range" else -1.0
@@ -360,20 +364,23 @@ def _verdict(
     than: "pd.Series[float]",
     sign: float,
 ) -> Verdict:
+    never = [(each == math.inf).all() and len(each) > 1 for each in (better, than)]
+    better, than = (each.replace(math.inf, math.nan) for each in (better, than))
     if judgement.relative:
-        ratio = better.clip(lower=TINY) / than.clip(lower=TINY)
-        there = ratio.dropna().map(math.log)
         # A ratio's logarithm is what errors are symmetric in; it is told as a share: exp - 1.
-        found = interval(there)
+        ratio = (better.clip(lower=TINY) / than.clip(lower=TINY)).dropna()
+        found, stated = interval(ratio.map(math.log)), math.log1p(sign * judgement.by)
         low, high = sorted(sign * math.expm1(each) for each in (found.low, found.high))
-        error = math.exp(found.mean) * found.error
-        by = Interval(sign * math.expm1(found.mean), error, low, high, found.seeds)
+        by = Interval(sign * math.expm1(found.mean), found.error, low, high, found.seeds)
     else:
-        there = (sign * (better - than)).dropna()
-        by = interval(there)
-    missing = len(better) - len(there)
-    if missing or math.isnan(by.low) or by.low < judgement.by <= by.high:
+        by = found = interval((sign * (better - than)).dropna())
+        stated = judgement.by
+    apart = abs(found.mean - stated) / found.error if found.error > 0 else math.nan
+    missing = len(better) - found.seeds
+    if never[0] != never[1] and not (than if never[0] else better).hasnans:
+        word = "does not hold" if never[0] else "holds"
+    elif missing or math.isnan(by.low) or by.low < judgement.by <= by.high:
         word = "undecided"
     else:
         word = "holds" if by.low >= judgement.by else "does not hold"
-    return Verdict(judgement, where, by, word, missing)
+    return Verdict(judgement, where, by, apart, word, missing)

@@ -30,7 +30,7 @@ LONG_CYCLES, LONG_CONSTANT = "Cyclical rate, rounds of 4 epochs", "Constant, rou
 
 
 def candidates() -> tuple[Candidate, ...]:
-    """Each with as many trials, of learning rates, and of ends of their decay where they decay."""
+    """Each with as many trials of a first grid, of learning rates, and of ends of their decay where they decay."""
 
     def of(name: str, strategy: str, **keys: Any) -> Candidate:
         constant = keys.pop("constant", False)

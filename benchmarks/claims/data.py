@@ -84,7 +84,11 @@ def unpack(data: str, path: str) -> None:
     with TemporaryDirectory(dir=UNPACKED) as partial:
         with zipfile.ZipFile(Path(data) / f"{archive}.zip") as file:
             file.extractall(f"{partial}/{archive}")
-        os.replace(f"{partial}/{archive}", folder)
+        try:
+            os.replace(f"{partial}/{archive}", folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
 
 
 def fashion_small(path: str) -> Examples:

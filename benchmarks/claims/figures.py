@@ -29,6 +29,14 @@ COLUMNS = 5  # of the legend
 POINTS = 60
 
 
+def reached(results: pd.DataFrame) -> pd.DataFrame:
+    """Without what a candidate did not reach with every seed: the mean of others is no cost."""
+    never = (results["value"] == math.inf).groupby(
+        [results[name] for name in ("setting", "candidate", "measure")]
+    )
+    return results.assign(value=results["value"].mask(never.transform("any")))
+
+
 def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
     """A panel a measure, a column in it a setting: means over seeds, bars of one standard error."""
     panels = [measure for measure in claim.measures if measure.name in _measured(results)]

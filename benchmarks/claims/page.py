@@ -1,14 +1,11 @@
 """The page of a claim, and beside it the numbers as CSV and the pictures."""
 
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from benchmarks.claims import figures
 from benchmarks.claims.claim import (
@@ -17,6 +14,7 @@ from benchmarks.claims.claim import (
     Judgement,
     Measure,
     Record,
+    Setting,
     Size,
     Verdict,
     interval,
@@ -57,11 +55,12 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"claim-{name}"
     results.to_csv(folder / f"{stem}.csv", index=False)
-    drawn = {stem: figures.points(claim, size, results)}
+    reached = figures.reached(results)
+    drawn = {stem: figures.points(claim, size, reached)}
     for axis in claim.axes:
         drawn[f"{stem}-{axis}"] = figures.curves(claim, size, records, axis)
     if claim.costs:
-        drawn[f"{stem}-costs"] = figures.costs(size, results, *claim.costs)
+        drawn[f"{stem}-costs"] = figures.costs(size, reached, *claim.costs)
     for each, figure in drawn.items():
         figures.save(figure, folder / each)
     verdicts = [
@@ -77,7 +76,7 @@ def write(
         *_verdicts(claim.judgements, verdicts),
         *([claim.reading.strip()] if claim.reading else []),
         "## Numbers",
-        "Mean ± standard error over seeds. " + " ".join(_explained(claim.measures)),
+        " ".join(["Mean ± standard error over seeds.", *_explained(claim.measures, size.settings)]),
         *_numbers(claim, size, results),
         *(f"![{_caption(claim, each, stem)}]({each}.svg)" for each in drawn),
         "## What was tuned",
@@ -100,7 +99,9 @@ def _verdicts(judgements: Sequence[Judgement], verdicts: Sequence[Verdict]) -> I
         "In a cell is how far the first is ahead of the second, paired over seeds, with the "
         f"{CONFIDENCE:.0%} interval (Student's t). A statement holds, or does not, where the "
         "interval is wholly on one side of what is stated; else it is undecided, and in brackets "
-        "is how many standard errors there are between. Shares are of geometric means."
+        "is how many standard errors there are between. Shares are of geometric means. Seeds give "
+        "other splits, starts and worlds; the test part and what was tuned are the same for all: "
+        "what these may bring is not in the intervals."
     )
     for says in dict.fromkeys(judgement.says for judgement in judgements):
         pairs = [judgement for judgement in judgements if judgement.says == says]
@@ -125,13 +126,15 @@ def _cell(verdict: Verdict) -> str:
     shown = f"**{verdict.word}**"
     if by.seeds:
         shown += f": {by.mean:{kind}} ({by.low:{kind}} to {by.high:{kind}})"
-    if verdict.word == "undecided" and by.error > 0:
-        shown += f" [{abs(by.mean - judgement.by) / by.error:.1f}]"
+    if verdict.word == "undecided" and not math.isnan(verdict.apart):
+        shown += f" [{verdict.apart:.1f}]"
     return shown + (f"; {verdict.missing} pairs lack a number" if verdict.missing else "")
 
 
-def _explained(measures: Iterable[Measure]) -> list[str]:
-    return [f"{measure.name}: {measure.what}." for measure in measures]
+def _explained(measures: Iterable[Measure], settings: Iterable[Setting]) -> list[str]:
+    said = [f"{measure.name}: {measure.what}." for measure in measures]
+    targets = [f"{each.name} {each.target:g}" for each in settings if each.target == each.target]
+    return [*said, f"Targets: {'; '.join(targets)}."] if targets else said
 
 
 def _numbers(claim: Claim, size: Size, results: pd.DataFrame) -> list[str]:
@@ -168,7 +171,7 @@ def _of(wide: pd.DataFrame, setting: str, candidate: str) -> pd.DataFrame:
 
 
 def _mean(values: "pd.Series[float]", measure: Measure, sign: str = "") -> str:
-    known = values.dropna()
+    known = values.replace([math.inf, -math.inf], math.nan).dropna()
     if known.empty:
         return "-"
     found = interval(known)
@@ -210,13 +213,14 @@ def _conditions(size: Size, records: Records, command: str) -> str:
     failed = [key for key, record in records.items() if record.failure]
     commits = ", ".join(f"{commit} ({count})" for commit, count in made.items())
     seconds = sum(record.seconds for record in records.values())
+    machines = sorted({record.machine for record in records.values()})
     lines = [
         f"* `{command}`",
         f"* {len(records)} runs, seeds 1 to {size.seeds}; runs of the same seed meet the same "
         "split, the same start and the same world.",
         f"* Commits of the runs: {commits or '-'} (+: with changes that were not committed).",
-        f"* {hardware()}; one thread a run, {seconds / 3600:.2f} hours of a core for the runs "
-        "(the searches are not in it).",
+        f"* {', '.join(machines)}; one thread a run, {seconds / 3600:.2f} hours of a core for the "
+        "runs (the searches are not in it).",
     ]
     if failed:
         lines.append(
@@ -226,21 +230,13 @@ def _conditions(size: Size, records: Records, command: str) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> str:
-    """Of this machine."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        model = next(line for line in text.splitlines() if line.startswith("model name"))
-        processor = model.partition(":")[2].strip()
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def _caption(claim: Claim, each: str, stem: str) -> str:
     axis = each.removeprefix(stem).lstrip("-")
     if not axis:
-        return "The same numbers: a column a setting, means and standard errors over seeds."
+        return (
+            "The same numbers: a column a setting, means and standard errors over seeds; "
+            "what a target took, of those who reached it with every seed."
+        )
     if axis == "costs" and claim.costs:
         return f"{' and '.join(claim.costs)}; the dashed line: nobody is better in both."
     return f"Test results of a run against {figures.LABELS.get(axis, axis)}, a panel a setting."

@@ -8,6 +8,7 @@ changes results, delete ``runs/claims/``.
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import time
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from benchmarks.claims.claim import Cell, Claim, Record
@@ -83,6 +85,18 @@ def commit() -> str:
         return "unknown"
 
 
+@cache
+def machine() -> str:
+    """This one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        model = next(line for line in text.splitlines() if line.startswith("model name"))
+        processor = model.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
 def check(cells: Sequence[Cell], seeds: int) -> None:
     """Make sure that everything can be configured.
 
@@ -117,7 +131,7 @@ def run_cells(
     for seed in range(1, seeds + 1):
         for cell in cells:
             file = place(folder, cell, seed, claim.final)
-            if not file.exists() and file not in [known for known, *_ in jobs]:
+            if not _is_kept(file) and file not in [known for known, *_ in jobs]:
                 jobs.append((file, cell, seed))
     calls = [partial(_run, file, cell, seed, claim.final, commit()) for file, cell, seed in jobs]
     with tqdm(total=len(jobs), desc="runs", unit="run") as bar:
@@ -128,6 +142,12 @@ def run_cells(
                 warnings.warn(f"{name}: {KILLED}", stacklevel=2)
             elif not finished:
                 raise KeyboardInterrupt
+
+
+def _is_kept(file: Path) -> bool:
+    """Whether a run is finished; one that failed with another commit is tried again."""
+    known = read(file)
+    return known is not None and (not known.failure or known.commit == commit())
 
 
 def _run(
@@ -149,6 +169,7 @@ def _run(
         "headline": config.task.headline,
         "larger": config.task.larger,
         "commit": commit,
+        "machine": machine(),
         "seconds": time.perf_counter() - start,
         "run": identity(config, cell, final),
     }

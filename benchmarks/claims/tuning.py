@@ -18,6 +18,7 @@ from simulation.search import search
 
 FIRST_SEED = 101  # of trials; seeds of runs are below
 WIDER = 3  # times at most
+RULES = 2  # what was chosen by other rules of searching is not taken
 Grid = Mapping[str, list[Any]]
 
 
@@ -82,7 +83,7 @@ def known(cell: Cell, size: Size, folder: Path) -> Choice | None:
 
 
 def _file(cell: Cell, size: Size, folder: Path) -> Path:
-    return folder / "choices" / f"{_digest(cell, size, cell.candidate.space)}.json"
+    return folder / "choices" / f"{_digest(cell, size, cell.candidate.space)}-{RULES}.json"
 
 
 def _trials(

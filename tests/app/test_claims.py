@@ -185,11 +185,18 @@ def test_a_run_that_fails_is_kept_with_its_reason_and_decides_nothing(
         Candidate(name, {"strategy": "fedavg", "training.lr": lr}, {})
         for name, lr in (("slow", 1e-4), ("fast", 0.03))
     )
-    page = tell(tmp_path, size=Size(SETTINGS[:1], untuned, 2, 1)).read_text()
+    size = Size(SETTINGS[:1], untuned, 2, 1)
+    page = tell(tmp_path, size=size).read_text()
     assert "alike, fast, 2: sites are gone" in page
     assert "Nothing was tuned." in page
     assert "**More accurate**: undecided in 1 of 1." in page
     assert "; 1 pairs lack a number" in page
+    monkeypatch.setattr(runner, "simulate", simulate)
+    assert tell(tmp_path, size=size).read_text() == page
+    monkeypatch.setattr(runner, "commit", lambda: "mended")
+    page = tell(tmp_path, size=size).read_text()
+    assert "Failed" not in page
+    assert "mended (1)" in page
 
 
 def test_a_report_of_nothing_says_that_all_is_missing(tmp_path: Path) -> None:
@@ -218,9 +225,28 @@ def test_ctrl_c_leaves_the_page_of_what_is_finished(
 
     monkeypatch.setattr(runner, "simulate", interrupted)
     untuned = tuple(Candidate(each.name, each.keys, {}) for each in SIZE.candidates)
-    page = tell(tmp_path, size=Size(SETTINGS, untuned, 2, 1)).read_text()
+    file = tell(tmp_path, size=Size(SETTINGS, untuned, 2, 1), out=None)
+    assert file.parent == tmp_path / "runs"  # a page of less takes no committed page's place
+    page = file.read_text()
     assert "**Not finished: 4 runs are missing.**" in page
     assert "**More accurate**: undecided in 2 of 2." in page  # one seed
+
+
+def test_what_is_no_failure_of_a_run_is_raised_once_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate = laboratory.simulate
+
+    def full(**keys: Any) -> Run:
+        if keys["seed"] == 2:
+            raise OSError("No space left on device")
+        return simulate(**keys)
+
+    monkeypatch.setattr(runner, "simulate", full)
+    untuned = tuple(Candidate(each.name, each.keys, {}) for each in SIZE.candidates)
+    with pytest.raises(OSError, match="No space left"):
+        tell(tmp_path, size=Size(SETTINGS[:1], untuned, 2, 1))
+    assert "2 runs are missing" in (tmp_path / "pages/claim-tiny.md").read_text()
 
 
 KILLED = """

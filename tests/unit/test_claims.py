@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.claims import data, tuning
+from benchmarks.claims import data, figures, tuning
 from benchmarks.claims.__main__ import CLAIMS, changed, claim_of, part
 from benchmarks.claims.claim import (
     Candidate,
@@ -133,7 +133,7 @@ def test_measures_by_hand() -> None:
     assert sigma(run, setting) == pytest.approx(np.std([0.4, 0.8, 0.6]))
     assert jump(run, setting) == pytest.approx(0.3)
     assert until("megabytes")(run, setting) == 2
-    assert math.isnan(until("megabytes")(run, Setting("", {}, target=0.9)))
+    assert until("megabytes")(run, Setting("", {}, target=0.9)) == math.inf
 
 
 def test_steps_are_even_on_a_log_scale() -> None:
@@ -202,6 +202,33 @@ def test_a_share_is_of_geometric_means() -> None:
     reach = stats.t.ppf(0.975, 2) * logs.std(ddof=1) / math.sqrt(3)
     assert verdict.by.low == pytest.approx(1 - math.exp(logs.mean() + reach))
     assert verdict.word == "holds"
+    error = logs.std(ddof=1) / math.sqrt(3)
+    assert verdict.apart == pytest.approx((math.log(0.8) - logs.mean()) / error)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "word"),
+    [
+        ([math.inf] * 3, [2.0, 3.0, 2.5], "does not hold"),
+        ([2.0, 3.0, 2.5], [math.inf] * 3, "holds"),
+        ([2.0, math.inf, 2.5], [4.0, 6.0, 5.0], "undecided"),
+        ([math.inf] * 3, [2.0, math.inf, 2.5], "undecided"),
+        ([math.inf] * 3, [math.inf] * 3, "undecided"),
+        ([math.inf], [2.0], "undecided"),
+    ],
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_who_never_gets_there_is_behind_who_always_does(
+    new: list[float], old: list[float], word: str, relative: bool
+) -> None:
+    judgement = Judgement("", "m", "new", "old", 0.1, relative)
+    assert words(judgement, {("s", "new"): new, ("s", "old"): old}, larger=False) == [word]
+
+
+def test_no_cost_is_drawn_of_who_did_not_always_get_there() -> None:
+    values = {("s", "a"): [1.0, math.inf], ("s", "b"): [1.0, 2.0], ("s", "c"): [1.0, math.nan]}
+    shown = figures.reached(results(values)).set_index(["candidate", "seed"])["value"]
+    assert shown.dropna().to_dict() == {("b", 1): 1, ("b", 2): 2, ("c", 1): 1}
 
 
 def test_one_seed_decides_nothing() -> None:
@@ -230,8 +257,13 @@ def test_the_range_over_settings_is_paired_over_seeds() -> None:
     measure = Measure("m", "", lambda *_: 0.0)
     (verdict,) = judge(judgement, measure, results(values))
     assert verdict.word == "holds"
-    assert verdict.where == "range of 2 settings"
+    assert verdict.where == "range over s; t"
     assert verdict.by.mean == pytest.approx(np.mean([0.3 - 0.01, 0.29 - 0.01, 0.31 - 0.01]))
+    for who in ("flat", "steep"):
+        values["s", who].pop()  # the last seed is not through: its range is not that of one setting
+    (verdict,) = judge(judgement, measure, results(values))
+    assert (verdict.word, verdict.missing) == ("undecided", 1)
+    assert verdict.by.mean == pytest.approx(np.mean([0.3 - 0.01, 0.29 - 0.01]))
 
 
 def test_settings_that_a_judgement_names_are_the_only_ones() -> None:
@@ -317,6 +349,18 @@ def test_a_search_that_was_interrupted_chooses_nothing(
     with pytest.raises(KeyboardInterrupt):
         tuning.tuned(cell, PLAN, tmp_path, 1)
     assert tuning.known(cell, PLAN, tmp_path) is None
+
+
+def test_what_was_chosen_by_other_rules_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells(PLAN, "")
+    calls = searching(monkeypatch, {"training.lr": 0.015, "cdmsgd.momentum": 0.7})
+    tuning.tuned(cell, PLAN, tmp_path, 1)
+    monkeypatch.setattr(tuning, "RULES", tuning.RULES + 1)
+    count = len(calls)
+    tuning.tuned(cell, PLAN, tmp_path, 1)
+    assert len(calls) == 2 * count
 
 
 def test_where_every_trial_fails_the_claim_goes_on(

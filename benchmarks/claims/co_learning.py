@@ -30,7 +30,7 @@ LONG_CYCLES, LONG_CONSTANT = "Cyclical rate, rounds of 4 epochs", "Constant, rou
 
 
 def candidates() -> tuple[Candidate, ...]:
-    """Each with as many trials of a first grid, of learning rates, and of ends of their decay where they decay."""
+    """Each with six trials at first, of learning rates and, where it decays, of its end."""
 
     def of(name: str, strategy: str, **keys: Any) -> Candidate:
         constant = keys.pop("constant", False)

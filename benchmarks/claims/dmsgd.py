@@ -20,7 +20,7 @@ VELOCITY = "DMSGD, omega 1, velocity"
 
 
 def candidates() -> tuple[Candidate, ...]:
-    """Each with as many trials of a first grid, of learning rates, and of momenta where it has one."""
+    """Each with six trials at first, of learning rates and, where it has one, of momenta."""
 
     def of(name: str, strategy: str, **keys: Any) -> Candidate:
         own = {"strategy": strategy} | {f"{strategy}.{key}": value for key, value in keys.items()}

@@ -23,7 +23,7 @@ COMMON = {"partition.kind": "classes", "training.lr-ratio": 1.0}
 
 
 def candidates() -> tuple[Candidate, ...]:
-    """Each with as many trials of a first grid, of learning rates and of its one most important key."""
+    """Each with six trials at first, of learning rates and of its most important key."""
 
     def of(
         name: str, strategy: str, key: str = "", some: tuple[Any, ...] = (), **more: Any

@@ -64,7 +64,10 @@ def pytest_sessionfinish() -> None:
 
 ROOT = Path(__file__).parent.parent
 mpl.use("agg")
-torch.set_num_threads(1)  # small networks; and tests run side by side
+# Small networks, and tests run side by side; also in processes that they start: threads that wait
+# for each other spin.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

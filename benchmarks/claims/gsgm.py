@@ -161,11 +161,11 @@ ahead with one class a site, at 10 sites and at 30, and with many classes spread
 level with ASGD and DC-ASGD-a. List and local are far ahead with one class a site, too, but behind
 on iid data, and list is no better than its rivals in between and with classes spread thin. **Its
 accuracy depends less on how unlike sites are**, in all three readings, each tuned for its data or,
-with a fifth iid, for one class. **Steadier by a fifth: so is refill at 30 sites with one class**; at
-10 it is undecided, and elsewhere it is not so or undecided; list is the steadiest on iid data, where
-it is less accurate. Sigma and jump count a rise, too: with classes spread thin refill's are the
-largest, and no curve rises as fast. The 37 % are not seen. **An update takes the time of the slowest
-sites in all readings** (hours): after as much time as ASGD took for its run, GSGM is ahead with one
-class at 10 sites, and behind where data are iid or half so (the second picture). Refill is the
-default for its accuracy.""",
+with a fifth iid, for one class. **Steadier by a fifth: so is refill at 30 sites with one class**;
+at 10 it is undecided, and elsewhere it is not so or undecided; list is the steadiest on iid data,
+where it is less accurate. Sigma and jump count a rise, too: with classes spread thin refill's are
+the largest, and no curve rises as fast. The 37 % are not seen. **An update takes the time of the
+slowest sites in all readings** (hours): after as much time as ASGD took for its run, GSGM is ahead
+with one class at 10 sites, and behind where data are iid or half so (the second picture). Refill is
+the default for its accuracy.""",
 )

@@ -370,8 +370,10 @@ def _verdict(
         # A ratio's logarithm is what errors are symmetric in; it is told as a share: exp - 1.
         ratio = (better.clip(lower=TINY) / than.clip(lower=TINY)).dropna()
         found, stated = interval(ratio.map(math.log)), math.log1p(sign * judgement.by)
-        low, high = sorted(sign * math.expm1(each) for each in (found.low, found.high))
-        by = Interval(sign * math.expm1(found.mean), found.error, low, high, found.seeds)
+        mean, *ends = (
+            sign * math.expm1(each) + 0.0 for each in (found.mean, found.low, found.high)
+        )
+        by = Interval(mean, found.error, min(ends), max(ends), found.seeds)
     else:
         by = found = interval((sign * (better - than)).dropna())
         stated = judgement.by

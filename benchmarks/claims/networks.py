@@ -131,13 +131,14 @@ Keys are tuned for accuracy at the end, in the first world.""",
     axes=("hours", "megabytes"),
     costs=("hours to", "GB to"),
     reading="""
-**To this target rounds of an epoch are hard to beat**: FedAvg and Co-learning reach it after a few
-rounds, which are the same until Co-learning's grow, with the fewest bytes in every world, and first
-where links are slow. DiLoCo sends 2.5 times as much on the way there, since its rounds are shorter,
-and ends with the most accurate model in every world. Asynchronous methods, with 20 steps a
-contribution, pay for their bytes: they are behind even where sites differ, and come and go. Peers
-without compression send most; Q-SADDLe with 8 bits is the one that is near. DMSGD, an exchange
-every 20 steps at rates found in the first world, does not reach the target in the poor one. A
-target nearer to what each reaches in the end, or sites whose speeds differ more, may say
-otherwise.""",
+**To this target rounds of an epoch are hard to beat**: FedAvg and Co-learning, whose first rounds
+are the same, reach it after a few rounds, with the fewest bytes in every world, and first where
+links are slow. Where links are fast DiLoCo may be sooner, which is undecided; it sends more than
+twice as much on the way there, since its rounds are shorter, and ends with the most accurate model
+in every world. Asynchronous methods, with 20 steps a contribution, send several times as much and
+are later, even where sites differ, come and go. Peers without compression send most, and NoLoCo in
+the poor world and DMSGD everywhere do not get there with every seed; of the peers, Q-SADDLe with 8
+bits is nearest to FedAvg. Where no site is slower than another, the two first worlds differ in
+hours only. A target nearer to what each reaches in the end, or sites whose speeds differ more, may
+say otherwise.""",
 )

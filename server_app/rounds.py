@@ -5,12 +5,10 @@ is one message to each site and one answer. Only the last model, and models of s
 alone for a common prediction, are tested by messages of their own.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from logging import WARNING
-from tempfile import TemporaryFile
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
@@ -27,7 +25,7 @@ from server_app.events import Checkpoint, NewModel, Sink
 from server_app.exchange import LONGEST_WAIT_S, Mailbox, clock_of, gone, wait_as_long_again
 from server_app.report import Report, Snapshot
 from server_app.roster import Roster
-from server_app.spool import Spool
+from server_app.spool import Waiting
 from strategies.averaging.mean import extent, magnitude, too_large
 from strategies.method import AlonePlan, ForeignPlan, LocalTraining, RoundStart
 from strategies.protocol import (
@@ -487,50 +485,42 @@ class Rounds:
         The first ones are all waited for, as they are compared with each other.
         """
         first = self._bounds[X].few
-        # On disk, where TMPDIR says: in memory they would be as many models as there are sites.
-        with (
-            TemporaryFile(buffering=0)
-            if first and len(self._sent) >= FEW
-            else nullcontext() as file
-        ):
-            others: dict[int, dict[str, Change]] = {}
-            if file:
-                answers = self._spooled(answers, Spool(file), local, others)
-            for answer in answers:
-                changes, sent = self._changes(answer, local), self._sent[answer.node]
+        others: dict[int, dict[str, Change]] = {}
+        if first and len(self._sent) >= FEW:
+            answers = self._all(answers, local, others)
+        for answer in answers:
+            changes, sent = self._changes(answer, local), self._sent[answer.node]
+            for name, change in changes.items():
+                each = {node: found[name] for node, found in others.items()} if first else None
+                size = extent(sent.get(name, sent[X]))[1] if first else 0.0
+                if reason := self._bounds[name].violation(change, size, each):
+                    self._report.refuse(
+                        answer.node, number, "training", f"{name}: {reason}", "max-change"
+                    )
+                    break
+            else:
                 for name, change in changes.items():
-                    each = {node: found[name] for node, found in others.items()} if first else None
-                    size = extent(sent.get(name, sent[X]))[1] if first else 0.0
-                    if reason := self._bounds[name].violation(change, size, each):
-                        self._report.refuse(
-                            answer.node, number, "training", f"{name}: {reason}", "max-change"
-                        )
-                        break
-                else:
-                    for name, change in changes.items():
-                        self._bounds[name].accept(answer.node, change)
-                    yield answer
-                del answer  # a model: before the next one comes
+                    self._bounds[name].accept(answer.node, change)
+                yield answer
+            del answer  # a model: before the next one comes
 
-    def _spooled(
+    def _all(
         self,
         answers: Iterator[Answer[Trained]],
-        spool: Spool,
         local: LocalTraining,
         changes: dict[int, dict[str, Change]],
     ) -> Iterator[Answer[Trained]]:
         """The answers, once all have arrived and each site's changes are in ``changes``."""
-        waiting = []
+        # On disk: in memory they would be as many models as there are sites.
+        waiting, replies = deque[tuple[int, Message, Callable[[], Message]]](), Waiting(0)
         for answer in answers:
             changes[answer.node] = self._changes(answer, local)
-            extents = spool.put(arrays_of(answer.reply))
-            answer.reply.content.pop(ARRAYS)
-            waiting.append((answer.node, answer.message, answer.reply, extents))
+            waiting.append((answer.node, answer.message, replies.put(answer.reply)))
             del answer
-        for node, message, reply, extents in iter(
-            lambda: waiting.pop(0) if waiting else None, None
-        ):
-            reply.content[ARRAYS] = spool.get(extents)
+        while waiting:
+            node, message, take = waiting.popleft()
+            reply = take()
+            del take  # it knows the reply
             yield Answer(node, message, reply, self._read_trained(node, message, reply))
             del reply
 

@@ -12,8 +12,6 @@ from flwr.app import Array, ArrayRecord, Message
 
 from strategies.records import ARRAYS, arrays_of, num_bytes
 
-IN_MEMORY = 2**28  # bytes of replies that wait in a process
-
 
 class _Extent(NamedTuple):
     """The bytes of an array in the file, and its type."""
@@ -81,10 +79,14 @@ class Spool:
 
 
 class Waiting:
-    """Replies that wait: so many bytes in memory, the others on disk, where TMPDIR says."""
+    """Replies that wait: so many bytes in memory, the others on disk, where TMPDIR says.
 
-    def __init__(self) -> None:
-        self._bytes = 0
+    Args:
+        in_memory: the bytes.
+    """
+
+    def __init__(self, in_memory: int) -> None:
+        self._room = in_memory
 
     @cached_property
     def _spool(self) -> Spool:
@@ -95,15 +97,15 @@ class Waiting:
     def put(self, reply: Message) -> Callable[[], Message]:
         """Keep a reply until what is returned is called, once."""
         size = num_bytes(reply)
-        if self._bytes + size > IN_MEMORY and arrays_of(reply):
+        if size > self._room and arrays_of(reply):
             extents = self._spool.put(arrays_of(reply))
             reply.content.pop(ARRAYS)
             return lambda: self._from_disk(reply, extents)
-        self._bytes += size
+        self._room -= size
         return lambda: self._from_memory(reply, size)
 
     def _from_memory(self, reply: Message, size: int) -> Message:
-        self._bytes -= size
+        self._room += size
         return reply
 
     def _from_disk(self, reply: Message, extents: Mapping[str, _Extent] | ArrayRecord) -> Message:

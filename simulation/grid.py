@@ -30,6 +30,7 @@ FIRST_NODE = 1000  # node ids differ from site numbers, so that mixing them up f
 # Flower notices that a site is gone after so many seconds without a heartbeat.
 NOTICED_AFTER_S = 60.0
 RAISED, UNAVAILABLE = 2, 5  # Flower's error codes
+IN_MEMORY = 2**28  # bytes of replies that wait
 TEST_COST = 1 / 3  # of a forward pass, in forward and backward passes
 
 Tamper = Callable[[int, Message, Message], Message | None]
@@ -110,7 +111,7 @@ class VirtualGrid(Grid):
         self._run = Run.create_empty(run_id=1)
         self._client_app, self._tamper = client_app, tamper
         self._now = start_s
-        self._replies = Waiting()
+        self._replies = Waiting(IN_MEMORY)
         self._arriving: list[_Event] = []
         self._arrived: dict[str, Callable[[], Message]] = {}
         self._count = 0

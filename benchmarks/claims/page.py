@@ -133,7 +133,7 @@ def _cell(verdict: Verdict) -> str:
 
 def _explained(measures: Iterable[Measure], settings: Iterable[Setting]) -> list[str]:
     said = [f"{measure.name}: {measure.what}." for measure in measures]
-    targets = [f"{each.name} {each.target:g}" for each in settings if each.target == each.target]
+    targets = [f"{each.name} {each.target:g}" for each in settings if not math.isnan(each.target)]
     return [*said, f"Targets: {'; '.join(targets)}."] if targets else said
 
 

@@ -16,9 +16,8 @@ from configuration.config import configuration
 from configuration.errors import ConfigError
 from models.flat import FlatModel
 from models.networks import cnn, lenet5, vgg11
-from server_app import spool
 from server_app.discovery import RunError
-from simulation import together
+from simulation import grid, together
 from simulation.layers import layers_of
 from simulation.vectorised import Networks, stacked
 from simulation.world import Lognormal, World
@@ -92,7 +91,7 @@ def test_batched_engine_is_the_app(
     monkeypatch.setattr(together, "_stacked", counted)
     changes = {"model.name": SMOOTH, "epochs": 2} | changes
     app = run(world, "app", **changes)
-    monkeypatch.setattr(spool, "IN_MEMORY", 0)  # and replies that wait on disk are as good
+    monkeypatch.setattr(grid, "IN_MEMORY", 0)  # and replies that wait on disk are as good
     batched = run(world, "batched", **changes)
     assert max(sizes) > 1
     assert app.models.keys() == batched.models.keys()

@@ -8,7 +8,6 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
 from configuration.flower import TaskIdentity
-from server_app import spool
 from server_app.spool import Spool, Waiting
 from strategies.records import ARRAYS, arrays_of, num_bytes, pack
 
@@ -60,13 +59,12 @@ def test_places_of_what_was_taken_are_used_again() -> None:
         assert [same(spool.take(extents[at]), record(4.0 + at)) for at in (0, 1)] == [True, True]
 
 
-def test_replies_beyond_so_many_bytes_wait_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_beyond_so_many_bytes_wait_on_disk() -> None:
     replies = [
         Message(RecordDict({ARRAYS: record(value)}), reply_to=Message(RecordDict(), 1, "train"))
         for value in range(4)
     ]
-    monkeypatch.setattr(spool, "IN_MEMORY", 2 * num_bytes(replies[0]))
-    waiting, sizes = Waiting(), [num_bytes(reply) for reply in replies]
+    waiting, sizes = Waiting(2 * num_bytes(replies[0])), [num_bytes(reply) for reply in replies]
     taken = [waiting.put(reply) for reply in replies]
     assert [len(arrays_of(reply)) for reply in replies] == [2, 2, 0, 0]
     for at in (3, 0, 2, 1):
@@ -77,7 +75,6 @@ def test_replies_beyond_so_many_bytes_wait_on_disk(monkeypatch: pytest.MonkeyPat
     assert arrays_of(replies[0])  # there is room again
 
 
-def test_a_reply_without_arrays_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY", 0)
+def test_a_reply_without_arrays_stays_as_it_is() -> None:
     error = Message(Error(1, "no"), reply_to=Message(RecordDict(), 1, "train"))
-    assert Waiting().put(error)() is error
+    assert Waiting(0).put(error)() is error

@@ -33,7 +33,7 @@ from client_app.app import app as client_app
 from configuration.config import Config, configuration, flatten, identity
 from configuration.description import Description, is_described, write_models
 from configuration.errors import ConfigError
-from configuration.files import SITES
+from configuration.files import SITES, write_whole
 from datasets import lazy
 from server_app import checkpoint
 from server_app.app import run as run_server
@@ -45,6 +45,7 @@ from server_app.plots import plot_class_counts
 from server_app.results import (
     Checkpoints,
     History,
+    Models,
     Rows,
     class_counts,
     write_description,
@@ -202,9 +203,10 @@ class Run:
         """Write a folder like those of ``flwr run``, without the pictures."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_description(folder, self.config, self.sites)
-        self.metrics.to_csv(folder / "metrics.csv", index=False)
         write_models(folder, self.models, self.description)
+        write_description(folder, self.config, self.sites)
+        # The last: whoever finds all epochs in it takes the folder for whole.
+        write_whole(folder / "metrics.csv", self.metrics.to_csv(index=False).encode())
         return folder
 
     @classmethod
@@ -252,7 +254,14 @@ class _Watched(History):
                 write_description(self._folder, self.config, self.sites)
                 (self._folder / "metrics.csv").unlink(missing_ok=True)
             started = self._saved.next_start() if self._saved else Started(1, 0)
-            self._sinks = [Rows(self, self._folder), Checkpoints(self, self._folder, started)]
+            # While their folder is there the run is not over, whatever was written: it is made
+            # before the first row, and deleted after the last model.
+            (self._folder / checkpoint.FOLDER).mkdir(exist_ok=True)
+            self._sinks = [
+                Rows(self, self._folder),
+                Models(self, self._folder),
+                Checkpoints(self, self._folder, started),
+            ]
         for sink in self._sinks:
             sink(event)
 
@@ -450,7 +459,7 @@ def _simulate(
         history.close()
     description = history.description if history.models else None
     run = Run(config, history.metrics, history.models, history.sites, finished, description)
-    if folder and history.models:
+    if folder and engine == "batched" and peers:  # no sink hears of its models
         run.save(folder)
     if folder and finished:
         shutil.rmtree(folder / SITES, ignore_errors=True)

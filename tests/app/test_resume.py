@@ -15,12 +15,13 @@ from torch import Tensor
 from client_app.app import app as client_app
 from configuration.config import Config, configuration
 from configuration.errors import ConfigError
-from server_app import checkpoint
+from server_app import checkpoint, results
 from server_app.app import run as run_server
 from server_app.events import Event
 from server_app.results import Folder
+from simulation import laboratory
 from simulation.grid import VirtualGrid
-from simulation.laboratory import compare, simulate
+from simulation.laboratory import Run, compare, simulate
 from simulation.world import World
 from strategies.method import ArrivalPlan
 from strategies.methods import METHODS
@@ -118,10 +119,13 @@ def models(history: Folder) -> dict[str, Tensor]:
     }
 
 
-def reported(history: Folder) -> pd.DataFrame:
+def counted(frame: pd.DataFrame) -> pd.DataFrame:
     """What was measured, without times and bytes."""
-    frame = pd.read_csv(history.path / "metrics.csv")
     return frame.drop(columns=["seconds", "bytes_up", "bytes_down"])
+
+
+def reported(history: Folder) -> pd.DataFrame:
+    return counted(pd.read_csv(history.path / "metrics.csv"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -267,6 +271,57 @@ def test_simulation_goes_on_and_a_finished_one_is_only_read(
     assert again.summary["accuracy"] == found.summary["accuracy"]
     with pytest.raises(ConfigError, match="seed = 5: 1 is that of the run in"):
         simulate(**keys, seed=5, folder=tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("minutes", [0.0, 10.0])
+def test_simulation_in_a_folder_is_whole_wherever_it_was_killed(
+    minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, strategy="fedavg", epochs=2, **{"results.checkpoint-minutes": minutes})
+    keys: dict[str, Any] = {**config.flat(), "progress": False}
+    whole = simulate(**keys)
+    writes, dies_at = count_up(1), 0
+
+    def mortal(write: Any) -> Any:
+        def sink(self: Any, event: Event) -> None:
+            if next(writes) == dies_at:
+                raise Killed
+            write(self, event)
+
+        return sink
+
+    for kind in (results.Rows, results.Models, results.Checkpoints):
+        monkeypatch.setattr(kind, "__call__", mortal(kind.__call__))
+    simulate(**keys, folder=tmp_path / "0")
+    total = next(writes) - 1
+    assert total > 20
+    for dies_at in range(1, total + 1):
+        writes, folder = count_up(1), tmp_path / str(dies_at)
+        with pytest.raises(Killed):
+            simulate(**keys, folder=folder)
+        for found in (simulate(**keys, folder=folder), Run.load(folder)):
+            assert counted(found.metrics).equals(counted(whole.metrics))
+            assert all(torch.equal(found.model[name], value) for name, value in whole.model.items())
+
+
+def test_batched_peers_in_a_folder_are_whole_wherever_they_were_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, strategy="d-psgd", epochs=1)
+    keys: dict[str, Any] = {**config.flat(), "progress": False, "engine": "batched"}
+    whole = simulate(**keys)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    for write in ("write_models", "write_description", "write_whole"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(laboratory, write, killed)
+            simulate(**keys, folder=tmp_path / write)
+        found = simulate(**keys, folder=tmp_path / write)
+        for name, model in whole.models.items():
+            assert all(torch.equal(found.models[name][key], value) for key, value in model.items())
 
 
 def test_simulation_that_was_killed_while_it_began_begins_again(tmp_path: Path) -> None:

@@ -249,8 +249,8 @@ def deployed() -> Iterator[Deployment]:
         deployment.end()
 
 
-# Six rounds. Flower marks a message as delivered before it sends it: one that is on its way when the
-# SuperLink is killed is lost, and its site asked again after timeout-s only.
+# Six rounds. Flower marks a message as delivered before it sends it: one that is on its way when
+# the SuperLink is killed is lost, and its site asked again after timeout-s only.
 GOING = "num-sites=2 epochs=12 co-learning.epsilon=0.0 timeout-s=120.0"
 
 

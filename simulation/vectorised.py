@@ -126,7 +126,9 @@ class Networks:
         # There, the convolutions of many networks at once are slower than one after the other, but
         # for small pictures or few channels.
         few = bool(self._layers) and max(widths, default=0) <= 16
-        self.one_by_one = self._on_cpu and shape[-1] > 16 and not few
+        # Attention there has no rule for many networks at once: vmap loops, slower, and warns.
+        attends = self._device.type == "cpu" and config.training.task == "language"
+        self.one_by_one = attends or (self._on_cpu and shape[-1] > 16 and not few)
         self._trained = {
             name: parameter
             for name, parameter in model.network.named_parameters()

@@ -23,7 +23,7 @@ from benchmarks.claims.claim import (
 )
 from client_app.site import SiteId, site_data
 from client_app.training import evaluate
-from configuration.config import ROOT, Config, configuration, flatten
+from configuration.config import ROOT, Config, flatten
 from configuration.network import network_of
 from models.flat import FlatModel
 from simulation.laboratory import Run

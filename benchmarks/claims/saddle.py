@@ -132,9 +132,10 @@ reconstruction is ours ([what is known](../explanation/reconstructions.md)).""",
 ring (Dirichlet 0.1 or less, or one class each, up to 40 peers); where data are alike the two are
 level, and on the torus, where each peer has four neighbours and the keys are those tuned on the
 ring, Q-SADDLe is no better. **N-SADDLe is ahead of NGM in every setting**, in two within chance, by
-a point for certain in half of them; its mean model is ahead all but where data are alike. Q-SADDLe's
-mean model is not, among 20 and 40 peers with one class each. Both take two gradients a batch where
-the others take one. **Models are far flatter** everywhere, less so with many peers. **8 bits, a
-quarter of the bytes, cost less than a point**, which is undecided for QGM only, whose mean model
-loses two; 4 bits cost QGM and Q-SADDLe about three points, Q-SADDLe's mean model less than one.""",
+a point for certain in half of them; its mean model is ahead all but where data are alike.
+Q-SADDLe's mean model is not, among 20 and 40 peers with one class each. Both take two gradients a
+batch where the others take one. **Models are far flatter** everywhere, less so with many peers. **8
+bits, a quarter of the bytes, cost less than a point**, which is undecided for QGM only, whose mean
+model loses two; 4 bits cost QGM and Q-SADDLe about three points, Q-SADDLe's mean model less than
+one.""",
 )

@@ -47,21 +47,22 @@ def diloco(steps_a_round: int) -> Candidate:
     return of(f"DiLoCo, H = {steps_a_round}", "diloco", 0.003, outer, local_steps=steps_a_round)
 
 
-PLAIN: dict[str, Any] = {"training.optimizer": "sgd", "training.momentum": 0.0}
+SGD: dict[str, Any] = {"training.optimizer": "sgd"}
 CANDIDATES = (
     of("centralized", "centralized", 0.003, DECAY),
     of("each alone", "local", 0.003, DECAY),
     of("FedAvg", "fedavg", 0.003, DECAY, local_epochs=1),
     of("Co-learning", "co-learning", 0.003, DECAY, local_epochs=1),
     *map(diloco, (50, 250)),
-    of("GSGM", "gsgm", 0.1, {"training.lr-ratio": [1.0, 0.1]}, **PLAIN),
+    of("GSGM", "gsgm", 0.1, {"training.lr-ratio": [1.0, 0.1]}, **SGD),
     of(
         "Delayed Nesterov, H = 10",
         "delayed-nesterov",
         0.9,
         {"delayed-nesterov.server-lr": [0.7, 0.3]},
         local_steps=10,
-        **PLAIN,
+        **SGD,
+        **{"training.momentum": 0.0},
     ),
     of("DMSGD, ring", "dmsgd", 0.03, {"dmsgd.momentum": MOMENTUM}, consensus_weight=1.0),
     of(

@@ -383,6 +383,8 @@ def _verdict(
         word = "does not hold" if never[0] else "holds"
     elif missing or math.isnan(by.low) or by.low < judgement.by <= by.high:
         word = "undecided"
+    elif by.low == by.high == judgement.by == 0:  # alike to the bit: not ahead
+        word = "does not hold"
     else:
         word = "holds" if by.low >= judgement.by else "does not hold"
     return Verdict(judgement, where, by, apart, word, missing)

@@ -39,13 +39,12 @@ from server_app import checkpoint
 from server_app.app import run as run_server
 from server_app.checkpoint import Saved
 from server_app.discovery import RunError, discover
-from server_app.events import EVERYBODY, Began, Event, Progress
+from server_app.events import EVERYBODY, Began, Ended, Event, Progress
 from server_app.overview import read_metrics
 from server_app.plots import plot_class_counts
 from server_app.results import (
     Checkpoints,
     History,
-    Models,
     Rows,
     class_counts,
     write_description,
@@ -257,11 +256,9 @@ class _Watched(History):
             # While their folder is there the run is not over, whatever was written: it is made
             # before the first row, and deleted after the last model.
             (self._folder / checkpoint.FOLDER).mkdir(exist_ok=True)
-            self._sinks = [
-                Rows(self, self._folder),
-                Models(self, self._folder),
-                Checkpoints(self, self._folder, started),
-            ]
+            self._sinks = [Rows(self, self._folder), Checkpoints(self, self._folder, started)]
+        if isinstance(event, Ended) and self._folder and self._sinks:
+            write_models(self._folder, self.models, self.description)
         for sink in self._sinks:
             sink(event)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from configuration.config import Config, configuration
+from configuration.description import write_models
 from configuration.errors import ConfigError
 from server_app import checkpoint, results
 from server_app.app import run as run_server
@@ -284,15 +285,16 @@ def test_simulation_in_a_folder_is_whole_wherever_it_was_killed(
     writes, dies_at = count_up(1), 0
 
     def mortal(write: Any) -> Any:
-        def sink(self: Any, event: Event) -> None:
+        def of(*arguments: Any) -> None:
             if next(writes) == dies_at:
                 raise Killed
-            write(self, event)
+            write(*arguments)
 
-        return sink
+        return of
 
-    for kind in (results.Rows, results.Models, results.Checkpoints):
+    for kind in (results.Rows, results.Checkpoints):
         monkeypatch.setattr(kind, "__call__", mortal(kind.__call__))
+    monkeypatch.setattr(laboratory, "write_models", mortal(write_models))
     simulate(**keys, folder=tmp_path / "0")
     total = next(writes) - 1
     assert total > 20

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
+from benchmarks import cifar10_jpeg
 from configuration.config import ROOT
 from datasets import sources
 from datasets.errors import SourceError
@@ -32,6 +33,11 @@ TRAINED, TESTED = 24_000, 4_000  # pictures of the official parts
 # Test parts are the same for all seeds: no trial with one sees a test example of another's.
 OFFICIAL = {"data.path": ".", "data.test-part": "official"}
 FASHION = OFFICIAL | {"data.source": "benchmarks.claims.data:fashion_small", "model.name": "mlp"}
+CIFAR = OFFICIAL | {
+    "data.source": "benchmarks.claims.data:cifar_small",
+    "data.path": "cifar10.npz",
+    "model.name": "cnn",
+}
 DIGITS = OFFICIAL | {"data.source": "benchmarks.claims.data:digits", "model.name": "cnn"}
 SPEECH = OFFICIAL | {
     "data.source": "benchmarks.claims.data:speech",
@@ -101,6 +107,22 @@ def fashion_small(path: str) -> Examples:
         y.append(_read(raw / f"{part}-labels-idx1-ubyte", 8, count).long())
     test = torch.arange(TRAINED + TESTED) >= TRAINED
     return Examples(torch.cat(x), torch.cat(y), tuple(FashionMNIST.classes), test=test)
+
+
+def cifar_small(path: str) -> Examples:
+    """CIFAR-10 at 16 x 16 pixels: 12,000 pictures to train on, 4,000 to test."""
+    found: Examples = _KEPT.cache(_halved)(path, TRAINED // 2, TESTED)
+    return found
+
+
+def _halved(path: str, trained: int, tested: int) -> Examples:
+    """So many pictures of each part, drawn: they come class by class."""
+    whole = cifar10_jpeg.load(path)
+    order = torch.randperm(len(whole.y), generator=torch.Generator().manual_seed(1))
+    test = whole.test[order]
+    kept = torch.cat([order[~test][:trained], order[test][:tested]])
+    x = F.avg_pool2d(whole.x[kept].float(), 2).round().to(torch.uint8)
+    return whole._replace(x=x, y=whole.y[kept], test=whole.test[kept])
 
 
 def digits(path: str) -> Examples:

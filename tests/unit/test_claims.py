@@ -7,11 +7,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from torchvision.io import encode_jpeg
 
 from benchmarks.claims import data, figures, tuning
 from benchmarks.claims.__main__ import CLAIMS, changed, claim_of, part
@@ -401,6 +403,29 @@ def test_fashion_is_halved_and_its_test_part_marked(
     for picture, name, number in ((0, "train", 0), (4, "t10k", 1)):
         mean = pixels[name][number, 2:4, 4:6].astype(float).mean()
         assert int(found.x[picture, 0, 1, 2]) == pytest.approx(mean, abs=0.5)
+
+
+def test_cifar_is_drawn_from_both_parts_and_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_KEPT", joblib.Memory(None))
+    monkeypatch.setattr(data, "TRAINED", 8)  # of which it takes half
+    monkeypatch.setattr(data, "TESTED", 3)
+    arrays: dict[str, Any] = {"classes": np.array(["cat", "dog"])}
+    for name, count in (("train", 6), ("test", 4)):
+        grey = [torch.full((3, 32, 32), 10 * number, dtype=torch.uint8) for number in range(count)]
+        files = [encode_jpeg(picture).numpy() for picture in grey]
+        arrays[f"{name}_data"] = np.concatenate(files)
+        arrays[f"{name}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{name}_labels"] = np.arange(count) // (count // 2)  # class by class
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    found = data.cifar_small(str(tmp_path / "cifar10.npz"))
+    assert isinstance(found.x, torch.Tensor)
+    assert found.x.shape == (7, 3, 16, 16)
+    assert found.test.tolist() == [False] * 4 + [True] * 3
+    numbers = (found.x[:, 0, 0, 0].float() / 10).round().long()
+    assert len(set(numbers[:4].tolist())) == 4
+    assert found.y.tolist() == [*(numbers[:4] // 3).tolist(), *(numbers[4:] // 2).tolist()]
 
 
 def test_a_path_in_a_zip_file_is_unpacked_once(

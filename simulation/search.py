@@ -6,6 +6,7 @@ simulate(**found.best)
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -302,6 +303,7 @@ def _study(config: Config, marks: Mapping[str, Any], folder: Path | None) -> Ite
                 stack.enter_context(FileLock(folder / "search.lock", timeout=0))
             except Timeout:
                 raise ConfigError(f"folder = {str(folder)!r}: a search is going on in it") from None
+            _drop_half_a_line(folder / "search.log")
             storage = JournalStorage(JournalFileBackend(str(folder / "search.log")))
         stack.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -321,6 +323,13 @@ def _study(config: Config, marks: Mapping[str, Any], folder: Path | None) -> Ite
         else:
             study.set_user_attr("marks", {**marks, "config": identity(config.flat())})
         yield study
+
+
+def _drop_half_a_line(journal: Path) -> None:
+    """What a full disk or a power cut left of an entry: the next one would be written behind it."""
+    written = journal.read_bytes() if journal.exists() else b""
+    if written and not written.endswith(b"\n"):
+        os.truncate(journal, written.rfind(b"\n") + 1)
 
 
 def _batches(

@@ -82,9 +82,10 @@ def main() -> None:
         for name, text in arguments.change:
             size = changed(size, name, text)
         whole = not (arguments.only or arguments.change or arguments.seeds)
+        told = whole and arguments.size == claim.read
         written = measure(
             arguments.name,
-            claim,
+            claim if told else dataclasses.replace(claim, reading=""),
             dataclasses.replace(size, seeds=arguments.seeds or size.seeds),
             data=arguments.data,
             jobs=arguments.jobs,
@@ -127,7 +128,7 @@ def changed(size: Size, name: str, text: str) -> Size:
         raise ConfigError(f"--change: {name!r}: allowed: {', '.join(map(repr, named))}")
     old, keys = named[name], parsed(text)
     space = {key: values for key, values in old.space.items() if key not in keys}
-    own = Candidate(f"{name}, {text}", {**flatten(old.keys), **keys}, space)
+    own = Candidate(f"{name}, {text}", {**flatten(old.keys), **keys}, space, old.below)
     if own.name in named:
         raise ConfigError(f"--change: {own.name!r} is there already")
     settings = tuple(

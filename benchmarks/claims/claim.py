@@ -6,7 +6,7 @@ it, :mod:`benchmarks.claims.page` writes what came out.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,11 +33,13 @@ class Candidate:
         name: in tables and pictures.
         keys: of the run configuration.
         space: of each key that is tuned, the values that are tried.
+        below: what a tuned key stays below when its grid gets wider: there another method begins.
     """
 
     name: str
     keys: Keys
     space: Mapping[str, list[Any]]
+    below: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,12 @@ class Size:
         settings: in the order of tables and pictures.
         candidates: the first is the one that the others' differences are taken from.
         seeds: runs of each candidate in each setting, with the seeds 1, 2, ...
-        trials: of the search for each candidate's keys, before a grid is widened.
         tuning_seeds: runs of each trial, with seeds that are not those of the runs.
     """
 
     settings: tuple[Setting, ...]
     candidates: tuple[Candidate, ...]
     seeds: int
-    trials: int
     tuning_seeds: int = 1
 
 
@@ -106,13 +106,17 @@ class Record:
     machine: str = "unknown hardware"
 
 
+class Censored(float):
+    """What a run had cost when it ended, its target not reached: a lower bound of the cost."""
+
+
 class Measure(NamedTuple):
     """A number of a run.
 
     Attributes:
         name: in tables.
         what: it is, in words.
-        of: a run in a setting; infinite where less is better and nothing came.
+        of: a run in a setting; :class:`Censored` where only a lower bound is known.
         larger: whether more is better.
         format: of a mean.
     """
@@ -162,7 +166,8 @@ class Claim:
         axes: columns of a run's history over which the headline is drawn.
         costs: two measures of which less is better, drawn against each other.
         final: measures the last models of a run; its numbers are :attr:`Record.final`.
-        reading: what a person makes of the numbers; without numbers.
+        reading: what a person makes of the numbers.
+        read: the size whose page has it.
     """
 
     question: str
@@ -175,6 +180,7 @@ class Claim:
     costs: tuple[str, str] | None = None
     final: Callable[[Run], dict[str, float]] | None = None
     reading: str = ""
+    read: Literal["quick", "full"] = "full"
 
     def size(self, name: str) -> Size:
         """By name: quick or full."""
@@ -258,14 +264,14 @@ def _second_half(record: Record) -> "pd.Series[float]":
     return record.history[record.headline].iloc[len(record.history) // 2 :]
 
 
-def until(column: str) -> Callable[[Record, Setting], float]:
-    """A column of the history at the first test that reaches the setting's target, or infinity."""
+def until(column: str, scale: float = 1.0) -> Callable[[Record, Setting], float]:
+    """A column of the history, scaled, at the first test that reaches the setting's target."""
 
     def of(record: Record, setting: Setting) -> float:
         values = record.history[record.headline]
         reached = values >= setting.target if record.larger else values <= setting.target
-        there = record.history.loc[reached, column].to_numpy(float)
-        return float(there[0]) if len(there) else math.inf
+        costs = scale * record.history[column].to_numpy(float)
+        return float(costs[reached][0]) if reached.any() else Censored(costs[-1])
 
     return of
 
@@ -314,7 +320,8 @@ class Verdict(NamedTuple):
         apart: standard errors between what was found and what is stated; of logarithms, where the
             judgement is relative.
         word: holds, does not hold, undecided.
-        missing: pairs of runs of which one has no such number.
+        missing: pairs of runs of which one has no such number, or both have only a bound.
+        bounds: pairs of which one has only a bound.
     """
 
     judgement: Judgement
@@ -323,6 +330,12 @@ class Verdict(NamedTuple):
     apart: float
     word: str
     missing: int
+    bounds: int
+
+    @property
+    def p(self) -> float:
+        """Of the two-sided t test of what is stated; NaN where there is none."""
+        return float(2 * stats.t.sf(self.apart, self.by.seeds - 1))
 
 
 def judge(judgement: Judgement, measure: Measure, results: pd.DataFrame) -> Iterator[Verdict]:
@@ -331,8 +344,7 @@ def judge(judgement: Judgement, measure: Measure, results: pd.DataFrame) -> Iter
     Args:
         judgement: what is to be decided.
         measure: of the judgement's name.
-        results: tidy, with the columns setting, candidate, seed, measure and value, NaN where a run
-            failed.
+        results: see :func:`benchmarks.claims.runner.results`.
     """
     chosen = results[results["measure"] == judgement.measure]
     names = [judgement.better, judgement.than]
@@ -340,32 +352,32 @@ def judge(judgement: Judgement, measure: Measure, results: pd.DataFrame) -> Iter
         return
     chosen = chosen[chosen["candidate"].isin(names)]
     twice = chosen.groupby(["setting", "seed"])["value"].transform("size") == len(names)
-    table = chosen[twice].pivot(index=["setting", "seed"], columns="candidate", values="value")
+    table = (
+        chosen[twice]
+        .pivot(index=["setting", "seed"], columns="candidate", values=["value", "censored"])
+        .astype(float)
+    )
     both = {setting: group.droplevel(0) for setting, group in table.groupby(level=0)}
     order = [name for name in judgement.settings or chosen["setting"].unique() if name in both]
     if judgement.over == "each":
         parts = {name: both[name] for name in order}
-    elif order:
+    elif len(order) > 1:
         stack = pd.concat({name: both[name] for name in order}).groupby(level=1)
         whole = stack.apply(lambda g: g.max(skipna=False) - g.min(skipna=False))
+        whole["censored"] = stack.max()["censored"]
         whole[stack.size() < len(order)] = math.nan  # a seed that is not through with all settings
         parts = {f"range over {'; '.join(order)}": whole}
     else:
         parts = {}
     sign = 1.0 if measure.larger and judgement.over != "range" else -1.0
     for where, pair in parts.items():
-        yield _verdict(judgement, where, pair[judgement.better], pair[judgement.than], sign)
+        yield _verdict(judgement, where, pair, sign)
 
 
-def _verdict(
-    judgement: Judgement,
-    where: str,
-    better: "pd.Series[float]",
-    than: "pd.Series[float]",
-    sign: float,
-) -> Verdict:
-    never = [(each == math.inf).all() and len(each) > 1 for each in (better, than)]
-    better, than = (each.replace(math.inf, math.nan) for each in (better, than))
+def _verdict(judgement: Judgement, where: str, pair: pd.DataFrame, sign: float) -> Verdict:
+    better, than = (pair["value", each] for each in (judgement.better, judgement.than))
+    bound, bounded = (pair["censored", each] == 1 for each in (judgement.better, judgement.than))
+    better = better.mask(bound & bounded)  # nothing is known of such a pair
     if judgement.relative:
         # A ratio's logarithm is what errors are symmetric in; it is told as a share: exp - 1.
         ratio = (better.clip(lower=TINY) / than.clip(lower=TINY)).dropna()
@@ -379,12 +391,13 @@ def _verdict(
         stated = judgement.by
     apart = abs(found.mean - stated) / found.error if found.error > 0 else math.nan
     missing = len(better) - found.seeds
-    if never[0] != never[1] and not (than if never[0] else better).hasnans:
-        word = "does not hold" if never[0] else "holds"
-    elif missing or math.isnan(by.low) or by.low < judgement.by <= by.high:
+    if missing or math.isnan(by.low) or by.low < judgement.by <= by.high:
         word = "undecided"
     elif by.low == by.high == judgement.by == 0:  # alike to the bit: not ahead
         word = "does not hold"
     else:
         word = "holds" if by.low >= judgement.by else "does not hold"
-    return Verdict(judgement, where, by, apart, word, missing)
+    # Who has only a bound is farther behind than it looks.
+    if (word == "holds" and bound.any()) or (word == "does not hold" and bounded.any()):
+        word = "undecided"
+    return Verdict(judgement, where, by, apart, word, missing, int((bound ^ bounded).sum()))

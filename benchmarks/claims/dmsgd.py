@@ -72,7 +72,6 @@ QUICK = Size(
     ),
     candidates=candidates(),
     seeds=3,
-    trials=6,
 )
 MORE = (
     setting("torus, 1 class", RING),

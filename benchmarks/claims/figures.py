@@ -31,10 +31,8 @@ POINTS = 60
 
 def reached(results: pd.DataFrame) -> pd.DataFrame:
     """Without what a candidate did not reach with every seed: the mean of others is no cost."""
-    never = (results["value"] == math.inf).groupby(
-        [results[name] for name in ("setting", "candidate", "measure")]
-    )
-    return results.assign(value=results["value"].mask(never.transform("any")))
+    never = results.groupby(["setting", "candidate", "measure"])["censored"].transform("any")
+    return results.assign(value=results["value"].mask(never))
 
 
 def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
@@ -78,6 +76,7 @@ def curves(
     figure, grid = _panels(len(there), 4.2)
     for axes, setting in zip(grid, there, strict=False):
         lines: list[NDArray[np.float64]] = []
+        ends = []
         for name, look in looks.items():
             runs = [
                 (each.history[axis].to_numpy(float), each.history[each.headline].to_numpy(float))
@@ -86,6 +85,9 @@ def curves(
             ]
             if runs:
                 lines.append(_curve(axes, runs, look))
+                ends.append(min(float(x[-1]) for x, _ in runs))
+        if ends and 0 < SPAN * min(ends) < max(ends):
+            log_scale(axes, "x")
         headline = next(each.headline for key, each in records.items() if key[0] == setting)
         style(axes, LABELS.get(axis, axis), f"test {headline}")
         axes.set_title(setting, fontsize=9)

@@ -74,7 +74,6 @@ QUICK = Size(
     ),
     candidates=candidates(),
     seeds=3,
-    trials=6,
 )
 MORE = (
     setting(DEGREES[1], 10, SMALL, iid=0.2, tuned_in=ONE, candidates=MOST),

@@ -8,7 +8,6 @@ from benchmarks.claims.claim import (
     Claim,
     Judgement,
     Measure,
-    Record,
     Setting,
     Size,
     last,
@@ -54,7 +53,8 @@ def candidates() -> tuple[Candidate, ...]:
             each if "." in each else f"{strategy}.{each}": value for each, value in keys.items()
         }
         space = {"training.lr": steps(0.01, 0.16, 3), key: list(some)}
-        return Candidate(name, own, space)
+        # A rate of Co-learning that ends where it began has no cycle: it stays below.
+        return Candidate(name, own, space, {ratio: 1.0} if strategy == "co-learning" else {})
 
     ratio, momentum = "training.lr-ratio", (0.9, 0.6)
     work = {"local-steps": 20}
@@ -91,16 +91,10 @@ def settings(data: dict[str, Any], target: float) -> tuple[Setting, ...]:
     )
 
 
-def gigabytes(record: Record, setting: Setting) -> float:
-    """To the target, as if the model were large."""
-    return until("megabytes")(record, setting) * SCALE / 1000
-
-
 QUICK = Size(
     settings=settings(FASHION | {"epochs": 12}, 0.8),
     candidates=candidates(),
     seeds=3,
-    trials=6,
 )
 
 CLAIM = Claim(
@@ -117,7 +111,13 @@ Keys are tuned for accuracy at the end, in the first world.""",
     full=replace(QUICK, seeds=5),
     measures=(
         Measure("hours to", "hours to the target", until("hours"), False, ".3f"),
-        Measure("GB to", "gigabytes to it, of all sites, both ways", gigabytes, False, ".0f"),
+        Measure(
+            "GB to",
+            "gigabytes to it, of all sites, both ways",
+            until("megabytes", SCALE / 1000),
+            False,
+            ".0f",
+        ),
         Measure("accuracy", "test accuracy at the end", last()),
         Measure("hours", "in the whole run", last("hours"), False, ".3f"),
     ),

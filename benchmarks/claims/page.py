@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 from benchmarks.claims import figures
 from benchmarks.claims.claim import (
@@ -20,7 +21,7 @@ from benchmarks.claims.claim import (
     interval,
     judge,
 )
-from benchmarks.claims.tuning import Choice
+from benchmarks.claims.tuning import WIDER, Choice
 
 SEEN = " (these may be in the test part of another seed)"
 WORDS = ("holds", "does not hold", "undecided")
@@ -74,7 +75,7 @@ def write(
         *([f"**Not finished: {missing} runs are missing.**"] if missing else []),
         "## Verdict",
         *_verdicts(claim.judgements, verdicts),
-        *([claim.reading.strip()] if claim.reading else []),
+        *([] if missing else [claim.reading.strip()]),
         "## Numbers",
         " ".join(["Mean ± standard error over seeds.", *_explained(claim.measures, size.settings)]),
         *_numbers(claim, size, results),
@@ -101,8 +102,18 @@ def _verdicts(judgements: Sequence[Judgement], verdicts: Sequence[Verdict]) -> I
         "interval is wholly on one side of what is stated; else it is undecided, and in brackets "
         "is how many standard errors there are between. Shares are of geometric means. Seeds give "
         "other splits, starts and worlds; the test part and what was tuned are the same for all: "
-        "what these may bring is not in the intervals."
+        "what these may bring is not in the intervals. Where a target was not reached, what the "
+        "run had cost at its end is a bound, with which nothing is decided in favour of that run."
     )
+    tested = [verdict for verdict in verdicts if not math.isnan(verdict.p)]
+    if decided := [each.word != "undecided" for each in tested]:
+        rates = stats.false_discovery_control([verdict.p for verdict in tested])
+        kept = sum(word and p <= 1 - CONFIDENCE for word, p in zip(decided, rates, strict=True))
+        yield (
+            f"Each interval is of one comparison. Of all {len(tested)}, {sum(decided)} are "
+            f"decided; {kept} stay so where the share of false ones among the decided is held at "
+            f"{1 - CONFIDENCE:.0%} (Benjamini and Hochberg)."
+        )
     for says in dict.fromkeys(judgement.says for judgement in judgements):
         pairs = [judgement for judgement in judgements if judgement.says == says]
         own = [verdict for verdict in verdicts if verdict.judgement in pairs]
@@ -128,6 +139,8 @@ def _cell(verdict: Verdict) -> str:
         shown += f": {by.mean:{kind}} ({by.low:{kind}} to {by.high:{kind}})"
     if verdict.word == "undecided" and not math.isnan(verdict.apart):
         shown += f" [{verdict.apart:.1f}]"
+    if verdict.bounds:
+        shown += f"; a bound in {verdict.bounds} of {by.seeds}"
     return shown + (f"; {verdict.missing} pairs lack a number" if verdict.missing else "")
 
 
@@ -141,7 +154,8 @@ def _numbers(claim: Claim, size: Size, results: pd.DataFrame) -> list[str]:
     """Two tables: means, and differences from the first candidate, paired over seeds."""
     rows, differences = [], []
     first = size.candidates[0].name
-    wide = results.pivot(index=["setting", "candidate", "seed"], columns="measure", values="value")
+    known = results.assign(value=results["value"].mask(results["censored"]))
+    wide = known.pivot(index=["setting", "candidate", "seed"], columns="measure", values="value")
     for setting in size.settings:
         reference = _of(wide, setting.name, first)
         for candidate in size.candidates:
@@ -171,7 +185,7 @@ def _of(wide: pd.DataFrame, setting: str, candidate: str) -> pd.DataFrame:
 
 
 def _mean(values: "pd.Series[float]", measure: Measure, sign: str = "") -> str:
-    known = values.replace([math.inf, -math.inf], math.nan).dropna()
+    known = values.dropna()
     if known.empty:
         return "-"
     found = interval(known)
@@ -199,10 +213,12 @@ def _tuning(size: Size, choices: Choices) -> str:
         f"{setting.name}: as {setting.tuned_in}" for setting in size.settings if setting.tuned_in
     ]
     note = (
-        f"For each {size.trials} trials on a grid (seeds of each: {size.tuning_seeds}, other than "
-        "those of the runs), judged by the end of a run on a fifth of the training "
-        f"examples, on which trials do not train{'' if unseen else SEEN}. A best value at the "
-        "border of its grid got one beyond it, in further trials, where that is allowed."
+        "For each the same number of trials on a grid at first (seeds of each: "
+        f"{size.tuning_seeds}, other than those of the runs), judged by the last test of a run, on "
+        "a fifth of the training examples, on which trials do not train"
+        f"{'' if unseen else SEEN}: of values that are nearly as good chance takes one. A best "
+        "value at the border of its grid got one beyond it, in further trials, where that is "
+        f"allowed, {WIDER} times at most."
     )
     head = ["", "", "grid", "trials", "best", "validation", "at the border"]
     return "\n\n".join([note, markdown(head, rows), *(f"{each}." for each in elsewhere)])
@@ -239,7 +255,10 @@ def _caption(claim: Claim, each: str, stem: str) -> str:
         )
     if axis == "costs" and claim.costs:
         return f"{' and '.join(claim.costs)}; the dashed line: nobody is better in both."
-    return f"Test results of a run against {figures.LABELS.get(axis, axis)}, a panel a setting."
+    return (
+        f"Test results of a run against {figures.LABELS.get(axis, axis)}, a panel a setting; "
+        "a line goes as far as all its seeds do."
+    )
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,8 +1,8 @@
 """Runs the cells of a claim, each run once: what is finished stands in one small file.
 
 A run's file is named by the whole configuration: a claim that is killed goes on, and claims share
-runs. Which commit made a run stands in its file and on the page; after a change of the code that
-changes results, delete ``runs/claims/``.
+runs. Which commit made a run stands in its file and on the page; after a change of the code or the
+data that changes results, delete ``runs/claims/``.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.claims.claim import Cell, Claim, Record
-from configuration.config import ROOT, Config
+from benchmarks.claims.claim import Cell, Censored, Claim, Record
+from configuration.config import ROOT, Config, flatten
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
 from server_app.discovery import RunError
@@ -32,7 +32,6 @@ from strategies.method import PeerPlan
 from strategies.topology import TopologyError
 
 FOLDER = ROOT / "runs/claims"
-PLACES = ("data.path", "results.folder")  # where things are on this machine changes no result
 Final = Callable[[Run], dict[str, float]]
 
 
@@ -42,10 +41,14 @@ def digest(value: Any) -> str:
 
 
 def identity(config: Config, cell: Cell, final: Final | None) -> dict[str, Any]:
-    """All that a run's result follows from, but for the code."""
+    """All that a run's result follows from, but for the code.
+
+    Where the data lie on this machine is not in it.
+    """
     world = cell.setting.world
+    told = {**cell.setting.keys, **flatten(cell.candidate.keys)}
     return {
-        "keys": {key: value for key, value in config.flat().items() if key not in PLACES},
+        "keys": config.flat() | {"data.path": told.get("data.path", ""), "results.folder": ""},
         "engine": cell.engine,
         "world": world.model_dump(mode="json") if world else None,
         "final": f"{final.__module__}.{final.__qualname__}" if final else None,
@@ -69,7 +72,7 @@ def read(file: Path) -> Record | None:
     """What is kept of a run; None where it is not finished."""
     try:
         found = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):  # the power may fail before a file is whole
         return None
     found.pop("run")
     return Record(**found | {"history": pd.DataFrame(found["history"])})
@@ -183,8 +186,9 @@ def results(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str, int], Record]]:
     """The measures of all finished runs, tidy, and their records.
 
-    The table has the columns setting, candidate, seed, measure, value and tuned (keys and what the
-    search found); a value is NaN where the run failed, or has none.
+    The table has the columns setting, candidate, seed, measure, value (NaN where the run failed, or
+    has none), censored (whether that is only a lower bound) and tuned (keys and what the search
+    found).
     """
     rows, records = [], {}
     for cell in cells:
@@ -197,6 +201,7 @@ def results(
             records[key] = record
             for measure in claim.measures:
                 value = float("nan") if record.failure else measure.of(record, cell.setting)
-                rows.append((*key, measure.name, value, tuned))
-    columns = ["setting", "candidate", "seed", "measure", "value", "tuned"]
+                censored = isinstance(value, Censored)
+                rows.append((*key, measure.name, float(value), censored, tuned))
+    columns = ["setting", "candidate", "seed", "measure", "value", "censored", "tuned"]
     return pd.DataFrame(rows, columns=columns), records

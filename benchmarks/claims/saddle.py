@@ -70,7 +70,6 @@ QUICK = Size(
     ),
     candidates=(*map(of, STRATEGIES), *(of(*each) for each in EIGHT)),
     seeds=3,
-    trials=6,
 )
 MORE = (
     setting("ring of 5, Dirichlet 1", 5, 1.0, CODED),

@@ -60,8 +60,10 @@ def tuned(cell: Cell, size: Size, folder: Path, processes: int | None) -> Choice
     for wider in range(WIDER + 1):
         table, keys = _trials(cell, size, space, folder, processes)
         trials += len(table)
-        if not best[1] or sign * float(table.iloc[0]) > best[0]:
-            best = sign * float(table.iloc[0]), keys
+        value = sign * float(table.iloc[0])
+        failed = math.isnan(best[0]) and not math.isnan(value)  # all trials until now
+        if not best[1] or failed or value > best[0]:
+            best = value, keys
         grid = {key: sorted({*grid[key], *space[key]}) for key in grid}
         wanted = _wider(cell, grid, best[1])
         if wanted is None or wider == WIDER:
@@ -83,7 +85,9 @@ def known(cell: Cell, size: Size, folder: Path) -> Choice | None:
 
 
 def _file(cell: Cell, size: Size, folder: Path) -> Path:
-    return folder / "choices" / f"{_digest(cell, size, cell.candidate.space)}-{RULES}.json"
+    limits = {"below": dict(below)} if (below := cell.candidate.below) else {}
+    name = _digest(cell, size, {**cell.candidate.space, **limits})
+    return folder / "choices" / f"{name}-{RULES}.json"
 
 
 def _trials(
@@ -121,6 +125,8 @@ def _wider(cell: Cell, grid: Grid, best: Mapping[str, Any]) -> Grid | None:
         if not beside:
             continue
         for beyond in _beyond(best[key], beside):
+            if beyond >= cell.candidate.below.get(key, math.inf):
+                continue
             try:
                 configuration(**{**cell.keys, **best, key: beyond})
             except ConfigError:
@@ -138,6 +144,6 @@ def _beyond(best: float, beside: float) -> Iterator[float]:
         yield round(1 - float(f"{(1 - best) ** 2 / (1 - beside):.2g}"), 9)
 
 
-def _digest(cell: Cell, size: Size, space: Grid) -> str:
+def _digest(cell: Cell, size: Size, space: Mapping[str, Any]) -> str:
     seeds = list(range(FIRST_SEED, FIRST_SEED + size.tuning_seeds))
     return digest([identity(cell.config(seeds[0]), cell, None), space, seeds])

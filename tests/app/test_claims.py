@@ -46,7 +46,7 @@ SETTINGS = (
     Setting("alike", KEYS, target=0.5),
     Setting("unlike", KEYS | {"partition.kind": "dirichlet"}, target=0.5, tuned_in="alike"),
 )
-SIZE = Size(SETTINGS, (SLOW, FAST), seeds=2, trials=2)
+SIZE = Size(SETTINGS, (SLOW, FAST), seeds=2)
 
 
 def last_loss(run: Run) -> dict[str, float]:
@@ -115,6 +115,7 @@ def test_page_says_what_the_numbers_say(done: Path) -> None:
     assert row.startswith("| fast against slow |")
     assert cells[1] in row
     assert "**More accurate by more than there is**: does not hold in 2 of 2." in page
+    assert "Of all 4, 4 are decided; " in page
     assert "the command" in page
     assert runner.commit() in page
     assert "4 runs" not in page
@@ -160,9 +161,22 @@ def test_finished_runs_are_never_made_again(done: Path, monkeypatch: pytest.Monk
     assert records(done) == before
 
 
+def test_a_run_whose_file_is_not_whole_is_made_again(tmp_path: Path) -> None:
+    untuned = (Candidate(SLOW.name, SLOW.keys, {}),)
+    size = Size(SETTINGS[:1], untuned, 1)
+    page = tell(tmp_path, size=size).read_text()
+    (file,) = tmp_path.glob("runs/records/*.json")
+    file.write_text(file.read_text()[:50])
+    assert "Not finished: 1 runs" in tell(tmp_path, size=size, report=True).read_text()
+    again = tell(tmp_path, size=size).read_text()
+    assert [line for line in again.splitlines() if "hours of" not in line] == [
+        line for line in page.splitlines() if "hours of" not in line
+    ]
+
+
 def test_another_claim_shares_runs_and_adds_its_own(done: Path) -> None:
     before = records(done)
-    more = Size(SETTINGS[:1], (FAST,), seeds=3, trials=2)
+    more = Size(SETTINGS[:1], (FAST,), seeds=3)
     question = Claim("Another?", "", more, more, CLAIM.measures, (), final=last_loss)
     tell(done, question, out=done / "others")
     after = records(done)
@@ -185,7 +199,7 @@ def test_a_run_that_fails_is_kept_with_its_reason_and_decides_nothing(
         Candidate(name, {"strategy": "fedavg", "training.lr": lr}, {})
         for name, lr in (("slow", 1e-4), ("fast", 0.03))
     )
-    size = Size(SETTINGS[:1], untuned, 2, 1)
+    size = Size(SETTINGS[:1], untuned, 2)
     page = tell(tmp_path, size=size).read_text()
     assert "alike, fast, 2: sites are gone" in page
     assert "Nothing was tuned." in page
@@ -207,7 +221,7 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_read_are_no_failures_of_runs(tmp_path: Path) -> None:
-    size = Size((Setting("here", KEYS | FASHION),), (SLOW,), 1, 1)
+    size = Size((Setting("here", KEYS | FASHION),), (SLOW,), 1)
     with pytest.raises(SourceError, match="ubyte"):
         tell(tmp_path, size=size, data=str(tmp_path))
     assert not list(tmp_path.rglob("*.json"))
@@ -225,7 +239,7 @@ def test_ctrl_c_leaves_the_page_of_what_is_finished(
 
     monkeypatch.setattr(runner, "simulate", interrupted)
     untuned = tuple(Candidate(each.name, each.keys, {}) for each in SIZE.candidates)
-    file = tell(tmp_path, size=Size(SETTINGS, untuned, 2, 1), out=None)
+    file = tell(tmp_path, size=Size(SETTINGS, untuned, 2), out=None)
     assert file.parent == tmp_path / "runs"  # a page of less takes no committed page's place
     page = file.read_text()
     assert "**Not finished: 4 runs are missing.**" in page
@@ -245,7 +259,7 @@ def test_what_is_no_failure_of_a_run_is_raised_once_the_page_is_written(
     monkeypatch.setattr(runner, "simulate", full)
     untuned = tuple(Candidate(each.name, each.keys, {}) for each in SIZE.candidates)
     with pytest.raises(OSError, match="No space left"):
-        tell(tmp_path, size=Size(SETTINGS[:1], untuned, 2, 1))
+        tell(tmp_path, size=Size(SETTINGS[:1], untuned, 2))
     assert "2 runs are missing" in (tmp_path / "pages/claim-tiny.md").read_text()
 
 

@@ -172,6 +172,19 @@ def test_search_goes_on_with_more_trials(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(runs) == 20
 
 
+def test_search_goes_on_after_an_entry_that_a_full_disk_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch)
+    whole = search(space=RANGES, trials=12, **SMALL)
+    search(space=RANGES, trials=8, folder=tmp_path, **SMALL)
+    log = tmp_path / "search.log"
+    log.write_bytes(log.read_bytes()[:-10])
+    for _ in range(2):  # what is written then can be read again
+        found = search(space=RANGES, trials=12, folder=tmp_path, **SMALL)
+        pd.testing.assert_frame_equal(found.trials, whole.trials)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is at the border")
 def test_killed_search_goes_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Claims: what they declare fits together, and verdicts follow from numbers."""
 
+import dataclasses
 import gzip
 import math
 import zipfile
@@ -19,6 +20,7 @@ from benchmarks.claims import data, figures, tuning
 from benchmarks.claims.__main__ import CLAIMS, changed, claim_of, part
 from benchmarks.claims.claim import (
     Candidate,
+    Censored,
     Claim,
     Judgement,
     Measure,
@@ -49,13 +51,9 @@ def test_all_cells_of_all_claims_can_be_configured(name: str, size: str) -> None
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_every_candidate_has_the_same_budget(name: str, size: str) -> None:
-    chosen = claim_of(name).size(size)
-    trials = {
-        candidate.name: math.prod(map(len, candidate.space.values()))
-        for candidate in chosen.candidates
-    }
-    assert trials == dict.fromkeys(trials, chosen.trials)
-    for candidate in chosen.candidates:
+    candidates = claim_of(name).size(size).candidates
+    assert {math.prod(map(len, each.space.values())) for each in candidates} == {6}
+    for candidate in candidates:
         assert all(len(set(values)) == len(values) for values in candidate.space.values())
 
 
@@ -85,13 +83,13 @@ def test_a_key_that_is_wrong_is_named_with_its_cell_before_anything_runs() -> No
     setting = Setting("here", {"num-sites": 3})
     candidate = Candidate("FedAvg", {"strategy": "fedavg"}, {"training.lr": [0.1, -1.0]})
     with pytest.raises(ConfigError, match=r"here, FedAvg: training\.lr = -1\.0"):
-        check(cells(Size((setting,), (candidate,), 1, 2), ""), seeds=1)
+        check(cells(Size((setting,), (candidate,), 1), ""), seeds=1)
 
 
 def test_a_graph_on_which_peers_cannot_run_is_found_before_anything_runs() -> None:
     keys = {"num-sites": 16, "topology.name": "bipartite"}
     peers = {"strategy": "dmsgd", "dmsgd.consensus-weight": 1.0}
-    size = Size((Setting("here", keys),), (Candidate("DMSGD", peers, {}),), 1, 1)
+    size = Size((Setting("here", keys),), (Candidate("DMSGD", peers, {}),), 1)
     with pytest.raises(ConfigError, match=r"here, DMSGD: .*disagreement grows"):
         check(cells(size, ""), seeds=1)
 
@@ -99,7 +97,7 @@ def test_a_graph_on_which_peers_cannot_run_is_found_before_anything_runs() -> No
 def test_keys_that_have_no_effect_with_a_method_are_left_out_of_its_cell() -> None:
     setting = Setting("here", {"topology.name": "torus", "num-sites": 9})
     both = tuple(Candidate(name, {"strategy": name}, {}) for name in ("fedavg", "d-psgd"))
-    server, peers = cells(Size((setting,), both, 1, 1), "")
+    server, peers = cells(Size((setting,), both, 1), "")
     assert server.keys == {"strategy": "fedavg", "num-sites": 9}
     assert peers.config(1).topology.name == "torus"
     assert (server.engine, peers.engine) == ("batched", "batched")
@@ -113,6 +111,9 @@ def test_where_data_lie_makes_no_other_run_and_every_other_key_does() -> None:
     assert identity(there.config(1), there, None) == same
     assert identity(here.config(2), here, None) != same
     assert identity(here.config(1), here, _nothing) != same
+    mine = changed(size, size.candidates[0].name, 'data.path="mine"').candidates[-1]
+    (own,) = cells(Size(size.settings[:1], (mine,), 1), "here")
+    assert identity(own.config(1), own, None) != same
 
 
 def _nothing(run: Any) -> dict[str, float]:
@@ -135,7 +136,10 @@ def test_measures_by_hand() -> None:
     assert sigma(run, setting) == pytest.approx(np.std([0.4, 0.8, 0.6]))
     assert jump(run, setting) == pytest.approx(0.3)
     assert until("megabytes")(run, setting) == 2
-    assert until("megabytes")(run, Setting("", {}, target=0.9)) == math.inf
+    assert until("megabytes", 10)(run, setting) == 20
+    assert not isinstance(until("megabytes")(run, setting), Censored)
+    never = until("megabytes", 10)(run, Setting("", {}, target=0.9))
+    assert (never, type(never)) == (50, Censored)
 
 
 def test_steps_are_even_on_a_log_scale() -> None:
@@ -153,20 +157,20 @@ def test_the_interval_is_that_of_the_paired_t_test() -> None:
 Values = dict[tuple[str, str], list[float]]
 
 
-def results(values: Values) -> pd.DataFrame:
+def results(values: Values, ends: float = math.inf) -> pd.DataFrame:
+    """Tidy; ``ends``: where a run ended without its target, shown as it."""
     rows = [
-        (setting, candidate, seed, "m", value)
+        (setting, candidate, seed, "m", value, value == ends)
         for (setting, candidate), runs in values.items()
         for seed, value in enumerate(runs, 1)
     ]
-    return pd.DataFrame(rows, columns=["setting", "candidate", "seed", "measure", "value"])
+    columns = ["setting", "candidate", "seed", "measure", "value", "censored"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def words(
-    judgement: Judgement, values: dict[tuple[str, str], list[float]], **kind: Any
-) -> list[str]:
+def words(judgement: Judgement, values: Values, ends: float = math.inf, **kind: Any) -> list[str]:
     measure = Measure("m", "", lambda *_: 0.0, **kind)
-    return [verdict.word for verdict in judge(judgement, measure, results(values))]
+    return [verdict.word for verdict in judge(judgement, measure, results(values, ends))]
 
 
 OLD = [0.70, 0.75, 0.72, 0.74]
@@ -207,25 +211,31 @@ def test_a_share_is_of_geometric_means() -> None:
     assert verdict.word == "holds"
     error = logs.std(ddof=1) / math.sqrt(3)
     assert verdict.apart == pytest.approx((math.log(0.8) - logs.mean()) / error)
+    assert verdict.p == pytest.approx(stats.ttest_1samp(logs, math.log(0.8)).pvalue)
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "word"),
+    ("new", "old", "word", "bounds", "missing"),
     [
-        ([math.inf] * 3, [2.0, 3.0, 2.5], "does not hold"),
-        ([2.0, 3.0, 2.5], [math.inf] * 3, "holds"),
-        ([2.0, math.inf, 2.5], [4.0, 6.0, 5.0], "undecided"),
-        ([math.inf] * 3, [2.0, math.inf, 2.5], "undecided"),
-        ([math.inf] * 3, [math.inf] * 3, "undecided"),
-        ([math.inf], [2.0], "undecided"),
+        ([9.0] * 3, [2.0, 3.0, 2.5], "does not hold", 3, 0),
+        ([2.0, 3.0, 2.5], [9.0] * 3, "holds", 3, 0),
+        ([9.0, 6.0, 9.0], [2.0, 3.0, 2.5], "does not hold", 2, 0),
+        ([2.0, 9.0, 2.5], [9.0, 9.0, 9.0], "undecided", 2, 1),
+        # Ahead for certain, or behind, if the bound were the cost.
+        ([4.0, 4.1, 9.0], [8.0, 8.2, 18.0], "undecided", 1, 0),
+        ([8.0, 8.2, 18.0], [4.0, 4.1, 9.0], "undecided", 1, 0),
+        ([9.0] * 3, [9.0] * 3, "undecided", 0, 3),
+        ([9.0], [2.0], "undecided", 1, 0),
     ],
 )
-@pytest.mark.parametrize("relative", [False, True])
-def test_who_never_gets_there_is_behind_who_always_does(
-    new: list[float], old: list[float], word: str, relative: bool
+def test_a_cost_of_which_a_bound_is_known_decides_nothing_in_favour_of_its_run(
+    new: list[float], old: list[float], word: str, bounds: int, missing: int
 ) -> None:
-    judgement = Judgement("", "m", "new", "old", 0.1, relative)
-    assert words(judgement, {("s", "new"): new, ("s", "old"): old}, larger=False) == [word]
+    judgement = Judgement("", "m", "new", "old", 0.1, relative=True)
+    measure = Measure("m", "", lambda *_: 0.0, larger=False)
+    values = {("s", "new"): new, ("s", "old"): old}
+    (verdict,) = judge(judgement, measure, results(values, ends=9.0))
+    assert (verdict.word, verdict.bounds, verdict.missing) == (word, bounds, missing)
 
 
 def test_no_cost_is_drawn_of_who_did_not_always_get_there() -> None:
@@ -299,7 +309,7 @@ class Searched:
 TUNED = Candidate(
     "CDMSGD", {"strategy": "cdmsgd"}, {"training.lr": [0.01, 0.02], "cdmsgd.momentum": [0.5, 0.9]}
 )
-PLAN = Size((Setting("here", {}),), (TUNED,), 1, 4)
+PLAN = Size((Setting("here", {}),), (TUNED,), 1)
 
 
 def searching(
@@ -332,6 +342,21 @@ def test_a_grid_gets_wider_until_its_best_is_inside(
     assert all(min(call["seeds"]) > 100 for call in calls)
     assert tuning.tuned(cell, PLAN, tmp_path, 1) == choice  # it is kept
     assert len(calls) == 1 + tuning.WIDER
+
+
+def test_a_grid_does_not_get_wider_than_where_another_method_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratio = "training.lr-ratio"
+    cycle = Candidate("CLR", {"strategy": "co-learning"}, {ratio: [0.1, 0.32]}, {ratio: 1.0})
+    free = dataclasses.replace(cycle, below={})
+    chosen = {}
+    for each in (cycle, free):
+        (cell,) = cells(Size(PLAN.settings, (each,), 1), "")
+        searching(monkeypatch, {ratio: 1.0})
+        chosen[each.name, bool(each.below)] = tuning.tuned(cell, PLAN, tmp_path, 1).keys[ratio]
+    assert chosen["CLR", False] == 1.0
+    assert 0.32 < chosen["CLR", True] < 1.0
 
 
 def test_a_grid_does_not_get_wider_for_ever(
@@ -377,6 +402,23 @@ def test_where_every_trial_fails_the_claim_goes_on(
     choice = tuning.tuned(cell, PLAN, tmp_path, 1)
     assert math.isnan(choice.value)
     assert choice.keys == {"training.lr": 0.01, "cdmsgd.momentum": 0.5}
+
+
+def test_the_first_trial_that_does_not_fail_is_better_than_all_that_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = {"training.lr": 0.005, "cdmsgd.momentum": 0.5}
+
+    def search(**keys: Any) -> Searched:
+        if 0.01 in keys["space"]["training.lr"]:
+            raise RunError("all trials failed")
+        return Searched(keys["space"], peak, 100)
+
+    monkeypatch.setattr(tuning, "search", search)
+    (cell,) = cells(PLAN, "")
+    choice = tuning.tuned(cell, PLAN, tmp_path, 1)
+    assert choice.keys["training.lr"] == 0.005
+    assert not math.isnan(choice.value)
 
 
 # Data.

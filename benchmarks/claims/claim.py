@@ -119,13 +119,15 @@ class Measure(NamedTuple):
         of: a run in a setting; :class:`Censored` where only a lower bound is known.
         larger: whether more is better.
         format: of a mean.
+        beside: a candidate whose run with the same seed ``of`` gets, too; NaN where there is none.
     """
 
     name: str
     what: str
-    of: Callable[[Record, Setting], float]
+    of: Callable[..., float]
     larger: bool = True
     format: str = ".3f"
+    beside: str = ""
 
 
 class Judgement(NamedTuple):
@@ -243,6 +245,16 @@ def last(column: str = "", tests: int = 1) -> Callable[[Record, Setting], float]
     return lambda record, _: float(
         record.history[column or record.headline].to_numpy(float)[-tests:].mean()
     )
+
+
+def meanwhile(column: str, tests: int) -> Callable[[Record, Setting, Record], float]:
+    """The mean of the headline over the last tests before another run is over, by a column."""
+
+    def of(record: Record, _: Setting, beside: Record) -> float:
+        until_then = record.history[column] <= beside.history[column].iloc[-1]
+        return float(record.history.loc[until_then, record.headline].iloc[-tests:].mean())
+
+    return of
 
 
 def final(name: str) -> Callable[[Record, Setting], float]:

@@ -7,6 +7,7 @@ data that changes results, delete ``runs/claims/``.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.claims.claim import Cell, Censored, Claim, Record
+from benchmarks.claims.claim import Cell, Censored, Claim, Measure, Record, Setting
 from configuration.config import ROOT, Config, flatten
 from configuration.errors import ConfigError
 from configuration.graph import graph_of
@@ -190,18 +192,23 @@ def results(
     has none), censored (whether that is only a lower bound) and tuned (keys and what the search
     found).
     """
-    rows, records = [], {}
-    for cell in cells:
-        tuned = " ".join(f"{key}={cell.keys[key]}" for key in cell.candidate.space)
-        for seed in range(1, seeds + 1):
-            record = read(place(folder, cell, seed, claim.final))
-            if record is None:
-                continue
-            key = (cell.setting.name, cell.candidate.name, seed)
-            records[key] = record
-            for measure in claim.measures:
-                value = float("nan") if record.failure else measure.of(record, cell.setting)
-                censored = isinstance(value, Censored)
-                rows.append((*key, measure.name, float(value), censored, tuned))
+    records: dict[tuple[str, str, int], Record] = {}
+    for cell, seed in product(cells, range(1, seeds + 1)):
+        if (record := read(place(folder, cell, seed, claim.final))) is not None:
+            records[cell.setting.name, cell.candidate.name, seed] = record
+    rows = []
+    for cell, seed, measure in product(cells, range(1, seeds + 1), claim.measures):
+        key = (cell.setting.name, cell.candidate.name, seed)
+        if key in records:
+            beside = records.get((cell.setting.name, measure.beside, seed))
+            value = _measured(measure, cell.setting, records[key], beside)
+            tuned = " ".join(f"{each}={cell.keys[each]}" for each in cell.candidate.space)
+            rows.append((*key, measure.name, float(value), isinstance(value, Censored), tuned))
     columns = ["setting", "candidate", "seed", "measure", "value", "censored", "tuned"]
     return pd.DataFrame(rows, columns=columns), records
+
+
+def _measured(measure: Measure, setting: Setting, record: Record, beside: Record | None) -> float:
+    if record.failure or (measure.beside and (beside is None or beside.failure)):
+        return math.nan
+    return measure.of(record, setting, *([beside] if measure.beside else []))

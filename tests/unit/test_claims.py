@@ -32,6 +32,7 @@ from benchmarks.claims.claim import (
     judge,
     jump,
     last,
+    meanwhile,
     sigma,
     steps,
     until,
@@ -140,6 +141,15 @@ def test_measures_by_hand() -> None:
     assert not isinstance(until("megabytes")(run, setting), Censored)
     never = until("megabytes", 10)(run, Setting("", {}, target=0.9))
     assert (never, type(never)) == (50, Censored)
+
+
+def test_a_run_is_measured_when_another_was_over() -> None:
+    run = record([0.1, 0.5, 0.4, 0.8, 0.6], hours=[1, 2, 3, 4, 5])
+    setting = Setting("", {})
+    for ends, tests, value in ((4, 2, 0.6), (3.9, 1, 0.4), (9, 1, 0.6), (2, 5, 0.3)):
+        beside = record([0.0, 0.0], hours=[0.5, ends])
+        assert meanwhile("hours", tests)(run, setting, beside) == pytest.approx(value)
+    assert math.isnan(meanwhile("hours", 1)(run, setting, record([0.0], hours=[0.5])))
 
 
 def test_steps_are_even_on_a_log_scale() -> None:

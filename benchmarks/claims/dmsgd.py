@@ -110,14 +110,17 @@ bipartite graph with `topology.lazy`. The reconstruction is ours
     axes=("round", "megabytes"),
     reading="""
 **Consensus on the momentum helps where the momentum is of gradients** (the velocity form): with it
-fully shared DMSGD is ahead of CDMSGD, which is the same without sharing, on all four graphs, on
-like and on unlike data. A peer's own momentum points to its own classes, and the larger it is the
-farther it drives the peer away: rivals come out best with a momentum of 0.6, DMSGD with one close
-to 1, where its gain is from. **Where the momentum is of positions** (the default form) the
-difference of two positions holds the steps towards the neighbours already, and sharing it, too,
-adds nothing with one class a peer, on any graph. There this form is far ahead of all rivals without
-shared momentum, and on a ring ahead of the velocity form, too; the more links, the less the forms
-differ. On a ring whose peers are alike, or half so, full sharing in the position form costs
-accuracy; half of it (the default) costs nothing, and where they are half alike it is the best.
-Sharing sends twice the bytes: in the position form omega 0 is as good or nearly so for half.""",
+fully shared DMSGD is ahead of CDMSGD, which is the same without sharing, each with the rate and the
+momentum that are best for it on the ring with one class a peer, on all four graphs, on like and on
+unlike data. A peer's own momentum points to its own classes, and the larger it is the farther it
+drives the peer away: rivals come out best with a momentum of 0.6, DMSGD with one close to 1, where
+its gain is from. **Where the momentum is of positions** (the default form) the difference of two
+positions holds the steps towards the neighbours already, and sharing it, too, adds nothing with one
+class a peer, on any graph. There this form is far ahead of all rivals without shared momentum, and
+on a ring ahead of the velocity form, too; the more links, the less the forms differ. On a ring
+whose peers are alike, or half so, full sharing in the position form costs accuracy; half of it (the
+default) costs nothing, and where they are half alike it is the best. All keys are tuned on unlike
+data: on like data rivals may be better than they are here, and a smaller momentum may cost full
+sharing less. Sharing sends twice the bytes: in the position form omega 0 is as good or nearly so
+for half.""",
 )

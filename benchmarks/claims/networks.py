@@ -105,7 +105,7 @@ Hours of virtual time and gigabytes to a target accuracy, {SITES} sites, in thre
 differ, sites whose speeds differ, and that are away for ten minutes in two hours). What is
 trained is a small network; its links are slower by the ratio of the sizes, and its bytes are
 multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million parameters.
-DMSGD and Q-SADDLe run on a ring.
+DMSGD and Q-SADDLe run on a ring. The pictures' megabytes are the small network's own.
 Keys are tuned for accuracy at the end, in the first world.""",
     quick=QUICK,
     full=replace(QUICK, seeds=5),
@@ -139,6 +139,6 @@ in every world. Asynchronous methods, with 20 steps a contribution, send several
 are later, even where sites differ, come and go. Peers without compression send most, and NoLoCo in
 the poor world and DMSGD everywhere do not get there with every seed; of the peers, Q-SADDLe with 8
 bits is nearest to FedAvg. Where no site is slower than another, the two first worlds differ in
-hours only. A target nearer to what each reaches in the end, or sites whose speeds differ more, may
-say otherwise.""",
+hours only. FedAvg is tested after each round, so its costs come in steps of a fifth or so. A target
+nearer to what each reaches in the end, or sites whose speeds differ more, may say otherwise.""",
 )

@@ -461,7 +461,7 @@ def test_cifar_is_drawn_from_both_parts_and_halved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "_KEPT", joblib.Memory(None))
-    monkeypatch.setattr(data, "TRAINED", 8)  # of which it takes half
+    monkeypatch.setattr(data, "TRAINED", 16)  # of which it takes a quarter
     monkeypatch.setattr(data, "TESTED", 3)
     arrays: dict[str, Any] = {"classes": np.array(["cat", "dog"])}
     for name, count in (("train", 6), ("test", 4)):

@@ -183,6 +183,6 @@ where it is less accurate. Sigma and jump count a rise, too: with classes spread
 the largest, and no curve rises as fast. The 37 % are not seen. **An update takes the time of the
 slowest sites in all readings** (hours): after as many hours as ASGD takes for its run all are ahead
 with one class at 10 sites, of Delayed Nesterov refill alone; at 30 sites they are level with ASGD,
-and with classes spread thin, half iid and iid data they are level or behind. Refill is the default
-for its accuracy after as many updates, and was chosen on this page's test parts.""",
+and with a fifth or half of the data iid, or all, and classes spread thin, level or behind. Refill
+is the default for its accuracy after as many updates, and was chosen on this page's test parts.""",
 )

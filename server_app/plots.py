@@ -53,10 +53,14 @@ def style(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def log_scale(axes: Axes, axis: str) -> None:
-    """A log scale of x or y whose labels are plain numbers: 1, 2 and 5 of each decade."""
+    """A log scale of x or y, once all is drawn, whose labels are plain numbers.
+
+    1, 2 and 5 of each decade; of more than three decades 1 only.
+    """
     axes.set(**{f"{axis}scale": "log"})
     ticks = axes.xaxis if axis == "x" else axes.yaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ticks.get_view_interval()
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 1000 * low else (1,)))
     ticks.set_major_formatter("{x:g}")
     ticks.set_minor_formatter(NullFormatter())
 

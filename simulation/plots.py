@@ -25,7 +25,7 @@ AXES = {"round": "round", "seconds": "time", "megabytes": "sent and received (MB
 MOST_TICKS = 8
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 POINTS = 200
-SPAN = 20  # a larger ratio is shown on a log scale
+SPAN = 10  # a larger ratio is shown on a log scale
 
 
 def comparison(histories: Mapping[str, Sequence[pd.DataFrame]], metric: str, step: str) -> Figure:

@@ -25,7 +25,7 @@ DARK = """@media (prefers-color-scheme: dark) {
  [style*="fill: #ffffff"] { fill: #151c24 !important }
 }"""
 LABELS = {"round": "rounds, updates or exchanges", "megabytes": "sent and received (MB)"}
-COLUMNS = 5  # of the legend
+COLUMN = 2.5  # of the legend, in inches
 POINTS = 60
 
 
@@ -59,7 +59,7 @@ def points(claim: Claim, size: Size, results: pd.DataFrame) -> Figure:
         axes.set_xlim(-0.6, len(settings) - 0.4)
         for border in range(1, len(settings)):
             axes.axvline(border - 0.5, color="#dddddd", lw=0.8, zorder=0)
-    legend(figure, looks, COLUMNS)
+    legend(figure, looks, int(figure.get_figwidth() / COLUMN))
     return figure
 
 
@@ -92,7 +92,7 @@ def curves(
         style(axes, LABELS.get(axis, axis), f"test {headline}")
         axes.set_title(setting, fontsize=9)
         show_differences(axes, lines)
-    legend(figure, looks, COLUMNS)
+    legend(figure, looks, int(figure.get_figwidth() / COLUMN))
     return figure
 
 
@@ -110,7 +110,7 @@ def costs(size: Size, results: pd.DataFrame, x: str, y: str) -> Figure:
         if {(x, "mean"), (y, "mean")} <= set(table):
             draw_cost(axes, table, x, y, looks)
         axes.set_title(setting, fontsize=9)
-    legend(figure, looks, COLUMNS)
+    legend(figure, looks, int(figure.get_figwidth() / COLUMN))
     return figure
 
 
@@ -135,7 +135,8 @@ def _measured(results: pd.DataFrame) -> set[str]:
 def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
     across = max(1, min(count, ACROSS))
     down = max(1, math.ceil(count / across))
-    figure = Picture(figsize=(max(4.2, width) * across, 3.6 * down + 0.8), layout="constrained")
+    width = max(4.2 if across > 1 else 2.5 * COLUMN, width)
+    figure = Picture(figsize=(width * across, 3.6 * down + 0.8), layout="constrained")
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for empty in grid[count:]:
         empty.set_axis_off()

@@ -131,14 +131,14 @@ Keys are tuned for accuracy at the end, in the first world.""",
     axes=("hours", "megabytes"),
     costs=("hours to", "GB to"),
     reading="""
-**To this target rounds of an epoch are hard to beat**: FedAvg and Co-learning, whose first rounds
-are the same, reach it after a few rounds, with the fewest bytes in every world, and first where
-links are slow. Where links are fast DiLoCo may be sooner, which is undecided; it sends more than
-twice as much on the way there, since its rounds are shorter, and ends with the most accurate model
-in every world. Asynchronous methods, with 20 steps a contribution, send several times as much and
-are later, even where sites differ, come and go. Peers without compression send most, and NoLoCo in
-the poor world and DMSGD everywhere do not get there with every seed; of the peers, Q-SADDLe with 8
-bits is nearest to FedAvg. Where no site is slower than another, the two first worlds differ in
-hours only. FedAvg is tested after each round, so its costs come in steps of a fifth or so. A target
-nearer to what each reaches in the end, or sites whose speeds differ more, may say otherwise.""",
+**To this target rounds of an epoch are hard to beat**: FedAvg and Co-learning reach it after a few
+rounds, with the fewest bytes in every world, and first where links are slow. Where links are fast
+DiLoCo may be sooner, which is undecided; it sends more than twice as much on the way there, since
+its rounds are shorter, and ends with the most accurate model in every world. Asynchronous methods,
+with 20 steps a contribution, send several times as much and are later, even where sites differ,
+come and go. Peers without compression send most, and NoLoCo in the poor world and DMSGD everywhere
+do not get there with every seed; of the peers, Q-SADDLe with 8 bits is nearest to FedAvg. Where no
+site is slower than another, the two first worlds differ in hours only. FedAvg is tested after each
+round, so its costs come in steps of a fifth or so. A target nearer to what each reaches in the end,
+or sites whose speeds differ more, may say otherwise.""",
 )

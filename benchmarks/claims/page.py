@@ -254,7 +254,10 @@ def _caption(claim: Claim, each: str, stem: str) -> str:
             "what a target took, of those who reached it with every seed."
         )
     if axis == "costs" and claim.costs:
-        return f"{' and '.join(claim.costs)}; the dashed line: nobody is better in both."
+        return (
+            f"{' and '.join(claim.costs)}, of those who got there with every seed; the dashed "
+            "line: nobody is better in both."
+        )
     return (
         f"Test results of a run against {figures.LABELS.get(axis, axis)}, a panel a setting; "
         "a line goes as far as all its seeds do."

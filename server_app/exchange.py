@@ -5,12 +5,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from logging import WARNING
 from threading import Thread
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from configuration.flower import ObjectPushError, log
 from strategies.records import num_bytes
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
@@ -19,6 +21,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.005, 0.25
 # (Flower needs three times its memory).
 PATIENCE_S = 0.5
 BYTES_A_S = 10e6
+PUSHES = 5  # of the same messages, each to a SuperLink that was killed since the one before
 MOST_PULLS = 8  # replies that come: as many models may be in memory
 LOOK_EVERY_S = 10.0
 LONGEST_RETRY_S = 60.0  # from one attempt to the next, where too few sites are here
@@ -116,7 +119,7 @@ class Mailbox:
             (_without_arrays(message), PATIENCE_S + num_bytes(message) / BYTES_A_S)
             for message in sent
         ]
-        identities = list(self._grid.push_messages(sent))
+        identities = self._push(sent)
         if len(identities) != len(sent):
             raise RuntimeError(
                 f"Flower did not take {len(sent) - len(identities)} of {len(sent)} messages: "
@@ -126,6 +129,18 @@ class Mailbox:
             # Without an identity it was not taken, its node having gone: nobody will answer.
             until = deadline if identity else -math.inf
             self._waiting[identity or uuid.uuid4().hex] = _Waiting(message, until, patience)
+
+    def _push(self, messages: list[Message]) -> list[str]:
+        """Push them, anew where a SuperLink was killed meanwhile and has them in part only.
+
+        Flower takes a message that is pushed anew for the one that it has.
+        """
+        for _ in range(PUSHES - 1):
+            try:
+                return list(self._grid.push_messages(messages))
+            except ObjectPushError as error:
+                log(WARNING, "messages are pushed anew: %s", error)
+        return list(self._grid.push_messages(messages))
 
     def receive(self, *, once: bool = False) -> Iterator[tuple[Message, Message]]:
         """Wait for replies; yield each message, without its arrays, with its reply, as they arrive.

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from configuration.flower import TaskIdentity
+from configuration.flower import ObjectPushError, TaskIdentity
 from server_app import exchange as module
 from server_app.exchange import GONE, MOST_PULLS, TOO_LATE, exchange
 
@@ -114,6 +114,28 @@ def test_messages_that_flower_drops_are_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(grid, "push_messages", lambda _: ["1"])
     with pytest.raises(RuntimeError, match="did not take 1 of 2 messages"):
         list(grid.exchange([1, 2]))
+
+
+@pytest.mark.parametrize("kills", [1, module.PUSHES - 1, module.PUSHES])
+def test_messages_that_a_killed_superlink_has_in_part_are_pushed_anew(
+    kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Announced(slow=[])
+    push, pushed = grid.push_messages, []
+
+    def killed(messages: Iterable[Message]) -> Iterable[str]:
+        pushed.append(list(messages))
+        if len(pushed) <= kills:
+            raise ObjectPushError("object", 1, "session")
+        return push(pushed[-1])
+
+    monkeypatch.setattr(grid, "push_messages", killed)
+    if kills == module.PUSHES:
+        with pytest.raises(ObjectPushError):
+            list(grid.exchange([1, 2]))
+    else:
+        assert sorted(node for node, _ in grid.exchange([1, 2])) == [1, 2]
+        assert all(again[0] is pushed[0][0] for again in pushed)  # the same, for Flower too
 
 
 def test_what_goes_wrong_while_a_reply_comes_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

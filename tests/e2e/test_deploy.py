@@ -95,6 +95,8 @@ class Shell:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line == f"{END}\n":
+                if until != END:  # the commands are over without it
+                    break
                 return "".join(lines)
             lines.append(line)
             if until in line:

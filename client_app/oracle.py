@@ -20,7 +20,6 @@ from strategies.peer.state import Metrics
 from strategies.randomness import derive
 
 
-@lru_cache(maxsize=64)
 def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor:
     """The order [n] of a peer's examples in an epoch, counted from 0."""
     return torch.randperm(
@@ -29,13 +28,19 @@ def order_of(config: Config, site: int, epoch: int, num_examples: int) -> Tensor
     )
 
 
+@lru_cache(maxsize=256)
+def _orders(config: Config, site: int) -> Callable[[int, int], Tensor]:
+    """:func:`order_of` of a peer, which keeps two: of a large site's examples they are large."""
+    return lru_cache(maxsize=2)(partial(order_of, config, site))
+
+
 def nth_batch(config: Config, site: int, part: Part, number: int) -> training.Batch:
     """Batch ``number`` of a peer's training, counted from 0 over the whole run."""
     an_epoch = training.num_batches(len(part.y), config.training.batch_size)
 
     def chosen(number: int) -> Tensor:
-        order = order_of(config, site, number // an_epoch, len(part.y))
-        return order.tensor_split(an_epoch)[number % an_epoch]
+        order = _orders(config, site)(number // an_epoch, len(part.y))
+        return training.nth_part(order, an_epoch, number % an_epoch)
 
     generator = (
         torch.Generator().manual_seed(derive(config.seed, "augment", site, number))

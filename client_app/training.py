@@ -6,6 +6,7 @@ training differ in one argument of the same loop, and every strategy can use any
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -208,6 +209,16 @@ def num_batches(num_examples: int, batch_size: int) -> int:
     return math.ceil(num_examples / batch_size)
 
 
+def nth_part(order: Tensor, count: int, number: int) -> Tensor:
+    """``order.tensor_split(count)[number]``, without a view of each of the others.
+
+    A large site has many thousands, and may be asked for one batch at a time.
+    """
+    size, longer = divmod(len(order), count)
+    start = number * size + min(number, longer)
+    return order[start : start + size + (number < longer)]
+
+
 def batches(
     part: Part,
     batch_size: int,
@@ -221,7 +232,8 @@ def batches(
     order = torch.randperm(len(part.y), generator=generator)
     if isinstance(part.x, Lazy) and part.x.in_order:
         order = torch.arange(len(part.y))
-    for x, y in stream(*part, order.tensor_split(num_batches(len(order), batch_size))):
+    count = num_batches(len(order), batch_size)
+    for x, y in stream(*part, map(partial(nth_part, order, count), range(count))):
         yield prepare(augment(x, generator) if augment else x), y
 
 

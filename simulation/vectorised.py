@@ -5,6 +5,7 @@ It computes the gradients of many models, each on its own batch.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import torch
@@ -80,21 +81,30 @@ class PeerBatches:
                 torch.cat([part.x for part in parts]),
                 torch.cat([part.y for part in parts]),
             )
-        self._starts = [0, *torch.tensor([len(part.y) for part in parts]).cumsum(0).tolist()]
+            starts = accumulate((len(part.y) for part in parts), initial=0)
+            self._rows = [
+                self._rows_of(peer, start, part)
+                for (peer, part), start in zip(enumerate(parts), starts, strict=False)
+            ]
+
+    def _rows_of(self, peer: int, start: int, part: Part) -> Iterator[Tensor]:
+        """Where a peer's batches lie in the pool, one after the other."""
+        an_epoch = training.num_batches(len(part.y), self._config.training.batch_size)
+        for epoch in count():
+            order = order_of(self._config, peer, epoch, len(part.y))
+            yield from (start + order).tensor_split(an_epoch)
 
     def next(self) -> Batch:
         """The next batch of each peer."""
-        config, number = self._config, self._count
-        self._count += 1
+        number, self._count = self._count, self._count + 1
         if not self._pooled:
             return stacked(
-                [nth_batch(config, peer, part, number) for peer, part in enumerate(self._parts)]
+                [
+                    nth_batch(self._config, peer, part, number)
+                    for peer, part in enumerate(self._parts)
+                ]
             )
-        chosen = []
-        for peer, part in enumerate(self._parts):
-            an_epoch = training.num_batches(len(part.y), config.training.batch_size)
-            order = order_of(config, peer, number // an_epoch, len(part.y))
-            chosen.append(self._starts[peer] + order.tensor_split(an_epoch)[number % an_epoch])
+        chosen = list(map(next, self._rows))
         rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True).to(self._device)
         inputs = training.prepare(self._pool[0][rows])
         return Batch(

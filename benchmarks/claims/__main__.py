@@ -82,7 +82,7 @@ def main() -> None:
         for name, text in arguments.change:
             size = changed(size, name, text)
         whole = not (arguments.only or arguments.change or arguments.seeds)
-        told = whole and arguments.size == claim.read
+        told = whole and arguments.size == "full"
         written = measure(
             arguments.name,
             claim if told else dataclasses.replace(claim, reading=""),

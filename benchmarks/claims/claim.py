@@ -168,8 +168,7 @@ class Claim:
         axes: columns of a run's history over which the headline is drawn.
         costs: two measures of which less is better, drawn against each other.
         final: measures the last models of a run; its numbers are :attr:`Record.final`.
-        reading: what a person makes of the numbers.
-        read: the size whose page has it.
+        reading: what a person makes of the numbers of the full size.
     """
 
     question: str
@@ -182,7 +181,6 @@ class Claim:
     costs: tuple[str, str] | None = None
     final: Callable[[Run], dict[str, float]] | None = None
     reading: str = ""
-    read: Literal["quick", "full"] = "full"
 
     def size(self, name: str) -> Size:
         """By name: quick or full."""

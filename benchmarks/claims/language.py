@@ -3,7 +3,6 @@
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ CANDIDATES = (
 )
 
 
-def setting(name: str, epochs: int, tuned_in: str = "") -> Setting:
+def setting(name: str, epochs: int, **more: Any) -> Setting:
     """``conf/language.toml`` without its method, tested on the data set's own test part."""
     shared = flatten(tomllib.loads((ROOT / "conf/language.toml").read_text()))
     for key in ("strategy", "training.lr", "data.test-fraction", "diloco.local-steps"):
@@ -90,7 +89,7 @@ def setting(name: str, epochs: int, tuned_in: str = "") -> Setting:
         "epochs": epochs,
         "results.evaluate-every": 100,
     }
-    return Setting(name, shared | own, tuned_in=tuned_in)
+    return Setting(name, shared | own, **more)
 
 
 def bits(config: Config, model: Mapping[str, torch.Tensor], site: int) -> float:
@@ -124,7 +123,10 @@ def own_topic(run: Run) -> dict[str, float]:
 
 
 DILOCO, SHORT = "DiLoCo, H = 50", "three passes"
-QUICK = Size((setting(SHORT, 3),), CANDIDATES, seeds=3)
+# Whom more rounds may help, and those beside them; an update of the others is a step or ten.
+ROUNDS = tuple(each.name for each in CANDIDATES[:6])
+LONG = setting("six passes", 6, tuned_in=SHORT, candidates=ROUNDS)
+FEW = ("centralized", "each alone", "FedAvg", DILOCO, "NoLoCo, H = 10")
 
 CLAIM = Claim(
     question="Which method for a language model across data centers?",
@@ -134,8 +136,8 @@ windows of 64 bytes; equal passes over each site's texts, AdamW at the sites whe
 them the choice. Claimed by the abstract of arXiv 2311.08105: with 500 times less communication
 DiLoCo is as good as training in step. Tested on the data set's own test part, texts of all topics;
 "own topic" is each site's model, or the common one, on those of the site's.""",
-    quick=QUICK,
-    full=replace(QUICK, settings=(*QUICK.settings, setting("twelve passes", 12, SHORT)), seeds=5),
+    quick=Size((setting("one pass", 1, candidates=FEW),), CANDIDATES, seeds=3),
+    full=Size((setting(SHORT, 3), LONG), CANDIDATES, seeds=5),
     measures=(
         Measure("all topics", "bits a byte", last(), False),
         Measure("own topic", "bits a byte on a site's own topic", final("own topic"), False),
@@ -163,7 +165,6 @@ DiLoCo is as good as training in step. Tested on the data set's own test part, t
     ),
     axes=("round", "megabytes"),
     final=own_topic,
-    read="quick",
     reading="""
 **Nobody who exchanges comes near one place for all texts**, which is half a bit a byte ahead: with
 as many passes its one model takes four times the steps of a site's. **Of those who share, FedAvg

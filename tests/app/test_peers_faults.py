@@ -12,7 +12,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.app import app as client_app
 from client_app.memory import load_peer_state
-from client_app.oracle import order_of
+from client_app.oracle import _orders
 from client_app.site import network_of
 from datasets import sources
 from server_app.app import run as run_server
@@ -32,7 +32,7 @@ def test_state_survives_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "fingerprint", lambda source, path: str(next(looks)))
 
     def forget(number: int, message: Message, reply: Message) -> Message:
-        for cached in (network_of, order_of):
+        for cached in (network_of, _orders):
             cached.cache_clear()
         return reply
 

@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from torchvision.io import encode_jpeg
 
+from benchmarks.claims import __main__ as command
 from benchmarks.claims import data, figures, tuning
 from benchmarks.claims.__main__ import CLAIMS, changed, claim_of, part
 from benchmarks.claims.claim import (
@@ -534,3 +535,26 @@ def test_a_candidate_with_other_keys_stands_beside_those_that_are_there() -> Non
         changed(size, "GSGM", "gsgm.momentum=0.5")
     with pytest.raises(ConfigError, match="no key=value"):
         changed(size, "ASGD", "faster")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        ("--size full", True),
+        ("--size quick", False),
+        ("--size full --seeds 2", False),
+        ("--size full --change SLOW training.momentum=0.5", False),
+    ],
+)
+def test_what_a_person_read_stands_on_the_page_that_was_read(
+    monkeypatch: pytest.MonkeyPatch, arguments: str, read: bool
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(
+        command, "measure", lambda name, claim, size, **keys: told.append(claim.reading)
+    )
+    slow = claim_of("dmsgd").full.candidates[0].name if "SLOW" in arguments else ""
+    words = [slow if word == "SLOW" else word for word in arguments.split()]
+    monkeypatch.setattr("sys.argv", ["claims", "dmsgd", *words])
+    command.main()
+    assert told == [claim_of("dmsgd").reading if read else ""]

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.proto.message_pb2 import PushObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 
-from configuration.flower import Run, TaskIdentity, flatten_dict, log, parse_config_args
+from configuration.flower import (
+    ObjectPushError,
+    Run,
+    TaskIdentity,
+    flatten_dict,
+    log,
+    parse_config_args,
+)
 from tests.conftest import ROOT
 
 PUBLIC = re.compile(r"flwr(\.app|\.clientapp|\.serverapp(\.strategy)?|\.simulation)?")
@@ -93,3 +103,12 @@ def test_the_parts_of_a_message_that_only_flower_sets_can_be_set() -> None:
 def test_a_run_without_an_app_can_be_made() -> None:
     """As the virtual grid has one."""
     assert Run.create_empty(run_id=3).run_id == 3, "Flower's Run is made in another way"
+
+
+def test_what_a_superlink_does_not_store_is_an_error_of_its_own() -> None:
+    """As after it was killed while it took a message: then that is pushed anew."""
+    push = make_push_object_fn_protobuf(
+        lambda request: PushObjectResponse(stored=False), Node(), run_id=1, session_id=""
+    )
+    with pytest.raises(ObjectPushError):
+        push("object", b"")

@@ -161,6 +161,13 @@ def test_epoch_visits_each_example_once_in_batches_of_nearly_equal_size(n: int, 
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(("n", "count"), [(10, 3), (9, 3), (1, 1), (2, 5), (0, 1)])
+def test_nth_part_is_that_of_tensor_split(n: int, count: int) -> None:
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    found = [training.nth_part(order, count, number).tolist() for number in range(count)]
+    assert found == [each.tolist() for each in order.tensor_split(count)]
+
+
 def test_epochs_of_one_generator_differ_and_those_of_one_seed_agree() -> None:
     def order(generator: torch.Generator) -> list[float]:
         return torch.cat([x for x, _ in training.batches(part(50), 8, generator, None)])[

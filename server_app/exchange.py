@@ -131,9 +131,10 @@ class Mailbox:
             self._waiting[identity or uuid.uuid4().hex] = _Waiting(message, until, patience)
 
     def _push(self, messages: list[Message]) -> list[str]:
-        """Push them, anew where a SuperLink was killed meanwhile and has them in part only.
+        """Push them, anew where a SuperLink was killed before it said that it had the last object.
 
-        Flower takes a message that is pushed anew for the one that it has.
+        Flower closes a push with that object, and fails when it is sent again. A message that is
+        pushed anew is for Flower the one that it has.
         """
         for _ in range(PUSHES - 1):
             try:

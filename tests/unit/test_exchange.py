@@ -117,7 +117,7 @@ def test_messages_that_flower_drops_are_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kills", [1, module.PUSHES - 1, module.PUSHES])
-def test_messages_that_a_killed_superlink_has_in_part_are_pushed_anew(
+def test_messages_that_a_killed_superlink_has_not_confirmed_are_pushed_anew(
     kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Announced(slow=[])

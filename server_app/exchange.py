@@ -102,6 +102,7 @@ class Mailbox:
     ) -> None:
         self._grid, self._timeout_s, self._on_connected = grid, timeout_s, on_connected
         self._clock = clock_of(grid)
+        self._virtual = isinstance(grid, Clock)  # looked up once: it takes long
         self._waiting: dict[str, _Waiting] = {}
         self._pulls: dict[str, Future[list[Message]]] = {}
         self._poll, self._looked = FIRST_WAIT_S, -math.inf
@@ -193,7 +194,7 @@ class Mailbox:
         the site's link is slow or the site has died: such a reply is received in a thread of its
         own, beside a few others.
         """
-        if self._clock is self._grid:  # it has all it has at once
+        if self._virtual:
             return list(self._grid.pull_messages([identity]))
         pull = self._pulls.get(identity)
         if pull is None:

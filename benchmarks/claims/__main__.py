@@ -6,8 +6,6 @@ r"""What the papers claim, measured: a claim runs, is judged, and gets its page.
     python -m benchmarks.claims co-learning --only "digits, 5 sites" \
         --change Co-learning "co-learning.epsilon=0.3"              a row of one's own, some minutes
 
-(gsgm takes more than half an hour, networks half of one: updates come one after the other.)
-
 FOLDER holds the data sets as docs/results/defaults.md says. A claim that was killed goes on with
 the same command; what is finished is kept in ``runs/claims/``.
 """

@@ -7,13 +7,15 @@ data that changes results, delete ``runs/claims/``.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -163,7 +165,8 @@ def _run(
     found: dict[str, Any] = {"history": {}, "final": {}, "failure": ""}
     try:
         keys: dict[str, Any] = config.flat()
-        run = simulate(engine=cell.engine, world=cell.setting.world, progress=False, **keys)
+        with _quiet():
+            run = simulate(engine=cell.engine, world=cell.setting.world, progress=False, **keys)
         if not run.finished:
             return False
         found["history"] = run.history.to_dict("list")
@@ -181,6 +184,21 @@ def _run(
     write(file, found)
     progress.write_text(f"1 {cell.setting.name}, {cell.candidate.name}, seed {seed}")
     return True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """That a world takes sites away and brings them back is no news, and would hide the bar."""
+    logger = logging.getLogger("flwr")
+
+    def news(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(news)
 
 
 def results(

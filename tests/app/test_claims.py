@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from datasets.errors import SourceError
 from server_app.discovery import RunError
 from simulation import laboratory
 from simulation.laboratory import Run
+from simulation.world import World
 from tests.conftest import ROOT
 
 KEYS = {"num-sites": 2, "model.name": "mlp", "epochs": 2, "data.test-part": "pooled"}
@@ -176,6 +178,25 @@ def test_a_run_whose_file_is_not_whole_is_made_again(tmp_path: Path) -> None:
     assert [line for line in again.splitlines() if "hours of" not in line] == [
         line for line in page.splitlines() if "hours of" not in line
     ]
+
+
+def test_sites_that_a_world_takes_away_do_not_fill_the_screen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> None:
+        world = World(offline={0: [(2, 400)]}, samples_per_s=50)
+        setting = Setting("poor", KEYS | {"min-sites": 1}, world)
+        tell(tmp_path, size=Size((setting,), (Candidate(SLOW.name, SLOW.keys, {}),), 1))
+
+    run()
+    assert not caplog.records
+    (file,) = tmp_path.glob("runs/records/*.json")
+    assert not json.loads(file.read_text())["failure"]
+    file.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_quiet", nullcontext)
+        run()
+    assert "site 0 (site 0) is left out" in caplog.text
 
 
 def test_another_claim_shares_runs_and_adds_its_own(done: Path) -> None:

@@ -126,7 +126,7 @@ DILOCO, SHORT = "DiLoCo, H = 50", "three passes"
 # Whom more rounds may help, and those beside them; an update of the others is a step or ten.
 ROUNDS = tuple(each.name for each in CANDIDATES[:6])
 LONG = setting("six passes", 6, tuned_in=SHORT, candidates=ROUNDS)
-FEW = ("centralized", "each alone", "FedAvg", DILOCO, "NoLoCo, H = 10")
+FEW = ("centralized", "each alone", "FedAvg", DILOCO)
 
 CLAIM = Claim(
     question="Which method for a language model across data centers?",

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from client_app import training
-from client_app.oracle import nth_batch
+from client_app import oracle, training
+from client_app.oracle import nth_batch, order_of
 from client_app.site import SiteId, site_data
 from configuration.config import configuration
 from configuration.errors import ConfigError
@@ -120,6 +121,25 @@ def test_nth_batch_is_the_same_at_random_and_one_after_the_other(folder: Path) -
         if number == 2:  # a test in between takes the readers away
             assert [len(y) for _, y in training.chunks(streamed.test)] == [6]
     lazy.close()
+
+
+def test_a_peer_draws_each_order_once_and_keeps_few(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = data_of(**pictures(folder), seed=17)
+    drawn: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*key: Any) -> torch.Tensor:
+        order = order_of(*key)
+        drawn.append(weakref.ref(order))
+        return order
+
+    monkeypatch.setattr(oracle, "order_of", watched)
+    epochs, an_epoch = 5, training.num_batches(len(data.train.y), config.training.batch_size)
+    for number in range(epochs * an_epoch):
+        nth_batch(config, 0, data.train, number)
+    assert len(drawn) == epochs
+    assert [order() is not None for order in drawn] == [False, False, False, True, True]
 
 
 def test_two_readings_side_by_side_lose_nothing(folder: Path) -> None:

@@ -74,7 +74,7 @@ class PeerBatches:
 
     def __init__(self, config: Config, parts: list[Part], device: torch.device) -> None:
         self._config, self._parts, self._device = config, parts, device
-        self._count = 0
+        self._numbers = count()
         self._pooled = config.data.augment == "none" and not isinstance(parts[0].x, Lazy)
         if self._pooled:
             self._pool = (
@@ -96,8 +96,8 @@ class PeerBatches:
 
     def next(self) -> Batch:
         """The next batch of each peer."""
-        number, self._count = self._count, self._count + 1
         if not self._pooled:
+            number = next(self._numbers)
             return stacked(
                 [
                     nth_batch(self._config, peer, part, number)

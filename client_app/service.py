@@ -85,6 +85,9 @@ READERS = 64  # requests that are being read, wait or are worked on
 RETENTION_S = 30 * DAY_S  # of the files of a run that sends no more requests
 HEARTBEAT_S = 1.0  # between two frames that say that the service works
 WAITING = 16  # requests
+# Between two alarms, until the work ends: the error of one that comes in a destructor is lost, and
+# what cleans up after one is not to be interrupted by the next.
+ALARM_S = 10.0
 
 
 class _Request(NamedTuple):
@@ -151,7 +154,7 @@ class Service:
 
     def serve(self) -> None:
         """Answer requests until the process is ended."""
-        signal.signal(signal.SIGALRM, lambda *_: None)  # outside of _deadline one comes too late
+        signal.signal(signal.SIGALRM, _ignore)
         with _listening(self.site) as listener:
             if self.site.page:
                 self.show()
@@ -217,10 +220,8 @@ class Service:
                             json.dumps({"doing": doing, "seconds": round(seconds)}),
                         )
                     except OSError:
-                        # A run was stopped, or its SuperNode; the next request need not wait.
-                        request.unwanted.set()
-                        os.kill(os.getpid(), signal.SIGALRM)
-                        raise
+                        _stop(request)
+                        return
                 answer = request.answer.result()
                 if isinstance(answer, str):
                     framing.send_text(connection, framing.ERROR, answer)
@@ -522,11 +523,27 @@ def _bytes(content: RecordDict) -> int:
     return sum(len(array.data) for record in records for array in record.values())
 
 
+def _stop(request: _Request) -> None:
+    """Have the main thread end the work on a request: its run was stopped, or its SuperNode.
+
+    The next request need not wait for it.
+    """
+    request.unwanted.set()
+    ended = False
+    while not ended:
+        os.kill(os.getpid(), signal.SIGALRM)
+        ended = bool(wait([request.answer], ALARM_S).done)
+
+
+def _ignore(*_: object) -> None:
+    """An alarm comes too late."""
+
+
 @contextmanager
 def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
     """A context in which the main thread is interrupted after so many seconds.
 
-    The event says whether it was. It is interrupted, too, by the alarm that comes with
+    The event says whether it was. It is interrupted, too, by the alarms that come with
     ``unwanted``.
     """
     passed, end = Event(), time.monotonic() + seconds
@@ -541,13 +558,13 @@ def _deadline(seconds: float, unwanted: Event) -> Iterator[Event]:
     if unwanted.is_set():
         raise FrameError("nobody waits for the answer any more")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_S)
     try:
         yield passed
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, _ignore)
 
 
 @contextmanager

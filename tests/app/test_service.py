@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client_app import framing
+from client_app import service as site_service
 from client_app.app import app as client_app
 from client_app.oracle import Oracle
 from client_app.policy import SHARDS
@@ -325,14 +327,46 @@ def test_work_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
             framing.write(line, head, order({}, 4810, **{"local-epochs": 10_000_000}))
             assert framing.receive(line)[0] == framing.WORKING
         assert not answer_to(service, flat()).has_error()
-        [stopped] = [
-            line
-            for line in service.lines()
-            if "nobody waits for the answer" in line.get("problem", "")
-        ]
-        assert stopped["run"] == head["run"]
+        taken, stopped, *_ = service.lines()
+        assert (taken["way"], taken["run"]) == ("in", head["run"])
+        assert (stopped["way"], stopped["run"]) == ("out", head["run"])
+        assert "nobody waits for the answer" in stopped["problem"]
     finally:
         service.end()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"), [(0.1, "out of time"), (10.0**6, "nobody waits for the answer")]
+)
+def test_work_is_stopped_though_the_first_alarm_is_lost(
+    seconds: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it comes in a destructor, whose errors Python only prints."""
+    monkeypatch.setattr(site_service, "ALARM_S", 0.1)
+    request = site_service._Request({}, RecordDict(), {}, Future(), threading.Event())
+    stopping = threading.Thread(target=site_service._stop, args=[request])
+
+    def forever() -> None:
+        while True:
+            time.sleep(0.01)
+
+    def work() -> None:
+        with site_service._deadline(seconds, request.unwanted):
+            if seconds > 1:
+                stopping.start()
+            with contextlib.suppress(TimeoutError):
+                forever()
+            forever()
+
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(TimeoutError, match=message):
+            work()
+        request.answer.set_result("stopped")
+        if seconds > 1:
+            stopping.join()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_requests_that_are_none_do_no_harm(strict: Service) -> None:

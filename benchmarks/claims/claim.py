@@ -274,12 +274,17 @@ def _second_half(record: Record) -> "pd.Series[float]":
     return record.history[record.headline].iloc[len(record.history) // 2 :]
 
 
-def until(column: str, scale: float = 1.0) -> Callable[[Record, Setting], float]:
-    """A column of the history, scaled, at the first test that reaches the setting's target."""
+def until(
+    column: str, scale: float = 1.0, target: float | None = None
+) -> Callable[[Record, Setting], float]:
+    """A column of the history, scaled, at the first test that reaches a target.
+
+    By default the setting's.
+    """
 
     def of(record: Record, setting: Setting) -> float:
-        values = record.history[record.headline]
-        reached = values >= setting.target if record.larger else values <= setting.target
+        values, aim = record.history[record.headline], setting.target if target is None else target
+        reached = values >= aim if record.larger else values <= aim
         costs = scale * record.history[column].to_numpy(float)
         return float(costs[reached][0]) if reached.any() else Censored(costs[-1])
 

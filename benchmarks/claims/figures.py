@@ -97,19 +97,24 @@ def curves(
 
 
 def costs(size: Size, results: pd.DataFrame, x: str, y: str) -> Figure:
-    """A panel a setting: two measures of which less is better, and who is best in them."""
+    """A panel a setting: two measures of which less is better, who is best, who is not there."""
     there = [each.name for each in size.settings if each.name in set(results["setting"])]
     looks = looks_of([candidate.name for candidate in size.candidates])
     figure, grid = _panels(len(there), 4.2)
+    drawn = dict[str, None]()
     for axes, setting in zip(grid, there, strict=False):
         own = results[(results["setting"] == setting) & results["measure"].isin((x, y))]
         table = own.pivot_table(
             index="candidate", columns="measure", values="value", aggfunc=["mean", "sem"]
         )
         table = table.rename(columns={"sem": "s.e."}, level=0).swaplevel(axis=1)
-        if {(x, "mean"), (y, "mean")} <= set(table):
-            draw_cost(axes, table, x, y, looks)
-        axes.set_title(setting, fontsize=9)
+        shown = (
+            draw_cost(axes, table, x, y, looks) if {(x, "mean"), (y, "mean")} <= set(table) else []
+        )
+        drawn |= dict.fromkeys(shown)
+        absent = ", ".join(name for name in looks if name in set(own["candidate"]) - {*shown})
+        axes.set_title(f"{setting}; not there: {absent}" if absent else setting, fontsize=9)
+    looks = {name: look for name, look in looks.items() if name in drawn}
     legend(figure, looks, int(figure.get_figwidth() / COLUMN))
     return figure
 

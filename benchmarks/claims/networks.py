@@ -1,4 +1,4 @@
-"""Which method for which network: hours and bytes to a target in three worlds."""
+"""Which method for which network: hours and bytes to two targets in four worlds."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,8 @@ AS_LARGE_AS = 100_000_000
 SCALE = AS_LARGE_AS / num_parameters("mlp", (1, 14, 14), 10)
 SITES = 8
 SGD_INSIDE = "DiLoCo, SGD inside"
+# Accuracies; the second, set after a look at the runs, is the last that FedAvg reaches each time.
+TARGETS = (0.8, 0.82)
 
 
 def world(mbps: float, latency_ms: float, **keys: Any) -> World:
@@ -42,6 +44,7 @@ WORLDS = {
         mean_up_s=7200.0,
         mean_down_s=600.0,
     ),
+    "uneven": world(10_000, 2, samples_per_s=[2000.0] * (SITES - 1) + [200.0]),
 }
 
 
@@ -81,18 +84,27 @@ def candidates() -> tuple[Candidate, ...]:
     )
 
 
-def settings(data: dict[str, Any], target: float) -> tuple[Setting, ...]:
-    """The three worlds; keys are tuned in the first."""
+def settings(data: dict[str, Any], *worlds: str) -> tuple[Setting, ...]:
+    """Some worlds; keys are tuned in the first."""
     keys = data | {"num-sites": SITES, "partition.kind": "dirichlet", "partition.alpha": 0.5}
-    first = next(iter(WORLDS))
     return tuple(
-        Setting(name, keys, links, target, "" if name == first else first)
-        for name, links in WORLDS.items()
+        Setting(name, keys, WORLDS[name], tuned_in="" if name == worlds[0] else worlds[0])
+        for name in worlds
     )
 
 
+def to(target: float) -> tuple[Measure, Measure]:
+    """What an accuracy costs."""
+    hours, gigabytes = until("hours", target=target), until("megabytes", SCALE / 1000, target)
+    return (
+        Measure(f"hours to {target}", "to this accuracy", hours, False, ".3f"),
+        Measure(f"GB to {target}", "of all sites, both ways", gigabytes, False, ".0f"),
+    )
+
+
+DATA = FASHION | {"epochs": 12}
 QUICK = Size(
-    settings=settings(FASHION | {"epochs": 12}, 0.8),
+    settings=settings(DATA, "metro", "continental", "poor"),
     candidates=candidates(),
     seeds=3,
 )
@@ -100,36 +112,36 @@ QUICK = Size(
 CLAIM = Claim(
     question="Which method for which network?",
     about=f"""
-Hours of virtual time and gigabytes to a target accuracy, {SITES} sites, in three worlds: metro
-(10 Gbit/s, 2 ms), continental (1 Gbit/s, 40 ms), and a poor one (50 Mbit/s, 150 ms, transfers that
-differ, sites whose speeds differ, and that are away for ten minutes in two hours). What is
+Hours of virtual time and gigabytes to two accuracies, {SITES} sites, in four worlds: metro
+(10 Gbit/s, 2 ms), continental (1 Gbit/s, 40 ms), a poor one (50 Mbit/s, 150 ms, transfers that
+differ, sites whose speeds differ, and that are away for ten minutes in two hours), and an uneven
+one: metro, where one site computes at a tenth of the others' speed. What is
 trained is a small network; its links are slower by the ratio of the sizes, and its bytes are
 multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million parameters.
 DMSGD and Q-SADDLe run on a ring. The pictures' megabytes are the small network's own.
 Keys are tuned for accuracy at the end, in the first world.""",
     quick=QUICK,
-    full=replace(QUICK, seeds=5),
+    full=replace(QUICK, seeds=5, settings=settings(DATA, *WORLDS)),
     measures=(
-        Measure("hours to", "hours to the target", until("hours"), False, ".3f"),
-        Measure(
-            "GB to",
-            "gigabytes to it, of all sites, both ways",
-            until("megabytes", SCALE / 1000),
-            False,
-            ".0f",
-        ),
+        *(measure for target in TARGETS for measure in to(target)),
         Measure("accuracy", "test accuracy at the end", last()),
         Measure("hours", "in the whole run", last("hours"), False, ".3f"),
     ),
     judgements=tuple(
         Judgement(
-            f"At least 10 % {said} than FedAvg", measure, better, "FedAvg", 0.1, relative=True
+            f"At least 10 % {said} than FedAvg at {target}",
+            f"{unit} to {target}",
+            better,
+            "FedAvg",
+            0.1,
+            relative=True,
         )
-        for said, measure in (("sooner", "hours to"), ("fewer bytes", "GB to"))
+        for target in TARGETS
+        for said, unit in (("sooner", "hours"), ("fewer bytes", "GB"))
         for better in ("Co-learning", SGD_INSIDE, "FedBuff", "GSGM", "DMSGD", "Q-SADDLe, 8 bits")
     ),
     axes=("hours", "megabytes"),
-    costs=("hours to", "GB to"),
+    costs=(f"hours to {TARGETS[0]}", f"GB to {TARGETS[0]}"),
     reading="""
 **To this target rounds of an epoch are hard to beat**: FedAvg and Co-learning reach it after a few
 rounds, with the fewest bytes in every world, and first where links are slow. Where links are fast

@@ -136,7 +136,8 @@ def _cell(verdict: Verdict) -> str:
     kind = "+.0%" if judgement.relative else "+.3f"
     shown = f"**{verdict.word}**"
     if by.seeds:
-        shown += f": {by.mean:{kind}} ({by.low:{kind}} to {by.high:{kind}})"
+        shown += f": {by.mean:{kind}}"
+        shown += f" ({by.low:{kind}} to {by.high:{kind}})" if by.seeds > 1 else " (one pair)"
     if verdict.word == "undecided" and not math.isnan(verdict.apart):
         shown += f" [{verdict.apart:.1f}]"
     if verdict.bounds:
@@ -145,7 +146,10 @@ def _cell(verdict: Verdict) -> str:
 
 
 def _explained(measures: Iterable[Measure], settings: Iterable[Setting]) -> list[str]:
-    said = [f"{measure.name}: {measure.what}." for measure in measures]
+    names = dict[str, list[str]]()
+    for measure in measures:
+        names.setdefault(measure.what, []).append(measure.name)
+    said = [f"{', '.join(own)}: {what}." for what, own in names.items()]
     targets = [f"{each.name} {each.target:g}" for each in settings if not math.isnan(each.target)]
     return [*said, f"Targets: {'; '.join(targets)}."] if targets else said
 

@@ -142,6 +142,7 @@ def test_measures_by_hand() -> None:
     assert not isinstance(until("megabytes")(run, setting), Censored)
     never = until("megabytes", 10)(run, Setting("", {}, target=0.9))
     assert (never, type(never)) == (50, Censored)
+    assert until("megabytes", target=0.6)(run, setting) == 4
 
 
 def test_a_run_is_measured_when_another_was_over() -> None:

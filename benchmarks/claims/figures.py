@@ -138,7 +138,7 @@ def _measured(results: pd.DataFrame) -> set[str]:
 
 
 def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
-    across = max(1, min(count, ACROSS))
+    across = max(1, min(count, 2 if count == 4 else ACROSS))
     down = max(1, math.ceil(count / across))
     width = max(4.2 if across > 1 else 2.5 * COLUMN, width)
     figure = Picture(figsize=(width * across, 3.6 * down + 0.8), layout="constrained")

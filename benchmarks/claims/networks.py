@@ -97,7 +97,7 @@ def to(target: float) -> tuple[Measure, Measure]:
     """What an accuracy costs."""
     hours, gigabytes = until("hours", target=target), until("megabytes", SCALE / 1000, target)
     return (
-        Measure(f"hours to {target}", "to this accuracy", hours, False, ".3f"),
+        Measure(f"hours to {target}", "to this accuracy", hours, False, ".4f"),
         Measure(f"GB to {target}", "of all sites, both ways", gigabytes, False, ".0f"),
     )
 
@@ -126,7 +126,7 @@ Keys are tuned for accuracy at the end, in the first world.""",
     measures=(
         *(measure for target in TARGETS for measure in to(target)),
         Measure("accuracy", "test accuracy at the end", last()),
-        Measure("hours", "in the whole run", last("hours"), False, ".3f"),
+        Measure("hours", "in the whole run", last("hours"), False, ".4f"),
     ),
     judgements=tuple(
         Judgement(
@@ -146,18 +146,18 @@ Keys are tuned for accuracy at the end, in the first world.""",
     reading="""
 **Where all sites are about as fast, rounds of an epoch are hard to beat**: FedAvg and Co-learning
 reach the first accuracy after a few rounds, with the fewest bytes in every world, and first where
-links are slow. **To the second one DiLoCo is sooner where links are fast** (a third less time in
+links are slow. **To the second one DiLoCo is sooner where links are fast** (30 % less time in
 metro, for twice the bytes, since its rounds are shorter), and later where they are slow; it ends
 with the most accurate model in every world. **Where one site is slow, asynchronous methods need not
 wait for it**: in the uneven world ASGD reaches both accuracies in some two fifths of FedAvg's time,
-for five to six times its bytes, and FedBuff is about as quick, which is undecided. GSGM does wait:
-by default it takes a contribution of every site before it uses a second one (see the page about
-it), and is as late as FedAvg or later. In the poor world, where links are slow as well, none of
-them is sooner: 20 steps a contribution are too few for such links. Peers without compression send
-most, and NoLoCo in the poor world and DMSGD everywhere do not reach even the first accuracy with
-every seed; of the peers, Q-SADDLe with 8 bits is nearest to FedAvg, and a ring waits for its slow
-site, too. FedAvg here waits for all; `timeout-s` would leave the slow site out, and its examples
-with it, which is not measured. FedAvg is tested after each round, so its costs come in steps of a
-fifth or so; its hours in the uneven world differ much between seeds, since the slow site has more
-or fewer examples.""",
+for five to six times its bytes, and FedBuff in half of it, which is undecided. GSGM does wait: by
+default it takes a contribution of every site before it uses a second one (see the page about it),
+and is not seen to be sooner than FedAvg. In the poor world, where sites differ less and links are
+slow, none of them is sooner: most of an update's time there is the model's way. Peers without
+compression send most, and NoLoCo in the poor world and DMSGD everywhere do not reach even the first
+accuracy with every seed; of the peers, Q-SADDLe with 8 bits is nearest to FedAvg, and a ring waits
+for its slow site, too. FedAvg here waits for all; `timeout-s` would leave the slow site out, and
+its examples with it, which is not measured. FedAvg is tested after each round, so its costs come in
+steps of a fifth or so; its hours in the uneven world differ much between seeds, since the slow site
+has more or fewer examples.""",
 )

@@ -256,6 +256,16 @@ def test_no_cost_is_drawn_of_who_did_not_always_get_there() -> None:
     assert shown.dropna().to_dict() == {("b", 1): 1, ("b", 2): 2, ("c", 1): 1}
 
 
+def test_costs_say_who_never_got_there() -> None:
+    values = {("s", "a"): [1.0, 2.0], ("s", "b"): [math.nan, 2.0], ("s", "c"): [math.nan] * 2}
+    size = Size((Setting("s", {}),), tuple(Candidate(name, {}, {}) for name in "abc"), 2)
+    twice = pd.concat([results(values).assign(measure=measure) for measure in ("x", "y")])
+    figure = figures.costs(size, twice, "x", "y")
+    (axes,) = figure.axes
+    assert axes.get_title() == "s; not there: c"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
 def test_one_seed_decides_nothing() -> None:
     assert words(Judgement("", "m", "a", "b"), {("s", "a"): [0.9], ("s", "b"): [0.1]}) == [
         "undecided"

@@ -42,10 +42,13 @@ def of(name: str, strategy: str, rate: float, key: dict[str, list[Any]], **own: 
     return Candidate(name, keys, {"training.lr": steps(rate / 3, rate * 3, 3), **key}, below)
 
 
-def diloco(steps_a_round: int) -> Candidate:
-    """With so many batches of each site in a round."""
+def diloco(steps_a_round: int, momentum: float | None = None) -> Candidate:
+    """With so many batches of each site in a round; the default of the momentum is 0.9."""
     outer: dict[str, list[Any]] = {"diloco.outer-lr": [0.7, 0.3]}
-    return of(f"DiLoCo, H = {steps_a_round}", "diloco", 0.003, outer, local_steps=steps_a_round)
+    name, more = f"DiLoCo, H = {steps_a_round}", dict[str, Any]()
+    if momentum is not None:
+        name, more = f"{name}, {momentum:g}", {"outer_momentum": momentum}
+    return of(name, "diloco", 0.003, outer, local_steps=steps_a_round, **more)
 
 
 SGD: dict[str, Any] = {"training.optimizer": "sgd"}
@@ -55,6 +58,8 @@ CANDIDATES = (
     of("FedAvg", "fedavg", 0.003, DECAY, local_epochs=1),
     of("Co-learning", "co-learning", 0.003, DECAY, local_epochs=1),
     *map(diloco, (50, 250)),
+    diloco(50, 0.5),
+    diloco(250, 0.5),
     of("GSGM", "gsgm", 0.1, {"training.lr-ratio": [1.0, 0.1]}, **SGD),
     of(
         "Delayed Nesterov, H = 10",
@@ -124,7 +129,7 @@ def own_topic(run: Run) -> dict[str, float]:
 
 DILOCO, SHORT = "DiLoCo, H = 50", "three passes"
 # Whom more rounds may help, and those beside them; an update of the others is a step or ten.
-ROUNDS = tuple(each.name for each in CANDIDATES[:6])
+ROUNDS = tuple(each.name for each in CANDIDATES[:8])
 LONG = setting("six passes", 6, tuned_in=SHORT, candidates=ROUNDS)
 FEW = ("centralized", "each alone", "FedAvg", DILOCO)
 

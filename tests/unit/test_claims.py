@@ -17,7 +17,7 @@ from scipy import stats
 from torchvision.io import encode_jpeg
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import data, figures, tuning
+from benchmarks.claims import data, figures, page, tuning
 from benchmarks.claims.__main__ import CLAIMS, changed, claim_of, part
 from benchmarks.claims.claim import (
     Candidate,
@@ -267,9 +267,9 @@ def test_costs_say_who_never_got_there() -> None:
 
 
 def test_one_seed_decides_nothing() -> None:
-    assert words(Judgement("", "m", "a", "b"), {("s", "a"): [0.9], ("s", "b"): [0.1]}) == [
-        "undecided"
-    ]
+    measure, values = Measure("m", "", lambda *_: 0.0), {("s", "a"): [0.9], ("s", "b"): [0.1]}
+    (verdict,) = judge(Judgement("", "m", "a", "b"), measure, results(values))
+    assert page._cell(verdict) == "**undecided**: +0.800 (one pair)"
 
 
 def test_a_failed_run_leaves_undecided_and_one_that_is_not_made_is_left_out() -> None:

@@ -32,7 +32,7 @@ class Keys(Section):
     outer_lr: Above0 = 0.7
     """eta"""
     outer_momentum: Decay = 0.9
-    """mu"""
+    """mu; for tens of rounds 0.5"""
     weighting: Literal["equal", "samples"] = "equal"
     """equal, or samples: sites count by their training examples"""
 

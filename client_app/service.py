@@ -575,20 +575,23 @@ def _listening(site: SiteFile) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise PolicyError(f"socket = {site.socket!r}: a service listens there already")
-    path.unlink(missing_ok=True)  # it is a socket: policy.check_machine
+    unnamed = path.with_name(str(os.getpid()))  # who sees the socket in its place may connect
+    unnamed.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         before = os.umask(0o177)
         try:
-            listener.bind(str(path))
+            listener.bind(str(unnamed))
         finally:
             os.umask(before)
-        listener.listen(WAITING)  # at once: who sees the file may connect
-        if site.group:
-            shutil.chown(path, group=site.group)
-            path.chmod(0o660)
         try:
+            listener.listen(WAITING)
+            if site.group:
+                shutil.chown(unnamed, group=site.group)
+                unnamed.chmod(0o660)
+            unnamed.replace(path)  # of a service that was killed: policy.check_machine
             yield listener
         finally:
+            unnamed.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
 

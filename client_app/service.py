@@ -575,7 +575,8 @@ def _listening(site: SiteFile) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise PolicyError(f"socket = {site.socket!r}: a service listens there already")
-    unnamed = path.with_name(str(os.getpid()))  # who sees the socket in its place may connect
+    # Who sees the socket in its place may connect. Each path has a name of its own, no longer.
+    unnamed = path.with_name(sha256(os.fsencode(path)).hexdigest()[: len(path.name)])
     unnamed.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         before = os.umask(0o177)

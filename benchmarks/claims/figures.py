@@ -101,7 +101,7 @@ def costs(size: Size, results: pd.DataFrame, x: str, y: str) -> Figure:
     there = [each.name for each in size.settings if each.name in set(results["setting"])]
     looks = looks_of([candidate.name for candidate in size.candidates])
     figure, grid = _panels(len(there), 4.2)
-    drawn = dict[str, None]()
+    drawn = set[str]()
     for axes, setting in zip(grid, there, strict=False):
         own = results[(results["setting"] == setting) & results["measure"].isin((x, y))]
         table = own.pivot_table(
@@ -111,7 +111,7 @@ def costs(size: Size, results: pd.DataFrame, x: str, y: str) -> Figure:
         shown = (
             draw_cost(axes, table, x, y, looks) if {(x, "mean"), (y, "mean")} <= set(table) else []
         )
-        drawn |= dict.fromkeys(shown)
+        drawn |= {*shown}
         absent = ", ".join(name for name in looks if name in set(own["candidate"]) - {*shown})
         axes.set_title(f"{setting}; not there: {absent}" if absent else setting, fontsize=9)
     looks = {name: look for name, look in looks.items() if name in drawn}

@@ -113,13 +113,13 @@ QUICK = Size(
 CLAIM = Claim(
     question="Which method for which network?",
     about=f"""
-Hours of virtual time and gigabytes to two accuracies, {SITES} sites, in four worlds: metro
+Hours of virtual time and gigabytes to two accuracies, {SITES} sites, in worlds: metro
 (10 Gbit/s, 2 ms), continental (1 Gbit/s, 40 ms), a poor one (50 Mbit/s, 150 ms, transfers that
-differ, sites whose speeds differ, and that are away for ten minutes in two hours), and an uneven
-one: metro, where one site computes at a tenth of the others' speed. What is
-trained is a small network; its links are slower by the ratio of the sizes, and its bytes are
-multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million parameters.
-DMSGD and Q-SADDLe run on a ring. The pictures' megabytes are the small network's own.
+differ, sites whose speeds differ, and that are away for ten minutes in two hours), and, in
+the full size, an uneven one: metro, where one site computes at a tenth of the others' speed.
+What is trained is a small network; its links are slower by the ratio of the sizes, and its bytes
+are multiplied by it, so that both are those of a model of {AS_LARGE_AS // 10**6} million
+parameters. DMSGD and Q-SADDLe run on a ring. The pictures' megabytes are the small network's own.
 Keys are tuned for accuracy at the end, in the first world.""",
     quick=QUICK,
     full=replace(QUICK, seeds=5, settings=settings(DATA, *WORLDS)),

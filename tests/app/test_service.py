@@ -33,7 +33,7 @@ from client_app import framing
 from client_app import service as site_service
 from client_app.app import app as client_app
 from client_app.oracle import Oracle
-from client_app.policy import SHARDS
+from client_app.policy import SHARDS, SiteFile
 from client_app.privacy import Account, Noise
 from client_app.service import READERS
 from client_app.site import SiteId, network_of, raw_data
@@ -346,8 +346,8 @@ def test_work_is_stopped_though_the_first_alarm_is_lost(
     request = site_service._Request({}, RecordDict(), {}, Future(), threading.Event())
     stopping = threading.Thread(target=site_service._stop, args=[request])
 
-    def forever() -> None:
-        while True:
+    def much_work() -> None:
+        for _ in range(6000):
             time.sleep(0.01)
 
     def work() -> None:
@@ -355,18 +355,37 @@ def test_work_is_stopped_though_the_first_alarm_is_lost(
             if seconds > 1:
                 stopping.start()
             with contextlib.suppress(TimeoutError):
-                forever()
-            forever()
+                much_work()
+            much_work()
 
     before = signal.getsignal(signal.SIGALRM)
     try:
         with pytest.raises(TimeoutError, match=message):
             work()
+    finally:
         request.answer.set_result("stopped")
         if seconds > 1:
             stopping.join()
-    finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_socket_is_in_its_place_when_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who saw it before would find nobody."""
+    path, there = tmp_path / "site.sock", []
+
+    def listen(listener: socket.socket, backlog: int) -> None:
+        there.append(path.exists())
+        real(listener, backlog)
+
+    real = socket.socket.listen
+    monkeypatch.setattr(socket.socket, "listen", listen)
+    site = SiteFile(site=1, socket=str(path), data={"source": "digits"})
+    with site_service._listening(site), socket.socket(socket.AF_UNIX) as line:
+        assert line.connect_ex(str(path)) == 0
+        assert (there, path.stat().st_mode & 0o777) == ([False], 0o600)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_requests_that_are_none_do_no_harm(strict: Service) -> None:

@@ -381,7 +381,7 @@ def test_a_socket_is_in_its_place_when_it_listens(
 
     real = socket.socket.listen
     monkeypatch.setattr(socket.socket, "listen", listen)
-    site = SiteFile(site=1, socket=str(path), data={"source": "digits"})
+    site = SiteFile.model_validate({"site": 1, "socket": str(path), "data": {"source": "digits"}})
     with site_service._listening(site), socket.socket(socket.AF_UNIX) as line:
         assert line.connect_ex(str(path)) == 0
         assert (there, path.stat().st_mode & 0o777) == ([False], 0o600)
